@@ -1,0 +1,456 @@
+"""Every parameter of a run, as one tree of frozen dataclasses.
+
+``load(path, sets)`` reads YAML over the defaults, then applies ``key.path=value`` settings; unknown
+keys are refused with the nearest name, values are checked against the declared types. ``dump``
+writes the whole tree back, so a run's ``config.yaml`` says everything that shaped it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+
+from voxelscale.errors import VoxelscaleError
+
+Triple = tuple[float, float, float]
+IntTriple = tuple[int, int, int]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhantomConfig:
+    """Synthetic chest CTs."""
+
+    cases: int = 20
+    """How many scans."""
+    seed: int = 0
+    """Case ``c`` is a pure function of (seed, c)."""
+    spacing: Triple = (2.5, 1.4, 1.4)
+    """Voxel spacing (z, y, x) in mm."""
+    size_mm: Triple = (260.0, 270.0, 360.0)
+    """Extent of the volume (z, y, x) in mm; an adult chest is about 300 x 270 x 360."""
+    nodules: tuple[int, int] = (1, 4)
+    """Least and greatest number of nodules in a scan."""
+    diameter_mm: tuple[float, float] = (3.0, 30.0)
+    """Least and greatest equivalent diameter of a nodule in mm, drawn log-uniformly."""
+    noise_hu: float = 25.0
+    """Standard deviation of the scanner noise in soft tissue, HU."""
+    format: Literal["nii.gz", "mha", "nrrd"] = "nii.gz"
+    """File format of the images and masks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """From scans and masks to the training store."""
+
+    spacing: Triple | None = None
+    """Target spacing (z, y, x) in mm; null: the data set's median."""
+    split: Triple = (0.7, 0.15, 0.15)
+    """Shares of patients in train, val and test."""
+    seed: int = 0
+    """Shuffles the patients before the split."""
+    allow_empty: bool = False
+    """Whether a mask without foreground is a healthy case rather than a mistake."""
+    labels: tuple[int, ...] | None = None
+    """Mask values that are the lesion; null: every value above 0."""
+    chunk: int = 64
+    """Edge of a compressed chunk in voxels."""
+    workers: int = 0
+    """Parallel processes; 0: one a core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What one training sample is."""
+
+    patch_size: IntTriple = (64, 64, 64)
+    """Voxels (z, y, x) of a training patch; for a 2-D model the first must be 1."""
+    foreground: float = 0.5
+    """Share of samples centred on a lesion voxel; the rest are centred anywhere in the scan."""
+    cases: int = 0
+    """How many training scans to use; 0: all."""
+    readers: int = 2
+    """Threads that read and decompress patches ahead of the device."""
+    prefetch: int = 4
+    """Micro-batches read ahead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Augmentation on the device; every p is a probability per sample, after nnU-Net's set."""
+
+    enabled: bool = True
+    """Whether to augment at all."""
+    flip: bool = True
+    """Mirror each axis with probability one half."""
+    p_affine: float = 0.3
+    """Rotation and scaling together."""
+    rotate_deg: Triple = (15.0, 15.0, 30.0)
+    """Largest rotation about the x, y and z axis in degrees."""
+    scale: tuple[float, float] = (0.8, 1.25)
+    """Range of the zoom, drawn for each axis apart."""
+    p_noise: float = 0.15
+    """Gaussian noise."""
+    noise_std: float = 0.1
+    """Greatest standard deviation of the noise, in units of normalised intensity."""
+    p_blur: float = 0.1
+    """Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.5, 1.0)
+    """Range of the blur's sigma in voxels."""
+    p_gamma: float = 0.2
+    """Gamma curve between the patch's extremes."""
+    gamma: tuple[float, float] = (0.7, 1.5)
+    """Range of the exponent."""
+    p_brightness: float = 0.2
+    """Multiplicative and additive brightness."""
+    brightness: tuple[float, float] = (0.8, 1.25)
+    """Range of the factor; the shift is drawn within +/- 0.2."""
+    p_low_resolution: float = 0.1
+    """Down- and up-sampling, as of a coarser scanner."""
+    low_resolution: tuple[float, float] = (0.5, 1.0)
+    """Range of the resolution's factor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network."""
+
+    name: Literal["unet"] = "unet"
+    """Which registered network."""
+    dims: Literal[2, 3] = 3
+    """2: slices; 3: volumes."""
+    depth: int = 4
+    """Levels, the bottom included."""
+    filters: int = 16
+    """Channels of the first level; each level below has twice as many."""
+    max_filters: int = 320
+    """Channels are never more than this."""
+    kernel_size: int = 3
+    """Edge of the convolutions' kernels; odd."""
+    norm: Literal["instance", "batch", "sync_batch", "group", "none"] = "instance"
+    """Normalisation after each convolution."""
+    residual: bool = False
+    """Whether each level's two convolutions are bridged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Soft Dice + cross-entropy."""
+
+    dice: float = 1.0
+    """Weight of the soft Dice of the lesion, computed per sample."""
+    cross_entropy: float = 1.0
+    """Weight of the voxel-wise cross-entropy."""
+    smooth: float = 1.0
+    """Added to the soft Dice's numerator and denominator, in voxels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Update rule and schedule."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """Optimiser."""
+    lr: float = 1e-3
+    """Greatest learning rate."""
+    weight_decay: float = 1e-2
+    """Decoupled (AdamW) or L2 (SGD); norms and biases are excluded."""
+    momentum: float = 0.99
+    """SGD's, with Nesterov's look-ahead."""
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    """How the rate falls after the warm-up; poly has exponent 0.9, as nnU-Net's."""
+    warmup: float = 0.05
+    """Share of the samples over which the rate rises linearly from 0."""
+    clip: float = 12.0
+    """Greatest norm of the gradient; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run: budget, workers, precision, and how often to look up."""
+
+    samples: int = 20_000
+    """Patches to train on; the budget, whatever the number of workers."""
+    batch_size: int = 2
+    """Patches per worker per step; the global batch is ranks x virtual_workers x batch_size."""
+    virtual_workers: int = 1
+    """Workers that each rank plays one after another."""
+    seed: int = 0
+    """Initial weights, and with the index every sample."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward and backward pass; auto: bf16 where the device has it in hardware."""
+    channels_last: bool = True
+    """Memory format of activations and weights."""
+    compile: bool = False
+    """Whether to compile the network with torch.compile."""
+    validate_every: int = 5_000
+    """Samples between validations; 0: only at the end."""
+    validate_cases: int = 0
+    """How many validation scans; 0: all."""
+    checkpoint_every: int = 1_000
+    """Samples between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept besides the best."""
+    threads: int = 0
+    """CPU threads per rank; 0: the cores shared out evenly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Sliding window and findings."""
+
+    patch_size: IntTriple | None = None
+    """Voxels (z, y, x) of a window; null: the training patch."""
+    overlap: float = 0.5
+    """Share of a window that its neighbour covers again, 0 to below 1."""
+    batch_size: int = 4
+    """Windows per forward pass."""
+    threshold: float = 0.5
+    """Lesion probability at which a voxel counts as lesion."""
+    min_volume_mm3: float = 10.0
+    """Smaller components are dropped; a 3 mm sphere has 14 mm3."""
+    flips: bool = False
+    """Average over mirrored copies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All of it."""
+
+    phantom: PhantomConfig = field(default_factory=PhantomConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    predict: PredictConfig = field(default_factory=PredictConfig)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def load(path: Path | None = None, sets: Sequence[str] = (), base: Config | None = None) -> Config:
+    """The config of a YAML file over `base` (the defaults), then of ``key.path=value`` settings.
+
+    Raises:
+        VoxelscaleError: the file is not YAML, a key is unknown, a value is of the wrong type or out
+            of range.
+    """
+    tree = to_dict(base or Config())
+    if path is not None:
+        _merge(tree, _read_yaml(path), Config, where=str(path))
+    for text in sets:
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise VoxelscaleError(
+                f"--set {text}: no '='", "write --set key.path=value, as train.samples=4000"
+            )
+        nested: Any = _parse(value, text)
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        _merge(tree, nested, Config, where="--set")
+    return from_dict(tree)
+
+
+def from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
+    """The config of a nested mapping over the defaults (YAML's or JSON's plain types)."""
+    return _build(Config, tree, where, "")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested dictionaries and lists of plain values."""
+    plain: dict[str, Any] = _plain(asdict(config))
+    return plain
+
+
+def dump(config: Config) -> str:
+    """The whole tree as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise VoxelscaleError(f"{path}: no such file", "name an existing YAML file with --config") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problem = str(error).splitlines()[0]
+        raise VoxelscaleError(
+            f"{path}: not readable as YAML: {problem}", "mend the file's syntax"
+        ) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise VoxelscaleError(f"{path}: holds no keys", "write sections, as 'train: {samples: 4000}'")
+    return tree
+
+
+def _parse(value: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise VoxelscaleError(f"--set {text}: the value is not YAML", "quote the value") from None
+
+
+def _merge(tree: dict[str, Any], over: Mapping[str, Any], cls: type, where: str, path: str = "") -> None:
+    """Lay `over` on `tree` in place, refusing keys that `cls` does not have."""
+    known = typing.get_type_hints(cls)
+    for key, value in over.items():
+        dotted = f"{path}{key}"
+        if key not in known:
+            near = difflib.get_close_matches(str(key), _all_keys(), n=1, cutoff=0.5)
+            near = [k for k in _dotted_keys() if k.split(".")[-1] == near[0]] if near else []
+            hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
+            raise VoxelscaleError(f"{where}: unknown key {dotted}", hint)
+        if is_dataclass(known[key]):
+            if not isinstance(value, dict):
+                raise VoxelscaleError(f"{where}: {dotted} is a section, not a value", f"set {dotted}.KEY")
+            _merge(tree[key], value, typing.cast(type, known[key]), where, f"{dotted}.")
+        else:
+            tree[key] = _coerce(known[key], value, where, dotted)
+
+
+def _dotted_keys() -> list[str]:
+    sections = typing.get_type_hints(Config)
+    return [f"{name}.{key}" for name, cls in sections.items() for key in typing.get_type_hints(cls)] + list(
+        sections
+    )
+
+
+def _all_keys() -> list[str]:
+    return [key.split(".")[-1] for key in _dotted_keys()]
+
+
+def _build(cls: type[T], tree: Mapping[str, Any], where: str, path: str) -> T:
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key not in hints:
+            raise VoxelscaleError(f"{where}: unknown key {path}{key}", "was it written by another version?")
+        kind = hints[key]
+        nested = is_dataclass(kind) and isinstance(value, Mapping)
+        values[key] = (
+            _build(typing.cast(type, kind), value, where, f"{path}{key}.")
+            if nested
+            else _coerce(kind, value, where, f"{path}{key}")
+        )
+    return cls(**values)
+
+
+def _coerce(kind: Any, value: Any, where: str, path: str) -> Any:
+    """`value` as the declared type, or a clear refusal."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(next(a for a in args if a is not type(None)), value, where, path)
+    if origin is Literal:
+        if value in args and type(value) in {type(a) for a in args}:
+            return value
+        raise _mistyped(where, path, value, "one of " + ", ".join(map(str, args)))
+    if origin is tuple:
+        many = len(args) == 2 and args[1] is Ellipsis
+        if not isinstance(value, list | tuple) or not (many or len(value) == len(args)):
+            count = "a list" if many else f"a list of {len(args)}"
+            raise _mistyped(where, path, value, f"{count}, as [{', '.join('…' for _ in args)}]")
+        item_kinds = [args[0]] * len(value) if many else args
+        return tuple(
+            _coerce(k, v, where, f"{path}[{i}]")
+            for i, (k, v) in enumerate(zip(item_kinds, value, strict=True))
+        )
+    if kind is float:
+        return _as_float(value, where, path)
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    names = {int: "a whole number", bool: "true or false", str: "a text"}
+    raise _mistyped(where, path, value, names.get(kind, str(kind)))
+
+
+def _as_float(value: Any, where: str, path: str) -> float:
+    # YAML 1.1 reads 1e-3 (no dot) as a text.
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise _mistyped(where, path, value, "a number")
+
+
+def _mistyped(where: str, path: str, value: Any, wanted: str) -> VoxelscaleError:
+    return VoxelscaleError(f"{where}: {path} is {value!r}", f"it must be {wanted}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _check(config: Config) -> None:
+    """Ranges that no type can say."""
+    c = config
+    rules = [
+        ("data.patch_size", min(c.data.patch_size) >= 1, "at least 1 voxel along each axis"),
+        ("data.patch_size", c.model.dims == 3 or c.data.patch_size[0] == 1, "1 along z for model.dims=2"),
+        ("data.foreground", 0 <= c.data.foreground <= 1, "between 0 and 1"),
+        ("data.readers", c.data.readers >= 1, "at least 1"),
+        ("data.prefetch", c.data.prefetch >= 1, "at least 1"),
+        ("model.depth", c.model.depth >= 1, "at least 1"),
+        ("model.filters", c.model.filters >= 1, "at least 1"),
+        ("model.kernel_size", c.model.kernel_size >= 1 and c.model.kernel_size % 2 == 1, "odd"),
+        ("train.samples", c.train.samples >= 1, "at least 1"),
+        ("train.batch_size", c.train.batch_size >= 1, "at least 1"),
+        ("train.virtual_workers", c.train.virtual_workers >= 1, "at least 1"),
+        ("train.checkpoint_every", c.train.checkpoint_every >= 1, "at least 1"),
+        ("train.keep", c.train.keep >= 1, "at least 1"),
+        ("optim.lr", c.optim.lr > 0, "above 0"),
+        ("optim.warmup", 0 <= c.optim.warmup < 1, "at least 0 and below 1"),
+        (
+            "prepare.split",
+            min(c.prepare.split) >= 0 and sum(c.prepare.split) > 0,
+            "shares, at least one above 0",
+        ),
+        ("prepare.spacing", c.prepare.spacing is None or min(c.prepare.spacing) > 0, "above 0 mm"),
+        ("phantom.spacing", min(c.phantom.spacing) > 0, "above 0 mm"),
+        ("phantom.cases", c.phantom.cases >= 1, "at least 1"),
+        (
+            "phantom.nodules",
+            0 <= c.phantom.nodules[0] <= c.phantom.nodules[1],
+            "least and greatest, in order",
+        ),
+        (
+            "phantom.diameter_mm",
+            0 < c.phantom.diameter_mm[0] <= c.phantom.diameter_mm[1],
+            "least and greatest in mm, in order",
+        ),
+        ("predict.overlap", 0 <= c.predict.overlap < 1, "at least 0 and below 1"),
+        ("predict.batch_size", c.predict.batch_size >= 1, "at least 1"),
+        ("predict.threshold", 0 < c.predict.threshold < 1, "between 0 and 1"),
+    ]
+    for key, right, wanted in rules:
+        if not right:
+            section, name = key.split(".")
+            raise VoxelscaleError(
+                f"config: {key} is {getattr(getattr(c, section), name)}", f"it must be {wanted}"
+            )
+
+
+__all__ = [
+    "AugmentConfig", "Config", "DataConfig", "LossConfig", "ModelConfig", "OptimConfig", "PhantomConfig",
+    "PredictConfig", "PrepareConfig", "TrainConfig", "dump", "fields", "from_dict", "load", "replace", "to_dict",
+]  # fmt: skip

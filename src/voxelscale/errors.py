@@ -1,0 +1,25 @@
+"""The one exception family that a user's input can raise."""
+
+from __future__ import annotations
+
+
+class VoxelscaleError(Exception):
+    """Something about the input or the surroundings is wrong and a person can mend it.
+
+    Args:
+        message: what is wrong, naming the file or the key.
+        hint: the mend, as one sentence.
+
+    The CLI prints it as two lines, ``error: ...`` and ``hint: ...``, and exits with 2. A programming
+    error is never one of these: it keeps its traceback.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[type[VoxelscaleError], tuple[str, str]]:
+        # Exceptions cross process boundaries when `prepare` works in parallel; the default
+        # pickling would lose the hint.
+        return type(self), (self.message, self.hint)

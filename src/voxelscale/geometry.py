@@ -1,0 +1,226 @@
+"""Where voxels lie in the patient.
+
+One convention, everywhere: arrays are indexed ``(z, y, x)``; positions are millimetres in DICOM's
+patient frame, LPS (x to the patient's left, y to the posterior, z to the head), in the order
+``(x, y, z)``; an affine is the 4 x 4 matrix that takes a homogeneous voxel index ``(z, y, x, 1)`` to
+a homogeneous position ``(x, y, z, 1)``. Voxel indices name voxel centres (DICOM PS3.3 C.7.6.2.1.1,
+and ITK).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+Triple = tuple[float, float, float]
+IntTriple = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A lattice of voxels in the patient, without values.
+
+    Attributes:
+        shape: number of voxels along ``(z, y, x)``.
+        affine: (4, 4) float64, voxel index ``(z, y, x, 1)`` to LPS mm ``(x, y, z, 1)``.
+    """
+
+    shape: IntTriple
+    affine: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        affine = np.array(self.affine, dtype=np.float64)
+        if affine.shape != (4, 4) or not np.isfinite(affine).all():
+            raise ValueError(f"an affine is a finite 4 x 4 matrix, not {self.affine!r}")
+        if abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+            raise ValueError("the affine is singular: two voxel axes are parallel or a spacing is 0")
+        affine.setflags(write=False)
+        object.__setattr__(self, "affine", affine)
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+
+    @property
+    def spacing(self) -> Triple:
+        """Distance between voxel centres along ``(z, y, x)``, in mm."""
+        z, y, x = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(z), float(y), float(x)
+
+    @property
+    def origin(self) -> Triple:
+        """Centre of voxel ``(0, 0, 0)``, ``(x, y, z)`` in LPS mm."""
+        x, y, z = self.affine[:3, 3]
+        return float(x), float(y), float(z)
+
+    @property
+    def direction(self) -> NDArray[np.float64]:
+        """(3, 3) unit columns: where the x, y and z index axes point, as ITK's direction matrix."""
+        columns: NDArray[np.float64] = (self.affine[:3, :3] / np.asarray(self.spacing))[:, ::-1]
+        return columns
+
+    def index_to_mm(self, index: ArrayLike) -> NDArray[np.float64]:
+        """Positions (..., 3) as LPS mm ``(x, y, z)`` of voxel indices (..., 3) ``(z, y, x)``."""
+        points: NDArray[np.float64] = (
+            np.asarray(index, dtype=np.float64) @ self.affine[:3, :3].T + self.affine[:3, 3]
+        )
+        return points
+
+    def mm_to_index(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Fractional voxel indices (..., 3) ``(z, y, x)`` of LPS mm positions (..., 3) ``(x, y, z)``."""
+        offset = np.asarray(points, dtype=np.float64) - self.affine[:3, 3]
+        index: NDArray[np.float64] = np.linalg.solve(self.affine[:3, :3], offset[..., None])[..., 0]
+        return index
+
+    def same_as(self, other: Grid, tolerance: float = 1e-3) -> bool:
+        """Whether both have one shape and all corners within `tolerance` mm of each other."""
+        if self.shape != other.shape:
+            return False
+        corners = np.indices((2, 2, 2)).reshape(3, -1).T * (np.asarray(self.shape) - 1)
+        apart = np.abs(self.index_to_mm(corners) - other.index_to_mm(corners)).max()
+        return bool(apart <= tolerance)
+
+    def with_spacing(self, spacing: Sequence[float]) -> Grid:
+        """The grid that covers the same box with voxels of `spacing` ``(z, y, x)`` mm.
+
+        Voxel edges, not centres, stay where they are, so that the volume covered is the same up to
+        half a voxel at the far end.
+        """
+        old, new = np.asarray(self.spacing), np.asarray(spacing, dtype=np.float64)
+        shape = np.maximum(1, np.round(np.asarray(self.shape) * old / new)).astype(int)
+        affine = self.affine.copy()
+        affine[:3, :3] = self.affine[:3, :3] / old * new
+        first_centre = (new / old - 1) / 2
+        affine[:3, 3] = self.index_to_mm(first_centre)
+        return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
+
+    def window(self, start: Sequence[int], shape: Sequence[int]) -> Grid:
+        """The sub-lattice of `shape` whose voxel (0, 0, 0) is this grid's voxel `start` (may be < 0)."""
+        affine = self.affine.copy()
+        affine[:3, 3] = self.index_to_mm(start)
+        return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """Voxel values and where they lie.
+
+    Attributes:
+        array: ``(z, y, x)``; HU for CT, class numbers for a mask.
+        affine: (4, 4) float64, voxel index ``(z, y, x, 1)`` to LPS mm ``(x, y, z, 1)``.
+    """
+
+    array: NDArray[Any]
+    affine: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        if self.array.ndim != 3:
+            raise ValueError(f"a scan has three axes (z, y, x), not {self.array.ndim}")
+        object.__setattr__(self, "affine", self.grid.affine)
+
+    @property
+    def grid(self) -> Grid:
+        z, y, x = self.array.shape
+        return Grid((z, y, x), self.affine)
+
+    @property
+    def spacing(self) -> Triple:
+        """Distance between voxel centres along ``(z, y, x)``, in mm."""
+        return self.grid.spacing
+
+
+def affine_from_itk(
+    origin: Sequence[float], spacing: Sequence[float], direction: ArrayLike
+) -> NDArray[np.float64]:
+    """The affine of ITK's origin ``(x, y, z)``, spacing ``(x, y, z)`` and 3 x 3 direction."""
+    columns = np.asarray(direction, dtype=np.float64).reshape(3, 3) * np.asarray(spacing)
+    affine = np.eye(4)
+    affine[:3, :3] = columns[:, ::-1]
+    affine[:3, 3] = origin
+    return affine
+
+
+def to_itk(scan: Scan) -> sitk.Image:
+    """The scan as a SimpleITK image (a copy)."""
+    import SimpleITK as sitk
+
+    array = scan.array.astype(np.uint8) if scan.array.dtype == np.bool_ else scan.array
+    image = sitk.GetImageFromArray(array)
+    grid = scan.grid
+    image.SetSpacing(grid.spacing[::-1])
+    image.SetOrigin(grid.origin)
+    image.SetDirection(grid.direction.ravel().tolist())
+    return image
+
+
+def from_itk(image: sitk.Image) -> Scan:
+    """A three-dimensional, one-component SimpleITK image as a scan (a copy)."""
+    import SimpleITK as sitk
+
+    affine = affine_from_itk(image.GetOrigin(), image.GetSpacing(), image.GetDirection())
+    return Scan(sitk.GetArrayFromImage(image), affine)
+
+
+def resample(
+    scan: Scan, grid: Grid, interpolation: Literal["linear", "nearest"] = "linear", fill: float = 0
+) -> Scan:
+    """The scan's values at the voxels of `grid`, by SimpleITK; `fill` where the scan has none.
+
+    The result has the scan's dtype. Positions up to half a voxel outside the outermost voxel
+    centres, but inside the volume the voxels cover, take the nearest voxel's value: a resampled
+    scan has no false rim.
+    """
+    import SimpleITK as sitk
+
+    if scan.grid.same_as(grid, tolerance=1e-6):
+        return Scan(scan.array.copy(), grid.affine)
+    resampler = sitk.ResampleImageFilter()
+    resampler.SetSize(grid.shape[::-1])
+    resampler.SetOutputSpacing(grid.spacing[::-1])
+    resampler.SetOutputOrigin(grid.origin)
+    resampler.SetOutputDirection(grid.direction.ravel().tolist())
+    resampler.SetInterpolator(sitk.sitkLinear if interpolation == "linear" else sitk.sitkNearestNeighbor)
+    resampler.SetDefaultPixelValue(float(fill))
+    array = sitk.GetArrayFromImage(resampler.Execute(to_itk(scan)))
+    return Scan(array.astype(scan.array.dtype, copy=False), grid.affine)
+
+
+def reorient(scan: Scan) -> Scan:
+    """The same voxels, with axes permuted and flipped so that each runs as nearly as can be in LPS.
+
+    Nothing is interpolated: an oblique scan stays oblique, every value stays at its position.
+    """
+    grid = scan.grid
+    columns = np.abs(grid.direction[:, ::-1])  # rows x, y, z; columns: array axes
+    # Greedy on the largest cosine keeps the assignment one-to-one for any rotation.
+    axis_of: dict[int, int] = {}
+    for flat in np.argsort(-columns, axis=None):
+        world, axis = divmod(int(flat), 3)
+        if world not in axis_of and axis not in axis_of.values():
+            axis_of[world] = axis
+    order = [axis_of[2], axis_of[1], axis_of[0]]
+    affine = grid.affine[:, [*order, 3]].copy()
+    array = scan.array.transpose(order)
+    for axis, world in enumerate((2, 1, 0)):
+        if affine[world, axis] < 0:
+            affine[:3, 3] += affine[:3, axis] * (array.shape[axis] - 1)
+            affine[:3, axis] *= -1
+            array = np.flip(array, axis)
+    return Scan(np.ascontiguousarray(array), affine)
+
+
+def crop_or_pad(scan: Scan, start: Sequence[int], shape: Sequence[int], fill: float = 0) -> Scan:
+    """The window of `shape` that begins at voxel `start` ``(z, y, x)``; `fill` beyond the scan."""
+    window = scan.grid.window(start, shape)
+    array = np.full(window.shape, fill, dtype=scan.array.dtype)
+    low = np.maximum(start, 0)
+    high = np.minimum(np.asarray(start) + np.asarray(window.shape), scan.array.shape)
+    if (high > low).all():
+        inside = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        target = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, np.asarray(start), strict=True))
+        array[target] = scan.array[inside]
+    return Scan(array, window.affine)
