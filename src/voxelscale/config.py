@@ -11,7 +11,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -321,9 +321,8 @@ def _merge(tree: dict[str, Any], over: Mapping[str, Any], cls: type, where: str,
 
 def _dotted_keys() -> list[str]:
     sections = typing.get_type_hints(Config)
-    return [f"{name}.{key}" for name, cls in sections.items() for key in typing.get_type_hints(cls)] + list(
-        sections
-    )
+    keys = [f"{name}.{key}" for name, cls in sections.items() for key in typing.get_type_hints(cls)]
+    return keys + list(sections)
 
 
 def _all_keys() -> list[str]:
@@ -445,12 +444,5 @@ def _check(config: Config) -> None:
     for key, right, wanted in rules:
         if not right:
             section, name = key.split(".")
-            raise VoxelscaleError(
-                f"config: {key} is {getattr(getattr(c, section), name)}", f"it must be {wanted}"
-            )
-
-
-__all__ = [
-    "AugmentConfig", "Config", "DataConfig", "LossConfig", "ModelConfig", "OptimConfig", "PhantomConfig",
-    "PredictConfig", "PrepareConfig", "TrainConfig", "dump", "fields", "from_dict", "load", "replace", "to_dict",
-]  # fmt: skip
+            value = getattr(getattr(c, section), name)
+            raise VoxelscaleError(f"config: {key} is {value}", f"it must be {wanted}")

@@ -48,7 +48,7 @@ class Grid:
     @property
     def spacing(self) -> Triple:
         """Distance between voxel centres along ``(z, y, x)``, in mm."""
-        z, y, x = np.linalg.norm(self.affine[:3, :3], axis=0)
+        z, y, x = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))
         return float(z), float(y), float(x)
 
     @property
@@ -124,6 +124,7 @@ class Scan:
 
     @property
     def grid(self) -> Grid:
+        """The lattice without the values."""
         z, y, x = self.array.shape
         return Grid((z, y, x), self.affine)
 

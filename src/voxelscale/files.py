@@ -1,0 +1,57 @@
+"""Durable writing: under a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from voxelscale.errors import VoxelscaleError
+
+_MAGIC = b"voxelscale sealed 1\n"
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that at any instant either the old or the new content is there, whole.
+
+    Raises:
+        VoxelscaleError: the file cannot be written (no space, no permission).
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        hint = "free some space or choose another folder"
+        raise VoxelscaleError(f"{path}: cannot be written ({error.strerror})", hint) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_sealed(path: Path, payload: bytes) -> None:
+    """`write_atomic` with the payload's SHA-256 before it."""
+    write_atomic(path, _MAGIC + hashlib.sha256(payload).digest() + payload)
+
+
+def read_sealed(path: Path) -> bytes:
+    """The payload that `write_sealed` wrote.
+
+    Raises:
+        VoxelscaleError: the file is missing, of another kind, truncated or altered.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise VoxelscaleError(f"{path}: cannot be read ({error.strerror})", "check the path") from None
+    start = len(_MAGIC) + 32
+    if not data.startswith(_MAGIC):
+        raise VoxelscaleError(f"{path}: not a voxelscale checkpoint or model", "check the path")
+    payload = data[start:]
+    if hashlib.sha256(payload).digest() != data[len(_MAGIC) : start]:
+        raise VoxelscaleError(f"{path}: truncated or altered (checksum differs)", "use another copy")
+    return payload
