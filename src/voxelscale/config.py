@@ -180,6 +180,8 @@ class TrainConfig:
     """Patches to train on; the budget, whatever the number of workers."""
     batch_size: int = 2
     """Patches per worker per step; the global batch is ranks x virtual_workers x batch_size."""
+    ranks: int = 0
+    """Processes on this machine; 0: one a GPU, or one on CPUs. torchrun's own number goes before it."""
     virtual_workers: int = 1
     """Workers that each rank plays one after another."""
     seed: int = 0
@@ -414,6 +416,7 @@ def _check(config: Config) -> None:
         ("model.kernel_size", c.model.kernel_size >= 1 and c.model.kernel_size % 2 == 1, "odd"),
         ("train.samples", c.train.samples >= 1, "at least 1"),
         ("train.batch_size", c.train.batch_size >= 1, "at least 1"),
+        ("train.ranks", c.train.ranks >= 0, "at least 0"),
         ("train.virtual_workers", c.train.virtual_workers >= 1, "at least 1"),
         ("train.checkpoint_every", c.train.checkpoint_every >= 1, "at least 1"),
         ("train.keep", c.train.keep >= 1, "at least 1"),

@@ -73,8 +73,8 @@ class Grid:
     def mm_to_index(self, points: ArrayLike) -> NDArray[np.float64]:
         """Fractional voxel indices (..., 3) ``(z, y, x)`` of LPS mm positions (..., 3) ``(x, y, z)``."""
         offset = np.asarray(points, dtype=np.float64) - self.affine[:3, 3]
-        index: NDArray[np.float64] = np.linalg.solve(self.affine[:3, :3], offset[..., None])[..., 0]
-        return index
+        index = np.linalg.solve(self.affine[:3, :3], offset[..., None])[..., 0]
+        return np.asarray(index, dtype=np.float64)
 
     def same_as(self, other: Grid, tolerance: float = 1e-3) -> bool:
         """Whether both have one shape and all corners within `tolerance` mm of each other."""

@@ -60,7 +60,8 @@ class SyncBatchNorm(_BatchNorm):
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
         shape = [1, -1, *[1] * (input.dim() - 2)]
-        return (input * scale.view(shape) + shift.view(shape)).to(input.dtype)
+        normalised: Tensor = input * scale.view(shape) + shift.view(shape)
+        return normalised.to(input.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.momentum is None:

@@ -1,0 +1,157 @@
+"""Training samples by global index: which scan, which patch, and reading them ahead.
+
+Sample ``i`` of a run is a pure function of ``(seed, i)``, by the counter-based generator Philox
+(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). No epochs, no shuffles in
+memory, no worker seeds: any number of ranks, and a resumed run, draw the same stream.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelscale.config import AugmentConfig, DataConfig
+from voxelscale.data.augment_plan import Augmentation, draw_augmentation
+from voxelscale.data.store import CaseInfo, Reader, Store
+from voxelscale.errors import VoxelscaleError
+
+PLACE, AUGMENT, NOISE = 0, 1, 2
+"""Streams of one sample's generator: what is drawn in one never shifts another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sample as read, before normalising and augmenting.
+
+    Attributes:
+        index: its global index.
+        case: which scan.
+        start: voxel (z, y, x) of the store at which `region` begins; may be negative.
+        region: (2, z, y, x) int16, HU and mask; larger than the patch where it will be rotated or
+            zoomed, so that what turns in from outside is real.
+        augmentation: what the device will do to it.
+    """
+
+    index: int
+    case: str
+    start: tuple[int, int, int]
+    region: NDArray[np.int16]
+    augmentation: Augmentation
+
+
+def generator(seed: int, index: int, stream: int) -> np.random.Generator:
+    """The random numbers of one stream of one sample."""
+    return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, stream]))
+
+
+class PatchSource:
+    """The map from a global index to a sample of a store's training cases.
+
+    Args:
+        store: where to read.
+        data: patch size, foreground share, and how many cases.
+        augment: what is drawn for the device.
+        seed: of the run.
+        dims: 2 or 3; in 2-D nothing turns out of the slice.
+
+    Raises:
+        VoxelscaleError: the store has no training case.
+    """
+
+    def __init__(
+        self, store: Store, data: DataConfig, augment: AugmentConfig, seed: int, dims: int = 3
+    ) -> None:
+        cases = store.split("train")
+        self.cases: Sequence[CaseInfo] = cases[: data.cases] if data.cases else cases
+        if not self.cases:
+            raise VoxelscaleError(
+                f"{store.path}: no training case", "give prepare.split a first share above 0"
+            )
+        self._with_lesions = [info for info in self.cases if info.lesion_volumes_mm3]
+        self._reader = Reader(store.path)
+        self._data, self._augment, self._seed, self._dims = data, augment, seed, dims
+        self._spacing = store.spacing
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`, any number from 0 on."""
+        info, centre = self._place(index)
+        plan = draw_augmentation(
+            self._augment,
+            generator(self._seed, index, AUGMENT),
+            self._data.patch_size,
+            self._spacing,
+            self._dims,
+        )
+        start = place_window(centre, self._data.patch_size, info.shape)
+        margin = (np.asarray(plan.region) - self._data.patch_size) // 2
+        z, y, x = (int(v) for v in np.asarray(start) - margin)
+        region = self._reader.region(info.case, (z, y, x), plan.region)
+        return Sample(index=index, case=info.case, start=(z, y, x), region=region, augmentation=plan)
+
+    def _place(self, index: int) -> tuple[CaseInfo, NDArray[np.int64]]:
+        """The case and the patch's centre voxel of a sample."""
+        random = generator(self._seed, index, PLACE)
+        foreground = random.random() < self._data.foreground and bool(self._with_lesions)
+        pick, lesion, voxel = random.random(3)
+        if not foreground:
+            info = self.cases[int(pick * len(self.cases))]
+            return info, random.integers(0, info.shape)
+        info = self._with_lesions[int(pick * len(self._with_lesions))]
+        # By lesion first, so that a small one is seen as often as a large one.
+        lesions = self._reader.lesions(info.case)
+        voxels = lesions[int(lesion * len(lesions))]
+        reach = np.asarray(self._data.patch_size) // 3
+        jitter = random.integers(-reach, reach, endpoint=True)
+        return info, voxels[int(voxel * len(voxels))].astype(np.int64) + jitter
+
+
+def place_window(
+    centre: Sequence[int] | NDArray[np.int64], size: Sequence[int], shape: Sequence[int]
+) -> list[int]:
+    """First voxel of a window of `size` around `centre`, moved to lie inside `shape`.
+
+    Along an axis where the scan is smaller than the window, the scan lies in the window's middle.
+    """
+    starts = []
+    for c, n, whole in zip(centre, size, shape, strict=True):
+        inside = min(max(int(c) - n // 2, 0), whole - n)
+        starts.append(inside if whole >= n else -((n - whole) // 2))
+    return starts
+
+
+def worker_indices(step: int, worker: int, workers: int, batch_size: int) -> range:
+    """The global indices of one worker's micro-batch in one step.
+
+    Step ``s`` of ``W`` workers with ``b`` samples each covers ``[s W b, (s + 1) W b)``; worker ``w``
+    takes every index that is ``w`` modulo ``W``.
+    """
+    first = step * workers * batch_size
+    return range(first + worker, first + workers * batch_size, workers)
+
+
+def read_ahead(
+    source: PatchSource, batches: Iterable[Sequence[int]], readers: int, prefetch: int
+) -> Iterator[list[Sample]]:
+    """The samples of each batch, in order, read by threads `prefetch` batches ahead.
+
+    Threads suffice: decompression and array copies release the interpreter's lock.
+    """
+    waiting: deque[list[Future[Sample]]] = deque()
+    pending = iter(batches)
+    pool = ThreadPoolExecutor(readers, thread_name_prefix="patch-reader")
+    try:
+        for indices in islice(pending, prefetch):
+            waiting.append([pool.submit(source.__getitem__, index) for index in indices])
+        while waiting:
+            samples = [future.result() for future in waiting.popleft()]
+            for indices in islice(pending, 1):
+                waiting.append([pool.submit(source.__getitem__, index) for index in indices])
+            yield samples
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,298 @@
+"""From scans and masks to the training store: parallel, resumable, and no broken case stops the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelscale.config import PrepareConfig
+from voxelscale.console import Progress
+from voxelscale.data.listing import Source
+from voxelscale.data.store import (
+    AIR_HU,
+    VOXELS_PER_LESION,
+    CaseInfo,
+    read_info,
+    write_case,
+    write_table,
+)
+from voxelscale.errors import VoxelscaleError
+from voxelscale.geometry import Scan, Triple, reorient, resample
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a preparation.
+
+    Attributes:
+        done: the cases now in the store.
+        kept: how many of them were there already.
+        failed: case, error and hint of each that is not.
+    """
+
+    done: tuple[CaseInfo, ...]
+    kept: int
+    failed: tuple[tuple[str, str, str], ...]
+
+
+def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outcome:
+    """Read, check, resample and store every case; then the table, the split and the fingerprint.
+
+    Run again with the same arguments it keeps what is whole and unchanged.
+
+    Args:
+        sources: as `voxelscale.data.listing.list_sources` finds them.
+        out: the store's folder, made where it is not there.
+
+    Raises:
+        VoxelscaleError: no case could be prepared at all.
+    """
+    failed: dict[str, tuple[str, str]] = {}
+    spacing = config.spacing or median_spacing(_each(sources, survey, "survey", config, failed))
+    good = [source for source in sources if source.case not in failed]
+    kept = {s.case: info for s in good if (info := _kept(s, out, config, spacing))}
+    todo = [source for source in good if source.case not in kept]
+    made: list[CaseInfo] = _each(todo, prepare_case, "prepare", config, failed, out, spacing)
+    infos = sorted([*kept.values(), *made], key=lambda info: info.case)
+    failures = tuple((case, *failed[case]) for case in sorted(failed))
+    if not infos:
+        case, message, hint = failures[0]
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        raise VoxelscaleError(f"no case could be prepared; {case}: {message}{more}", hint)
+    infos = assign_splits(infos, config.split, config.seed)
+    write_table(out, spacing, fingerprint(infos), infos)
+    return Outcome(done=tuple(infos), kept=len(kept), failed=failures)
+
+
+def survey(source: Source, config: PrepareConfig) -> Triple:
+    """The spacing (z, y, x) in mm of a case's image once turned to LPS."""
+    from voxelscale.formats import read_scan
+
+    return reorient(read_scan(source.image)).spacing
+
+
+def median_spacing(spacings: Iterable[Triple]) -> Triple:
+    """The data set's median along each axis, mm, to the hundredth."""
+    table = list(spacings)
+    if not table:
+        raise VoxelscaleError(
+            "no scan of the data set can be read", "run with --verbose to see each one's fault"
+        )
+    z, y, x = (round(float(v), 2) for v in np.median(np.asarray(table), axis=0))
+    return z, y, x
+
+
+def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Triple) -> CaseInfo:
+    """Read one case, resample it to `spacing`, and write its file.
+
+    The image is turned to LPS, resampled linearly and rounded to int16 HU; the mask by nearest
+    neighbour, so that it stays a mask.
+
+    Raises:
+        VoxelscaleError: the image or the mask is unfit; the message names the file.
+    """
+    image, mask = _read(source, config)
+    target = image.grid.with_spacing(spacing)
+    as_float = Scan(image.array.astype(np.float32), image.affine)
+    resampled = resample(as_float, target, "linear", fill=AIR_HU)
+    hu = np.clip(np.rint(resampled.array), -32768, 32767).astype(np.int16)
+    label = resample(mask, target, "nearest").array
+    lesions = lesion_voxels(label)
+    if mask.array.any() and not lesions:
+        hint = "choose a finer prepare.spacing"
+        raise VoxelscaleError(f"{source.label}: the mask vanishes at {spacing} mm", hint)
+    voxel = float(np.prod(spacing))
+    info = CaseInfo(
+        case=source.case,
+        patient=source.patient,
+        shape=target.shape,
+        affine=tuple(tuple(row) for row in target.affine.tolist()),
+        source_spacing=image.spacing,
+        lesion_volumes_mm3=tuple(round(len(flat) * voxel, 3) for flat in lesions),
+        intensities=_intensities(hu[label > 0]),
+        key=source_key(source, config, spacing),
+    )
+    thinned = [_thin(flat) for flat in lesions]
+    write_case(out, info, hu, label, thinned, config.chunk)
+    return info
+
+
+def _read(source: Source, config: PrepareConfig) -> tuple[Scan, Scan]:
+    from voxelscale.formats import read_pair, read_scan
+
+    if source.label is not None:
+        pair = read_pair(source.image, source.label, config.allow_empty, config.labels)
+        return reorient(pair[0]), reorient(pair[1])
+    if not config.allow_empty:
+        hint = "add its mask, or say prepare.allow_empty=true where scans without one are healthy"
+        raise VoxelscaleError(f"{source.image}: has no mask", hint)
+    image = reorient(read_scan(source.image))
+    return image, Scan(np.zeros(image.array.shape, np.uint8), image.affine)
+
+
+def lesion_voxels(mask: NDArray[np.uint8]) -> list[NDArray[np.int64]]:
+    """Flat (C-order) voxel indices of each 26-connected component, largest first."""
+    import cc3d
+
+    components = cc3d.connected_components(np.ascontiguousarray(mask), connectivity=26)
+    flat = np.flatnonzero(components)
+    owner = components.ravel()[flat]
+    order = np.argsort(owner, kind="stable")
+    cuts = np.flatnonzero(np.diff(owner[order])) + 1
+    groups = [np.sort(group) for group in np.split(flat[order], cuts) if len(group)]
+    return sorted(groups, key=lambda group: (-len(group), int(group[0])))
+
+
+def _thin(flat: NDArray[np.int64]) -> NDArray[np.int64]:
+    if len(flat) <= VOXELS_PER_LESION:
+        return flat
+    return flat[np.linspace(0, len(flat) - 1, VOXELS_PER_LESION).round().astype(np.int64)]
+
+
+def _intensities(values: NDArray[np.int16]) -> dict[str, float]:
+    if not values.size:
+        return {}
+    low, mid, high = np.percentile(values, [0.5, 50, 99.5])
+    numbers = {
+        "count": values.size,
+        "mean": values.mean(dtype=np.float64),
+        "std": values.std(dtype=np.float64),
+        "percentile_00_5": low,
+        "percentile_50": mid,
+        "percentile_99_5": high,
+    }
+    return {name: round(float(value), 3) for name, value in numbers.items()}
+
+
+def fingerprint(cases: Sequence[CaseInfo]) -> dict[str, Any]:
+    """What a training needs to know of the data set, from its training cases (all, if there are none).
+
+    ``lesion_hu``: mean, std and percentiles of the lesions' HU, pooled over cases weighted by their
+    voxels (percentiles: the least and greatest of the cases', so that none is clipped);
+    ``lesion_volume_mm3``: count and quartiles; ``source_spacing``: least, median and greatest
+    (z, y, x); ``digest``: of all cases' keys, by which a resumed run knows its data.
+    """
+    used = [c for c in cases if c.split == "train"] or list(cases)
+    volumes = [v for c in used for v in c.lesion_volumes_mm3]
+    spacings = np.asarray([c.source_spacing for c in used])
+    digest = hashlib.sha256("\n".join(f"{c.case} {c.split} {c.key}" for c in cases).encode()).hexdigest()
+    return {
+        "cases": {name: sum(c.split == name for c in cases) for name in SPLITS},
+        "patients": len({c.patient for c in cases}),
+        "lesion_hu": _pooled([c.intensities for c in used if c.intensities]),
+        "lesion_volume_mm3": {
+            "count": len(volumes),
+            "quartiles": [round(float(q), 1) for q in np.percentile(volumes, [0, 25, 50, 75, 100])]
+            if volumes
+            else [],
+        },
+        "source_spacing": {
+            name: [round(float(v), 4) for v in pick(spacings, axis=0)]
+            for name, pick in (("least", np.min), ("median", np.median), ("greatest", np.max))
+        },
+        "digest": digest[:16],
+    }
+
+
+def _pooled(each: Sequence[dict[str, float]]) -> dict[str, float]:
+    if not each:
+        # A data set without lesions: lung to soft tissue, so that normalising is still defined.
+        return {"mean": -400.0, "std": 400.0, "percentile_00_5": -1000.0, "percentile_99_5": 400.0}
+    weights = np.asarray([e["count"] for e in each])
+    means, stds = (np.asarray([e[name] for e in each]) for name in ("mean", "std"))
+    mean = np.average(means, weights=weights)
+    variance = np.average(stds**2 + (means - mean) ** 2, weights=weights)
+    return {
+        "mean": round(float(mean), 3),
+        "std": round(max(float(np.sqrt(variance)), 1.0), 3),
+        "percentile_00_5": min(e["percentile_00_5"] for e in each),
+        "percentile_99_5": max(e["percentile_99_5"] for e in each),
+    }
+
+
+def assign_splits(cases: Sequence[CaseInfo], shares: Triple, seed: int) -> list[CaseInfo]:
+    """The cases with their split: patients shuffled by `seed`, then dealt out by `shares`.
+
+    Every split with a share above 0 gets at least one patient while there are enough of them,
+    training first.
+    """
+    patients = sorted({info.patient for info in cases})
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(patients))
+    wanted = np.asarray(shares) / sum(shares)
+    counts = np.floor(wanted * len(patients)).astype(int)
+    while counts.sum() < len(patients):
+        unserved = [i for i in range(3) if wanted[i] > 0 and counts[i] == 0]
+        short = wanted * len(patients) - counts
+        counts[unserved[0] if unserved else int(np.argmax(short))] += 1
+    names = np.repeat(SPLITS, counts)
+    split_of = {patients[i]: str(name) for i, name in zip(order, names, strict=True)}
+    return [replace(info, split=split_of[info.patient]) for info in cases]
+
+
+def source_key(source: Source, config: PrepareConfig, spacing: Triple) -> str:
+    """A digest of what shapes a stored case: the files' names, sizes and times, and the preparation."""
+    shaping = asdict(replace(config, split=(1, 0, 0), seed=0, workers=0))
+    files = [_stamp(path) for path in (source.image, source.label) if path is not None]
+    text = json.dumps([files, source.patient, list(spacing), shaping], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _stamp(path: Path) -> list[list[Any]]:
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.exists()]
+
+
+def _kept(source: Source, out: Path, config: PrepareConfig, spacing: Triple) -> CaseInfo | None:
+    info = read_info(out, source.case)
+    return info if info is not None and info.key == source_key(source, config, spacing) else None
+
+
+def _each(
+    sources: Sequence[Source],
+    work: Callable[..., Any],
+    label: str,
+    config: PrepareConfig,
+    failed: dict[str, tuple[str, str]],
+    *extra: Any,
+) -> list[Any]:
+    """`work(source, config, *extra)` for every source, over processes; faults go to `failed`."""
+    workers = min(config.workers or os.cpu_count() or 1, len(sources))
+    results: list[Any] = []
+    if not sources:
+        return results
+    # spawn: ITK's and Blosc2's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with (
+        Progress(label, len(sources)) as progress,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool,
+    ):
+        jobs = {pool.submit(work, source, config, *extra): source for source in sources}
+        try:
+            for done, job in enumerate(as_completed(jobs), start=1):
+                try:
+                    results.append(job.result())
+                except VoxelscaleError as error:
+                    failed[jobs[job].case] = (error.message, error.hint)
+                progress.update(done, jobs[job].case)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
+
+
+def _one_thread() -> None:
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)

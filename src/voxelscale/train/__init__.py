@@ -1,0 +1,1 @@
+"""Training: the loop, its workers, its checkpoints and its log."""

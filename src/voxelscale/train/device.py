@@ -1,0 +1,34 @@
+"""What arithmetic the device does well."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from voxelscale.errors import VoxelscaleError
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """float32 or bfloat16; ``auto`` takes bfloat16 where the device computes in it natively.
+
+    Raises:
+        VoxelscaleError: bf16 is asked of a GPU that has none.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if wanted == "bf16" and not native:
+            raise VoxelscaleError(f"{device}: has no bfloat16", "set train.precision=fp32")
+    else:
+        cpu = torch.cpu
+        native = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+    return torch.bfloat16 if wanted == "bf16" or (wanted == "auto" and native) else torch.float32
+
+
+def to_channels_last(model: nn.Module) -> nn.Module:
+    """The same network with its convolutions' weights channels last in memory, 2-D and 3-D each."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    return model

@@ -1,0 +1,148 @@
+"""Who takes part in a training: ranks, and the virtual workers each of them plays.
+
+World size W = ranks x virtual workers a rank. A rank plays its virtual workers one after another,
+each on its own micro-batch with its own batch statistics, and averages their gradients before the
+all-reduce; the update is that of W real ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """This process's place among all.
+
+    Attributes:
+        rank, ranks: of the process group; 0 of 1 where there is none.
+        virtual: workers that each rank plays.
+        device: where this rank computes.
+    """
+
+    rank: int
+    ranks: int
+    virtual: int
+    device: torch.device
+
+    @property
+    def world(self) -> int:
+        """W, the number of workers."""
+        return self.ranks * self.virtual
+
+    @property
+    def mine(self) -> range:
+        """The numbers, among all W, of the workers that this rank plays."""
+        return range(self.rank * self.virtual, (self.rank + 1) * self.virtual)
+
+
+@contextlib.contextmanager
+def join(virtual: int, threads: int) -> Iterator[Workers]:
+    """Take part as the environment says: torchrun's variables, or alone.
+
+    NCCL with one GPU a rank where there are GPUs, else Gloo.
+
+    Args:
+        virtual: virtual workers per rank.
+        threads: CPU threads of this rank; 0: the cores shared out over the ranks of this machine.
+    """
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local, locals_ = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // locals_))
+    grouped = "RANK" in os.environ and ranks > 1
+    if grouped:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield Workers(rank=rank, ranks=ranks, virtual=virtual, device=device)
+    finally:
+        if grouped:
+            dist.destroy_process_group()
+
+
+def parallel(model: nn.Module, workers: Workers) -> nn.Module:
+    """The model as it is trained: wrapped so that gradients are averaged over ranks, if there are any.
+
+    Buffers are not broadcast: `average_buffers` gives every worker's running statistics equal weight
+    instead of rank 0's alone.
+    """
+    if workers.ranks == 1:
+        return model
+    ids = [workers.device.index] if workers.device.type == "cuda" else None
+    return DistributedDataParallel(
+        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def held_back(model: nn.Module, hold: bool) -> contextlib.AbstractContextManager[None]:
+    """Within it a backward pass only adds to the rank's own gradients, if `hold`."""
+    if hold and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+class WorkerBuffers:
+    """Running statistics of virtual workers: each starts from the same, the mean of them remains.
+
+    Real ranks' statistics evolve apart and are averaged before they are used. As the update is
+    linear, averaging after every step gives the same.
+    """
+
+    def __init__(self, model: nn.Module, virtual: int) -> None:
+        self._buffers = float_buffers(model) if virtual > 1 else []
+        self._virtual = virtual
+        self._start: list[Tensor] = []
+        self._sum: list[Tensor] = []
+
+    def begin_step(self) -> None:
+        """Before the first virtual worker."""
+        self._start = [buffer.clone() for buffer in self._buffers]
+        self._sum = [torch.zeros_like(buffer) for buffer in self._buffers]
+
+    def begin_worker(self) -> None:
+        """Before each virtual worker's forward pass."""
+        for buffer, start in zip(self._buffers, self._start, strict=True):
+            buffer.copy_(start)
+
+    def end_worker(self) -> None:
+        """After it."""
+        for total, buffer in zip(self._sum, self._buffers, strict=True):
+            total += buffer
+
+    def end_step(self) -> None:
+        """After the last."""
+        for buffer, total in zip(self._buffers, self._sum, strict=True):
+            buffer.copy_(total / self._virtual)
+
+
+def float_buffers(model: nn.Module) -> list[Tensor]:
+    """Running statistics, without counters."""
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+
+def average_buffers(model: nn.Module, workers: Workers) -> None:
+    """Give every rank the mean over ranks of the running statistics."""
+    if workers.ranks == 1:
+        return
+    for buffer in float_buffers(model):
+        dist.all_reduce(buffer)
+        buffer /= workers.ranks
+
+
+def sum_over_ranks(values: Sequence[Sequence[int]], workers: Workers) -> list[list[int]]:
+    """The exact element-wise sum of an integer table over all ranks."""
+    table = torch.tensor(values, dtype=torch.int64, device=workers.device)
+    if workers.ranks > 1:
+        dist.all_reduce(table)
+    return [[int(v) for v in row] for row in table.tolist()]

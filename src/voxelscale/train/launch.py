@@ -1,0 +1,197 @@
+"""Starting a training: here in this process, or as ranks under torchrun's engine.
+
+The command itself stays out of the ranks' process group. It asks them to stop by a file in the run's
+folder, which works for every number of ranks and machines, and ends with them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from voxelscale import console
+from voxelscale.config import Config, dump, from_dict, load, to_dict
+from voxelscale.errors import VoxelscaleError
+from voxelscale.files import write_atomic
+from voxelscale.train.log import read_events
+
+FREE = {
+    "train.ranks",
+    "train.virtual_workers",
+    "train.batch_size",
+    "train.threads",
+    "train.checkpoint_every",
+    "train.keep",
+    "data.readers",
+    "data.prefetch",
+}
+"""Keys that may change when a run goes on: they say how it is computed, not what."""
+
+
+def start(config: Config, store: Path, run: Path) -> bool:
+    """Train until the budget is spent; True, or False where it was asked to stop before.
+
+    A run's folder keeps the config it was begun with; going on with another is refused.
+
+    Raises:
+        VoxelscaleError: before anything starts where that can be known; else when a rank failed.
+    """
+    claim(run, config)
+    if "RANK" in os.environ:  # started by torchrun or srun: this process is a rank
+        from voxelscale.train.loop import train
+
+        return train(config, store, run).finished
+    ranks = config.train.ranks or _devices()
+    if ranks == 1:
+        from voxelscale.train.loop import train
+
+        return train(config, store, run).finished
+    return _start_ranks(config, store, run, ranks)
+
+
+def claim(run: Path, config: Config) -> None:
+    """Make the run's folder with its ``config.yaml``, or check that it was begun with this config.
+
+    Raises:
+        VoxelscaleError: it was begun with another, or the folder holds something else.
+    """
+    path = run / "config.yaml"
+    if path.is_file():
+        begun = _flat(to_dict(load(path)))
+        now = _flat(to_dict(config))
+        trained = ("data.", "augment.", "model.", "loss.", "optim.", "train.", "predict.")
+        changed = [k for k in now if now[k] != begun.get(k) and k.startswith(trained) and k not in FREE]
+        if changed:
+            key = changed[0]
+            raise VoxelscaleError(
+                f"{run}: was begun with {key}={begun.get(key)}, not {now[key]}",
+                "choose another folder with --run, or go on with the config it holds",
+            )
+    elif run.is_dir() and any(run.iterdir()):
+        raise VoxelscaleError(f"{run}: holds files but no run", "choose an empty or new folder with --run")
+    if os.environ.get("RANK", "0") == "0":
+        write_atomic(path, dump(config))
+
+
+def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat.update(
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
+    return flat
+
+
+def _devices() -> int:
+    import torch
+
+    return torch.cuda.device_count() or 1
+
+
+def _start_ranks(config: Config, store: Path, run: Path, ranks: int) -> bool:
+    """Ranks under torchrun's engine in a session of their own, out of reach of the terminal's Ctrl-C."""
+    threads = config.train.threads or max(1, (os.cpu_count() or 1) // ranks)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "VOXELSCALE_VERBOSITY": str(console.verbosity()),
+    }
+    command = [sys.executable, "-m", "voxelscale.train.launch", "engine", str(ranks), str(store), str(run)]
+    engine = subprocess.Popen(command, env=environment, start_new_session=True)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = _wait(engine, run)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code != 0:
+        raise VoxelscaleError(
+            f"{run}: the training failed", "see the error above; the same command goes on"
+        )
+    events = read_events(run)
+    return bool(events) and events[-1]["samples"] >= config.train.samples
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _wait(engine: subprocess.Popen[bytes], run: Path) -> int:
+    try:
+        return engine.wait()
+    except KeyboardInterrupt:
+        from voxelscale.train.loop import STOP_FILE
+
+        (run / STOP_FILE).touch()
+        console.notice("\nstopping after this step; once more to stop at once")
+    try:
+        return engine.wait()
+    except KeyboardInterrupt:
+        os.killpg(engine.pid, signal.SIGKILL)
+        (run / STOP_FILE).unlink(missing_ok=True)
+        raise
+
+
+def _engine(ranks: int, store: str, run: str) -> int:
+    """torchrun's engine with `ranks` processes on this machine; the exit code of the job."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _end_with_parent()
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=f"voxelscale-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    rank = [sys.executable, "-m", "voxelscale.train.launch", "rank", store, run]
+    try:
+        elastic_launch(config, rank[0])(*rank[1:])
+    except ChildFailedError:
+        return 1
+    return 0
+
+
+def _rank(store: str, run: str) -> int:
+    """One rank; a person's error is one line, from rank 0 or from whichever has it alone."""
+    from voxelscale.train.loop import train
+
+    _end_with_parent()
+    console.set_verbosity(int(os.environ.get("VOXELSCALE_VERBOSITY", "1")))
+    try:
+        train(from_dict(to_dict(load(Path(run) / "config.yaml"))), Path(store), Path(run))
+    except VoxelscaleError as error:
+        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _end_with_parent() -> None:
+    """End when the process that started this one is gone: a killed command leaves no ranks behind."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch-parent").start()
+
+
+def _main(arguments: Sequence[str]) -> int:
+    role, *rest = arguments
+    if role == "engine":
+        return _engine(int(rest[0]), rest[1], rest[2])
+    return _rank(rest[0], rest[1])
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))

@@ -1,0 +1,73 @@
+"""What a run writes down while it goes: ``metrics.jsonl`` and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from voxelscale import __version__
+from voxelscale.files import write_atomic
+
+
+class RunLog:
+    """Appends events to ``metrics.jsonl`` and mirrors their numbers to TensorBoard.
+
+    A run that goes on from a checkpoint first drops the events after it: they will come again.
+    """
+
+    def __init__(self, run: Path, seen: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = run / "metrics.jsonl"
+        kept = [event for event in read_events(run) if event["samples"] <= seen]
+        write_atomic(self._path, "".join(json.dumps(event) + "\n" for event in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=seen + 1)
+
+    def write(self, event: str, **numbers: float) -> None:
+        """One event; `numbers` must hold ``samples``."""
+        line = {"event": event, **numbers}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in numbers.items():
+            if name not in ("samples", "step"):
+                self._board.add_scalar(f"{event}/{name}", value, int(numbers["samples"]))
+
+    def close(self) -> None:
+        """Put everything on disk."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._board.close()
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """The events of a run, in order; a last line cut short by a kill is left out."""
+    path = run / "metrics.jsonl"
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
+
+
+def environment(device: torch.device, ranks: int, virtual: int, precision: str) -> dict[str, Any]:
+    """What a person needs to compare or repeat a run; no host or user names."""
+    return {
+        "voxelscale": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "cores": os.cpu_count(),
+        "threads_per_rank": torch.get_num_threads(),
+        "ranks": ranks,
+        "virtual_workers": virtual,
+        "precision": precision,
+    }
