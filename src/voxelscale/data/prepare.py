@@ -107,7 +107,8 @@ def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Trip
     target = image.grid.with_spacing(spacing)
     as_float = Scan(image.array.astype(np.float32), image.affine)
     resampled = resample(as_float, target, "linear", fill=AIR_HU)
-    hu = np.clip(np.rint(resampled.array), -32768, 32767).astype(np.int16)
+    # Padding outside the scanner's circle comes as -2048 or -3024: air, too.
+    hu = np.clip(np.rint(resampled.array), AIR_HU, 32767).astype(np.int16)
     label = resample(mask, target, "nearest").array
     lesions = lesion_voxels(label)
     if mask.array.any() and not lesions:
@@ -133,8 +134,7 @@ def _read(source: Source, config: PrepareConfig) -> tuple[Scan, Scan]:
     from voxelscale.formats import read_pair, read_scan
 
     if source.label is not None:
-        pair = read_pair(source.image, source.label, config.allow_empty, config.labels)
-        return reorient(pair[0]), reorient(pair[1])
+        return read_pair(source.image, source.label, config.allow_empty, config.labels)
     if not config.allow_empty:
         hint = "add its mask, or say prepare.allow_empty=true where scans without one are healthy"
         raise VoxelscaleError(f"{source.image}: has no mask", hint)

@@ -1,0 +1,160 @@
+"""Reading and writing scans; the format is found by content, never by the file's name.
+
+One file per family, each with ``matches(path, head)`` and ``read(path)``; `FAMILIES` is the registry.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelscale.errors import VoxelscaleError
+from voxelscale.formats import dicom, meta, nifti, nrrd
+from voxelscale.geometry import Scan, reorient, to_itk
+
+FAMILIES = {"nifti": nifti, "metaimage": meta, "nrrd": nrrd, "dicom": dicom}
+
+WRITTEN = (".nii.gz", ".nii", ".mha", ".nrrd")
+"""Extensions that `write_scan` knows."""
+
+SAME_PLACE_MM = 0.05
+"""How far a mask's corners may lie from its image's: formats that keep their geometry in float32 or
+in decimal text lose up to a few hundredths of a millimetre over an oblique volume."""
+
+
+def detect_format(path: Path) -> str:
+    """``nifti``, ``metaimage``, ``nrrd`` or ``dicom``.
+
+    Raises:
+        VoxelscaleError: the path is missing, unreadable, empty, or none of these.
+    """
+    if not path.exists():
+        raise VoxelscaleError(f"{path}: no such file or folder", "check the path")
+    if path.is_dir():
+        return "dicom"
+    try:
+        with path.open("rb") as handle:
+            head = handle.read(1024)
+    except OSError as error:
+        raise VoxelscaleError(
+            f"{path}: cannot be read ({error.strerror})", "check its permissions"
+        ) from None
+    if not head:
+        raise VoxelscaleError(f"{path}: empty (0 bytes)", "copy or download it again")
+    for name, family in FAMILIES.items():
+        if family.matches(path, head):
+            return name
+    hint = "give NIfTI, MetaImage, NRRD, or a folder with a DICOM series"
+    raise VoxelscaleError(f"{path}: not a scan in a known format", hint)
+
+
+def read_scan(path: Path) -> Scan:
+    """A CT scan: HU as int16 where nothing is lost by it, else float32.
+
+    Raises:
+        VoxelscaleError: it is not one whole, three-dimensional, finite scan.
+    """
+    scan = FAMILIES[detect_format(path)].read(path)
+    array = scan.array
+    if array.dtype.kind == "f":
+        bad = int(array.size - np.isfinite(array).sum())
+        if bad:
+            hint = "replace them, for instance by -1024 (air)"
+            raise VoxelscaleError(f"{path}: {bad} voxels are NaN or infinite", hint)
+    return Scan(_as_hu(array), scan.affine)
+
+
+def read_label(path: Path) -> Scan:
+    """A mask: class numbers as uint8 where they fit, else int32.
+
+    Raises:
+        VoxelscaleError: as `read_scan`; or values that are no whole numbers, or negative.
+    """
+    scan = read_scan(path)
+    array = scan.array
+    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
+        raise VoxelscaleError(f"{path}: a mask with fractions", "threshold it to whole class numbers first")
+    if array.size and array.min() < 0:
+        raise VoxelscaleError(
+            f"{path}: a mask with negative values", "is this the image rather than the mask?"
+        )
+    fits = array.size == 0 or array.max() <= 255
+    return Scan(array.astype(np.uint8 if fits else np.int32), scan.affine)
+
+
+def read_pair(
+    image: Path, label: Path, allow_empty: bool = False, label_values: tuple[int, ...] | None = None
+) -> tuple[Scan, Scan]:
+    """A scan and its mask, voxel on voxel.
+
+    Args:
+        allow_empty: whether a mask without foreground is a healthy case rather than a mistake.
+        label_values: the class numbers that are the lesion; None: all above 0.
+
+    Returns:
+        HU, and a mask uint8 of 0 and 1 on the same lattice; axes run as nearly as can be in LPS.
+
+    Raises:
+        VoxelscaleError: one of them is unfit, they lie differently, or the mask is empty.
+    """
+    # Many converters flip axes; the same voxels in another order are the same lattice.
+    scan, mask = reorient(read_scan(image)), reorient(read_label(label))
+    check_same_place(label, mask, image, scan)
+    binary = mask.array > 0 if label_values is None else np.isin(mask.array, label_values)
+    if not binary.any() and not allow_empty:
+        found = ", ".join(map(str, np.unique(mask.array)[:10]))
+        wanted = "" if label_values is None else f" of the values {label_values}"
+        hint = "check the mask, or say prepare.allow_empty=true where healthy scans are meant to be there"
+        raise VoxelscaleError(f"{label}: an empty mask: no voxel{wanted} (it holds {found})", hint)
+    return scan, Scan(binary.astype(np.uint8), scan.affine)
+
+
+def check_same_place(label: Path, mask: Scan, image: Path, scan: Scan) -> None:
+    """Raise a VoxelscaleError that says how mask and image differ, if they do."""
+    if mask.grid.same_as(scan.grid, SAME_PLACE_MM):
+        return
+    hint = "resample the mask onto its image, or check that the pair belongs together"
+    if mask.array.shape != scan.array.shape:
+        sizes = [" x ".join(map(str, reversed(s.array.shape))) for s in (mask, scan)]
+        raise VoxelscaleError(f"{label}: {sizes[0]} voxels, but {image.name} has {sizes[1]}", hint)
+    corners = np.indices((2, 2, 2)).reshape(3, -1).T * (np.asarray(scan.array.shape) - 1)
+    apart = np.linalg.norm(mask.grid.index_to_mm(corners) - scan.grid.index_to_mm(corners), axis=1).max()
+    raise VoxelscaleError(f"{label}: lies up to {apart:.2f} mm away from {image.name}", hint)
+
+
+def write_scan(scan: Scan, path: Path) -> None:
+    """Write .nii, .nii.gz, .mha or .nrrd, atomically and compressed, without any patient metadata.
+
+    Raises:
+        VoxelscaleError: the extension is another, or the file cannot be written.
+    """
+    import SimpleITK as sitk
+
+    extension = next((e for e in WRITTEN if path.name.lower().endswith(e)), None)
+    if extension is None:
+        raise VoxelscaleError(f"{path}: not a format to write", f"use one of {', '.join(WRITTEN)}")
+    temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(to_itk(scan), str(temporary), useCompression=True)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        hint = "free some space or choose another folder"
+        raise VoxelscaleError(f"{path}: cannot be written ({reason})", hint) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _as_hu(array: NDArray[Any]) -> NDArray[Any]:
+    """int16 where every value survives it, else float32."""
+    if array.dtype == np.int16:
+        return array
+    if array.size and (array.min() < -32768 or array.max() > 32767):
+        return array.astype(np.float32)
+    short = array.astype(np.int16)
+    return short if np.array_equal(short, array) else array.astype(np.float32)
