@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from voxelscale.config import IntTriple
 from voxelscale.data.augment_plan import Augmentation
-from voxelscale.data.patches import NOISE, Sample, generator
+from voxelscale.data.patches import NOISE, Sample
+from voxelscale.data.randomness import generator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,7 @@
 """Training samples by global index: which scan, which patch, and reading them ahead.
 
-Sample ``i`` of a run is a pure function of ``(seed, i)``, by the counter-based generator Philox
-(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). No epochs, no shuffles in
-memory, no worker seeds: any number of ranks, and a resumed run, draw the same stream.
+Sample ``i`` of a run is a pure function of ``(seed, i)``. No epochs, no shuffles in memory, no worker
+seeds: any number of ranks, and a resumed run, draw the same stream.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from voxelscale.config import AugmentConfig, DataConfig
 from voxelscale.data.augment_plan import Augmentation, draw_augmentation
+from voxelscale.data.randomness import generator
 from voxelscale.data.store import CaseInfo, Reader, Store
 from voxelscale.errors import VoxelscaleError
 
@@ -43,11 +43,6 @@ class Sample:
     start: tuple[int, int, int]
     region: NDArray[np.int16]
     augmentation: Augmentation
-
-
-def generator(seed: int, index: int, stream: int) -> np.random.Generator:
-    """The random numbers of one stream of one sample."""
-    return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, stream]))
 
 
 class PatchSource:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
-from voxelscale.console import Progress
 from voxelscale.data.listing import Source
 from voxelscale.data.store import (
     AIR_HU,
@@ -28,7 +25,9 @@ from voxelscale.data.store import (
 )
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Scan, Triple, reorient, resample
+from voxelscale.parallel import map_processes
 
+Made = TypeVar("Made")
 SPLITS = ("train", "val", "test")
 
 
@@ -64,7 +63,8 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outc
     good = [source for source in sources if source.case not in failed]
     kept = {s.case: info for s in good if (info := _kept(s, out, config, spacing))}
     todo = [source for source in good if source.case not in kept]
-    made: list[CaseInfo] = _each(todo, prepare_case, "prepare", config, failed, out, spacing)
+    work = partial(prepare_case, config=config, out=out, spacing=spacing)
+    made = _each(todo, work, "prepare", config, failed)
     infos = sorted([*kept.values(), *made], key=lambda info: info.case)
     failures = tuple((case, *failed[case]) for case in sorted(failed))
     if not infos:
@@ -76,7 +76,7 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outc
     return Outcome(done=tuple(infos), kept=len(kept), failed=failures)
 
 
-def survey(source: Source, config: PrepareConfig) -> Triple:
+def survey(source: Source) -> Triple:
     """The spacing (z, y, x) in mm of a case's image once turned to LPS."""
     from voxelscale.formats import read_scan
 
@@ -261,38 +261,18 @@ def _kept(source: Source, out: Path, config: PrepareConfig, spacing: Triple) -> 
 
 def _each(
     sources: Sequence[Source],
-    work: Callable[..., Any],
+    work: Callable[[Source], Made],
     label: str,
     config: PrepareConfig,
     failed: dict[str, tuple[str, str]],
-    *extra: Any,
-) -> list[Any]:
-    """`work(source, config, *extra)` for every source, over processes; faults go to `failed`."""
-    workers = min(config.workers or os.cpu_count() or 1, len(sources))
-    results: list[Any] = []
-    if not sources:
-        return results
-    # spawn: ITK's and Blosc2's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with (
-        Progress(label, len(sources)) as progress,
-        ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool,
+) -> list[Made]:
+    """`work(source)` for every source, over processes; faults go to `failed`."""
+    results = []
+    for source, made in map_processes(
+        work, sources, label=label, name=lambda source: source.case, workers=config.workers
     ):
-        jobs = {pool.submit(work, source, config, *extra): source for source in sources}
-        try:
-            for done, job in enumerate(as_completed(jobs), start=1):
-                try:
-                    results.append(job.result())
-                except VoxelscaleError as error:
-                    failed[jobs[job].case] = (error.message, error.hint)
-                progress.update(done, jobs[job].case)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        if isinstance(made, VoxelscaleError):
+            failed[source.case] = (made.message, made.hint)
+        else:
+            results.append(made)
     return results
-
-
-def _one_thread() -> None:
-    import SimpleITK as sitk
-
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)

@@ -66,8 +66,8 @@ def match(lesions: Sequence[Finding], findings: Sequence[Finding]) -> Matches:
     """
     best = [float("nan")] * len(lesions)
     false_positives = []
-    centres = np.asarray([(l.x, l.y, l.z) for l in lesions]).reshape(-1, 3)
-    radii = np.asarray([max(l.diameter_mm, 3.0) / 2 for l in lesions])
+    centres = np.asarray([(lesion.x, lesion.y, lesion.z) for lesion in lesions]).reshape(-1, 3)
+    radii = np.asarray([max(lesion.diameter_mm, 3.0) / 2 for lesion in lesions])
     for finding in findings:
         apart = np.linalg.norm(centres - (finding.x, finding.y, finding.z), axis=1)
         hit = np.flatnonzero(apart < radii)

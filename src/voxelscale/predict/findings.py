@@ -141,7 +141,8 @@ def _extreme(points: NDArray[np.int64]) -> NDArray[np.int64]:
     points = points[order]
     new_row = np.flatnonzero(np.diff(points[:, 1])) + 1
     ends = np.concatenate([[0], new_row, new_row - 1, [len(points) - 1]])
-    return points[np.unique(ends)]
+    extreme: NDArray[np.int64] = points[np.unique(ends)]
+    return extreme
 
 
 def write_findings(findings: Sequence[Finding], csv_path: Path, json_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""The same work on many items, over processes, where one item's fault does not stop the rest."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TypeVar
+
+from voxelscale.console import Progress
+from voxelscale.errors import VoxelscaleError
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def map_processes(
+    work: Callable[[Item], Made],
+    items: Sequence[Item],
+    *,
+    label: str,
+    name: Callable[[Item], str],
+    workers: int = 0,
+) -> Iterator[tuple[Item, Made | VoxelscaleError]]:
+    """Each item with its result, or with the fault of its input, in the order they are ready.
+
+    Args:
+        work: a function that can be pickled.
+        label: what the progress bar says.
+        name: what it says of an item.
+        workers: processes; 0: one a core.
+    """
+    if not items:
+        return
+    count = min(workers or os.cpu_count() or 1, len(items))
+    # spawn: the threads of ITK and Blosc2 do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with (
+        Progress(label, len(items)) as progress,
+        ProcessPoolExecutor(count, mp_context=context, initializer=_one_thread) as pool,
+    ):
+        jobs = {pool.submit(work, item): item for item in items}
+        try:
+            for done, job in enumerate(as_completed(jobs), start=1):
+                item = jobs[job]
+                try:
+                    result: Made | VoxelscaleError = job.result()
+                except VoxelscaleError as error:
+                    result = error
+                progress.update(done, name(item))
+                yield item, result
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _one_thread() -> None:
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
