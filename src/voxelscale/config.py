@@ -216,6 +216,8 @@ class PredictConfig:
     """Windows per forward pass."""
     threshold: float = 0.5
     """Lesion probability at which a voxel counts as lesion."""
+    candidates: float = 0.2
+    """Lesion probability above which a component is listed as a doubtful finding, outside the mask."""
     min_volume_mm3: float = 10.0
     """Smaller components are dropped; a 3 mm sphere has 14 mm3."""
     flips: bool = False

@@ -52,6 +52,11 @@ class Grid:
         return float(z), float(y), float(x)
 
     @property
+    def voxel_mm3(self) -> float:
+        """Volume of a voxel, in mm3."""
+        return abs(float(np.linalg.det(self.affine[:3, :3])))
+
+    @property
     def origin(self) -> Triple:
         """Centre of voxel ``(0, 0, 0)``, ``(x, y, z)`` in LPS mm."""
         x, y, z = self.affine[:3, 3]

@@ -46,10 +46,69 @@ def list_sources(data: Path) -> list[Source]:
         sources = _from_csv(data / "dataset.csv")
     else:
         sources = _from_folders(data)
+    return _distinct(data, sources)
+
+
+def _distinct(data: Path, sources: list[Source]) -> list[Source]:
     twice = [case for case, count in Counter(s.case for s in sources).items() if count > 1]
     if twice:
         raise VoxelscaleError(f"{data}: case {twice[0]} stands there twice", "give each a name of its own")
     return sources
+
+
+def list_scans(path: Path) -> list[Source]:
+    """The scans to be looked at, with or without masks.
+
+    Args:
+        path: a data set as `list_sources` takes it; one scan (a file, or a DICOM folder); or a folder
+            of scans (files, and folders with DICOM).
+
+    Raises:
+        VoxelscaleError: there is no scan.
+    """
+    if path.suffix.lower() == ".csv" or (path / "dataset.csv").is_file():
+        return list_sources(path)
+    if any((path / images).is_dir() for images in ("images", "imagesTr")):
+        try:
+            return list_sources(path)
+        except VoxelscaleError:
+            path = next(path / images for images in ("images", "imagesTr") if (path / images).is_dir())
+    if not path.is_dir() or _holds_dicom(path):
+        return [_unlabelled(path)]
+    scans = [entry for entry in _visible(path) if _is_scan(entry)]
+    if not scans:
+        hint = "name a scan, a DICOM folder, a folder of scans, or a CSV with the columns image,label"
+        raise VoxelscaleError(f"{path}: no scan found there", hint)
+    return _distinct(path, [_unlabelled(scan) for scan in scans])
+
+
+def _unlabelled(path: Path) -> Source:
+    name = safe_name(case_name(path.resolve()))
+    return Source(case=name, patient=name, image=path, label=None)
+
+
+def _is_scan(path: Path) -> bool:
+    from voxelscale.formats import detect_format
+
+    if path.is_dir():
+        return _holds_dicom(path)
+    try:
+        detect_format(path)
+    except VoxelscaleError:
+        return False
+    return True
+
+
+def _holds_dicom(folder: Path) -> bool:
+    from voxelscale.formats import detect_format
+
+    for path in _visible(folder):
+        if path.is_file():
+            try:
+                return detect_format(path) == "dicom"
+            except VoxelscaleError:
+                continue
+    return False
 
 
 def _from_csv(path: Path) -> list[Source]:

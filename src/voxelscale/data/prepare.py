@@ -104,11 +104,8 @@ def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Trip
         VoxelscaleError: the image or the mask is unfit; the message names the file.
     """
     image, mask = _read(source, config)
-    target = image.grid.with_spacing(spacing)
-    as_float = Scan(image.array.astype(np.float32), image.affine)
-    resampled = resample(as_float, target, "linear", fill=AIR_HU)
-    # Padding outside the scanner's circle comes as -2048 or -3024: air, too.
-    hu = np.clip(np.rint(resampled.array), AIR_HU, 32767).astype(np.int16)
+    hu = resample_hu(image, spacing)
+    target = hu.grid
     label = resample(mask, target, "nearest").array
     lesions = lesion_voxels(label)
     if mask.array.any() and not lesions:
@@ -122,12 +119,21 @@ def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Trip
         affine=tuple(tuple(row) for row in target.affine.tolist()),
         source_spacing=image.spacing,
         lesion_volumes_mm3=tuple(round(len(flat) * voxel, 3) for flat in lesions),
-        intensities=_intensities(hu[label > 0]),
+        intensities=_intensities(hu.array[label > 0]),
         key=source_key(source, config, spacing),
     )
     thinned = [_thin(flat) for flat in lesions]
-    write_case(out, info, hu, label, thinned, config.chunk)
+    write_case(out, info, hu.array, label, thinned, config.chunk)
     return info
+
+
+def resample_hu(image: Scan, spacing: Triple) -> Scan:
+    """A scan (LPS) as a network sees it: at `spacing` (z, y, x) mm, linearly, whole HU as int16."""
+    as_float = Scan(image.array.astype(np.float32), image.affine)
+    resampled = resample(as_float, image.grid.with_spacing(spacing), "linear", fill=AIR_HU)
+    # Padding outside the scanner's circle comes as -2048 or -3024: air, too.
+    hu = np.clip(np.rint(resampled.array), AIR_HU, 32767).astype(np.int16)
+    return Scan(hu, resampled.affine)
 
 
 def _read(source: Source, config: PrepareConfig) -> tuple[Scan, Scan]:
@@ -244,12 +250,13 @@ def assign_splits(cases: Sequence[CaseInfo], shares: Triple, seed: int) -> list[
 def source_key(source: Source, config: PrepareConfig, spacing: Triple) -> str:
     """A digest of what shapes a stored case: the files' names, sizes and times, and the preparation."""
     shaping = asdict(replace(config, split=(1, 0, 0), seed=0, workers=0))
-    files = [_stamp(path) for path in (source.image, source.label) if path is not None]
+    files = [source_stamp(path) for path in (source.image, source.label) if path is not None]
     text = json.dumps([files, source.patient, list(spacing), shaping], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _stamp(path: Path) -> list[list[Any]]:
+def source_stamp(path: Path) -> list[list[Any]]:
+    """Name, size and time of a scan's files, by which a changed one is known."""
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.exists()]
 

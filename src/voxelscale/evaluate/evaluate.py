@@ -85,7 +85,7 @@ def evaluate_folder(
             try:
                 results.append(_read_and_score(source, predictions / source.case, values))
             except VoxelscaleError as error:
-                failed.append({"case": source.case, "error": error.message})
+                failed.append({"case": source.case, "error": error.message, "hint": error.hint})
             progress.update(done, source.case)
     if not results:
         reason = f": {failed[0]['error']}" if failed else ""

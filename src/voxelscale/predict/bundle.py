@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ class Bundle:
         spacing: (z, y, x) mm that scans are resampled to.
         normalisation: HU to network input.
         trained: facts for a person: samples seen, validation Dice, version, data set.
+        digest: of the file it was read from; "" where it was not.
     """
 
     config: Config
@@ -36,6 +38,7 @@ class Bundle:
     spacing: Triple
     normalisation: Normalisation
     trained: dict[str, Any]
+    digest: str = ""
 
     @property
     def patch(self) -> IntTriple:
@@ -86,6 +89,7 @@ def read_bundle(path: Path) -> Bundle:
             spacing=(z, y, x),
             normalisation=Normalisation(**content["normalisation"]),
             trained=content["trained"],
+            digest=hashlib.sha256(path.read_bytes()).hexdigest()[:16],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise VoxelscaleError(f"{path}: not a model bundle ({error})", "name a model.vxs") from None

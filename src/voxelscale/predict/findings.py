@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.geometry import Grid, Triple
+
+LEAST_NODULE_MM3 = 14.0
+"""Volume of a 3 mm sphere; what is smaller is no nodule (Fleischner Society, Hansell et al. 2008)."""
 
 LUNA16_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "probability")
 
@@ -54,61 +58,76 @@ def find_lesions(
     grid: Grid,
     *,
     threshold: float,
+    candidates: float | None = None,
     min_volume_mm3: float = 0.0,
     image: NDArray[Any] | None = None,
-) -> list[Finding]:
-    """The 26-connected components above `threshold`, most confident first.
+) -> tuple[list[Finding], NDArray[np.uint8]]:
+    """The 26-connected components above `threshold`, and the doubtful ones above `candidates` only.
 
-    A finding's confidence is the mean over its voxels of the lesion probability, times the share that
-    is certain in size: a component of a few voxels that barely passes ranks below a large, clear one.
-    Precisely ``mean(p) * v / (v + 14)`` with v its volume in mm3 and 14 mm3 a 3 mm sphere's, the least
-    nodule that is reported at all (Fleischner Society 2017 counts from 3 mm and up as measurable).
+    A finding's confidence is the mean probability of its most certain 14 mm3, a 3 mm sphere's volume
+    and the least that is reported as a nodule; what a smaller component lacks of it counts as 0.
 
     Args:
-        probability: (z, y, x) in [0, 1]; or a mask of 0 and 1.
+        probability: (z, y, x) in [0, 1].
         grid: where its voxels lie; any direction.
         threshold: voxels of at least this probability belong to a lesion.
+        candidates: components above this lower probability that hold no voxel above `threshold` are
+            findings, too, so that a reader may choose the operating point; None: `threshold`.
         min_volume_mm3: smaller components are dropped.
         image: (z, y, x) HU on the same grid, for the mean density.
-    """
-    import cc3d
 
-    voxel = abs(float(np.linalg.det(grid.affine[:3, :3])))
-    labels, count = cc3d.connected_components(probability >= threshold, connectivity=26, return_N=True)
-    boxes = cc3d.statistics(labels)["bounding_boxes"][1:] if count else []
+    Returns:
+        findings, most confident first; and the mask (z, y, x) of those above `threshold`.
+    """
+    voxel = grid.voxel_mm3
+    sure = components(probability >= threshold, min_volume_mm3 / voxel)
+    mask = np.zeros(probability.shape, np.uint8)
+    for voxels in sure:
+        mask[tuple(voxels.T)] = 1
+    doubtful = []
+    if candidates is not None and candidates < threshold:
+        doubtful = [
+            voxels
+            for voxels in components(probability >= candidates, min_volume_mm3 / voxel)
+            if probability[tuple(voxels.T)].max() < threshold
+        ]
+    count = math.ceil(LEAST_NODULE_MM3 / voxel)
     findings = []
-    for number, box in enumerate(boxes, start=1):
-        inside = np.argwhere(labels[box] == number)
-        volume = len(inside) * voxel
-        if volume < min_volume_mm3:
-            continue
-        voxels = inside + [axis.start for axis in box]
-        rows = tuple(voxels.T)
-        mean_p = float(probability[rows].mean(dtype=np.float64))
-        findings.append(
-            _finding(case, voxels, grid, volume, mean_p * volume / (volume + 14.0), image, rows)
-        )
-    return sorted(findings, key=lambda f: (-f.probability, f.index))
+    for voxels in [*sure, *doubtful]:
+        best = np.sort(probability[tuple(voxels.T)].astype(np.float64))[-count:]
+        findings.append(_describe(case, voxels, grid, float(best.sum() / count), image))
+    return sorted(findings, key=lambda f: (-f.probability, f.index)), mask
 
 
 def lesions_of_mask(case: str, mask: NDArray[Any], grid: Grid) -> list[Finding]:
-    """The 26-connected components of a true mask, each with probability 1."""
-    from dataclasses import replace
-
-    return [replace(f, probability=1.0) for f in find_lesions(case, mask > 0, grid, threshold=0.5)]
+    """The 26-connected components of a true mask (not 0 is lesion), each with probability 1."""
+    return [_describe(case, voxels, grid, 1.0, None) for voxels in components(mask > 0)]
 
 
-def _finding(
+def components(mask: NDArray[np.bool_], least: float = 0.0) -> list[NDArray[np.int64]]:
+    """Voxels (n, 3) as (z, y, x) of each 26-connected component of at least `least` voxels."""
+    import cc3d
+
+    labels, count = cc3d.connected_components(mask, connectivity=26, return_N=True)
+    boxes = cc3d.statistics(labels)["bounding_boxes"][1:] if count else []
+    found = []
+    for number, box in enumerate(boxes, start=1):
+        inside = np.argwhere(labels[box] == number)
+        if len(inside) >= least:
+            found.append(inside + [axis.start for axis in box])
+    return found
+
+
+def _describe(
     case: str,
     voxels: NDArray[np.int64],
     grid: Grid,
-    volume: float,
     probability: float,
     image: NDArray[Any] | None,
-    rows: tuple[NDArray[np.int64], ...],
 ) -> Finding:
     centre = voxels.mean(axis=0)
     x, y, z = (float(v) for v in grid.index_to_mm(centre))
+    volume = len(voxels) * grid.voxel_mm3
     return Finding(
         case=case,
         x=x,
@@ -118,7 +137,7 @@ def _finding(
         diameter_mm=(6 * volume / np.pi) ** (1 / 3),
         axial_diameter_mm=_axial_diameter(voxels, grid),
         volume_mm3=volume,
-        mean_hu=None if image is None else float(image[rows].mean(dtype=np.float64)),
+        mean_hu=None if image is None else float(image[tuple(voxels.T)].mean(dtype=np.float64)),
         probability=probability,
     )
 
@@ -145,7 +164,7 @@ def _extreme(points: NDArray[np.int64]) -> NDArray[np.int64]:
     return extreme
 
 
-def write_findings(findings: Sequence[Finding], csv_path: Path, json_path: Path) -> None:
+def write_findings(findings: Sequence[Finding], csv_path: Path, json_path: Path | None = None) -> None:
     """LUNA16's CSV (``seriesuid,coordX,coordY,coordZ,probability``) and a JSON list of all fields.
 
     LUNA16's coordinates are LPS mm, as ours.
@@ -156,7 +175,8 @@ def write_findings(findings: Sequence[Finding], csv_path: Path, json_path: Path)
     for f in findings:
         table.writerow([f.case, f"{f.x:.4f}", f"{f.y:.4f}", f"{f.z:.4f}", f"{f.probability:.6f}"])
     write_atomic(csv_path, text.getvalue())
-    write_atomic(json_path, json.dumps([asdict(f) for f in findings], indent=1))
+    if json_path is not None:
+        write_atomic(json_path, json.dumps([asdict(f) for f in findings], indent=1))
 
 
 def read_findings(path: Path) -> list[Finding]:

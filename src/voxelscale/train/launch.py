@@ -19,7 +19,7 @@ from voxelscale import console
 from voxelscale.config import Config, dump, from_dict, load, to_dict
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
-from voxelscale.train.log import read_events
+from voxelscale.train.log import STOP_FILE, read_events
 
 FREE = {
     "train.ranks",
@@ -61,7 +61,7 @@ def claim(run: Path, config: Config) -> None:
     Raises:
         VoxelscaleError: it was begun with another, or the folder holds something else.
     """
-    path = run / "config.yaml"
+    path, chief = run / "config.yaml", os.environ.get("RANK", "0") == "0"
     if path.is_file():
         begun = _flat(to_dict(load(path)))
         now = _flat(to_dict(config))
@@ -73,9 +73,9 @@ def claim(run: Path, config: Config) -> None:
                 f"{run}: was begun with {key}={begun.get(key)}, not {now[key]}",
                 "choose another folder with --run, or go on with the config it holds",
             )
-    elif run.is_dir() and any(run.iterdir()):
+    elif chief and run.is_dir() and any(run.iterdir()):
         raise VoxelscaleError(f"{run}: holds files but no run", "choose an empty or new folder with --run")
-    if os.environ.get("RANK", "0") == "0":
+    if chief:
         write_atomic(path, dump(config))
 
 
@@ -125,8 +125,6 @@ def _wait(engine: subprocess.Popen[bytes], run: Path) -> int:
     try:
         return engine.wait()
     except KeyboardInterrupt:
-        from voxelscale.train.loop import STOP_FILE
-
         (run / STOP_FILE).touch()
         console.notice("\nstopping after this step; once more to stop at once")
     try:

@@ -6,12 +6,16 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from voxelscale import __version__
 from voxelscale.files import write_atomic
+
+if TYPE_CHECKING:
+    import torch
+
+STOP_FILE = "stop"
+"""A file of this name in the run's folder asks a running training to save and stop."""
 
 
 class RunLog:
@@ -59,6 +63,8 @@ def read_events(run: Path) -> list[dict[str, Any]]:
 
 def environment(device: torch.device, ranks: int, virtual: int, precision: str) -> dict[str, Any]:
     """What a person needs to compare or repeat a run; no host or user names."""
+    import torch
+
     return {
         "voxelscale": __version__,
         "torch": torch.__version__,

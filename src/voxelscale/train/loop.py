@@ -26,13 +26,13 @@ from voxelscale.console import Progress, notice
 from voxelscale.data.augment import Normalisation, make_batch
 from voxelscale.data.patches import PatchSource, Sample, read_ahead, worker_indices
 from voxelscale.data.store import CaseInfo, Store, open_store
+from voxelscale.device import choose_precision, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.model.build import build_model
 from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.predict.bundle import Bundle, write_bundle
 from voxelscale.train import checkpoint
-from voxelscale.train.device import choose_precision, to_channels_last
 from voxelscale.train.distributed import (
     WorkerBuffers,
     Workers,
@@ -41,12 +41,9 @@ from voxelscale.train.distributed import (
     join,
     parallel,
 )
-from voxelscale.train.log import RunLog, environment
+from voxelscale.train.log import STOP_FILE, RunLog, environment
 from voxelscale.train.optim import learning_rate, make_optimizer, set_learning_rate
 from voxelscale.train.validate import validate
-
-STOP_FILE = "stop"
-"""A file of this name in the run's folder asks a running training to save and stop."""
 
 LOG_LINES = 200
 """Training events a run writes to ``metrics.jsonl``, about."""

@@ -8,6 +8,11 @@ from torch import nn
 from voxelscale.errors import VoxelscaleError
 
 
+def default_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     """float32 or bfloat16; ``auto`` takes bfloat16 where the device computes in it natively.
 

@@ -1,0 +1,349 @@
+"""The commands: one thin function a verb, no logic."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from voxelscale import __version__
+from voxelscale.console import notice, set_verbosity
+from voxelscale.errors import VoxelscaleError
+
+if TYPE_CHECKING:
+    from voxelscale.config import Config
+
+app = typer.Typer(
+    name="voxelscale",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="YAML with any of the config's keys.")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One config key, as train.samples=4000; repeatable."),
+]
+
+
+def main() -> None:
+    """Entry point; --quiet and --verbose may stand anywhere."""
+    levels = [a for a in sys.argv[1:] if a in ("-q", "--quiet", "-v", "--verbose")]
+    app(levels + [a for a in sys.argv[1:] if a not in levels])
+
+
+def verb(command: Callable[..., int | None]) -> Callable[..., None]:
+    """A command whose faults are told as two lines and exit code 2, and that ends well on Ctrl-C."""
+
+    @functools.wraps(command)
+    def told(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = command(*args, **kwargs) or 0
+        except VoxelscaleError as error:
+            tell(error.message, error.hint)
+            code = 2
+        except KeyboardInterrupt:
+            tell("interrupted", "the same command goes on where this one stopped")
+            code = 130
+        raise typer.Exit(code)
+
+    app.command()(told)
+    return told
+
+
+def tell(message: str, hint: str) -> None:
+    """An error on stderr, in two lines."""
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+
+
+def tell_failed(failed: Sequence[tuple[str, str, str]], verb: str) -> int:
+    """Each failed case with its fault, then how many; the exit code."""
+    for _, message, hint in failed:
+        tell(message, hint)
+    if failed:
+        names = ", ".join(case for case, _, _ in failed)
+        print(f"{len(failed)} not {verb}: {names}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def read_config(path: Path | None, sets: list[str] | None, base: Config | None = None) -> Config:
+    """The config of the command line."""
+    from voxelscale.config import load
+
+    return load(path, sets or (), base)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"voxelscale {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Details, too.")] = False,
+) -> None:
+    """From a folder of CT scans to a model that finds lesions.
+
+    \b
+    voxelscale prepare scans/ store/                  check, resample and store scans and masks
+    voxelscale train store/ run/                      train a U-Net; Ctrl-C saves, again goes on
+    voxelscale predict run/ new_scans/ predictions/   masks and findings in patient mm
+    voxelscale evaluate predictions/ scans/           Dice, sensitivity, FROC
+    voxelscale report predictions/ scans/ --run run/  one HTML page
+
+    No scans at hand: voxelscale phantom scans/ makes synthetic ones, and voxelscale quickstart does
+    all of it in a few minutes. Every parameter is a key of one config tree; voxelscale config prints it.
+    """
+    set_verbosity(0 if quiet else 2 if verbose else 1)
+
+
+@verb
+def phantom(
+    out: Annotated[
+        Path, typer.Argument(help="Folder to write: images/, labels/, dataset.csv.")
+    ],
+    cases: Annotated[int | None, typer.Option(help="How many scans (phantom.cases).")] = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> None:
+    """Make synthetic chest CTs with nodules.
+
+    \b
+    voxelscale phantom scans/ --cases 20
+    voxelscale phantom scans/ --cases 5 --set phantom.seed=7 --set phantom.diameter_mm=[3,10]
+
+    Case c is a pure function of (phantom.seed, c). Run again with more --cases it adds to the folder.
+    """
+    from voxelscale.data.phantom import write_phantoms
+
+    sets = [*(set_ or []), *([f"phantom.cases={cases}"] if cases is not None else [])]
+    settings = read_config(config, sets)
+    table = write_phantoms(settings.phantom, out, settings.prepare.workers)
+    print(f"{settings.phantom.cases} phantoms in {table}")
+
+
+@verb
+def prepare(
+    data: Annotated[Path, typer.Argument(help="CSV with the columns image,label, or a folder of both.")],
+    store: Annotated[Path, typer.Argument(help="Folder of the training store to write.")],
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> int:
+    """Check, resample and store scans and masks.
+
+    \b
+    voxelscale prepare scans/ store/
+    voxelscale prepare cases.csv store/ --set prepare.spacing=[2,1,1] --set prepare.split=[1,0,0]
+    voxelscale prepare Task06_Lung/ store/
+
+    DATA is a CSV (image,label and optionally case,patient; paths from the CSV's folder) or a folder
+    with images/ and labels/ (or imagesTr/ and labelsTr/). NIfTI, MetaImage, NRRD and DICOM folders.
+    A case that cannot be used is named with its fault and the others go on; the exit code is then 2.
+    """
+    from voxelscale.data.listing import list_sources
+    from voxelscale.data.prepare import prepare as run_prepare
+
+    outcome = run_prepare(list_sources(data), store, read_config(config, set_).prepare)
+    code = tell_failed(outcome.failed, "prepared")
+    parts = [f"{sum(c.split == split for c in outcome.done)} {split}" for split in ("train", "val", "test")]
+    kept = f", {outcome.kept} of them kept from before" if outcome.kept else ""
+    print(f"{len(outcome.done)} cases in {store} ({', '.join(parts)}){kept}")
+    return code
+
+
+@verb
+def train(
+    store: Annotated[Path, typer.Argument(help="What voxelscale prepare wrote.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the run; if it has begun, it goes on.")],
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> int:
+    """Train a U-Net on any number of processes.
+
+    \b
+    voxelscale train store/ run/
+    voxelscale train store/ run/ --set train.samples=20000 --set model.filters=16
+    voxelscale train store/ run/ --set train.ranks=2          two processes on this machine
+    torchrun --nnodes 2 --nproc-per-node 8 --no-python voxelscale train store/ run/
+
+    The budget is in samples (patches). Ctrl-C saves; killed or not, the same command goes on with the
+    very next sample. The best model on the validation scans is run/model.vxs; metrics.jsonl and
+    tensorboard/ have the curves.
+    """
+    from voxelscale.config import load
+    from voxelscale.train.launch import start
+
+    begun = run / "config.yaml"
+    settings = read_config(config, set_, load(begun) if begun.is_file() else None)
+    if not start(settings, store, run):
+        notice(f"stopped and saved; to go on: voxelscale train {store} {run}")
+        return 130
+    print(f"model in {run / 'model.vxs'}")
+    return 0
+
+
+@verb
+def predict(
+    model: Annotated[Path, typer.Argument(help="A run's folder, or a model.vxs.")],
+    scans: Annotated[Path, typer.Argument(help="A scan, a DICOM folder, a folder of scans, or a CSV.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    store: Annotated[Path | None, typer.Option(help="Look only at cases of this store's --split.")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> int:
+    """Find lesions in scans: masks and findings.
+
+    \b
+    voxelscale predict run/ patient.nii.gz predictions/
+    voxelscale predict model.vxs dicom_folder/ predictions/ --set predict.flips=true
+    voxelscale predict run/ scans/ predictions/ --store store/ --split test
+
+    Writes <case>/mask.nii.gz (voxel on voxel on the scan), <case>/findings.csv (LUNA16's columns, LPS
+    mm), <case>/findings.json (volume, diameters, mean HU, too) and findings.csv of all cases.
+    """
+    from voxelscale.data.listing import list_scans
+    from voxelscale.data.store import open_store
+    from voxelscale.predict.bundle import read_bundle
+    from voxelscale.predict.predict import predict as run_predict
+
+    sources = list_scans(scans)
+    if store is not None:
+        wanted = {info.case for info in open_store(store).split(split)}
+        sources = [source for source in sources if source.case in wanted]
+        if not sources:
+            raise VoxelscaleError(f"{scans}: no case of the split {split} of {store}", "check --split")
+    bundle = read_bundle(model)
+    settings = read_config(config, set_, bundle.config)
+    outcome = run_predict(sources, bundle, settings.predict, out)
+    code = tell_failed(outcome.failed, "predicted")
+    for case, findings in outcome.findings.items():
+        print(f"{case}: {len(findings)} finding{'' if len(findings) == 1 else 's'}")
+        for f in findings[:5]:
+            print(
+                f"  ({f.x:.1f}, {f.y:.1f}, {f.z:.1f}) mm  diameter {f.diameter_mm:.1f} mm  "
+                f"confidence {f.probability:.2f}"
+            )
+        if len(findings) > 5:
+            print(f"  and {len(findings) - 5} less certain ones")
+    print(f"masks and findings in {out}")
+    return code
+
+
+@verb
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="What voxelscale predict wrote.")],
+    data: Annotated[Path, typer.Argument(help="The data set with the true masks, as for prepare.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; PREDICTIONS where not said.")] = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> int:
+    """Score predictions: Dice, sensitivity, FROC.
+
+    \b
+    voxelscale evaluate predictions/ scans/
+
+    Writes evaluation.json and cases.csv. Cases without a true mask are left out.
+    """
+    from voxelscale.evaluate.evaluate import evaluate_folder
+
+    values = read_config(config, set_).prepare.labels
+    summary = evaluate_folder(predictions, data, out or predictions, values)
+    dice, found = summary["dice"], summary["sensitivity_at_1_fp"]
+    print(f"{summary['scans']} scans, {summary['lesion_count']} lesions")
+    print(
+        f"Dice {dice['mean']:.3f} (95 % {dice['interval'][0]:.3f} to {dice['interval'][1]:.3f}), ", end=""
+    )
+    print(f"median {dice['median']:.3f}, least {dice['least']:.3f}, pooled {summary['dice_pooled']:.3f}")
+    low, high = summary["sensitivity_at_1_fp_interval"]
+    print(f"sensitivity at 1 FP/scan {found:.3f} (95 % {low:.3f} to {high:.3f})", end="")
+    print(f", CPM {summary['froc']['cpm']:.3f}")
+    return tell_failed([(f["case"], f["error"], f["hint"]) for f in summary["failed"]], "evaluated")
+
+
+@verb
+def report(
+    predictions: Annotated[Path, typer.Argument(help="What voxelscale predict wrote.")],
+    data: Annotated[Path, typer.Argument(help="The data set with images and true masks.")],
+    evaluation: Annotated[Path | None, typer.Option(help="Where evaluation.json is, if elsewhere.")] = None,
+    run: Annotated[Path | None, typer.Option(help="The training's folder, for its curves.")] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page.
+
+    \b
+    voxelscale report predictions/ scans/ --run run/ --out report.html
+    """
+    from voxelscale.report.report import write_report
+
+    write_report(evaluation or predictions, predictions, data, out, run)
+    print(f"report in {out}")
+
+
+@verb
+def quickstart(
+    out: Annotated[Path, typer.Argument(help="Folder for everything.")] = Path("quickstart"),
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> None:
+    """Do all of it on synthetic scans, in minutes.
+
+    \b
+    voxelscale quickstart
+    voxelscale quickstart trial/ --set train.samples=2000
+
+    The last line printed is JSON with dice, sensitivity_at_1_fp, seconds and report.
+    """
+    from voxelscale.quickstart import quickstart as run_quickstart
+    from voxelscale.quickstart import quickstart_config
+
+    result = run_quickstart(out, quickstart_config(config, tuple(set_ or ())))
+    total = sum(result.seconds.values())
+    laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
+    print(f"Dice on scans never seen: {result.dice:.3f}")
+    print(f"sensitivity at 1 false positive per scan: {result.sensitivity_at_1_fp:.3f}")
+    print(f"time: {total:.0f} s ({laps})")
+    print(f"report: {result.report}")
+    summary = {
+        "dice": round(result.dice, 4),
+        "sensitivity_at_1_fp": round(result.sensitivity_at_1_fp, 4),
+        "seconds": round(total, 1),
+        "report": str(result.report),
+    }
+    print(json.dumps(summary))
+
+
+@verb
+def config(
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> None:
+    """Print the whole config tree as YAML.
+
+    \b
+    voxelscale config > mine.yaml
+    """
+    from voxelscale.config import dump
+
+    print(dump(read_config(config, set_)), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The main job from nothing to a report, on synthetic scans: what ``make quickstart`` runs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from voxelscale.config import Config, load
+from voxelscale.console import notice
+from voxelscale.errors import VoxelscaleError
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartResult:
+    """What it came to.
+
+    Attributes:
+        dice: mean over the test scans.
+        sensitivity_at_1_fp: lesions found at one false positive per scan.
+        seconds: of each step, by name.
+        report: the page.
+    """
+
+    dice: float
+    sensitivity_at_1_fp: float
+    seconds: dict[str, float]
+    report: Path
+
+
+def quickstart_config(path: Path | None = None, sets: tuple[str, ...] = ()) -> Config:
+    """The packaged config, with a YAML file and settings over it."""
+    with resources.as_file(resources.files("voxelscale") / "configs" / "quickstart.yaml") as packaged:
+        base = load(packaged)
+    return load(path, sets, base)
+
+
+def quickstart(folder: Path, config: Config) -> QuickstartResult:
+    """Make phantoms, prepare, train, predict the test scans, evaluate, report; all below `folder`.
+
+    Run again it keeps what is done.
+
+    Raises:
+        VoxelscaleError: a step failed, or the training was asked to stop.
+    """
+    from voxelscale.data.listing import list_sources
+    from voxelscale.data.phantom import write_phantoms
+    from voxelscale.data.prepare import prepare
+    from voxelscale.evaluate.evaluate import evaluate_folder
+    from voxelscale.report.report import write_report
+    from voxelscale.train.launch import start
+
+    seconds: dict[str, float] = {}
+    started = time.monotonic()
+
+    def lap(name: str) -> None:
+        nonlocal started
+        seconds[name] = time.monotonic() - started
+        notice(f"{name}: {seconds[name]:.0f} s")
+        started = time.monotonic()
+
+    data = write_phantoms(config.phantom, folder / "data", config.prepare.workers)
+    lap("phantom")
+    prepare(list_sources(data), folder / "store", config.prepare)
+    lap("prepare")
+    if not start(config, folder / "store", folder / "run"):
+        raise VoxelscaleError(f"{folder / 'run'}: stopped", "the same command goes on from there")
+    lap("train")
+    _predict_test_scans(data, folder)
+    lap("predict")
+    summary = evaluate_folder(folder / "predictions", data, folder / "evaluation")
+    lap("evaluate")
+    report = folder / "report.html"
+    write_report(folder / "evaluation", folder / "predictions", data, report, folder / "run")
+    lap("report")
+    return QuickstartResult(
+        dice=summary["dice"]["mean"],
+        sensitivity_at_1_fp=summary["sensitivity_at_1_fp"],
+        seconds=seconds,
+        report=report,
+    )
+
+
+def _predict_test_scans(data: Path, folder: Path) -> None:
+    from voxelscale.data.listing import list_sources
+    from voxelscale.data.store import open_store
+    from voxelscale.predict.bundle import read_bundle
+    from voxelscale.predict.predict import predict
+
+    unseen = {info.case for info in open_store(folder / "store").split("test")}
+    bundle = read_bundle(folder / "run")
+    sources = [source for source in list_sources(data) if source.case in unseen]
+    predict(sources, bundle, bundle.config.predict, folder / "predictions")

@@ -1,0 +1,133 @@
+"""Slices of a scan with truth and prediction outlined, as SVG in mm over an embedded picture."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelscale.geometry import Scan, reorient
+
+LUNG_WINDOW = (-1350.0, 150.0)
+"""HU from black to white: level -600, width 1500."""
+
+AXES = {"axial": 0, "coronal": 1, "sagittal": 2}
+ZOOM_MM = 70.0
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """One slice, top row first.
+
+    Attributes:
+        pixels: HU (rows, columns).
+        truth, prediction: masks of the same shape.
+        spacing: mm between rows, and between columns.
+    """
+
+    pixels: NDArray[Any]
+    truth: NDArray[Any]
+    prediction: NDArray[Any]
+    spacing: tuple[float, float]
+
+
+def overlay_views(image: Scan, truth: Scan, prediction: Scan) -> list[tuple[str, str]]:
+    """Captions and SVGs of one case: the slice with the most lesion, and three close-ups around it.
+
+    All three scans lie on one lattice. As a radiologist reads: axial from the feet, the patient's
+    right on the left, the head on top.
+    """
+    image, truth, prediction = reorient(image), reorient(truth), reorient(prediction)
+    centre = point_of_interest(truth.array, prediction.array)
+    zoomed = []
+    for name, axis in AXES.items():
+        cut = _cut(image, truth, prediction, axis, centre)
+        rows, columns = (i for i in range(3) if i != axis)
+        middle = (centre[rows], centre[columns])
+        if axis:  # seen from the front or the side, the head is on top
+            middle = (image.array.shape[0] - 1 - middle[0], middle[1])
+        zoomed.append((name, draw_slice(_zoom(cut, middle), 10)))
+    whole = _cut(image, truth, prediction, 0, centre)
+    return [(f"axial, slice {centre[0] + 1}", draw_slice(whole, 50)), *zoomed]
+
+
+def point_of_interest(truth: NDArray[Any], prediction: NDArray[Any]) -> tuple[int, int, int]:
+    """The voxel (z, y, x) around which to look: amid the truth in the slice that has most of it.
+
+    Where there is no truth, the prediction; where there is neither, the scan's middle.
+    """
+    mask = truth if truth.any() else prediction
+    if not mask.any():
+        z, y, x = (n // 2 for n in mask.shape)
+        return z, y, x
+    z = int(np.argmax(np.count_nonzero(mask, axis=(1, 2))))
+    from voxelscale.predict.findings import components
+
+    largest = max(components(mask[z : z + 1] > 0), key=len)
+    _, y, x = largest[len(largest) // 2]
+    return z, int(y), int(x)
+
+
+def draw_slice(cut: Slice, bar_mm: float) -> str:
+    """A slice as SVG: picture, outlines (classes ``truth`` and ``prediction``) and a scale bar."""
+    height, width = (n * s for n, s in zip(cut.pixels.shape, cut.spacing, strict=True))
+    outlines = "".join(
+        f'<path class="{name}" d="{_outline(mask, cut.spacing)}"/>'
+        for name, mask in (("truth", cut.truth), ("prediction", cut.prediction))
+        if np.any(mask)
+    )
+    left, bottom = 0.04 * width, height - 0.04 * width
+    return (
+        f'<svg class="slice" viewBox="0 0 {width:.2f} {height:.2f}">'
+        f'<image width="{width:.2f}" height="{height:.2f}" preserveAspectRatio="none" '
+        f'href="{_png(cut.pixels)}"/>'
+        f'{outlines}<path class="bar" d="M{left:.2f} {bottom:.2f}h{bar_mm:g}"/>'
+        f'<text class="bar" x="{left:.2f}" y="{bottom - 0.02 * width:.2f}" '
+        f'font-size="{0.045 * width:.2f}">{bar_mm:g} mm</text></svg>'
+    )
+
+
+def _cut(image: Scan, truth: Scan, prediction: Scan, axis: int, centre: Sequence[int]) -> Slice:
+    row, column = (i for i in range(3) if i != axis)
+    step = slice(None, None, -1 if axis else 1)
+    pixels, true, found = (scan.array.take(centre[axis], axis)[step] for scan in (image, truth, prediction))
+    return Slice(pixels, true, found, (image.spacing[row], image.spacing[column]))
+
+
+def _zoom(cut: Slice, middle: tuple[int, int]) -> Slice:
+    """`ZOOM_MM` around a pixel, less where the slice ends."""
+    windows = []
+    for centre, n, step in zip(middle, cut.pixels.shape, cut.spacing, strict=True):
+        size = min(n, max(8, round(ZOOM_MM / step)))
+        start = min(max(0, centre - size // 2), n - size)
+        windows.append(slice(start, start + size))
+    box = tuple(windows)
+    return Slice(cut.pixels[box], cut.truth[box], cut.prediction[box], cut.spacing)
+
+
+def _outline(mask: NDArray[Any], spacing: tuple[float, float]) -> str:
+    """The border of a mask as an SVG path in mm, along pixel edges halfway to the next centre."""
+    from contourpy import contour_generator
+
+    padded = np.pad((mask > 0).astype(np.float32), 1)
+    path = ""
+    for line in contour_generator(z=padded).lines(0.5):
+        # A padded pixel's centre lies half a pixel before the picture's edge.
+        points = (np.asarray(line) - 0.5) * np.asarray(spacing[::-1])
+        path += "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in points)
+    return path
+
+
+def _png(pixels: NDArray[Any]) -> str:
+    from PIL import Image
+
+    low, high = LUNG_WINDOW
+    grey = np.clip((pixels.astype(np.float32) - low) / (high - low) * 255, 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,256 @@
+"""The report of a run: how well, where, and how it was learnt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from voxelscale.console import notice
+from voxelscale.data.listing import Source, list_sources
+from voxelscale.errors import VoxelscaleError
+from voxelscale.evaluate.froc import OPERATING_POINTS
+from voxelscale.files import write_atomic
+from voxelscale.formats import read_label, read_scan
+from voxelscale.geometry import Scan, reorient
+from voxelscale.report.charts import Line, line_chart
+from voxelscale.report.overlays import overlay_views
+from voxelscale.train.log import read_events
+
+SIZE_BINS = ((0.0, 6.0), (6.0, 10.0), (10.0, 20.0), (20.0, np.inf))
+"""Diameters in mm at which the Fleischner Society's guidelines of 2017 change the follow-up (6), and on."""
+
+
+def write_report(
+    evaluation: Path, predictions: Path, data: Path, out: Path, run: Path | None = None
+) -> None:
+    """Write one self-contained HTML page.
+
+    Args:
+        evaluation: folder with ``evaluation.json``, as `voxelscale evaluate` wrote it.
+        predictions: what it evaluated: ``<case>/mask.nii.gz``.
+        data: the data set with images and masks.
+        out: the page.
+        run: the training's folder, for its curves and config; None: without them.
+
+    Raises:
+        VoxelscaleError: there is no evaluation.
+    """
+    summary = read_evaluation(evaluation)
+    events = read_events(run) if run else []
+    sections = [
+        _head(summary, run),
+        _cards(summary, events),
+        _warnings(summary),
+        "<h2>Curves</h2>",
+        _charts(summary, events),
+        _overlays(summary, predictions, {s.case: s for s in list_sources(data)}),
+        "<h2>Lesions by size</h2>",
+        _sizes(summary["lesions"]),
+        "<h2>Cases</h2>",
+        _cases(summary["cases"]),
+        _facts(run) if run else "",
+        "<footer>Dice = 2|A∩B| / (|A| + |B|). A finding hits a lesion when its centre lies within the "
+        "lesion's radius (LUNA16). Intervals: 95 %, bootstrap over scans.</footer>",
+    ]
+    page = resources.files("voxelscale.report").joinpath("page.html").read_text(encoding="utf-8")
+    title = f"Voxelscale report: Dice {summary['dice']['mean']:.3f}"
+    write_atomic(out, Template(page).substitute(title=escape(title), body="\n".join(sections)))
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """The content of a folder's ``evaluation.json``.
+
+    Raises:
+        VoxelscaleError: there is none, or it is no evaluation.
+    """
+    path = folder / "evaluation.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary["dice"]["mean"], summary["cases"], summary["lesions"], summary["froc"]["points"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise VoxelscaleError(f"{path}: no evaluation there", "run voxelscale evaluate first") from None
+    return dict(summary)
+
+
+def _head(summary: Mapping[str, Any], run: Path | None) -> str:
+    environment = _json(run / "environment.json") if run else {}
+    parts = [f"{summary['scans']} scans", f"{summary['lesion_count']} lesions"]
+    if environment:
+        ranks = environment["ranks"] * environment["virtual_workers"]
+        parts.append(
+            f"trained by {ranks} worker{'s' * (ranks > 1)} on {environment['device']}, "
+            f"{environment['precision']}, torch {environment['torch']}"
+        )
+    return f'<h1>Voxelscale report</h1><p class="lead">{escape(" · ".join(parts))}</p>'
+
+
+def _cards(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
+    dice, found = summary["dice"], summary["sensitivity_at_1_fp"]
+    cards = [
+        ("Dice, mean of cases", f"{dice['mean']:.3f}", _range(dice["interval"])),
+        ("Dice, all voxels pooled", f"{summary['dice_pooled']:.3f}", f"least case {dice['least']:.3f}"),
+        ("Sensitivity at 1 FP/scan", f"{found:.3f}", _range(summary["sensitivity_at_1_fp_interval"])),
+        ("CPM", f"{summary['froc']['cpm']:.3f}", "mean of 7 operating points"),
+    ]
+    if events:
+        trained = [e for e in events if e["event"] == "train"]
+        if trained:
+            seconds = trained[-1]["seconds"]
+            text = f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+            cards.append(("Training time", text, f"{trained[-1]['samples']:,} samples"))
+    body = "".join(
+        f'<div class="card"><span>{escape(name)}</span><b>{escape(value)}</b>'
+        f"<span>{escape(note)}</span></div>"
+        for name, value, note in cards
+    )
+    return f'<div class="cards">{body}</div>'
+
+
+def _range(interval: Sequence[float]) -> str:
+    return f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def _warnings(summary: Mapping[str, Any]) -> str:
+    lines = "".join(
+        f"<div>{escape(f['case'])}: {escape(f['error'])}</div>" for f in summary.get("failed", [])
+    )
+    return f'<div class="warn"><b>Not evaluated</b>{lines}</div>' if lines else ""
+
+
+def _charts(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
+    froc = summary["froc"]
+    curve = list(zip(froc["fp_per_scan"], froc["sensitivity"], strict=True))
+    curve.append((OPERATING_POINTS[-1], max(froc["sensitivity"])))
+    points = [(p["fp_per_scan"], p["sensitivity"]) for p in froc["points"]]
+    charts = [
+        line_chart(
+            [
+                Line(name="FROC", points=curve, stairs=True),
+                Line(name="LUNA16's points", points=points, dots=True),
+            ],
+            x_label="false positives per scan",
+            y_label="sensitivity",
+            y_range=(0.0, 1.0),
+            x_ticks=OPERATING_POINTS,
+        )
+    ]
+    trained = [e for e in events if e["event"] == "train"]
+    validated = [(e["samples"], e["dice"]) for e in events if e["event"] == "validation"]
+    if trained:
+        dice = [
+            Line(name="validation, whole scans", points=validated, dots=True),
+            Line(
+                name="training, soft Dice of patches", points=[(e["samples"], e["dice"]) for e in trained]
+            ),
+        ]
+        loss = [Line(name="training loss", points=[(e["samples"], e["loss"]) for e in trained])]
+        charts.append(line_chart(dice, x_label="samples", y_label="Dice", y_range=(0.0, 1.0)))
+        charts.append(line_chart(loss, x_label="samples", y_label="loss"))
+    return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _overlays(summary: Mapping[str, Any], predictions: Path, sources: Mapping[str, Source]) -> str:
+    ordered = sorted(summary["cases"], key=lambda row: -row["dice"])
+    chosen = {0: "best", len(ordered) - 1: "worst"}
+    chosen.setdefault(len(ordered) // 2, "median")
+    toggles = "".join(
+        f'<label><input type="checkbox" name="{name}" checked>'
+        f'<i style="background:{colour}"></i>{name}</label>'
+        for name, colour in (("truth", "#4dd964"), ("prediction", "#ff9f1c"))
+    )
+    blocks = [f'<h2>Overlays <span class="toggles">{toggles}</span></h2>']
+    for number in sorted(chosen):
+        row = ordered[number]
+        title = f"{chosen[number].capitalize()} case: Dice {row['dice']:.3f}"
+        try:
+            views = _views(predictions / row["case"] / "mask.nii.gz", sources[row["case"]])
+        except (VoxelscaleError, KeyError) as error:
+            notice(f"warning: no overlay of {row['case']}: {error}")
+            continue
+        drawn = "".join(f"<div>{svg}{escape(caption)}</div>" for caption, svg in views)
+        blocks.append(
+            f'<div class="case"><h3>{escape(title)}<small>{escape(row["case"])}</small></h3>'
+            f'<div class="views">{drawn}</div></div>'
+        )
+    return "".join(blocks)
+
+
+def _views(mask: Path, source: Source) -> list[tuple[str, str]]:
+    image = reorient(read_scan(source.image))
+    prediction = reorient(read_label(mask))
+    truth = reorient(read_label(source.label)) if source.label else Scan(0 * prediction.array, image.affine)
+    return overlay_views(image, truth, prediction)
+
+
+def _sizes(lesions: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for low, high in SIZE_BINS:
+        inside = [lesion for lesion in lesions if low <= lesion["diameter_mm"] < high]
+        if not inside:
+            continue
+        found = sum(bool(lesion["detected"]) for lesion in inside)
+        name = f"{low:g} to {high:g} mm" if np.isfinite(high) else f"{low:g} mm and more"
+        share = found / len(inside)
+        rows.append(
+            f"<tr><td>{name}</td><td>{len(inside)}</td><td>{found}</td><td>{_meter(share)}{share:.3f}</td></tr>"
+        )
+    head = "<tr><th>Diameter</th><th>Lesions</th><th>Found</th><th>Share</th></tr>"
+    return f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _cases(cases: Sequence[Mapping[str, Any]]) -> str:
+    columns = {
+        "case": "Case",
+        "dice": "Dice",
+        "lesions": "Lesions",
+        "detected": "Found",
+        "false_positives": "False positives",
+        "truth_voxels": "Voxels, truth",
+        "predicted_voxels": "Voxels, predicted",
+    }
+    head = "".join(f'<th><button type="button">{name}</button></th>' for name in columns.values())
+    rows = []
+    for case in cases:
+        cells = "".join(
+            f'<td data-value="{escape(str(case[key]), quote=True)}">{_cell(key, case[key])}</td>'
+            for key in columns
+        )
+        rows.append(f"<tr>{cells}</tr>")
+    table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="wide"><table class="sortable">{table}</table></div>'
+
+
+def _cell(key: str, value: Any) -> str:
+    if key == "dice":
+        return f"{_meter(value)}{value:.3f}"
+    return escape(f"{value:,}" if isinstance(value, int) else str(value))
+
+
+def _meter(share: float) -> str:
+    return f'<span class="meter"><i style="width:{100 * share:.0f}%"></i></span>'
+
+
+def _facts(run: Path) -> str:
+    environment = _json(run / "environment.json")
+    path = run / "config.yaml"
+    config = path.read_text(encoding="utf-8") if path.is_file() else ""
+    facts = "\n".join(f"{name}: {value}" for name, value in environment.items())
+    return (
+        f"<details><summary>Environment</summary><pre>{escape(facts)}</pre></details>"
+        f"<details><summary>Config</summary><pre>{escape(config)}</pre></details>"
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
