@@ -116,9 +116,7 @@ def common(
 
 @verb
 def phantom(
-    out: Annotated[
-        Path, typer.Argument(help="Folder to write: images/, labels/, dataset.csv.")
-    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write: images/, labels/, dataset.csv.")],
     cases: Annotated[int | None, typer.Option(help="How many scans (phantom.cases).")] = None,
     config: ConfigFile = None,
     set_: Sets = None,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import dicom, meta, nifti, nrrd
+from voxelscale.formats._itk import not_finite
 from voxelscale.geometry import Scan, reorient, to_itk
 
 FAMILIES = {"nifti": nifti, "metaimage": meta, "nrrd": nrrd, "dicom": dicom}
@@ -63,8 +64,7 @@ def read_scan(path: Path) -> Scan:
     if array.dtype.kind == "f":
         bad = int(array.size - np.isfinite(array).sum())
         if bad:
-            hint = "replace them, for instance by -1024 (air)"
-            raise VoxelscaleError(f"{path}: {bad} voxels are NaN or infinite", hint)
+            raise not_finite(path, bad)
     return Scan(_as_hu(array), scan.affine)
 
 

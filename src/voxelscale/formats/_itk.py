@@ -22,8 +22,8 @@ MOST_VOXELS = 2**31
 """A header that claims more is lying, or the scan does not fit anyway (4 GiB of int16)."""
 
 
-def read_image(path: Path, io: str) -> Scan:
-    """A file through one of ITK's readers, as a scan.
+def read_image(path: Path, io: str, source: Path | None = None) -> Scan:
+    """A file through one of ITK's readers, as a scan; `source` is where to read it, if elsewhere.
 
     Raises:
         VoxelscaleError: see `check_header`; or the voxels cannot be read, as when the file is cut short.
@@ -31,7 +31,7 @@ def read_image(path: Path, io: str) -> Scan:
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+    reader.SetFileName(str(source or path))
     reader.SetImageIO(io)
     with told_of(path, "its header cannot be read", "copy or download it again, or write it anew"):
         reader.ReadImageInformation()
@@ -82,6 +82,12 @@ def to_scan(path: Path, image: sitk.Image) -> Scan:
         return from_itk(image)
     except ValueError as error:
         raise VoxelscaleError(f"{path}: {error}", "write its header anew") from None
+
+
+def not_finite(path: Path, count: int) -> VoxelscaleError:
+    """What is said of a scan with NaN or infinity in it."""
+    hint = "replace them, for instance by -1024 (air)"
+    return VoxelscaleError(f"{path}: {count} voxels are NaN or infinite", hint)
 
 
 @contextmanager

@@ -8,9 +8,11 @@ all-reduce; the update is that of W real ranks.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,9 +82,11 @@ def parallel(model: nn.Module, workers: Workers) -> nn.Module:
     if workers.ranks == 1:
         return model
     ids = [workers.device.index] if workers.device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    # torch 2.13 renamed the switch; 2.11 does not know the new name.
+    names = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {switch: False}
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **options)
 
 
 def held_back(model: nn.Module, hold: bool) -> contextlib.AbstractContextManager[None]:

@@ -27,6 +27,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.geometry import Grid, Scan
 from voxelscale.parallel import map_processes
+from voxelscale.predict.findings import components
 
 ANATOMY, VESSELS, LESIONS, NOISE = 0, 1, 2, 3
 """Streams of one case's random numbers."""
@@ -41,7 +42,7 @@ class Phantom:
 
     Attributes:
         image: HU, (z, y, x) int16.
-        label: 1 where at least half of a voxel is nodule, (z, y, x) uint8.
+        label: 1 where at least half of a voxel is nodule, (z, y, x) uint8; one component a nodule.
         nodules: those that have at least one such voxel.
     """
 
@@ -210,9 +211,11 @@ def _paint_nodule(
 ) -> bool:
     """Paint it and its mask; False (and nothing painted) where no voxel is half nodule."""
     box, whole, core = nodule_shares(canvas, lung, nodule)
-    mask = whole >= 0.5
-    if not mask.any():
+    pieces = components(whole >= 0.5)
+    if not pieces:
         return False
+    # A spicule's tip that shows up again a slice further on is not a lesion of its own.
+    voxels = tuple(max(pieces, key=len).T)
     halo = nodule.hu if nodule.kind == "ground-glass" else -560
     tissue = canvas.hu[box]
     if nodule.kind != "solid":
@@ -220,7 +223,7 @@ def _paint_nodule(
         glass = np.maximum(tissue, halo + 30 * texture[box])
         tissue += whole * (glass - tissue)
     tissue += core * (nodule.hu + 8 * texture[box] - tissue)
-    label[box] |= mask.astype(np.uint8)
+    label[box][voxels] = 1
     return True
 
 

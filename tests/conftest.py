@@ -1,0 +1,69 @@
+"""Tiny phantoms, and a store prepared from them, shared by the tests of a worker process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from voxelscale.config import Config, from_dict
+from voxelscale.console import set_verbosity
+from voxelscale.data.listing import list_sources
+from voxelscale.data.phantom import write_phantoms
+from voxelscale.data.prepare import prepare
+from voxelscale.data.store import Store, open_store
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+"""Real scans beside the checkout, where there are any."""
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    set_verbosity(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Config:
+    """A config whose whole main job takes seconds."""
+    return from_dict(
+        {
+            "phantom": {
+                "cases": 5,
+                "spacing": [5.0, 4.0, 4.0],
+                "size_mm": [180.0, 200.0, 260.0],
+                "diameter_mm": [14.0, 30.0],
+                "nodules": [1, 3],
+            },
+            "prepare": {"spacing": [5.0, 4.0, 4.0], "split": [0.6, 0.2, 0.2], "workers": 1},
+            "data": {"patch_size": [16, 16, 16], "readers": 1},
+            "model": {"depth": 2, "filters": 4},
+            "train": {
+                "samples": 40,
+                "batch_size": 2,
+                "precision": "fp32",
+                "threads": 1,
+                "ranks": 1,
+                "validate_every": 0,
+                "checkpoint_every": 8,
+            },
+            "predict": {"overlap": 0.25},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def scans(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of five tiny phantoms."""
+    folder = tmp_path_factory.mktemp("scans")
+    write_phantoms(tiny.phantom, folder, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store(tiny: Config, scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The store prepared from them."""
+    folder = tmp_path_factory.mktemp("store")
+    prepare(list_sources(scans), folder, tiny.prepare)
+    return open_store(folder)
