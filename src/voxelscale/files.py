@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -30,7 +31,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         hint = "free some space or choose another folder"
         raise VoxelscaleError(f"{path}: cannot be written ({error.strerror})", hint) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_sealed(path: Path, payload: bytes) -> None:

@@ -83,7 +83,7 @@ def list_scans(path: Path) -> list[Source]:
 
 
 def _unlabelled(path: Path) -> Source:
-    name = safe_name(case_name(path.resolve()))
+    name = safe_name(case_name(path.absolute()))
     return Source(case=name, patient=name, image=path, label=None)
 
 

@@ -215,7 +215,8 @@ def read_info(store: Path, case: str) -> CaseInfo | None:
     if not case_path(store, case).is_file():
         return None
     try:
-        return _info(json.loads(open_case(store, case).schunk.vlmeta["info"]))
+        array = open_case(store, case)  # its metadata does not outlive it
+        return _info(json.loads(array.schunk.vlmeta["info"]))
     except (VoxelscaleError, KeyError, TypeError, ValueError):
         return None
 

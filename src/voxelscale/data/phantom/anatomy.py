@@ -153,7 +153,8 @@ def paint_bones(chest: Chest, canvas: Canvas, cage: Field, body: Field) -> None:
     ring = np.sqrt(x**2 + (y - chest.spine - 25) ** 2)
     canvas.paint(canvas.share(np.asarray(12.5 - ring + 0 * z, np.float32)), 520)
     canvas.paint(canvas.share(np.asarray(9 - ring + 0 * z, np.float32)), 30)
-    canvas.paint(canvas.tubes(_processes(chest)), 420)
+    processes = np.minimum(canvas.tubes(_processes(chest)), canvas.share(body - chest.fat))
+    canvas.paint(processes, 420)
 
     plate = np.minimum(6 - np.abs(y + b + 7), 17 - np.abs(x))
     sternum = np.minimum(plate, np.minimum(0.33 * chest.height - z, z + 0.22 * chest.height))

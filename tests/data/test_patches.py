@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from voxelscale.config import AugmentConfig, Config, DataConfig
+from voxelscale.data.augment import Normalisation, make_batch
+from voxelscale.data.augment_plan import draw_augmentation, region_of
+from voxelscale.data.patches import PatchSource, place_window, read_ahead, worker_indices
+from voxelscale.data.randomness import generator
+from voxelscale.data.store import Store
+from voxelscale.errors import VoxelscaleError
+
+CPU = torch.device("cpu")
+NORMALISE = Normalisation(low=-1000, high=400, mean=-300, std=350)
+PLAIN = AugmentConfig(enabled=False)
+EVERYTHING = AugmentConfig(p_affine=1, p_noise=1, p_blur=1, p_gamma=1, p_brightness=1, p_low_resolution=1)
+DATA = DataConfig(patch_size=(12, 16, 20))
+
+
+def source(store: Store, augment: AugmentConfig = PLAIN, seed: int = 0, **data: float) -> PatchSource:
+    return PatchSource(store, replace(DATA, **data), augment, seed)  # type: ignore[arg-type]
+
+
+def test_a_sample_is_a_pure_function_of_seed_and_index(store: Store) -> None:
+    one, two = source(store, EVERYTHING), source(store, EVERYTHING)
+    forwards = [one[i] for i in range(12)]
+    backwards = [two[i] for i in reversed(range(12))][::-1]
+    for a, b in zip(forwards, backwards, strict=True):
+        assert (a.case, a.start) == (b.case, b.start)
+        assert np.array_equal(a.region, b.region)
+    other = source(store, EVERYTHING, seed=1)
+    assert any(other[i].start != forwards[i].start for i in range(12))
+
+
+def test_the_region_is_the_stores(store: Store) -> None:
+    patches = source(store)
+    for i in range(10):
+        sample = patches[i]
+        assert sample.region.shape == (2, *DATA.patch_size)
+        hu, _ = store.read(sample.case)
+        z, y, x = sample.start
+        inside = hu[max(z, 0) : z + 12, max(y, 0) : y + 16, max(x, 0) : x + 20]
+        cut = sample.region[0][max(-z, 0) :, max(-y, 0) :, max(-x, 0) :]
+        assert np.array_equal(cut[tuple(map(slice, inside.shape))], inside)
+
+
+def test_foreground_share(store: Store) -> None:
+    def share(foreground: float) -> float:
+        patches = source(store, foreground=foreground)
+        return float(np.mean([patches[i].region[1].any() for i in range(150)]))
+
+    # The jitter of a third of a patch keeps the chosen voxel inside.
+    assert share(1.0) == 1.0
+    assert share(0.0) < 0.5
+    assert 0.5 < share(0.5) < 0.95
+
+
+def test_small_lesions_are_seen_as_often_as_large_ones(store: Store) -> None:
+    case = max(store.split("train"), key=lambda c: len(c.lesion_volumes_mm3))
+    assert len(case.lesion_volumes_mm3) >= 2
+    patches = PatchSource(store, replace(DATA, foreground=1.0, patch_size=(2, 2, 2)), PLAIN, 0)
+    _, mask = store.read(case.case)
+    labels, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    seen = np.zeros(count + 1)
+    for i in range(600):
+        sample = patches[i]
+        if sample.case == case.case:
+            z, y, x = (s + 1 for s in sample.start)
+            seen[labels[z, y, x]] += 1
+    assert seen[1:].min() > 0.5 * seen[1:].max()
+
+
+@given(
+    st.integers(0, 50),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(1, 5),
+)
+def test_workers_share_out_the_same_stream(step: int, ranks: int, virtual: int, batch: int) -> None:
+    world = ranks * virtual
+    dealt = [i for w in range(world) for i in worker_indices(step, w, world, batch)]
+    assert sorted(dealt) == list(range(step * world * batch, (step + 1) * world * batch))
+
+
+@given(st.integers(0, 99), st.integers(1, 40), st.integers(1, 60))
+def test_windows_lie_inside_where_they_can(centre: int, size: int, whole: int) -> None:
+    (start,) = place_window([centre % whole], [size], [whole])
+    if whole >= size:
+        assert 0 <= start <= whole - size
+    else:
+        assert start <= 0
+        assert start + size >= whole
+
+
+def test_reading_ahead_keeps_the_order_and_stops_early(store: Store) -> None:
+    patches = source(store)
+    batches = [range(i, i + 3) for i in range(0, 30, 3)]
+    stream = read_ahead(patches, batches, readers=3, prefetch=2)
+    assert [s.index for s in next(stream)] == [0, 1, 2]
+    rest = [[s.index for s in batch] for batch in stream]
+    assert rest == [list(b) for b in batches[1:]]
+    stream = read_ahead(patches, batches, readers=1, prefetch=1)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+
+
+def test_a_store_without_training_cases_is_refused(store: Store) -> None:
+    empty = replace(store, cases=store.split("val"))
+    with pytest.raises(VoxelscaleError, match="no training case"):
+        source(empty)
+
+
+# Augmentation
+
+
+def test_a_sample_comes_out_the_same_in_any_batch(store: Store) -> None:
+    patches = source(store, EVERYTHING)
+    samples = [patches[i] for i in range(6)]
+    together = make_batch(samples, DATA.patch_size, NORMALISE, CPU, 0)
+    for i, sample in enumerate(samples):
+        alone = make_batch([sample], DATA.patch_size, NORMALISE, CPU, 0)
+        assert torch.equal(alone[0][0], together[0][i])
+        assert torch.equal(alone[1][0], together[1][i])
+    assert together[0].shape == together[1].shape == (6, 1, *DATA.patch_size)
+    assert torch.isfinite(together[0]).all()
+    assert set(together[1].ravel().tolist()) <= {0.0, 1.0}
+
+
+def test_without_augmentation_the_patch_is_normalised_hu(store: Store) -> None:
+    sample = source(store)[4]
+    image, mask = make_batch([sample], DATA.patch_size, NORMALISE, CPU, 0)
+    wanted = (np.clip(sample.region[0], -1000, 400) + 300.0) / 350
+    assert np.allclose(image[0, 0].numpy(), wanted, atol=1e-6)
+    assert np.array_equal(mask[0, 0].numpy(), sample.region[1])
+
+
+def test_affine_is_scipys(store: Store) -> None:
+    """The device's rotation and zoom against scipy's, about the patch's centre, also anisotropic."""
+    patches = source(
+        store,
+        AugmentConfig(
+            p_affine=1, flip=False, p_noise=0, p_blur=0, p_gamma=0, p_brightness=0, p_low_resolution=0
+        ),
+    )
+    for index in range(4):
+        sample = patches[index]
+        image, _ = make_batch([sample], DATA.patch_size, NORMALISE, CPU, 0)
+        region = (np.clip(sample.region[0], -1000, 400) + 300.0) / 350
+        matrix = sample.augmentation.matrix
+        assert matrix is not None
+        offset = (np.asarray(region.shape) - 1) / 2 - matrix @ ((np.asarray(DATA.patch_size) - 1) / 2)
+        theirs = ndimage.affine_transform(
+            region, matrix, offset, output_shape=DATA.patch_size, order=1, mode="nearest"
+        )
+        assert np.abs(image[0, 0].numpy() - theirs).max() < 2e-3
+
+
+def test_rotation_is_rigid_in_mm() -> None:
+    config = AugmentConfig(p_affine=1, scale=(1.0, 1.0))
+    spacing = np.array([5.0, 2.0, 1.0])
+    for index in range(5):
+        plan = draw_augmentation(config, generator(0, index, 1), (8, 8, 8), (5.0, 2.0, 1.0))
+        assert plan.matrix is not None
+        in_mm = plan.matrix * spacing[:, None] / spacing
+        assert np.allclose(in_mm @ in_mm.T, np.eye(3), atol=1e-9)
+
+
+def test_two_dimensional_patches_stay_in_their_slice() -> None:
+    config = AugmentConfig(p_affine=1)
+    for index in range(5):
+        plan = draw_augmentation(config, generator(0, index, 1), (1, 32, 32), (5.0, 1.0, 1.0), dims=2)
+        assert plan.region[0] == 1
+        assert plan.matrix is not None
+        assert np.allclose(plan.matrix[0], [1, 0, 0])
+        assert not plan.flips[0]
+
+
+@given(st.integers(0, 2000))
+def test_the_region_covers_what_is_turned_in(index: int) -> None:
+    plan = draw_augmentation(
+        AugmentConfig(p_affine=1), generator(3, index, 1), (9, 14, 20), (3.0, 1.0, 1.0)
+    )
+    assert plan.matrix is not None
+    assert plan.region == region_of(plan.matrix, (9, 14, 20))
+    half = (np.asarray((9, 14, 20)) - 1) / 2
+    corners = (np.indices((2, 2, 2)).reshape(3, -1).T * 2 - 1) * half
+    reach = np.abs(corners @ plan.matrix.T).max(axis=0)
+    assert (reach <= (np.asarray(plan.region) - 1) / 2).all()
+    assert all((r - p) % 2 == 0 for r, p in zip(plan.region, (9, 14, 20), strict=True))
+
+
+def test_changing_one_probability_leaves_the_others(tiny: Config) -> None:
+    base = tiny.augment
+    for index in range(20):
+        a = draw_augmentation(base, generator(0, index, 1), (8, 8, 8), (1.0, 1.0, 1.0))
+        b = draw_augmentation(
+            replace(base, p_noise=1.0), generator(0, index, 1), (8, 8, 8), (1.0, 1.0, 1.0)
+        )
+        assert b.noise_std > 0
+        assert (a.gamma, a.factor, a.flips, a.blur_sigma) == (b.gamma, b.factor, b.flips, b.blur_sigma)
+        assert (a.matrix is None) == (b.matrix is None)
+
+
+def test_blur_is_scipys(store: Store) -> None:
+    config = AugmentConfig(
+        p_affine=0, flip=False, p_noise=0, p_blur=1, p_gamma=0, p_brightness=0, p_low_resolution=0
+    )
+    sample = source(store, config)[0]
+    image, _ = make_batch([sample], DATA.patch_size, NORMALISE, CPU, 0)
+    plain = (np.clip(sample.region[0], -1000, 400) + 300.0) / 350
+    theirs = ndimage.gaussian_filter(plain, sample.augmentation.blur_sigma, mode="nearest", truncate=3.0)
+    assert np.abs(image[0, 0].numpy() - theirs).max() < 0.05

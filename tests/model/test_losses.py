@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.losses.dice import DiceLoss
+from torch.nn import functional as F
+
+from voxelscale.model.losses import dice_cross_entropy, soft_dice
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(3, 1, 6, 7, 8), (torch.rand(3, 1, 6, 7, 8) > 0.8).float()
+
+
+def test_soft_dice_is_monais(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, target = batch
+    theirs = DiceLoss(sigmoid=True, smooth_nr=1.0, smooth_dr=1.0, reduction="none")(logits, target)
+    assert torch.allclose(1 - soft_dice(logits, target), theirs.flatten(), atol=1e-6)
+
+
+def test_the_sum(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, target = batch
+    loss, dice = dice_cross_entropy(logits, target, dice=0.7, cross_entropy=2.0)
+    wanted = 0.7 * (1 - soft_dice(logits, target).mean()) + 2 * F.binary_cross_entropy_with_logits(
+        logits, target
+    )
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert not dice.requires_grad
+
+
+def test_the_objective_does_not_change_with_the_number_of_workers(
+    batch: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    logits, target = batch
+    whole, _ = dice_cross_entropy(logits, target)
+    parts = [dice_cross_entropy(logits[i : i + 1], target[i : i + 1])[0] for i in range(3)]
+    assert whole.item() == pytest.approx(torch.stack(parts).mean().item(), rel=1e-6)
+
+
+def test_empty_patches() -> None:
+    zeros = torch.zeros(1, 1, 4, 4, 4)
+    assert soft_dice(zeros - 30, zeros).item() == pytest.approx(1.0, abs=1e-6)
+    assert soft_dice(zeros + 30, zeros).item() < 0.05
+
+
+def test_half_precision_logits_are_computed_in_float32(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, target = batch
+    loss, _ = dice_cross_entropy(logits.bfloat16(), target)
+    assert loss.dtype == torch.float32

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from voxelscale.config import ModelConfig
+from voxelscale.errors import VoxelscaleError
+from voxelscale.model.build import build_model
+from voxelscale.model.norm import SyncBatchNorm
+from voxelscale.model.unet import (
+    DecodeModel,
+    EncodeModel,
+    UNet,
+    UNetDecodeModel,
+    UNetEncodeModel,
+    plan_pooling,
+    unpack_strides,
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from([2, 3]),
+    st.integers(1, 4),
+    st.sampled_from([1, 3, 5]),
+    st.sampled_from(["instance", "batch", "sync_batch", "group", "none"]),
+    st.booleans(),
+    st.lists(st.integers(3, 21), min_size=3, max_size=3),
+)
+def test_any_size_depth_kernel_and_norm(
+    dims: int, depth: int, kernel: int, norm: str, residual: bool, size: list[int]
+) -> None:
+    torch.manual_seed(0)
+    model = UNet(dims=dims, depth=depth, filters=4, kernel_size=kernel, norm=norm, residual=residual)
+    x = torch.randn(2, 1, *size[:dims])
+    # A single value has no variance: instance norm of training refuses it, evaluation does not.
+    model.eval()
+    y = model(x)
+    assert y.shape == x.shape
+    y.square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_parameters_are_those_of_the_paper() -> None:
+    """By hand: depth 2, 8 filters, kernel 3, no norm (so biases), 3-D."""
+    model = UNet(dims=3, depth=2, filters=8, norm="none")
+    level1 = (27 * 1 * 8 + 8) + (27 * 8 * 8 + 8)
+    level2 = (27 * 8 * 16 + 16) + (27 * 16 * 16 + 16)
+    up = 16 * 8 * 8 + 8 * 8
+    decode = (27 * 16 * 8 + 8) + (27 * 8 * 8 + 8)
+    assert sum(p.numel() for p in model.parameters()) == level1 + level2 + up + decode + 8 + 1
+    kinds = [type(m) for m in model.modules()]
+    assert kinds.count(UNetEncodeModel) == 3
+    assert (kinds.count(EncodeModel), kinds.count(DecodeModel), kinds.count(UNetDecodeModel)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("stride", [(2, 2, 2), (1, 2, 2), (1, 1, 2), (2, 2)])
+def test_upsampling_is_a_transposed_convolution(stride: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    make = nn.ConvTranspose2d if len(stride) == 2 else nn.ConvTranspose3d
+    reference = make(6, 4, stride, stride)  # type: ignore[arg-type]
+    x = torch.randn(2, 6, *[3, 4, 5][: len(stride)])
+    count = int(torch.tensor(stride).prod())
+    # (in, out, *stride) to rows (*stride, out) of a 1-wide convolution.
+    weight = reference.weight.movedim(1, -1).reshape(6, count * 4).T
+    shape = [1, -1, *[1] * len(stride)]
+    assert reference.bias is not None
+    packed = torch.einsum("oc,bc...->bo...", weight, x) + reference.bias.repeat(count).view(shape)
+    assert torch.allclose(unpack_strides(packed, stride), reference(x), atol=1e-5)
+
+
+def test_a_2d_network_takes_slices_of_volumes() -> None:
+    model = UNet(dims=2, depth=2, filters=4).eval()
+    x = torch.randn(3, 1, 16, 18)
+    assert torch.equal(model(x[:, :, None])[:, :, 0], model(x))
+
+
+def test_it_starts_from_the_prior() -> None:
+    model = UNet(dims=3, depth=3, filters=4, prior=0.02).eval()
+    probability = model(torch.randn(1, 1, 16, 16, 16)).sigmoid()
+    assert 0.002 < probability.median() < 0.2
+
+
+def test_anisotropic_patches_are_pooled_towards_isotropy() -> None:
+    assert plan_pooling((32, 128, 128), (5.0, 1.0, 1.0), 5) == ((1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2))
+    assert plan_pooling((1, 64, 64), (5.0, 1.0, 1.0), 3) == ((1, 2, 2), (1, 2, 2))
+    for depth, size in itertools.product(range(1, 6), (8, 24, 64)):
+        bottom = size
+        for stride in plan_pooling((size,) * 3, (1.0,) * 3, depth):
+            bottom = -(-bottom // stride[0])
+        assert bottom >= 4
+
+
+def test_a_patch_too_small_for_the_depth_is_told() -> None:
+    with pytest.raises(VoxelscaleError, match="cannot be pooled 5 times") as caught:
+        build_model(ModelConfig(depth=6), (16, 16, 16), (1, 1, 1))
+    assert "model.depth=3" in caught.value.hint
+    build_model(ModelConfig(depth=3), (16, 16, 16), (1, 1, 1))
+
+
+def test_even_kernels_are_refused() -> None:
+    with pytest.raises(ValueError, match="odd"):
+        UNet(kernel_size=4)
+
+
+def test_sync_batch_norm_alone_is_batch_norm() -> None:
+    torch.manual_seed(0)
+    ours, theirs = SyncBatchNorm(5), nn.BatchNorm3d(5)
+    x = torch.randn(4, 5, 3, 4, 2)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+    assert ours.running_var is not None
+    assert theirs.running_var is not None
+    assert torch.allclose(ours.running_var, theirs.running_var)
+
+
+def test_channels_last_changes_nothing() -> None:
+    from voxelscale.device import to_channels_last
+
+    torch.manual_seed(0)
+    model = UNet(dims=3, depth=3, filters=4).eval()
+    x = torch.randn(1, 1, 12, 14, 16)
+    before = model(x)
+    after = to_channels_last(model)(x.contiguous(memory_format=torch.channels_last_3d))
+    assert torch.allclose(before, after, atol=1e-4)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from voxelscale.config import Config, dump, from_dict, load, to_dict
+from voxelscale.errors import VoxelscaleError
+
+
+def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
+    config = load(sets=["train.samples=77", "prepare.spacing=[2.5,1,1]", "model.norm=batch"])
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert load(tmp_path / "config.yaml") == config
+    assert from_dict(to_dict(config)) == config
+
+
+def test_a_file_lies_over_the_defaults_and_settings_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("train: {samples: 5, batch_size: 3}\noptim: {lr: 1e-4}\n")
+    config = load(tmp_path / "mine.yaml", ["train.samples=9"])
+    assert (config.train.samples, config.train.batch_size, config.optim.lr) == (9, 3, 1e-4)
+    assert config.model == Config().model
+
+
+@pytest.mark.parametrize(
+    ("setting", "message", "hint"),
+    [
+        ("train.sampels=3", "unknown key train.sampels", "train.samples"),
+        ("trian.samples=3", "unknown key trian", "train"),
+        ("train.samples", "no '='", "train.samples=4000"),
+        ("train.samples=many", "train.samples is 'many'", "whole number"),
+        ("train.samples=1.5", "train.samples is 1.5", "whole number"),
+        ("train.samples=0", "train.samples is 0", "at least 1"),
+        ("train=3", "is a section", "KEY"),
+        ("model.norm=layer", "model.norm is 'layer'", "instance"),
+        ("model.dims=4", "model.dims is 4", "one of 2, 3"),
+        ("model.kernel_size=4", "model.kernel_size is 4", "odd"),
+        ("augment.flip=1", "augment.flip is 1", "true or false"),
+        ("data.patch_size=[32,32]", "data.patch_size is [32, 32]", "a list of 3"),
+        ("data.patch_size=[32,32,0]", "data.patch_size", "at least 1"),
+        ("prepare.spacing=[1,1,-1]", "prepare.spacing", "above 0"),
+        ("predict.threshold=1.0", "predict.threshold is 1.0", "between 0 and 1"),
+        ("train.samples=[", "not YAML", "quote"),
+    ],
+)
+def test_mistakes_are_told_with_their_mend(setting: str, message: str, hint: str) -> None:
+    with pytest.raises(VoxelscaleError) as caught:
+        load(sets=[setting])
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("content", ["train: [", "- 1\n- 2\n", "!!python/object/apply:os.abort []\n"])
+def test_a_bad_file_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(VoxelscaleError, match=r"bad\.yaml"):
+        load(path)
+
+
+@given(st.integers(1, 10**9), st.floats(1e-8, 10), st.sampled_from(["instance", "group", "none"]))
+def test_values_survive_yaml(samples: int, rate: float, norm: str) -> None:
+    config = load(sets=[f"train.samples={samples}", f"optim.lr={rate}", f"model.norm={norm}"])
+    assert (config.train.samples, config.optim.lr, config.model.norm) == (samples, rate, norm)

@@ -1,0 +1,47 @@
+"""What the tests of training share: running it, and looking at its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from voxelscale.config import Config
+from voxelscale.predict.bundle import load_untrusted
+
+
+def with_train(config: Config, norm: str = "instance", **train: int) -> Config:
+    return replace(
+        config,
+        train=replace(config.train, **train),  # type: ignore[arg-type]
+        model=replace(config.model, norm=norm),  # type: ignore[arg-type]
+    )
+
+
+def final_weights(run: Path) -> dict[str, Tensor]:
+    """Weights and buffers of the newest checkpoint."""
+    newest = sorted((run / "checkpoints").glob("*.ckpt"))[-1]
+    weights: dict[str, Tensor] = load_untrusted(newest)["model"]
+    return weights
+
+
+def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The greatest relative difference of any tensor, by norm."""
+    assert a.keys() == b.keys()
+    return max(_relative(a[name].double(), b[name].double()) for name in a)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-6))
+
+
+def identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def seen_in(run: Path) -> Sequence[int]:
+    """Samples after which there is a checkpoint."""
+    return sorted(int(p.stem.split("_")[1]) for p in (run / "checkpoints").glob("*.ckpt"))
