@@ -29,13 +29,13 @@ def final_weights(run: Path) -> dict[str, Tensor]:
 
 
 def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The greatest relative difference of any tensor, by norm."""
+    """||a - b|| / ||b|| over all weights and running statistics."""
     assert a.keys() == b.keys()
-    return max(_relative(a[name].double(), b[name].double()) for name in a)
+    return float((_flat(a) - _flat(b)).norm() / _flat(b).norm())
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-6))
+def _flat(weights: dict[str, Tensor]) -> Tensor:
+    return torch.cat([w.double().flatten() for w in weights.values() if w.is_floating_point()])
 
 
 def identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

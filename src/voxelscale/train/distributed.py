@@ -104,7 +104,7 @@ class WorkerBuffers:
     """
 
     def __init__(self, model: nn.Module, virtual: int) -> None:
-        self._buffers = float_buffers(model) if virtual > 1 else []
+        self._buffers = list(model.buffers()) if virtual > 1 else []
         self._virtual = virtual
         self._start: list[Tensor] = []
         self._sum: list[Tensor] = []
@@ -125,9 +125,10 @@ class WorkerBuffers:
             total += buffer
 
     def end_step(self) -> None:
-        """After the last."""
+        """After the last; counters, the same in all, keep the last one's."""
         for buffer, total in zip(self._buffers, self._sum, strict=True):
-            buffer.copy_(total / self._virtual)
+            if buffer.is_floating_point():
+                buffer.copy_(total / self._virtual)
 
 
 def float_buffers(model: nn.Module) -> list[Tensor]:

@@ -140,6 +140,7 @@ class _Training:
                     self._save()
                 if stopped:
                     break
+        self.meter.finish()
         if log:
             log.close()
             (self.run / STOP_FILE).unlink(missing_ok=True)
@@ -302,6 +303,10 @@ class _Meter:
         if self._workers.ranks == 1:
             return self._land()
         return landed
+
+    def finish(self) -> None:
+        """Wait for the last step's sums: a process group must not go with a reduction in flight."""
+        self._land()
 
     def _land(self) -> bool:
         if self._flying is None:
