@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from voxelscale.evaluate.evaluate import evaluate_case, summarise
+from voxelscale.evaluate.froc import Matches, froc, match
+from voxelscale.evaluate.overlap import Overlap, overlap
+from voxelscale.geometry import Scan
+from voxelscale.predict.findings import Finding
+
+
+def finding(x: float, probability: float = 1.0, diameter: float = 10.0, case: str = "a") -> Finding:
+    return Finding(
+        case=case,
+        x=x,
+        y=0.0,
+        z=0.0,
+        index=(0.0, 0.0, x),
+        diameter_mm=diameter,
+        axial_diameter_mm=diameter,
+        volume_mm3=math.pi / 6 * diameter**3,
+        probability=probability,
+    )
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**20), st.floats(0, 0.6), st.floats(0, 0.6))
+def test_dice_is_simpleitks(seed: int, first: float, second: float) -> None:
+    random = np.random.default_rng(seed)
+    a, b = (random.random((5, 6, 7)) < share for share in (first, second))
+    ours = overlap(a, b)
+    if not a.any() and not b.any():
+        assert ours.dice == 1.0
+        return
+    measure = sitk.LabelOverlapMeasuresImageFilter()
+    measure.Execute(*(sitk.GetImageFromArray(m.astype(np.uint8)) for m in (a, b)))
+    assert ours.dice == pytest.approx(measure.GetDiceCoefficient(), abs=1e-12)
+
+
+def test_counts_pool() -> None:
+    total = Overlap(truth=4, prediction=2, both=1) + Overlap(truth=6, prediction=8, both=5)
+    assert total.dice == 2 * 6 / (10 + 10)
+    with pytest.raises(ValueError, match="one lattice"):
+        overlap(np.zeros((2, 2, 2)), np.zeros((2, 2, 3)))
+
+
+def test_hits_follow_luna16s_rule() -> None:
+    lesions = [finding(0.0), finding(30.0, diameter=4.0)]
+    found = [
+        finding(4.9, 0.4),
+        finding(-3.0, 0.9),
+        finding(5.1, 0.8),
+        finding(32.1, 0.7),
+        finding(31.9, 0.6),
+    ]
+    matches = match(lesions, found)
+    assert matches.hits == (0.9, 0.6)  # the better of two hits counts, the other is neither
+    assert sorted(matches.false_positives) == [0.7, 0.8]
+    assert all(math.isnan(h) for h in match(lesions, []).hits)
+    assert match([], found).false_positives == tuple(f.probability for f in found)
+
+
+def test_froc_by_hand() -> None:
+    nan = float("nan")
+    scans = [
+        Matches(hits=(0.9, 0.5), false_positives=(0.8,)),
+        Matches(hits=(nan, 0.3), false_positives=(0.4, 0.2)),
+    ]
+    curve = froc(scans)
+    points = list(
+        zip(curve.thresholds.tolist(), curve.fp_per_scan.tolist(), curve.sensitivity.tolist(), strict=True)
+    )
+    assert points == [
+        (math.inf, 0, 0),
+        (0.9, 0, 0.25),
+        (0.8, 0.5, 0.25),
+        (0.5, 0.5, 0.5),
+        (0.4, 1.0, 0.5),
+        (0.3, 1.0, 0.75),
+        (0.2, 1.5, 0.75),
+    ]
+    assert curve.sensitivity_at(0.49) == 0.25
+    assert curve.sensitivity_at(1.0) == 0.75
+    assert curve.cpm == pytest.approx((0.25 + 0.25 + 0.5 + 0.75 * 4) / 7)
+    assert froc([Matches(hits=(), false_positives=())]).cpm == 0.0
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.one_of(st.floats(0, 1), st.just(float("nan"))), max_size=4),
+            st.lists(st.floats(0, 1), max_size=4),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_froc_against_counting(scans: list[tuple[list[float], list[float]]]) -> None:
+    matches = [Matches(hits=tuple(h), false_positives=tuple(f)) for h, f in scans]
+    curve = froc(matches)
+    lesions = sum(len(h) for h, _ in scans)
+    for threshold, wrong, found in zip(curve.thresholds, curve.fp_per_scan, curve.sensitivity, strict=True):
+        assert wrong * len(scans) == pytest.approx(sum(p >= threshold for _, f in scans for p in f))
+        hits = sum(p >= threshold for h, _ in scans for p in h)
+        assert found * max(lesions, 1) == pytest.approx(hits if lesions else 0)
+    assert (np.diff(curve.fp_per_scan) >= 0).all()
+    assert (np.diff(curve.sensitivity) >= 0).all()
+
+
+def test_a_summary_of_two_cases() -> None:
+    truth = np.zeros((8, 8, 8), np.uint8)
+    truth[2:5, 2:5, 2:5] = 1
+    half = truth.copy()
+    half[2] = 0
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])[:, [2, 1, 0, 3]]
+    hit = Finding(
+        case="a",
+        x=3,
+        y=3,
+        z=3,
+        index=(3, 3, 3),
+        diameter_mm=3,
+        axial_diameter_mm=3,
+        volume_mm3=27,
+        probability=0.8,
+    )
+    results = [
+        evaluate_case("a", Scan(truth, affine), Scan(half, affine), [hit]),
+        evaluate_case("b", Scan(truth, affine), Scan(0 * truth, affine), []),
+    ]
+    summary = summarise(results)
+    dice = 2 * 18 / (27 + 18)
+    assert summary["dice"]["mean"] == pytest.approx(dice / 2)
+    assert summary["dice"]["least"] == 0
+    assert summary["dice_pooled"] == pytest.approx(2 * 18 / (54 + 18))
+    assert summary["sensitivity_at_1_fp"] == 0.5
+    low, high = summary["dice"]["interval"]
+    assert low == 0
+    assert high == pytest.approx(dice)
+    assert [row["detected"] for row in summary["cases"]] == [1, 0]
+    assert [row["detected"] for row in summary["lesions"]] == [True, False]

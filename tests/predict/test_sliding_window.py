@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from itertools import pairwise, product
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.inferers.utils import sliding_window_inference
+from torch import Tensor, nn
+
+from voxelscale.config import IntTriple
+from voxelscale.model.unet import UNet
+from voxelscale.predict.sliding_window import flip_axes, predict_volume, window_starts
+
+
+class Identity(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.tuples(*[st.integers(1, 24)] * 3),
+    st.tuples(*[st.integers(1, 12)] * 3),
+    st.floats(0, 0.9),
+    st.integers(1, 5),
+)
+def test_a_network_that_looks_at_one_voxel_is_reproduced(
+    size: IntTriple, patch: IntTriple, overlap: float, batch: int
+) -> None:
+    torch.manual_seed(0)
+    volume = torch.randn(size)
+    probability = predict_volume(Identity(), volume, patch, overlap=overlap, batch_size=batch)
+    assert probability.shape == volume.shape
+    assert torch.allclose(probability, volume.sigmoid(), atol=1e-5)
+
+
+@given(st.integers(1, 300), st.integers(1, 100), st.floats(0, 0.95))
+def test_windows_cover_the_axis_with_at_least_the_overlap(size: int, patch: int, overlap: float) -> None:
+    starts = window_starts(size, patch, overlap)
+    assert starts[0] == 0
+    assert starts == sorted(set(starts))
+    if size > patch:
+        assert starts[-1] == size - patch
+        steps = [b - a for a, b in pairwise(starts)]
+        assert max(steps) <= max(1, patch * (1 - overlap))
+
+
+def test_logits_are_averaged_with_gaussian_weights() -> None:
+    """Against a sum over windows written out, without the lattice's separability."""
+    torch.manual_seed(0)
+    model = UNet(dims=3, depth=2, filters=4).eval()
+    volume, patch, overlap = torch.randn(14, 20, 25), (8, 12, 10), 0.4
+    axes = [(torch.arange(p) - (p - 1) / 2) / (p / 8) for p in patch]
+    z, y, x = (torch.exp(-(a**2) / 2).clamp_min(0.01) for a in axes)
+    weight = torch.einsum("i,j,k->ijk", z, y, x)
+    total, weights = torch.zeros_like(volume), torch.zeros_like(volume)
+    lattice = [window_starts(n, p, overlap) for n, p in zip(volume.shape, patch, strict=True)]
+    for start in product(*lattice):
+        box = tuple(slice(s, s + p) for s, p in zip(start, patch, strict=True))
+        with torch.inference_mode():
+            total[box] += weight * model(volume[box][None, None])[0, 0]
+        weights[box] += weight
+    ours = predict_volume(model, volume, patch, overlap=overlap)
+    assert torch.allclose(ours, (total / weights).sigmoid(), atol=1e-5)
+
+
+def test_a_row_of_windows_is_monais() -> None:
+    torch.manual_seed(0)
+    model = UNet(dims=3, depth=2, filters=4).eval()
+    volume, patch = torch.randn(16, 16, 40), (16, 16, 16)
+    ours = predict_volume(model, volume, patch, overlap=0.5)
+    with torch.inference_mode():
+        theirs = sliding_window_inference(
+            volume[None, None], patch, 2, model, overlap=0.5, mode="gaussian", sigma_scale=0.125
+        )
+    assert isinstance(theirs, Tensor)
+    # Off the middle MONAI clamps the product of the three Gaussians, not each of them.
+    apart = (ours - theirs[0, 0].sigmoid())[7:9, 7:9].abs()
+    assert apart.max() < 0.02
+
+
+def test_the_batch_does_not_matter_and_neither_does_precision_much() -> None:
+    torch.manual_seed(0)
+    model = UNet(dims=3, depth=2, filters=4).eval()
+    volume = torch.randn(20, 30, 25)
+    one = predict_volume(model, volume, (16, 16, 16), batch_size=1)
+    five = predict_volume(model, volume, (16, 16, 16), batch_size=5)
+    half = predict_volume(model, volume, (16, 16, 16), precision=torch.bfloat16)
+    assert torch.allclose(one, five, atol=1e-5)
+    assert (one - half).abs().max() < 0.02
+
+
+def test_mirrored_copies_make_the_prediction_symmetric() -> None:
+    torch.manual_seed(0)
+    model = UNet(dims=3, depth=2, filters=4).eval()
+    volume = torch.randn(16, 16, 16)
+    plain = predict_volume(model, volume, (16, 16, 16))
+    mirrored = predict_volume(model, volume.flip(2), (16, 16, 16)).flip(2)
+    assert (plain - mirrored).abs().max() > 1e-3
+    first = predict_volume(model, volume, (16, 16, 16), flips=True)
+    second = predict_volume(model, volume.flip(2), (16, 16, 16), flips=True).flip(2)
+    assert torch.allclose(first, second, atol=1e-5)
+    assert len(flip_axes((16, 16, 16))) == 8
+    assert len(flip_axes((1, 16, 16))) == 4
+
+
+def test_two_dimensional_windows() -> None:
+    model = UNet(dims=2, depth=2, filters=4).eval()
+    volume = torch.randn(5, 40, 33)
+    ours = predict_volume(model, volume, (1, 40, 33))
+    with torch.inference_mode():
+        assert torch.allclose(ours, model(volume[:, None])[:, 0].sigmoid(), atol=1e-5)
+
+
+def test_volumes_smaller_than_the_window_are_padded_with_air() -> None:
+    volume = torch.rand(3, 4, 5)
+    seen: list[Tensor] = []
+
+    class Spy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.clone())
+            return x
+
+    predict_volume(Spy(), volume, (8, 8, 8))
+    padded = torch.full((8, 8, 8), float(volume.min()))
+    padded[2:5, 2:6, 1:6] = volume
+    assert torch.equal(seen[0][0, 0], padded)
