@@ -1,0 +1,223 @@
+"""The commands as a user types them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from voxelscale import __version__, cli
+from voxelscale.config import Config, dump
+from voxelscale.geometry import from_itk, to_itk
+
+VERBS = ["phantom", "prepare", "train", "predict", "evaluate", "report", "quickstart", "config"]
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(dump(tiny))
+    return path
+
+
+@pytest.fixture
+def voxelscale(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["voxelscale", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def job(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The main job through the commands, in a folder."""
+    folder = tmp_path_factory.mktemp("job")
+    steps = [
+        ["phantom", "scans"],
+        ["prepare", "scans", "store"],
+        ["train", "store", "run", "--set", "train.samples=200", "--set", "optim.lr=0.01"],
+        ["predict", "run", "scans", "predictions", "--store", "store", "--split", "test"],
+    ]
+    for step in steps:
+        arguments = [sys.executable, "-m", "voxelscale.cli", "--quiet", *step, "--config", str(config_file)]
+        done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+    return folder
+
+
+def test_help_needs_none_of_the_heavy_libraries() -> None:
+    code = (
+        "import sys; sys.argv = ['voxelscale', '--help']\n"
+        "from voxelscale import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'SimpleITK', 'scipy', 'blosc2', 'yaml', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verbs_help_teaches_by_example(voxelscale: Command, verb: str) -> None:
+    code, out, _ = voxelscale(verb, "--help")
+    assert code == 0
+    assert f"  voxelscale {verb}" in out
+
+
+def test_version(voxelscale: Command) -> None:
+    assert voxelscale("--version") == (0, f"voxelscale {__version__}\n", "")
+
+
+def test_masks_lie_on_their_scans(job: Path) -> None:
+    cases = sorted(p.name for p in (job / "predictions").iterdir() if p.is_dir())
+    assert len(cases) == 1
+    for case in cases:
+        scan = sitk.ReadImage(str(job / "scans" / "images" / f"{case}.nii.gz"))
+        mask = sitk.ReadImage(str(job / "predictions" / case / "mask.nii.gz"))
+        assert mask.GetSize() == scan.GetSize()
+        for theirs, ours in [
+            (scan.GetOrigin(), mask.GetOrigin()),
+            (scan.GetSpacing(), mask.GetSpacing()),
+            (scan.GetDirection(), mask.GetDirection()),
+        ]:
+            assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_findings_are_in_patient_mm(job: Path) -> None:
+    with (job / "predictions" / "findings.csv").open() as handle:
+        table = list(csv.DictReader(handle))
+    (folder,) = [p for p in (job / "predictions").iterdir() if p.is_dir()]
+    rows = json.loads((folder / "findings.json").read_text())
+    assert len(rows) == len(table)
+    scan = sitk.ReadImage(str(job / "scans" / "images" / f"{folder.name}.nii.gz"))
+    for row in rows:
+        there = scan.TransformContinuousIndexToPhysicalPoint(row["index"][::-1])
+        assert (row["x"], row["y"], row["z"]) == pytest.approx(there, abs=1e-3)
+
+
+def test_evaluate_and_report(voxelscale: Command, job: Path, tmp_path: Path) -> None:
+    code, out, _ = voxelscale("evaluate", job / "predictions", job / "scans")
+    assert code == 0
+    summary = json.loads((job / "predictions" / "evaluation.json").read_text())
+    assert f"Dice {summary['dice']['mean']:.3f}" in out
+    page = tmp_path / "report.html"
+    code, out, _ = voxelscale(
+        "report", job / "predictions", job / "scans", "--run", job / "run", "--out", page
+    )
+    assert (code, out) == (0, f"report in {page}\n")
+    html = page.read_text()
+    assert f"{summary['dice']['mean']:.3f}" in html
+    assert html.count('<svg class="slice"') == 4
+    assert html.count('<svg class="chart"') == 3
+
+
+def test_the_same_command_keeps_what_is_done(voxelscale: Command, job: Path, config_file: Path) -> None:
+    mask = next((job / "predictions").glob("*/mask.nii.gz"))
+    before = mask.stat().st_mtime_ns
+    arguments = ["predict", job / "run", job / "scans", job / "predictions", "--store", job / "store"]
+    assert voxelscale(*arguments)[0] == 0
+    assert mask.stat().st_mtime_ns == before
+    assert voxelscale(*arguments, "--set", "predict.threshold=0.6")[0] == 0
+    assert mask.stat().st_mtime_ns > before
+    code, out, _ = voxelscale("prepare", job / "scans", job / "store", "--config", config_file)
+    assert (code, "5 of them kept" in out) == (0, True)
+    code, out, _ = voxelscale("train", job / "store", job / "run")
+    assert (code, out) == (0, f"model in {job / 'run' / 'model.vxs'}\n")
+
+
+def test_a_broken_scan_does_not_stop_the_others(voxelscale: Command, job: Path, tmp_path: Path) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    good = next((job / "scans" / "images").iterdir())
+    (scans / "good.nii.gz").write_bytes(good.read_bytes())
+    (scans / "torn.nii.gz").write_bytes(good.read_bytes()[:3000])
+    code, out, err = voxelscale("predict", job / "run", scans, tmp_path / "out")
+    assert code == 2
+    assert "good: " in out
+    assert "error: " in err
+    assert "torn.nii.gz" in err
+    assert "1 not predicted: torn" in err
+    assert (tmp_path / "out" / "good" / "mask.nii.gz").is_file()
+    assert not (tmp_path / "out" / "torn").exists()
+
+
+def test_an_oblique_flipped_scan_is_found_at_the_same_place(
+    voxelscale: Command, job: Path, tmp_path: Path
+) -> None:
+    """Axes stored in another order and direction: the same patient, the same positions in mm."""
+    source = next((job / "scans" / "images").iterdir())
+    image = sitk.ReadImage(str(source))
+    turned = sitk.PermuteAxes(sitk.Flip(image, [True, False, True]), [2, 0, 1])
+    sitk.WriteImage(image, str(tmp_path / "plain.mha"))
+    sitk.WriteImage(turned, str(tmp_path / "turned.mha"))
+    for name in ("plain", "turned"):
+        assert voxelscale("predict", job / "run", tmp_path / f"{name}.mha", tmp_path / name)[0] == 0
+    masks = {
+        name: sitk.ReadImage(str(tmp_path / name / name / "mask.nii.gz")) for name in ("plain", "turned")
+    }
+    assert masks["turned"].GetDirection() == pytest.approx(turned.GetDirection(), abs=1e-6)
+    back = sitk.Resample(masks["turned"], masks["plain"], sitk.Transform(), sitk.sitkNearestNeighbor)
+    assert np.array_equal(sitk.GetArrayFromImage(back), sitk.GetArrayFromImage(masks["plain"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["prepare", "nowhere", "store"], "nowhere"),
+        (["train", "nowhere", "run"], "nowhere"),
+        (["predict", "nowhere", "scans", "out"], "nowhere"),
+        (["evaluate", "nowhere", "scans"], "scans"),
+        (["report", "nowhere", "scans"], "evaluation"),
+        (["phantom", "out", "--set", "phantom.cases=0"], "phantom.cases is 0"),
+        (["phantom", "out", "--config", "no.yaml"], "no.yaml"),
+        (["config", "--set", "train.sample=3"], "train.sample"),
+    ],
+)
+def test_mistakes_are_two_lines(
+    voxelscale: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = voxelscale(*arguments)
+    lines = err.strip().splitlines()
+    assert (code, out, len(lines)) == (2, "", 2), err
+    assert lines[0].startswith("error: ")
+    assert words in lines[0]
+    assert lines[1].startswith("hint: ")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip", b"\x80\x02cos\nsystem\n"])
+def test_a_hostile_model_is_refused(voxelscale: Command, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.vxs").write_bytes(content)
+    code, _, err = voxelscale("predict", tmp_path / "model.vxs", tmp_path, tmp_path / "out")
+    assert code == 2
+    assert "Traceback" not in err
+
+
+def test_quiet_anywhere(voxelscale: Command, tmp_path: Path, config_file: Path) -> None:
+    code, out, err = voxelscale("phantom", tmp_path / "a", "--cases", 1, "--config", config_file, "--quiet")
+    assert (code, err) == (0, "")
+    assert "1 phantoms" in out
+    assert "phantom: 1/1" in voxelscale("phantom", tmp_path / "b", "--cases", 1, "--config", config_file)[2]
+
+
+def test_from_itk_and_back_keeps_flips() -> None:
+    image = sitk.Flip(sitk.Image([4, 5, 6], sitk.sitkInt16), [True, False, False])
+    assert to_itk(from_itk(image)).GetDirection() == image.GetDirection()
