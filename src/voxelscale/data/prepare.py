@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,8 +59,11 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outc
         VoxelscaleError: no case could be prepared at all.
     """
     failed: dict[str, tuple[str, str]] = {}
-    spacing = config.spacing or median_spacing(_each(sources, survey, "survey", config, failed))
+    surveyed = [] if config.spacing else _each(sources, survey, "survey", config, failed)
     good = [source for source in sources if source.case not in failed]
+    if not good:
+        raise _none_prepared(failed)
+    spacing = config.spacing or median_spacing(surveyed)
     kept = {s.case: info for s in good if (info := _kept(s, out, config, spacing))}
     todo = [source for source in good if source.case not in kept]
     work = partial(prepare_case, config=config, out=out, spacing=spacing)
@@ -68,12 +71,16 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outc
     infos = sorted([*kept.values(), *made], key=lambda info: info.case)
     failures = tuple((case, *failed[case]) for case in sorted(failed))
     if not infos:
-        case, message, hint = failures[0]
-        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        raise VoxelscaleError(f"no case could be prepared; {case}: {message}{more}", hint)
+        raise _none_prepared(failed)
     infos = assign_splits(infos, config.split, config.seed)
     write_table(out, spacing, fingerprint(infos), infos)
     return Outcome(done=tuple(infos), kept=len(kept), failed=failures)
+
+
+def _none_prepared(failed: dict[str, tuple[str, str]]) -> VoxelscaleError:
+    case, (message, hint) = min(failed.items())
+    more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    return VoxelscaleError(f"no case could be prepared; {case}: {message}{more}", hint)
 
 
 def survey(source: Source) -> Triple:
@@ -83,14 +90,9 @@ def survey(source: Source) -> Triple:
     return reorient(read_scan(source.image)).spacing
 
 
-def median_spacing(spacings: Iterable[Triple]) -> Triple:
+def median_spacing(spacings: Sequence[Triple]) -> Triple:
     """The data set's median along each axis, mm, to the hundredth."""
-    table = list(spacings)
-    if not table:
-        raise VoxelscaleError(
-            "no scan of the data set can be read", "run with --verbose to see each one's fault"
-        )
-    z, y, x = (round(float(v), 2) for v in np.median(np.asarray(table), axis=0))
+    z, y, x = (round(float(v), 2) for v in np.median(np.asarray(spacings), axis=0))
     return z, y, x
 
 

@@ -150,10 +150,18 @@ def _charts(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> 
                 name="training, soft Dice of patches", points=[(e["samples"], e["dice"]) for e in trained]
             ),
         ]
-        loss = [Line(name="training loss", points=[(e["samples"], e["loss"]) for e in trained])]
+        loss = [Line(name="training loss", points=_smooth(trained, "loss"))]
         charts.append(line_chart(dice, x_label="samples", y_label="Dice", y_range=(0.0, 1.0)))
         charts.append(line_chart(loss, x_label="samples", y_label="loss"))
     return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _smooth(events: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """A running mean over a twentieth of the events: single batches differ wildly."""
+    width = max(1, len(events) // 20)
+    values = [e[name] for e in events]
+    means = [float(np.mean(values[max(0, i + 1 - width) : i + 1])) for i in range(len(values))]
+    return [(e["samples"], mean) for e, mean in zip(events, means, strict=True)]
 
 
 def _overlays(summary: Mapping[str, Any], predictions: Path, sources: Mapping[str, Source]) -> str:

@@ -212,6 +212,7 @@ class _Training:
             log.write(
                 "train", step=step, samples=self.state.seen, lr=rate, seconds=self.state.seconds, **numbers
             )
+            self.meter.restart()
 
     def _validate(self, step: int, log: RunLog | None, last: bool) -> None:
         """Dice on the validation scans; the best model so far becomes the run's."""
@@ -234,6 +235,7 @@ class _Training:
             )
             if better:
                 self._write_bundle(mean)
+        self.meter.restart()  # its clock is for training alone
 
     def _validation_cases(self) -> tuple[CaseInfo, ...]:
         # A data set of one patient has none; fitting it is then what there is to see.
@@ -324,20 +326,21 @@ class _Meter:
         return bool(stop > 0)
 
     def read(self, global_batch: int) -> dict[str, float]:
-        """Means over the last half minute or so; starts anew after that."""
+        """Means and speed since `restart`."""
         elapsed = max(time.monotonic() - self._since, 1e-9)
         steps = max(self._steps, 1)
-        numbers = {
+        return {
             "loss": self._loss / steps,
             "dice": self._dice / steps,
             "samples_per_second": self._timed * global_batch / elapsed,
             "input_wait": self.waited / elapsed,
         }
-        if elapsed > 30 and self._steps > 1:
-            self._loss = self._dice = self.waited = 0.0
-            self._steps = self._timed = 0
-            self._since = time.monotonic()
-        return numbers
+
+    def restart(self) -> None:
+        """Begin new means."""
+        self._loss = self._dice = self.waited = 0.0
+        self._steps = self._timed = 0
+        self._since = time.monotonic()
 
 
 class _Silent:
