@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,8 @@ import SimpleITK as sitk
 
 from voxelscale import __version__, cli
 from voxelscale.config import Config, dump
+from voxelscale.data.listing import list_sources
+from voxelscale.data.phantom import write_phantoms
 from voxelscale.geometry import from_itk, to_itk
 
 VERBS = ["phantom", "prepare", "train", "predict", "evaluate", "report", "quickstart", "config"]
@@ -221,3 +227,26 @@ def test_quiet_anywhere(voxelscale: Command, tmp_path: Path, config_file: Path) 
 def test_from_itk_and_back_keeps_flips() -> None:
     image = sitk.Flip(sitk.Image([4, 5, 6], sitk.sitkInt16), [True, False, False])
     assert to_itk(from_itk(image)).GetDirection() == image.GetDirection()
+
+
+def test_ctrl_c_leaves_nothing_half_written(tiny: Config, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scans"
+    command = [sys.executable, "-m", "voxelscale.cli", "phantom", str(out), "--config", str(config_file)]
+    command += ["--cases", "60"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("truth/*.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everybody
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "the same command goes on" in err
+    done = len(list(out.glob("truth/*.json")))
+    assert 0 < done < 60
+    files = [p.name for folder in ("images", "labels") for p in (out / folder).iterdir()]
+    assert not [name for name in files if name.startswith(".")]
+    again = write_phantoms(replace(tiny.phantom, cases=done), out, workers=1)
+    assert len(list_sources(again)) == done

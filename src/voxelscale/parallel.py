@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TypeVar
@@ -38,7 +39,7 @@ def map_processes(
     context = multiprocessing.get_context("spawn")
     with (
         Progress(label, len(items)) as progress,
-        ProcessPoolExecutor(count, mp_context=context, initializer=_one_thread) as pool,
+        ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker) as pool,
     ):
         jobs = {pool.submit(work, item): item for item in items}
         try:
@@ -55,7 +56,9 @@ def map_processes(
             raise
 
 
-def _one_thread() -> None:
+def _begin_worker() -> None:
     import SimpleITK as sitk
 
+    # Ctrl-C reaches the whole process group; the parent alone decides what becomes of it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,8 @@ def parallel(model: nn.Module, workers: Workers) -> nn.Module:
     if workers.ranks == 1:
         return model
     ids = [workers.device.index] if workers.device.type == "cuda" else None
+    # Of 1-wide kernels, whose channels-last strides differ in name only; they are small.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # torch 2.13 renamed the switch; 2.11 does not know the new name.
     names = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"

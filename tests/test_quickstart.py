@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from voxelscale.config import Config, dump
+from voxelscale.quickstart import quickstart_config
+
+
+def test_the_packaged_config_is_whole() -> None:
+    config = quickstart_config(None, ("train.samples=8",))
+    assert config.train.samples == 8
+    assert config.train.ranks == 2
+    assert config.phantom.spacing == config.prepare.spacing
+
+
+def test_the_whole_job_in_one_command_and_again(tiny: Config, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(dump(tiny))
+    command = [sys.executable, "-m", "voxelscale.cli", "quickstart", "all", "--config", "tiny.yaml"]
+    command += ["--set", "train.ranks=2", "--set", "train.samples=120", "--set", "optim.lr=0.01"]
+    summaries = []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr
+        summaries.append(json.loads(done.stdout.splitlines()[-1]))
+    first, second = summaries
+    assert first.keys() == {"dice", "sensitivity_at_1_fp", "seconds", "report"}
+    assert (first["dice"], first["sensitivity_at_1_fp"]) == (second["dice"], second["sensitivity_at_1_fp"])
+    assert 0 <= first["dice"] <= 1
+    assert second["seconds"] < first["seconds"]
+    assert "<svg" in (tmp_path / first["report"]).read_text()
