@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
+from voxelscale.console import notice
 from voxelscale.data.listing import Source
 from voxelscale.data.store import (
     AIR_HU,
@@ -69,6 +70,9 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outc
     work = partial(prepare_case, config=config, out=out, spacing=spacing)
     made = _each(todo, work, "prepare", config, failed)
     infos = sorted([*kept.values(), *made], key=lambda info: info.case)
+    for info in infos:
+        size, count = " x ".join(map(str, info.shape)), len(info.lesion_volumes_mm3)
+        notice(f"{info.case}: {size} voxels, {count} lesions{', kept' * (info.case in kept)}", level=2)
     failures = tuple((case, *failed[case]) for case in sorted(failed))
     if not infos:
         raise _none_prepared(failed)

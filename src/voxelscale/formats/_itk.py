@@ -65,6 +65,15 @@ def check_header(path: Path, size: Sequence[int], components: int) -> None:
         raise VoxelscaleError(f"{path}: claims {shown} voxels, more than {MOST_VOXELS}", "crop it first")
 
 
+def check_data_file(path: Path, data: str) -> None:
+    """Raise a VoxelscaleError unless the file of voxels that a header names lies beside it."""
+    target = path.parent / data
+    if target.resolve().parent != path.parent.resolve():
+        raise VoxelscaleError(f"{path}: its data file lies in another folder", "put both in one folder")
+    if not target.is_file():
+        raise VoxelscaleError(f"{path}: its data file {data} is missing", "put it beside the header")
+
+
 def to_scan(path: Path, image: sitk.Image) -> Scan:
     """An image of 3-D, or 4-D with one volume, as a scan.
 

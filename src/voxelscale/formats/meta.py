@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats._itk import read_image
+from voxelscale.formats._itk import check_data_file, read_image
 from voxelscale.geometry import Scan
 
 
@@ -31,11 +31,7 @@ def read(path: Path) -> Scan:
             )
     data = fields.get("ElementDataFile", "")
     if data and data.upper() not in ("LOCAL", "LIST") and "%" not in data:
-        target = path.parent / data
-        if target.resolve().parent != path.parent.resolve():
-            raise VoxelscaleError(f"{path}: its data file lies in another folder", "put both in one folder")
-        if not target.is_file():
-            raise VoxelscaleError(f"{path}: its data file {data} is missing", "put it beside the header")
+        check_data_file(path, data)
     return read_image(path, "MetaImageIO")
 
 

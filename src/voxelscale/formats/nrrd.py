@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats._itk import read_image
+from voxelscale.formats._itk import check_data_file, read_image
 from voxelscale.geometry import Scan
 
 
@@ -35,11 +35,7 @@ def read(path: Path) -> Scan:
             raise VoxelscaleError(f"{path}: a voxel axis of ({vector})", "write its header anew")
     data = fields.get("data file", fields.get("datafile", ""))
     if data and "%" not in data and data != "LIST":
-        target = path.parent / data
-        if target.resolve().parent != path.parent.resolve():
-            raise VoxelscaleError(f"{path}: its data file lies in another folder", "put both in one folder")
-        if not target.is_file():
-            raise VoxelscaleError(f"{path}: its data file {data} is missing", "put it beside the header")
+        check_data_file(path, data)
     return read_image(path, "NrrdImageIO")
 
 

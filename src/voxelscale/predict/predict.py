@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from voxelscale.config import PredictConfig
-from voxelscale.console import Progress
+from voxelscale.console import Progress, notice
 from voxelscale.data.listing import Source
 from voxelscale.data.prepare import resample_hu, source_stamp
 from voxelscale.errors import VoxelscaleError
@@ -139,6 +139,7 @@ def _predict_case(predictor: Predictor, source: Source, folder: Path, key: str) 
     write_scan(mask, folder / "mask.nii.gz")
     write_findings(findings, folder / "findings.csv", folder / "findings.json")
     facts = {"key": key, "seconds": round(time.monotonic() - started, 2)}
+    notice(f"{source.case}: {len(findings)} findings in {facts['seconds']} s", level=2)
     # Last, so that its being there says that the case is whole.
     write_atomic(folder / "case.json", json.dumps(facts))
     return findings

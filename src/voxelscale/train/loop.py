@@ -268,6 +268,9 @@ class _Training:
         where = self.workers
         facts = environment(where.device, where.ranks, where.virtual, str(self.precision).split(".")[-1])
         write_atomic(self.run / "environment.json", json.dumps(facts, indent=1))
+        parameters = sum(p.numel() for p in self.model.parameters())
+        workers = f"{where.world} workers x {self.batch_size} samples on {where.device.type}"
+        notice(f"{parameters:,} parameters, {workers}, from sample {self.state.seen}", level=2)
         (self.run / STOP_FILE).unlink(missing_ok=True)
         return RunLog(self.run, self.state.seen)
 
