@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from voxelscale.config import Config, from_dict
 from voxelscale.console import set_verbosity
@@ -13,6 +14,10 @@ from voxelscale.data.listing import list_sources
 from voxelscale.data.phantom import write_phantoms
 from voxelscale.data.prepare import prepare
 from voxelscale.data.store import Store, open_store
+
+# A busy machine makes any deadline a coin toss.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 """Real scans beside the checkout, where there are any."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -102,7 +102,6 @@ def test_cropping_and_padding_keep_positions(
         assert np.allclose(window.grid.index_to_mm(index), grid.index_to_mm(source), atol=1e-6)
 
 
-@settings(deadline=None)
 @given(grids(), st.tuples(*[st.floats(0.3, 4)] * 3))
 def test_new_spacing_covers_the_same_box(grid: Grid, spacing: tuple[float, float, float]) -> None:
     new = grid.with_spacing(spacing)
@@ -115,7 +114,6 @@ def test_new_spacing_covers_the_same_box(grid: Grid, spacing: tuple[float, float
     assert np.linalg.norm(far_old - far_new) <= np.linalg.norm(slack) + 1e-6
 
 
-@settings(deadline=None)
 @given(grids(), st.sampled_from(["linear", "nearest"]))
 def test_resampling_is_simpleitks(grid: Grid, how: str) -> None:
     scan = noise(grid)

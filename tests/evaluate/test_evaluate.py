@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from voxelscale.evaluate.evaluate import evaluate_case, summarise
@@ -29,7 +29,6 @@ def finding(x: float, probability: float = 1.0, diameter: float = 10.0, case: st
     )
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**20), st.floats(0, 0.6), st.floats(0, 0.6))
 def test_dice_is_simpleitks(seed: int, first: float, second: float) -> None:
     random = np.random.default_rng(seed)

@@ -23,7 +23,7 @@ from voxelscale.model.unet import (
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.sampled_from([2, 3]),
     st.integers(1, 4),

@@ -35,7 +35,7 @@ def balls(seed: int = 0, count: int = 4) -> np.ndarray[tuple[int, ...], np.dtype
     return field.astype(np.float32)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(0, 7))
 def test_against_simpleitks_label_statistics(seed: int, count: int) -> None:
     mask = (balls(seed, count) >= 0.5).astype(np.uint8)

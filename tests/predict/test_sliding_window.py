@@ -18,7 +18,7 @@ class Identity(nn.Module):
         return x
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.tuples(*[st.integers(1, 24)] * 3),
     st.tuples(*[st.integers(1, 12)] * 3),

@@ -69,7 +69,7 @@ def point_of_interest(truth: NDArray[Any], prediction: NDArray[Any]) -> tuple[in
     from voxelscale.predict.findings import components
 
     largest = max(components(mask[z : z + 1] > 0), key=len)
-    _, y, x = largest[len(largest) // 2]
+    _, y, x = largest[np.argmin(((largest - largest.mean(axis=0)) ** 2).sum(axis=1))]
     return z, int(y), int(x)
 
 

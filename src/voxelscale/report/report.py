@@ -146,9 +146,7 @@ def _charts(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> 
     if trained:
         dice = [
             Line(name="validation, whole scans", points=validated, dots=True),
-            Line(
-                name="training, soft Dice of patches", points=[(e["samples"], e["dice"]) for e in trained]
-            ),
+            Line(name="training, soft Dice of patches", points=_smooth(trained, "dice")),
         ]
         loss = [Line(name="training loss", points=_smooth(trained, "loss"))]
         charts.append(line_chart(dice, x_label="samples", y_label="Dice", y_range=(0.0, 1.0)))
