@@ -66,8 +66,14 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         table.writerow(["lung1", LUNG1, LUNG1_LABEL])
         table.writerow(["lidc_0001", LIDC, folder / "lidc_0001_label.nii.gz"])
     how = ["--set", "prepare.spacing=[4,1.2,1.2]", "--set", "prepare.split=[1,0,0]"]
-    training = ["train.samples=1600", "train.ranks=2", "data.patch_size=[12,64,64]", "model.filters=8"]
-    training += ["model.norm=batch", "optim.lr=0.004", "train.validate_every=0", "augment.p_affine=0.1"]
+    training = ["train.samples=3000", "train.ranks=2", "data.patch_size=[12,64,64]", "model.filters=8"]
+    training += [
+        "model.norm=batch",
+        "optim.lr=0.0025",
+        "loss.cross_entropy=10",
+        "train.validate_every=0",
+        "augment.p_affine=0.1",
+    ]
     steps: list[list[object]] = [
         ["prepare", folder / "cases.csv", folder / "store", *how],
         ["train", folder / "store", folder / "run", *(x for s in training for x in ("--set", s))],

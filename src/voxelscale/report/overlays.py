@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.geometry import Scan, reorient
+from voxelscale.predict.findings import components
 
 LUNG_WINDOW = (-1350.0, 150.0)
 """HU from black to white: level -600, width 1500."""
@@ -66,8 +67,6 @@ def point_of_interest(truth: NDArray[Any], prediction: NDArray[Any]) -> tuple[in
         z, y, x = (n // 2 for n in mask.shape)
         return z, y, x
     z = int(np.argmax(np.count_nonzero(mask, axis=(1, 2))))
-    from voxelscale.predict.findings import components
-
     largest = max(components(mask[z : z + 1] > 0), key=len)
     _, y, x = largest[np.argmin(((largest - largest.mean(axis=0)) ** 2).sum(axis=1))]
     return z, int(y), int(x)
