@@ -52,7 +52,8 @@ def map_processes(
                 progress.update(done, name(item))
                 yield item, result
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Waiting here: the pool's own exit would take the cancelling back.
+            pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -21,8 +22,7 @@ def make_norm(name: str, channels: int, dims: int) -> nn.Module:
     if name == "none":
         return nn.Identity()
     if name == "instance":
-        make_instance = nn.InstanceNorm2d if dims == 2 else nn.InstanceNorm3d
-        return make_instance(channels, affine=True)
+        return InstanceNorm(channels)
     if name == "group":
         return nn.GroupNorm(math.gcd(8, max(1, channels // 4)), channels)
     if name == "batch":
@@ -30,6 +30,27 @@ def make_norm(name: str, channels: int, dims: int) -> nn.Module:
     if name == "sync_batch":
         return SyncBatchNorm(channels)
     raise ValueError(f"unknown norm {name!r}")
+
+
+class InstanceNorm(nn.Module):
+    """Instance norm with scale and shift, in any number of dimensions and at any size.
+
+    PyTorch's own refuses a feature map of one voxel, as a small volume has at the bottom of a deep
+    network; less its mean it is 0, so what remains is the shift.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(batch, channel, ...)``, each channel of each sample normalised over its voxels."""
+        if math.prod(input.shape[2:]) == 1:
+            shape = [1, -1, *[1] * (input.dim() - 2)]
+            return 0 * input * self.weight.view(shape) + self.bias.view(shape)
+        return F.instance_norm(input, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
 class SyncBatchNorm(_BatchNorm):
