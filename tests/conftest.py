@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import SimpleITK as sitk
 import torch
 from hypothesis import settings
 
@@ -21,6 +22,14 @@ settings.load_profile("patient")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 """Real scans beside the checkout, where there are any."""
+
+
+def assert_same_place(mask: sitk.Image, scan: sitk.Image) -> None:
+    """Two images lie voxel on voxel, as SimpleITK reads them."""
+    assert mask.GetSize() == scan.GetSize()
+    assert mask.GetOrigin() == pytest.approx(scan.GetOrigin(), abs=1e-4)
+    assert mask.GetSpacing() == pytest.approx(scan.GetSpacing(), abs=1e-4)
+    assert mask.GetDirection() == pytest.approx(scan.GetDirection(), abs=1e-4)
 
 
 @pytest.fixture(autouse=True)

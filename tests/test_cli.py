@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from tests.conftest import assert_same_place
 from voxelscale import __version__, cli
 from voxelscale.config import Config, dump
 from voxelscale.data.listing import list_sources
@@ -98,13 +99,7 @@ def test_masks_lie_on_their_scans(job: Path) -> None:
     for case in cases:
         scan = sitk.ReadImage(str(job / "scans" / "images" / f"{case}.nii.gz"))
         mask = sitk.ReadImage(str(job / "predictions" / case / "mask.nii.gz"))
-        assert mask.GetSize() == scan.GetSize()
-        for theirs, ours in [
-            (scan.GetOrigin(), mask.GetOrigin()),
-            (scan.GetSpacing(), mask.GetSpacing()),
-            (scan.GetDirection(), mask.GetDirection()),
-        ]:
-            assert ours == pytest.approx(theirs, abs=1e-4)
+        assert_same_place(mask, scan)
 
 
 def test_findings_are_in_patient_mm(job: Path) -> None:

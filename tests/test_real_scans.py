@@ -14,7 +14,7 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image, ImageDraw
 
-from tests.conftest import SHARED
+from tests.conftest import SHARED, assert_same_place
 from voxelscale.formats import read_scan
 from voxelscale.geometry import reorient
 
@@ -105,13 +105,7 @@ def test_the_mask_overlays_the_scan(job: Path, case: str) -> None:
         reader = sitk.ImageSeriesReader()
         reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(LIDC)))
         scan = reader.Execute()
-    assert mask.GetSize() == scan.GetSize()
-    for theirs, ours in [
-        (scan.GetOrigin(), mask.GetOrigin()),
-        (scan.GetSpacing(), mask.GetSpacing()),
-        (scan.GetDirection(), mask.GetDirection()),
-    ]:
-        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert_same_place(mask, scan)
 
 
 @pytest.mark.slow
