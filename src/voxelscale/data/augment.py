@@ -79,11 +79,14 @@ def _cut(
     matrix = sample.augmentation.matrix
     if matrix is None:
         return image, mask
-    # grid_sample counts in half-extents and in the order x, y, z.
+    # grid_sample counts in half-extents, from -1 to 1 between the outermost voxel centres.
     scale = (np.asarray(patch) - 1)[None] / np.maximum(np.asarray(image.shape) - 1, 1)[:, None]
-    theta = np.zeros((1, 3, 4), np.float32)
-    theta[0, :, :3] = (matrix * scale)[::-1, ::-1]
-    grid = F.affine_grid(torch.from_numpy(theta).to(device), [1, 1, *patch], align_corners=True)
+    turn = torch.from_numpy((matrix * scale).astype(np.float32)).to(device)
+    axes = [
+        torch.linspace(-1, 1, n, device=device) if n > 1 else torch.zeros(1, device=device) for n in patch
+    ]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1) @ turn.T
+    grid = places.flip(-1)[None]  # x, y, z
     both = torch.stack([image, mask])[None]
     turned = F.grid_sample(both, grid, mode="bilinear", padding_mode="border", align_corners=True)[0]
     return turned[0], (turned[1] >= 0.5).float()
