@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from voxelscale.errors import VoxelscaleError
@@ -35,9 +38,22 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             temporary.unlink()
 
 
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """`write_atomic` of a table; the first row names the columns."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
 def write_sealed(path: Path, payload: bytes) -> None:
     """`write_atomic` with the payload's SHA-256 before it."""
     write_atomic(path, _MAGIC + hashlib.sha256(payload).digest() + payload)
+
+
+def seal_of(path: Path) -> str:
+    """The digest that a sealed file bears, unchecked: by which a changed one is known."""
+    with path.open("rb") as handle:
+        return handle.read(len(_MAGIC) + 32)[len(_MAGIC) :].hex()[:16]
 
 
 def read_sealed(path: Path) -> bytes:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +16,7 @@ from voxelscale.data.listing import Source, list_sources
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match
 from voxelscale.evaluate.overlap import Overlap, overlap
-from voxelscale.files import write_atomic
+from voxelscale.files import write_atomic, write_csv
 from voxelscale.formats import check_same_place, read_label
 from voxelscale.geometry import Scan, reorient
 from voxelscale.predict.findings import Finding, lesions_of_mask, read_findings
@@ -95,7 +93,8 @@ def evaluate_folder(
         )
     summary = {**summarise(results), "failed": failed}
     write_atomic(out / "evaluation.json", json.dumps(summary, indent=1))
-    write_atomic(out / "cases.csv", _table(summary["cases"]))
+    cases = summary["cases"]
+    write_csv(out / "cases.csv", [cases[0].keys(), *(case.values() for case in cases)])
     return summary
 
 
@@ -185,11 +184,3 @@ def _interval(measure: Callable[[np.ndarray[Any, Any]], float], scans: int) -> l
     random = np.random.Generator(np.random.Philox(key=0))
     values = [measure(random.integers(0, scans, scans)) for _ in range(RESAMPLES)]
     return [float(v) for v in np.percentile(values, [2.5, 97.5])]
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from voxelscale.config import Config, IntTriple, Triple, from_dict, to_dict
 from voxelscale.data.augment import Normalisation
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import read_sealed, write_sealed
+from voxelscale.files import read_sealed, seal_of, write_sealed
 from voxelscale.model.build import build_model
 
 FORMAT = 1
@@ -89,7 +88,7 @@ def read_bundle(path: Path) -> Bundle:
             spacing=(z, y, x),
             normalisation=Normalisation(**content["normalisation"]),
             trained=content["trained"],
-            digest=hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+            digest=seal_of(path),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise VoxelscaleError(f"{path}: not a model bundle ({error})", "name a model.vxs") from None

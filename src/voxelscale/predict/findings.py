@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import write_atomic
+from voxelscale.files import write_atomic, write_csv
 from voxelscale.geometry import Grid, Triple
 
 LEAST_NODULE_MM3 = 14.0
@@ -169,12 +167,8 @@ def write_findings(findings: Sequence[Finding], csv_path: Path, json_path: Path 
 
     LUNA16's coordinates are LPS mm, as ours.
     """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(LUNA16_COLUMNS)
-    for f in findings:
-        table.writerow([f.case, f"{f.x:.4f}", f"{f.y:.4f}", f"{f.z:.4f}", f"{f.probability:.6f}"])
-    write_atomic(csv_path, text.getvalue())
+    rows = [[f.case, f"{f.x:.4f}", f"{f.y:.4f}", f"{f.z:.4f}", f"{f.probability:.6f}"] for f in findings]
+    write_csv(csv_path, [LUNA16_COLUMNS, *rows])
     if json_path is not None:
         write_atomic(json_path, json.dumps([asdict(f) for f in findings], indent=1))
 

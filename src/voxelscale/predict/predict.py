@@ -18,6 +18,7 @@ from voxelscale.config import PredictConfig
 from voxelscale.console import Progress, notice
 from voxelscale.data.listing import Source
 from voxelscale.data.prepare import resample_hu, source_stamp
+from voxelscale.device import choose_precision, default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.formats import read_scan, write_scan
@@ -126,8 +127,6 @@ def predict(sources: Sequence[Source], bundle: Bundle, config: PredictConfig, ou
 
 def make_predictor(bundle: Bundle, config: PredictConfig) -> Predictor:
     """A predictor on the best device here."""
-    from voxelscale.device import choose_precision, default_device
-
     device = default_device()
     return Predictor(bundle, config, device, choose_precision(bundle.config.train.precision, device))
 

@@ -18,7 +18,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import OPERATING_POINTS
 from voxelscale.files import write_atomic
 from voxelscale.formats import read_label, read_scan
-from voxelscale.geometry import Scan, reorient
+from voxelscale.geometry import Scan
 from voxelscale.report.charts import Line, line_chart
 from voxelscale.report.overlays import overlay_views
 from voxelscale.train.log import read_events
@@ -189,10 +189,9 @@ def _overlays(summary: Mapping[str, Any], predictions: Path, sources: Mapping[st
 
 
 def _views(mask: Path, source: Source) -> list[tuple[str, str]]:
-    image = reorient(read_scan(source.image))
-    prediction = reorient(read_label(mask))
-    truth = reorient(read_label(source.label)) if source.label else Scan(0 * prediction.array, image.affine)
-    return overlay_views(image, truth, prediction)
+    prediction = read_label(mask)
+    truth = read_label(source.label) if source.label else Scan(0 * prediction.array, prediction.affine)
+    return overlay_views(read_scan(source.image), truth, prediction)
 
 
 def _sizes(lesions: Sequence[Mapping[str, Any]]) -> str:

@@ -288,10 +288,7 @@ class _Meter:
         self._workers = workers
         self._now = torch.zeros(3, device=workers.device)
         self._flying: tuple[Tensor, Any] | None = None
-        self._loss = self._dice = 0.0
-        self._steps = self._timed = 0
-        self._since = time.monotonic()
-        self.waited = 0.0
+        self.restart()
 
     def add(self, loss: Tensor, dice: Tensor) -> None:
         """One worker's share of this step's means."""

@@ -6,10 +6,7 @@ written as ordinary CT files, so that everything after takes the path of real sc
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +21,7 @@ from voxelscale.data.phantom.nodules import Nodule, draw_nodules, nodule_shares
 from voxelscale.data.phantom.vessels import Tree, grow
 from voxelscale.data.randomness import generator
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import write_atomic
+from voxelscale.files import write_atomic, write_csv
 from voxelscale.geometry import Grid, Scan
 from voxelscale.parallel import map_processes
 from voxelscale.predict.findings import components
@@ -107,8 +104,8 @@ def write_phantoms(config: PhantomConfig, out: Path, workers: int = 0) -> Path:
     truths = [json.loads(_truth_path(out, case).read_text("utf-8")) for case in range(config.cases)]
     columns = ["case", "x", "y", "z", "diameter_mm", "kind", "margin", "place", "hu"]
     lines = [[row[c] for c in columns] for truth in truths for row in truth]
-    write_atomic(out / "nodules.csv", _csv([columns, *lines]))
-    write_atomic(out / "dataset.csv", _csv([["case", "patient", "image", "label"], *rows]))
+    write_csv(out / "nodules.csv", [columns, *lines])
+    write_csv(out / "dataset.csv", [["case", "patient", "image", "label"], *rows])
     return out / "dataset.csv"
 
 
@@ -141,12 +138,6 @@ def _write_case(config: PhantomConfig, out: Path, case: int) -> None:
 
 def _truth_path(out: Path, case: int) -> Path:
     return out / "truth" / f"{case_name(case)}.json"
-
-
-def _csv(rows: Sequence[Sequence[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def _grid(config: PhantomConfig, random: np.random.Generator) -> Grid:
