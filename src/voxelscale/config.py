@@ -156,20 +156,39 @@ class LossConfig:
 class OptimConfig:
     """Update rule and schedule."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """Optimiser."""
+    name: Literal["adamw", "sgd", "lars", "lamb", "muon"] = "adamw"
+    """Update rule; sources in `voxelscale.train.optim`."""
     lr: float = 1e-3
-    """Greatest learning rate."""
+    """Greatest learning rate at a global batch of `reference_batch`."""
+    scaling: Literal["none", "linear", "sqrt"] = "none"
+    """How the rate grows with the global batch."""
+    reference_batch: int = 2
+    """Global batch (patches per update, all workers together) for which `lr` was tuned."""
+    max_lr: float = 0.0
+    """The scaled rate is never above this; 0: no limit."""
     weight_decay: float = 1e-2
-    """Decoupled (AdamW) or L2 (SGD); norms and biases are excluded."""
+    """Decoupled (AdamW, LAMB, Muon) or L2 (SGD, LARS); norms and biases are excluded."""
     momentum: float = 0.99
-    """SGD's, with Nesterov's look-ahead."""
-    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    """Of SGD (with Nesterov's look-ahead), LARS and Muon."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of the two moments of AdamW and LAMB, and of Muon's AdamW part."""
+    eps: float = 1e-8
+    """Added to the root of AdamW's and LAMB's second moment."""
+    trust: float = 1e-3
+    """LARS's coefficient of the layer-wise rate."""
+    schedule: Literal["poly", "cosine", "linear", "step", "constant"] = "poly"
     """How the rate falls after the warm-up; poly has exponent 0.9, as nnU-Net's."""
+    step_at: tuple[float, ...] = (0.5, 0.75)
+    """Shares of the budget left after the warm-up at which schedule=step lowers the rate."""
+    step_factor: float = 0.1
+    """What it is multiplied by."""
     warmup: float = 0.05
     """Share of the samples over which the rate rises linearly from 0."""
     clip: float = 12.0
     """Greatest norm of the gradient; 0: none."""
+    average: float = 0.0
+    """Time constant of the weights' moving average (EMA) as a share of the budget, so the same for every
+    number of workers; the averaged weights are what is validated and kept. 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +203,8 @@ class TrainConfig:
     """Processes on this machine; 0: one a GPU, or one on CPUs. torchrun's own number goes before it."""
     virtual_workers: int = 1
     """Workers that each rank plays one after another."""
+    recipe: Literal["none", "auto", "large_batch"] = "none"
+    """Settings for large global batches, over those of `optim`; auto: large_batch from 8 workers on."""
     seed: int = 0
     """Initial weights, and with the index every sample."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -192,14 +213,25 @@ class TrainConfig:
     """Memory format of activations and weights."""
     compile: bool = False
     """Whether to compile the network with torch.compile."""
+    compress: Literal["none", "bf16"] = "none"
+    """Gradients as they travel between ranks; bf16 halves the bytes and rounds to 3 digits."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """What to do when a loss or gradient is not finite: stop, naming the sample, or skip the update."""
+    recalibrate: int = 0
+    """Samples whose statistics replace batch norm's running ones before the model is validated or kept;
+    0: only where weights are averaged (`optim.average`), then 64."""
     validate_every: int = 5_000
     """Samples between validations; 0: only at the end."""
     validate_cases: int = 0
     """How many validation scans; 0: all."""
     checkpoint_every: int = 1_000
     """Samples between checkpoints."""
+    checkpoint_seconds: float = 600.0
+    """Seconds after which a checkpoint is due all the same; 0: by samples only."""
     keep: int = 2
     """Checkpoints kept besides the best."""
+    max_restarts: int = 3
+    """How often a job on several ranks restarts by itself, from its last checkpoint, when one is lost."""
     threads: int = 0
     """CPU threads per rank; 0: the cores shared out evenly."""
 
@@ -422,7 +454,11 @@ def _check(config: Config) -> None:
         ("train.virtual_workers", c.train.virtual_workers >= 1, "at least 1"),
         ("train.checkpoint_every", c.train.checkpoint_every >= 1, "at least 1"),
         ("train.keep", c.train.keep >= 1, "at least 1"),
+        ("train.max_restarts", c.train.max_restarts >= 0, "at least 0"),
         ("optim.lr", c.optim.lr > 0, "above 0"),
+        ("optim.reference_batch", c.optim.reference_batch >= 1, "at least 1"),
+        ("optim.betas", all(0 <= beta < 1 for beta in c.optim.betas), "at least 0 and below 1, both"),
+        ("optim.average", 0 <= c.optim.average < 1, "at least 0 and below 1"),
         ("optim.warmup", 0 <= c.optim.warmup < 1, "at least 0 and below 1"),
         (
             "prepare.split",

@@ -23,7 +23,7 @@ def with_train(config: Config, norm: str = "instance", **train: int) -> Config:
 
 def final_weights(run: Path) -> dict[str, Tensor]:
     """Weights and buffers of the newest checkpoint."""
-    newest = sorted((run / "checkpoints").glob("*.ckpt"))[-1]
+    newest = sorted((run / "checkpoints").glob("samples_*.ckpt"))[-1]
     weights: dict[str, Tensor] = load_untrusted(newest)["model"]
     return weights
 
@@ -44,4 +44,4 @@ def identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def seen_in(run: Path) -> Sequence[int]:
     """Samples after which there is a checkpoint."""
-    return sorted(int(p.stem.split("_")[1]) for p in (run / "checkpoints").glob("*.ckpt"))
+    return sorted(int(p.stem.split("_")[1]) for p in (run / "checkpoints").glob("samples_*.ckpt"))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,17 @@ from voxelscale.errors import VoxelscaleError
 
 PLACE, AUGMENT, NOISE = 0, 1, 2
 """Streams of one sample's generator: what is drawn in one never shifts another."""
+
+
+Drawn = TypeVar("Drawn")
+Drawn_co = TypeVar("Drawn_co", covariant=True)
+
+
+class Source(Protocol[Drawn_co]):
+    """Samples by their global index."""
+
+    def __getitem__(self, index: int, /) -> Drawn_co:
+        """Sample `index`, any number from 0 on; a pure function of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +143,13 @@ def worker_indices(step: int, worker: int, workers: int, batch_size: int) -> ran
 
 
 def read_ahead(
-    source: PatchSource, batches: Iterable[Sequence[int]], readers: int, prefetch: int
-) -> Iterator[list[Sample]]:
+    source: Source[Drawn], batches: Iterable[Sequence[int]], readers: int, prefetch: int
+) -> Iterator[list[Drawn]]:
     """The samples of each batch, in order, read by threads `prefetch` batches ahead.
 
     Threads suffice: decompression and array copies release the interpreter's lock.
     """
-    waiting: deque[list[Future[Sample]]] = deque()
+    waiting: deque[list[Future[Drawn]]] = deque()
     pending = iter(batches)
     pool = ThreadPoolExecutor(readers, thread_name_prefix="patch-reader")
     try:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_sealed
 from voxelscale.predict.bundle import load_untrusted
+from voxelscale.train.optim import AveragedWeights
 
-FORMAT = 1
+FORMAT = 2
+BEST = "best.ckpt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,68 +30,152 @@ class State:
 
     Attributes:
         seen: samples trained on; every random number follows from it and the seed.
-        best: greatest validation Dice so far, or -1.
+        validated: samples after which the last finished validation was taken.
+        best: greatest validation score so far, or -1.
         seconds: of training so far, over all restarts.
         digest: of the data set, as in the store's fingerprint.
     """
 
     seen: int = 0
+    validated: int = 0
     best: float = -1.0
     seconds: float = 0.0
     digest: str = ""
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State, keep: int) -> Path:
-    """Write ``step``'s file, atomically and with a checksum; then drop all but the last `keep`."""
-    content = {
-        "format": FORMAT,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "state": {"seen": state.seen, "best": state.best, "seconds": state.seconds, "digest": state.digest},
-    }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    path = folder / f"samples_{state.seen:012d}.ckpt"
-    write_sealed(path, buffer.getvalue())
-    for old in _files(folder)[:-keep]:
-        old.unlink(missing_ok=True)
-    return path
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a checkpoint fills and is filled from."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: AveragedWeights | None
 
 
-def load_newest(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, digest: str) -> State:
+class Writer:
+    """Writes checkpoints beside the training, atomically and with a checksum, one at a time.
+
+    What goes wrong (a full disk) is raised by the next call, as it would be without the thread; the
+    checkpoints before stay as they were.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._flying: Future[None] | None = None
+        for torn in folder.glob(".*.part"):
+            torn.unlink(missing_ok=True)
+
+    def save(self, trained: Trained, state: State) -> None:
+        """Copy the state now; write ``samples_<seen>.ckpt``, then drop all but the last few."""
+        content = {
+            "format": FORMAT,
+            "model": _copied(trained.model.state_dict()),
+            "optimizer": _copied(trained.optimizer.state_dict()),
+            "average": _copied(trained.average.weights) if trained.average else {},
+            "state": asdict(state),
+        }
+        self._submit(lambda: self._write(content, state.seen))
+
+    def keep_best(self, seen: int) -> None:
+        """Make the checkpoint at `seen` samples ``best.ckpt``, too."""
+        self._submit(lambda: self._link_best(seen))
+
+    def finish(self) -> None:
+        """Wait until everything is on disk."""
+        if self._flying is not None:
+            flying, self._flying = self._flying, None
+            flying.result()
+
+    def close(self) -> None:
+        """End the thread; what is being written is finished first."""
+        self._pool.shutdown(wait=True)
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        self.finish()
+        self._flying = self._pool.submit(work)
+
+    def _write(self, content: dict[str, Any], seen: int) -> None:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_sealed(self._folder / f"samples_{seen:012d}.ckpt", buffer.getvalue())
+        for old in _files(self._folder)[: -self._keep]:
+            old.unlink(missing_ok=True)
+
+    def _link_best(self, seen: int) -> None:
+        # Another name of the same file: no space, and nothing that a kill could tear.
+        link = self._folder / f".{BEST}.part"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(self._folder / f"samples_{seen:012d}.ckpt", link)
+            os.replace(link, self._folder / BEST)
+        except OSError as error:
+            hint = "use a file system with hard links"
+            raise VoxelscaleError(f"{link}: cannot be written ({error.strerror})", hint) from None
+
+
+def load_newest(folder: Path, trained: Trained, digest: str) -> State:
     """Put the newest whole checkpoint into model and optimiser; a fresh state where there is none.
 
-    A truncated or altered file is named, and the one before it used.
+    A truncated or altered file is named, and the one before it used. Rank 0 chooses for all ranks.
 
     Raises:
         VoxelscaleError: the checkpoint is of another network or another data set.
     """
+    grouped = dist.is_initialized()
+    chosen: list[tuple[Path | None, dict[str, Any]]] = [(None, {})]
+    if not grouped or dist.get_rank() == 0:
+        chosen = [_newest_whole(folder)]
+    if grouped:
+        names = [str(chosen[0][0] or "")]
+        dist.broadcast_object_list(names, src=0)
+        if dist.get_rank() != 0 and names[0]:
+            chosen = [(Path(names[0]), load_untrusted(Path(names[0])))]
+    path, content = chosen[0]
+    return _restore(path, content, trained, digest) if path else State(digest=digest)
+
+
+def _newest_whole(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     for path in reversed(_files(folder)):
         try:
-            content = load_untrusted(path)
+            return path, load_untrusted(path)
         except VoxelscaleError as error:
             notice(f"warning: {error.message}; using the checkpoint before it", level=0)
-            continue
-        return _restore(path, content, model, optimizer, digest)
-    return State(digest=digest)
+    return None, {}
 
 
-def _restore(
-    path: Path, content: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, digest: str
-) -> State:
+def _restore(path: Path, content: dict[str, Any], trained: Trained, digest: str) -> State:
+    hint = "train into another folder"
+    if content.get("format") != FORMAT:
+        found = content.get("format")
+        raise VoxelscaleError(f"{path}: checkpoint format {found}, not {FORMAT}", hint)
     state = State(**content["state"])
     if state.digest != digest:
-        hint = "train into another folder with --run, or restore the store it began with"
-        raise VoxelscaleError(f"{path}: was trained on another data set", hint)
+        raise VoxelscaleError(
+            f"{path}: was trained on another data set", f"{hint}, or restore the store it began with"
+        )
     try:
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
+        trained.model.load_state_dict(content["model"])
+        trained.optimizer.load_state_dict(content["optimizer"])
+        if trained.average:
+            for name, weight in trained.average.weights.items():
+                weight.copy_(content["average"][name])
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        hint = "train into another folder with --run"
+        reason = str(error).strip().splitlines()[0]
         raise VoxelscaleError(f"{path}: is of another network ({reason})", hint) from None
     return state
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("samples_*.ckpt"))
+
+
+def _copied(tree: Any) -> Any:
+    """The same nested dictionaries and lists with every tensor copied to the CPU."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_copied(value) for value in tree)
+    return tree

@@ -6,6 +6,7 @@ folder, which works for every number of ranks and machines, and ends with them.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -27,11 +28,17 @@ FREE = {
     "train.batch_size",
     "train.threads",
     "train.checkpoint_every",
+    "train.checkpoint_seconds",
     "train.keep",
+    "train.max_restarts",
     "data.readers",
     "data.prefetch",
 }
 """Keys that may change when a run goes on: they say how it is computed, not what."""
+
+
+FAULT_FILE = "fault.json"
+"""Where a rank leaves what a person must mend."""
 
 
 def start(config: Config, store: Path, run: Path) -> bool:
@@ -102,16 +109,22 @@ def _start_ranks(config: Config, store: Path, run: Path, ranks: int) -> bool:
         "OMP_NUM_THREADS": str(threads),
         "VOXELSCALE_VERBOSITY": str(console.verbosity()),
     }
-    command = [sys.executable, "-m", "voxelscale.train.launch", "engine", str(ranks), str(store), str(run)]
+    restarts = str(config.train.max_restarts)
+    command = [sys.executable, "-m", "voxelscale.train.launch"]
+    command += ["engine", str(ranks), restarts, str(store), str(run)]
+    (run / FAULT_FILE).unlink(missing_ok=True)
     engine = subprocess.Popen(command, env=environment, start_new_session=True)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = _wait(engine, run)
     finally:
         signal.signal(signal.SIGTERM, before)
+    if fault := _read_fault(run):
+        raise fault
     if code != 0:
         raise VoxelscaleError(
-            f"{run}: the training failed", "see the error above; the same command goes on"
+            f"{run}: the training failed, and after {restarts} restarts again",
+            "see the error above; the same command goes on from the last checkpoint",
         )
     events = read_events(run)
     return bool(events) and events[-1]["samples"] >= config.train.samples
@@ -135,8 +148,12 @@ def _wait(engine: subprocess.Popen[bytes], run: Path) -> int:
         raise
 
 
-def _engine(ranks: int, store: str, run: str) -> int:
-    """torchrun's engine with `ranks` processes on this machine; the exit code of the job."""
+def _engine(ranks: int, restarts: int, store: str, run: str) -> int:
+    """torchrun's engine with `ranks` processes on this machine; the exit code of the job.
+
+    A rank that dies takes the others with it, and all of them start again from the last checkpoint, at
+    most `restarts` times.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -148,7 +165,7 @@ def _engine(ranks: int, store: str, run: str) -> int:
         run_id=f"voxelscale-{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=restarts,
     )
     rank = [sys.executable, "-m", "voxelscale.train.launch", "rank", store, run]
     try:
@@ -159,17 +176,43 @@ def _engine(ranks: int, store: str, run: str) -> int:
 
 
 def _rank(store: str, run: str) -> int:
-    """One rank; a person's error is one line, from rank 0 or from whichever has it alone."""
+    """One rank. What a person must mend is left in the run's folder, for the command to tell once.
+
+    It ends as if all were well: what no restart can mend must not be restarted.
+    """
     from voxelscale.train.loop import train
 
     _end_with_parent()
     console.set_verbosity(int(os.environ.get("VOXELSCALE_VERBOSITY", "1")))
+    if (Path(run) / FAULT_FILE).exists():
+        return 0
     try:
         train(from_dict(to_dict(load(Path(run) / "config.yaml"))), Path(store), Path(run))
     except VoxelscaleError as error:
-        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr, flush=True)
-        return 2
+        _leave_fault(Path(run), error)
     return 0
+
+
+def _leave_fault(run: Path, error: VoxelscaleError) -> None:
+    """The first rank's counts; the others may only have lost their peer."""
+    words = json.dumps({"message": error.message, "hint": error.hint})
+    try:
+        with (run / FAULT_FILE).open("x", encoding="utf-8") as handle:
+            handle.write(words)
+    except FileExistsError:
+        return
+    except OSError:
+        # The very disk is at fault: the log is all that is left.
+        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr, flush=True)
+
+
+def _read_fault(run: Path) -> VoxelscaleError | None:
+    try:
+        words = json.loads((run / FAULT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    (run / FAULT_FILE).unlink(missing_ok=True)
+    return VoxelscaleError(words["message"], words["hint"])
 
 
 def _end_with_parent() -> None:
@@ -187,7 +230,7 @@ def _end_with_parent() -> None:
 def _main(arguments: Sequence[str]) -> int:
     role, *rest = arguments
     if role == "engine":
-        return _engine(int(rest[0]), rest[1], rest[2])
+        return _engine(int(rest[0]), int(rest[1]), rest[2], rest[3])
     return _rank(rest[0], rest[1])
 
 

@@ -33,13 +33,13 @@ class RunLog:
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=seen + 1)
 
-    def write(self, event: str, **numbers: float) -> None:
-        """One event; `numbers` must hold ``samples``."""
+    def write(self, event: str, /, **numbers: float | str) -> None:
+        """One event; `numbers` must hold ``samples``, and may hold words, which only the file gets."""
         line = {"event": event, **numbers}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in numbers.items():
-            if name not in ("samples", "step"):
+            if name not in ("samples", "step") and not isinstance(value, str):
                 self._board.add_scalar(f"{event}/{name}", value, int(numbers["samples"]))
 
     def close(self) -> None:

@@ -1,44 +1,232 @@
-"""Update rules and schedules."""
+"""Update rules, schedules, learning rates for large batches, and averaged weights."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from voxelscale.config import OptimConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) or SGD with Nesterov momentum; no decay of norms and biases."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for _, p in named if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
+def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The update rule by name.
+
+    ``adamw`` (Loshchilov and Hutter 2019), ``sgd`` with Nesterov momentum, ``lars`` (You, Gitman and
+    Ginsburg 2017), ``lamb`` (You et al. 2020), ``muon`` (Jordan et al. 2024). Norms and biases are not
+    decayed; LARS and LAMB do not adapt their rates either, as the papers' own code excludes them.
+    """
+    named = [p for p in model.parameters() if p.requires_grad]
+    kernels, others = [p for p in named if p.ndim > 1], [p for p in named if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": kernels, "weight_decay": config.weight_decay, "adapt": True},
+        {"params": others, "weight_decay": 0.0, "adapt": False},
     ]
+    if config.name == "lars":
+        return Lars(groups, lr=config.lr, momentum=config.momentum, trust=config.trust)
+    if config.name == "lamb":
+        return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    if config.name == "muon":
+        return Muon(groups, lr=config.lr, momentum=config.momentum, betas=config.betas, eps=config.eps)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
 
 
-def learning_rate(config: OptimConfig, seen: int, samples: int) -> float:
+class _Rule(Optimizer):
+    """What the rules below share with PyTorch's: called with nothing, or with a closure."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, self.state[parameter], group)
+        return loss
+
+    def _update(self, p: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class Lars(_Rule):
+    """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg, arXiv:1708.03888, algorithm 1).
+
+    ``v = m v + lr * trust * |w| / (|g| + wd |w|) * (g + wd w)``, ``w -= v``; without the ratio for
+    groups whose ``adapt`` is False.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, momentum: float, trust: float) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust})
+
+    def _update(self, p: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        decay = group["weight_decay"]
+        rate = torch.full((), group["lr"], device=p.device)
+        if group["adapt"]:
+            size, slope = p.norm(), gradient.norm()
+            ratio = group["trust"] * size / (slope + decay * size)
+            rate = rate * torch.where((size > 0) & (slope > 0), ratio, torch.ones_like(ratio))
+        velocity = state.setdefault("momentum", torch.zeros_like(p))
+        velocity.mul_(group["momentum"]).add_((gradient + decay * p) * rate)
+        p.sub_(velocity)
+
+
+class Lamb(_Rule):
+    """Adam with layer-wise adaptation (You et al., ICLR 2020, arXiv:1904.00962, algorithm 2).
+
+    ``u = m' / (sqrt(v') + eps) + wd w`` with Adam's bias-corrected moments, ``w -= lr |w| / |u| u``;
+    without the ratio for groups whose ``adapt`` is False.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps})
+
+    def _update(self, p: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        update = _adam_direction(p, gradient, state, group) + group["weight_decay"] * p
+        if group["adapt"]:
+            size, length = p.norm(), update.norm()
+            ratio = torch.where((size > 0) & (length > 0), size / length, torch.ones_like(size))
+            update = update * ratio
+        p.add_(update, alpha=-group["lr"])
+
+
+class Muon(_Rule):
+    """Momentum with orthogonalised updates (Jordan et al., "Muon", 2024).
+
+    A kernel ``(out, in, ...)`` is taken as an ``out x prod(in, ...)`` matrix; its momentum's singular
+    values are all brought near 1 by Newton and Schulz's iteration, and the result has the root mean
+    square of an Adam update (0.2 sqrt(larger side); Liu et al., "Muon is scalable", arXiv:2502.16982),
+    so that one learning rate serves both. Groups whose ``adapt`` is False, and kernels of a single
+    input or output channel, are updated by AdamW.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "betas": tuple(betas), "eps": eps})
+
+    def _update(self, p: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if group["adapt"] and min(p.shape[:2]) > 1:
+            velocity = state.setdefault("momentum", torch.zeros_like(p))
+            velocity.mul_(group["momentum"]).add_(gradient)
+            nesterov = gradient + group["momentum"] * velocity
+            matrix = nesterov.reshape(len(p), -1)
+            update = orthogonalise(matrix).view(p.shape) * (0.2 * math.sqrt(max(matrix.shape)))
+        else:
+            update = _adam_direction(p, gradient, state, group)
+        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """A matrix with the same singular vectors and singular values of about 1 (0.7 to 1.2).
+
+    The quintic iteration of Newton and Schulz with Jordan's coefficients (2024), which needs no
+    decomposition; float32.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.float() / (matrix.float().norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    if tall:
+        x = x.mT
+    for _ in range(steps):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    flat: Tensor = x.mT if tall else x
+    return flat
+
+
+def _adam_direction(p: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """``m' / (sqrt(v') + eps)`` of Kingma and Ba 2015, with the bias corrected."""
+    if not state:
+        state["step"] = 0
+        state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
+    state["step"] += 1
+    (one, two), step = group["betas"], state["step"]
+    state["mean"].lerp_(gradient, 1 - one)
+    state["square"].mul_(two).addcmul_(gradient, gradient, value=1 - two)
+    root = (state["square"] / (1 - two**step)).sqrt_().add_(group["eps"])
+    direction: Tensor = state["mean"] / (1 - one**step) / root
+    return direction
+
+
+def peak_rate(config: OptimConfig, global_batch: int) -> float:
+    """The greatest rate at this global batch, from the one tuned at ``reference_batch``.
+
+    ``linear`` (Goyal et al. 2017), ``sqrt`` (Hoffer et al. 2017; for adaptive rules Malladi et al.
+    2022), ``none``; never above ``max_lr`` where that is set.
+    """
+    ratio = global_batch / config.reference_batch
+    factor = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.scaling]
+    rate = config.lr * factor
+    return min(rate, config.max_lr) if config.max_lr else rate
+
+
+def learning_rate(config: OptimConfig, seen: int, samples: int, global_batch: int | None = None) -> float:
     """The rate for the step that begins after `seen` of `samples` samples.
 
     Linear warm-up over the share `config.warmup`, then poly ``(1 - t) ** 0.9`` (nnU-Net), cosine
-    ``(1 + cos(pi t)) / 2`` (Loshchilov and Hutter 2017) or constant. A function of samples, not of
-    steps: it is the same for every number of workers.
+    ``(1 + cos(pi t)) / 2`` (Loshchilov and Hutter 2017), linear ``1 - t``, step (times
+    ``step_factor`` after each of ``step_at``) or constant. A function of samples, not of steps: it has
+    the same shape for every number of workers.
     """
+    peak = peak_rate(config, global_batch or config.reference_batch)
     progress = min(seen / samples, 1.0)
     if progress < config.warmup:
-        # The first step must not be wasted on a rate of zero.
-        return config.lr * max(progress / config.warmup, 0.02)
+        # The middle of the step: the first must not be wasted on a rate of zero.
+        middle = (seen + (global_batch or 0) / 2) / samples
+        return peak * min(1.0, max(middle / config.warmup, 0.02))
     t = (progress - config.warmup) / (1 - config.warmup)
-    factor = {"poly": (1 - t) ** 0.9, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}
-    return float(config.lr * factor[config.schedule])
+    factor = {
+        "poly": (1 - t) ** 0.9,
+        "cosine": (1 + math.cos(math.pi * t)) / 2,
+        "linear": 1 - t,
+        "step": config.step_factor ** sum(progress >= share for share in config.step_at),
+        "constant": 1.0,
+    }
+    return float(peak * factor[config.schedule])
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Give it to every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+class AveragedWeights:
+    """Exponential moving average of the weights (Polyak and Juditsky 1992; Tarvainen and Valpola 2017).
+
+    Its memory is a share of the run's samples, not a number of updates, so that it averages over the
+    same stretch of a training whatever the number of workers; and it never reaches further back than
+    a tenth of the training so far, so that the first weights are forgotten.
+
+    Args:
+        model: its parameters are averaged; buffers are not.
+        share: time constant as a share of the budget, above 0.
+    """
+
+    def __init__(self, model: nn.Module, share: float) -> None:
+        self.share = share
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, seen: int, global_batch: int, samples: int) -> None:
+        """After the update that ended at `seen` samples."""
+        reach = min(self.share * samples, 0.1 * seen)
+        keep = math.exp(-global_batch / reach) if reach > 0 else 0.0
+        current = [p.detach() for _, p in model.named_parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), current, 1 - keep)

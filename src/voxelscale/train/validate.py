@@ -1,8 +1,11 @@
-"""Dice on whole scans, shared out over ranks."""
+"""Judging a model while it is trained: whole scans, shared out over ranks, off the training's path."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,45 +14,112 @@ from voxelscale.config import Config
 from voxelscale.data.augment import Normalisation
 from voxelscale.data.store import CaseInfo, Store
 from voxelscale.predict.sliding_window import predict_volume
+from voxelscale.train.checkpoint import State
 from voxelscale.train.distributed import Workers, sum_over_ranks
+from voxelscale.train.snapshot import recalibrate
+from voxelscale.train.task import Scoring, Table, Task
 
 
-def validate(
-    model: nn.Module,
-    store: Store,
-    cases: Sequence[CaseInfo],
-    config: Config,
-    normalise: Normalisation,
-    workers: Workers,
-    precision: torch.dtype,
-) -> tuple[float, float]:
-    """Mean Dice over cases, and Dice pooled over all their voxels, by sliding window.
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """One validation, running in a thread beside the training.
 
-    Dice = 2|A∩B| / (|A| + |B|), 1 where both are empty. Each case is predicted by one rank; the counts
-    are summed as integers, so the figures are exact and every rank has them.
+    Attributes:
+        model: a copy that nobody trains.
+        state: where the run stood when the copy was taken.
+        scoring: what judges it.
+        share: this rank's rows and the seconds they took, once they are there.
     """
-    model.eval()
-    counts = [[0, 0] for _ in cases]
-    for number in range(workers.rank, len(cases), workers.ranks):
-        image, mask = store.read(cases[number].case)
-        volume = normalise(torch.from_numpy(image).to(workers.device))
+
+    model: nn.Module
+    state: State
+    scoring: Scoring
+    share: Future[tuple[Table, float]]
+
+    def ready(self) -> bool:
+        """Whether this rank's share is done."""
+        return self.share.done()
+
+    def figures(self, workers: Workers) -> dict[str, float]:
+        """Wait, and add the shares of all ranks; every rank must call it."""
+        table, seconds = self.share.result()
+        return {**self.scoring.summary(sum_over_ranks(table, workers)), "seconds": seconds}
+
+
+def start_validation(
+    task: Task, model: nn.Module, workers: Workers, precision: torch.dtype, state: State, samples: int
+) -> Validation | None:
+    """Begin to judge a model that nobody trains; None where the task has no judge.
+
+    Args:
+        samples: for batch norm's statistics; 0: as they are.
+    """
+    if (scoring := task.scoring) is None:
+        return None
+
+    def work() -> tuple[Table, float]:
+        started = time.monotonic()
+        recalibrate(model, task.source, task.collate, samples, precision)
+        table = scoring.score(model, workers.rank, workers.ranks)
+        return table, time.monotonic() - started
+
+    pool = ThreadPoolExecutor(1, thread_name_prefix="validation")
+    share = pool.submit(work)
+    pool.shutdown(wait=False)
+    return Validation(model=model, state=state, scoring=scoring, share=share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanScoring:
+    """Dice on whole scans by sliding window.
+
+    Dice = 2|A∩B| / (|A| + |B|), 1 where both are empty. The counts are summed as whole numbers, so the
+    figures are exact and do not depend on the number of ranks.
+
+    Attributes:
+        store, cases: what is predicted.
+        config: windows and threshold.
+        normalise: HU to network input.
+        device, precision: of the arithmetic.
+    """
+
+    store: Store
+    cases: Sequence[CaseInfo]
+    config: Config
+    normalise: Normalisation
+    device: torch.device
+    precision: torch.dtype
+    metric: str = "dice"
+
+    def score(self, model: nn.Module, rank: int, ranks: int) -> Table:
+        """Rows (|A∩B|, |A| + |B|), a row a case."""
+        rows: Table = [[0, 0] for _ in self.cases]
+        for number in range(rank, len(self.cases), ranks):
+            rows[number] = self._case(model, self.cases[number].case)
+        return rows
+
+    def _case(self, model: nn.Module, case: str) -> list[float]:
+        image, mask = self.store.read(case)
+        predict, data = self.config.predict, self.config.data
         probability = predict_volume(
             model,
-            volume,
-            config.predict.patch_size or config.data.patch_size,
-            overlap=config.predict.overlap,
-            batch_size=config.predict.batch_size,
-            precision=precision,
+            self.normalise(torch.from_numpy(image).to(self.device)),
+            predict.patch_size or data.patch_size,
+            overlap=predict.overlap,
+            batch_size=predict.batch_size,
+            precision=self.precision,
         )
-        predicted = probability >= config.predict.threshold
-        truth = torch.from_numpy(mask).to(workers.device) > 0
-        overlap = int((predicted & truth).sum())
-        counts[number] = [overlap, int(predicted.sum()) + int(truth.sum())]
-    model.train()
-    return dice_of_counts(sum_over_ranks(counts, workers))
+        predicted = probability >= predict.threshold
+        truth = torch.from_numpy(mask).to(self.device) > 0
+        return [int((predicted & truth).sum()), int(predicted.sum()) + int(truth.sum())]
+
+    def summary(self, table: Table) -> dict[str, float]:
+        """Mean Dice over cases, and Dice pooled over all their voxels."""
+        mean, pooled = dice_of_counts(table)
+        return {"dice": mean, "dice_pooled": pooled}
 
 
-def dice_of_counts(counts: Sequence[Sequence[int]]) -> tuple[float, float]:
+def dice_of_counts(counts: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Mean and pooled Dice of rows (|A∩B|, |A| + |B|)."""
     each = [2 * overlap / size if size else 1.0 for overlap, size in counts]
     overlap, size = (sum(row[i] for row in counts) for i in (0, 1))

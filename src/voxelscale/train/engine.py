@@ -1,0 +1,356 @@
+"""The training loop, told once: any network, loss and source of samples, on any number of workers.
+
+A run is a folder; everything in it is written atomically or only appended to, so it can be killed at
+any instant, and the same command goes on from the last checkpoint with the very next sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from voxelscale.config import Config
+from voxelscale.console import Progress, notice
+from voxelscale.data.patches import read_ahead, worker_indices
+from voxelscale.device import choose_precision, to_channels_last
+from voxelscale.errors import VoxelscaleError
+from voxelscale.files import write_atomic
+from voxelscale.train.checkpoint import State, Trained, Writer, load_newest
+from voxelscale.train.distributed import WorkerBuffers, Workers, average_buffers, held_back, parallel
+from voxelscale.train.log import STOP_FILE, RunLog, environment
+from voxelscale.train.meter import Meter, Word
+from voxelscale.train.optim import AveragedWeights, learning_rate, make_optimizer, set_learning_rate
+from voxelscale.train.snapshot import RECALIBRATE, snapshot
+from voxelscale.train.task import Task
+from voxelscale.train.validate import Validation, start_validation
+
+LOG_LINES = 200
+"""Training events a run writes to ``metrics.jsonl``, about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a training ended.
+
+    Attributes:
+        seen: samples trained on.
+        finished: False where it was asked to stop before its budget was spent.
+        best: greatest validation score, -1 where there was no validation.
+    """
+
+    seen: int
+    finished: bool
+    best: float
+
+
+class Engine:
+    """One rank's part of a training.
+
+    Args:
+        task: what is trained.
+        config: of the run; `optim`, `train`, and `data`'s reading ahead.
+        run: the run's folder, or None where nothing is to be written.
+        workers: who takes part.
+        batch_size: samples of one worker per step.
+
+    Raises:
+        VoxelscaleError: a checkpoint is unfit.
+    """
+
+    def __init__(
+        self, task: Task, config: Config, run: Path | None, workers: Workers, batch_size: int
+    ) -> None:
+        self.task, self.config, self.run, self.workers = task, config, run, workers
+        self.batch_size = batch_size
+        self.global_batch = workers.world * batch_size
+        self.chief = workers.rank == 0
+        self.precision = choose_precision(config.train.precision, workers.device)
+        self.model = to_channels_last(task.model) if config.train.channels_last else task.model
+        share = config.optim.average
+        self.trained = Trained(
+            model=self.model,
+            optimizer=make_optimizer(self.model, config.optim),
+            average=AveragedWeights(self.model, share) if share else None,
+        )
+        self.state = State(digest=task.digest)
+        self.writer: Writer | None = None
+        if run is not None:
+            self.state = load_newest(run / "checkpoints", self.trained, task.digest)
+            self._check_place(run)
+            self.writer = Writer(run / "checkpoints", config.train.keep) if self.chief else None
+        skip = config.train.not_finite == "skip"
+        self.buffers = WorkerBuffers(self.model, workers.virtual, undo=skip)
+        self.wrapped = parallel(self.model, workers, config.train.compress)
+        if config.train.compile:
+            self.wrapped.compile()
+        self.meter = Meter(workers)
+        self.validation: Validation | None = None
+        self.log: RunLog | None = None
+        self._saved_at = time.monotonic()
+        self._recent: deque[list[tuple[Sequence[Any], Tensor]]] = deque(maxlen=2)
+
+    def _check_place(self, run: Path) -> None:
+        if self.state.seen % self.global_batch and self.state.seen < self.config.train.samples:
+            hint = "go on with a number of workers and a batch size whose product divides it"
+            problem = f"stopped at sample {self.state.seen}, within a batch of {self.global_batch}"
+            raise VoxelscaleError(f"{run}: {problem}", hint)
+
+    def go(self, asked: Callable[[], bool]) -> Result:
+        """All steps from where the run stands, until the budget is spent or `asked` to stop."""
+        samples = self.config.train.samples
+        steps = range(self.state.seen // self.global_batch, math.ceil(samples / self.global_batch))
+        total = steps.stop * self.global_batch
+        try:
+            if steps or self._validation_missed(total):
+                self.log = self._open_log()
+                self._all_steps(steps, total, asked)
+        finally:
+            if self.writer:
+                self.writer.close()
+            if self.log:
+                self.log.close()
+        return Result(seen=self.state.seen, finished=self.state.seen >= total, best=self.state.best)
+
+    def _all_steps(self, steps: range, total: int, asked: Callable[[], bool]) -> None:
+        began = time.monotonic() - self.state.seconds
+        if self._validation_missed(total):
+            self._begin_validation()
+        quiet = contextlib.nullcontext()
+        with Progress("train", total, done=self.state.seen) if self.log else quiet as progress:
+            for step, batches in zip(steps, self._batches(steps), strict=False):
+                self._step(step, batches)
+                seen, seconds = (step + 1) * self.global_batch, time.monotonic() - began
+                self.state = replace(self.state, seen=seen, seconds=seconds)
+                word = self._end_step(asked)
+                self._report(step, progress, seen >= total)
+                if word.ready:
+                    self._end_validation()
+                judge = self._validation_due(seen, total)
+                if judge or word.save or self._due(self.config.train.checkpoint_every, seen, total):
+                    self._save()  # before it is judged: the best model's checkpoint is kept
+                if judge:
+                    self._begin_validation()
+                if word.stop:
+                    break
+        self._end_validation()
+        self._save()
+        if self.writer:
+            self.writer.finish()
+        if self.log and self.run:
+            (self.run / STOP_FILE).unlink(missing_ok=True)
+
+    def _batches(self, steps: range) -> Iterator[list[list[Any]]]:
+        """For each step the samples of each of this rank's workers, read ahead."""
+        indices = [
+            worker_indices(step, worker, self.workers.world, self.batch_size)
+            for step in steps
+            for worker in self.workers.mine
+        ]
+        data = self.config.data
+        stream = read_ahead(self.task.source, indices, data.readers, data.prefetch)
+        while True:
+            started = time.monotonic()
+            batches = [batch for _, batch in zip(self.workers.mine, stream, strict=False)]
+            self.meter.waited += time.monotonic() - started
+            if len(batches) < self.workers.virtual:
+                return
+            yield batches
+
+    def _step(self, step: int, batches: Sequence[Sequence[Any]]) -> None:
+        """One update: every worker's gradients, averaged, then the optimiser."""
+        optim, budget = self.config.optim, self.config.train.samples
+        seen = step * self.global_batch
+        set_learning_rate(self.trained.optimizer, learning_rate(optim, seen, budget, self.global_batch))
+        self.trained.optimizer.zero_grad(set_to_none=True)
+        self.buffers.begin_step()
+        losses = []
+        for worker, batch in enumerate(batches):
+            self.buffers.begin_worker()
+            with held_back(self.wrapped, worker < len(batches) - 1):
+                loss, measure = self._forward(batch)
+                (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+            self.buffers.end_worker()
+            losses.append((batch, loss.detach()))
+            self.meter.add(loss.detach() / len(batches), measure / len(batches))
+        self._recent.append(losses)
+        if self._gradients_sound():
+            self.buffers.end_step()
+            self.trained.optimizer.step()
+        else:
+            self.buffers.undo_step()
+            self._tell_skipped(step)
+        if self.trained.average:
+            self.trained.average.update(self.model, seen + self.global_batch, self.global_batch, budget)
+
+    def _forward(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """The loss of one worker's micro-batch and the figure shown beside it."""
+        inputs, target = self.task.collate(batch)
+        device = self.workers.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.precision != torch.float32):
+            output = self.wrapped(inputs)
+        told = self.task.loss(output, target)
+        loss, measure = told if isinstance(told, tuple) else (told, torch.full_like(told, math.nan))
+        return loss, measure.detach().mean()
+
+    def _gradients_sound(self) -> bool:
+        """Clip the gradients' norm; False where they are not finite and that is to be skipped.
+
+        The gradients are those of all ranks, so every rank comes to the same.
+        """
+        clip, skip = self.config.optim.clip, self.config.train.not_finite == "skip"
+        if not (clip or skip):
+            return True
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip or math.inf)
+        return not skip or bool(torch.isfinite(norm))
+
+    def _tell_skipped(self, step: int) -> None:
+        names = self._not_finite_samples(1)
+        if self.log:
+            notice(f"warning: update {step} left out: not finite at {names}", level=0)
+            seen = (step + 1) * self.global_batch
+            self.log.write("skipped", step=step, samples=seen, where=names)
+
+    def _not_finite_samples(self, steps: int) -> str:
+        """The samples, of all ranks, whose loss was not finite in the first such of the last `steps`."""
+        mine: list[list[str]] = []
+        for losses in list(self._recent)[-steps:]:
+            bad = [batch for batch, loss in losses if not bool(torch.isfinite(loss))]
+            # Where the input itself is at fault, that one; else the whole micro-batch.
+            guilty = [s for batch in bad for s in batch if not _finite(self.task.collate([s])[0])]
+            mine.append([self.task.describe(s) for s in guilty or [s for batch in bad for s in batch]])
+        ranks: list[list[list[str]]] = [mine]
+        if self.workers.ranks > 1:
+            ranks = [[] for _ in range(self.workers.ranks)]
+            dist.all_gather_object(ranks, mine)
+        by_step = [[name for names in step for name in names] for step in zip(*ranks, strict=True)]
+        names = next((names for names in by_step if names), [])
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        return shown or "no single sample: the gradients are too large"
+
+    def _end_step(self, asked: Callable[[], bool]) -> Word:
+        """Exchange sums and wishes.
+
+        Raises:
+            VoxelscaleError: the loss was not finite and that is not to be skipped.
+        """
+        after = self.config.train.checkpoint_seconds
+        word = self.meter.end_step(
+            stop=self.chief and (asked() or self._stop_file()),
+            save=self.chief and 0 < after <= time.monotonic() - self._saved_at,
+            ready=self.validation is not None and self.validation.ready(),
+        )
+        self._check_finite(word)
+        return word
+
+    def _check_finite(self, word: Word) -> None:
+        if not word.finite and self.config.train.not_finite == "stop":
+            hint = "lower optim.lr, set train.precision=fp32, or skip such updates: train.not_finite=skip"
+            where = self._not_finite_samples(2)
+            raise VoxelscaleError(f"the training diverged: the loss is not finite at {where}", hint)
+
+    def _due(self, every: int, seen: int, total: int) -> bool:
+        """Whether a multiple of `every` samples was passed in the step that ended at `seen`."""
+        return seen < total and every > 0 and seen // every > (seen - self.global_batch) // every
+
+    def _validation_due(self, seen: int, total: int) -> bool:
+        every = self.config.train.validate_every
+        return self.task.scoring is not None and (seen >= total or self._due(every, seen, total))
+
+    def _validation_missed(self, total: int) -> bool:
+        """Whether the run stopped between a checkpoint and its validation."""
+        seen = self.state.seen
+        return seen > 0 and self.state.validated < seen and self._validation_due(seen, total)
+
+    def _report(self, step: int, progress: Any, last: bool) -> None:
+        if self.log is None:
+            return
+        numbers = self.meter.read(self.global_batch)
+        dice = "" if math.isnan(numbers["dice"]) else f"  Dice {numbers['dice']:.3f}"
+        best = f"  val {self.state.best:.3f}" if self.state.best >= 0 else ""
+        note = (
+            f"loss {numbers['loss']:.3f}{dice}{best}  "
+            f"{numbers['samples_per_second']:.1f} samples/s  input wait {100 * numbers['input_wait']:.1f} %"
+        )
+        seen = self.state.seen
+        progress.update(seen, note)
+        every = max(1, self.config.train.samples // LOG_LINES)
+        if last or self._due(every, seen, seen + 1):
+            rate = self.trained.optimizer.param_groups[0]["lr"]
+            finite = {k: v for k, v in numbers.items() if not math.isnan(v)}
+            self.log.write("train", step=step, samples=seen, lr=rate, seconds=self.state.seconds, **finite)
+            self.meter.restart()
+
+    def _begin_validation(self) -> None:
+        """Judge a copy of the model beside the training."""
+        self._end_validation()
+        copy = snapshot(self.trained, self.workers)
+        samples = self.config.train.recalibrate or (RECALIBRATE if self.trained.average else 0)
+        self.validation = start_validation(
+            self.task, copy, self.workers, self.precision, self.state, samples
+        )
+
+    def _end_validation(self) -> None:
+        """Wait for the pending validation; its model is kept if it is the best."""
+        pending, self.validation = self.validation, None
+        if pending is None:
+            return
+        figures = pending.figures(self.workers)
+        score = figures[pending.scoring.metric]
+        better, at = score > self.state.best, pending.state
+        self.state = replace(self.state, validated=at.seen, best=max(score, self.state.best))
+        if self.log:
+            self.log.write(
+                "validation",
+                step=at.seen // self.global_batch,
+                samples=at.seen,
+                training_seconds=at.seconds,
+                **figures,
+            )
+        if better and self.chief and self.task.keep:
+            facts = {"samples": at.seen, f"validation_{pending.scoring.metric}": score}
+            self.task.keep(pending.model, {**facts, "seconds": round(at.seconds, 1)})
+        if better and self.writer:
+            self.writer.keep_best(at.seen)
+
+    def _save(self) -> None:
+        """Write a checkpoint; all ranks come here together.
+
+        A pending validation is waited for: a run that goes on from here could not repeat it.
+        """
+        self._end_validation()
+        self._check_finite(self.meter.land())
+        self._saved_at = time.monotonic()
+        if self.run is not None:
+            average_buffers(self.model, self.workers)
+            if self.writer:
+                self.writer.save(self.trained, self.state)
+
+    def _open_log(self) -> RunLog | None:
+        where, run = self.workers, self.run
+        if not self.chief or run is None:
+            return None
+        facts = environment(where.device, where.ranks, where.virtual, str(self.precision).split(".")[-1])
+        write_atomic(run / "environment.json", json.dumps(facts, indent=1))
+        parameters = sum(p.numel() for p in self.model.parameters())
+        workers = f"{where.world} workers x {self.batch_size} samples on {where.device.type}"
+        notice(f"{parameters:,} parameters, {workers}, from sample {self.state.seen}", level=2)
+        (run / STOP_FILE).unlink(missing_ok=True)
+        return RunLog(run, self.state.seen)
+
+    def _stop_file(self) -> bool:
+        return self.run is not None and (self.run / STOP_FILE).exists()
+
+
+def _finite(inputs: Any) -> bool:
+    return not isinstance(inputs, Tensor) or bool(torch.isfinite(inputs).all())
