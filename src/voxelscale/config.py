@@ -257,6 +257,31 @@ class PredictConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScaleConfig:
+    """The scaling study: which trainings, and on what machine the time is told."""
+
+    workers: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Numbers of workers."""
+    recipes: tuple[str, ...] = ("unchanged", "large_batch")
+    """What each number is trained with: unchanged, or a name as train.recipe; with settings over it as
+    large_batch:optim.warmup=0;optim.average=0."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Training seeds; intervals are over them."""
+    jobs: int = 1
+    """Trainings at a time on this machine; 0: one a core or GPU."""
+    target: float = 0.9
+    """Share of the first recipe's Dice at one worker whose reaching is "time to a target Dice"."""
+    interconnect: str = "edr"
+    """Link between nodes: a preset (edr, hdr, ndr, 10gbe, 25gbe, 100gbe) or alpha=5us,beta=12GB/s."""
+    node_devices: int = 1
+    """Workers that share a node."""
+    node_link: str = "nvlink-a100"
+    """Link between the workers of a node."""
+    measure: bool = False
+    """Whether to measure the link between ranks on this machine and use that."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All of it."""
 
@@ -269,6 +294,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -478,6 +504,10 @@ def _check(config: Config) -> None:
             0 < c.phantom.diameter_mm[0] <= c.phantom.diameter_mm[1],
             "least and greatest in mm, in order",
         ),
+        ("scale.workers", min(c.scale.workers, default=0) >= 1, "at least one number, of 1 or more"),
+        ("scale.recipes", len(c.scale.recipes) >= 1, "at least one name"),
+        ("scale.seeds", len(c.scale.seeds) >= 1, "at least one number"),
+        ("scale.node_devices", c.scale.node_devices >= 1, "at least 1"),
         ("predict.overlap", 0 <= c.predict.overlap < 1, "at least 0 and below 1"),
         ("predict.batch_size", c.predict.batch_size >= 1, "at least 1"),
         ("predict.threshold", 0 < c.predict.threshold < 1, "between 0 and 1"),

@@ -257,6 +257,8 @@ class Engine:
         if not word.finite and self.config.train.not_finite == "stop":
             hint = "lower optim.lr, set train.precision=fp32, or skip such updates: train.not_finite=skip"
             where = self._not_finite_samples(2)
+            if self.log:
+                self.log.write("diverged", samples=self.state.seen, where=where)
             raise VoxelscaleError(f"the training diverged: the loss is not finite at {where}", hint)
 
     def _due(self, every: int, seen: int, total: int) -> bool:

@@ -1,0 +1,283 @@
+"""The scaling study: the same training at 1 to N workers, and what that does to time and Dice.
+
+Every trial sees the same samples in the same order and the same number of them; only the number of
+workers, the recipe and the seed differ. Workers beyond the devices at hand are emulated
+(`voxelscale.train.distributed`), with the same updates as real ones. The time at N workers is modelled
+(`voxelscale.scale.cost`), as N devices are not there to be timed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from voxelscale.config import Config, load, to_dict
+from voxelscale.console import Progress
+from voxelscale.errors import VoxelscaleError
+from voxelscale.files import write_atomic
+from voxelscale.train.optim import peak_rate
+from voxelscale.train.recipes import resolve
+
+UNCHANGED = "unchanged"
+"""The recipe's name for one worker's settings at every number of workers."""
+
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t, two-sided 95 %, by degrees of freedom (standard tables)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One training of the study.
+
+    Attributes:
+        recipe: a name as `train.recipe`, or ``unchanged``; ``name:key=value;key=value`` lays settings
+            over it, as an ablation does.
+        workers: how many.
+        seed: of the training.
+        config: what is trained with, the recipe applied.
+    """
+
+    recipe: str
+    workers: int
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """For files; a trial whose recipe was changed since is another."""
+        slug = "".join(c if c.isalnum() else "-" for c in self.recipe).strip("-")
+        text = json.dumps(to_dict(self.config), sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return f"{slug}/w{self.workers:04d}_s{self.seed}_{key}"
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of an update."""
+        return self.workers * self.config.train.batch_size
+
+    @property
+    def updates(self) -> int:
+        """Of the whole training."""
+        return math.ceil(self.config.train.samples / self.global_batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a trial came to.
+
+    Attributes:
+        dice: of the final model on the validation scans; 0 where the training diverged.
+        curve: (samples, Dice) of every validation.
+        diverged: whether the loss ceased to be finite.
+    """
+
+    dice: float
+    curve: tuple[tuple[int, float], ...] = ()
+    diverged: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The trials of one recipe at one number of workers.
+
+    Attributes:
+        recipe, workers, global_batch, updates, learning_rate: what they have in common.
+        seeds: how many trials.
+        dice: their mean; `dice_low`, `dice_high`: 95 % interval by Student's t over seeds.
+        relative: mean over seeds of the Dice over that of one worker with the first recipe, same seed;
+            with `relative_low`, `relative_high`.
+        relative_own: the same over one worker with this recipe; None where there is none.
+        samples_to_target: mean over seeds of the samples after which the validation Dice first was at
+            or above the target; None where a seed never was.
+        diverged: how many trials did.
+    """
+
+    recipe: str
+    workers: int
+    global_batch: int
+    updates: int
+    learning_rate: float
+    seeds: int
+    dice: float
+    dice_low: float
+    dice_high: float
+    relative: float | None
+    relative_low: float | None
+    relative_high: float | None
+    relative_own: float | None
+    samples_to_target: float | None
+    diverged: int
+
+
+def plan(config: Config) -> list[Trial]:
+    """The study's trials: recipes x workers x seeds of ``config.scale``, cheapest to tell first.
+
+    Raises:
+        VoxelscaleError: a recipe or one of its settings is unknown.
+    """
+    scale = config.scale
+    trials = []
+    for seed in scale.seeds:
+        for recipe in scale.recipes:
+            for workers in scale.workers:
+                settled = replace(config, train=replace(config.train, seed=seed))
+                settled = apply_recipe(settled, recipe, workers)
+                trials.append(Trial(recipe=recipe, workers=workers, seed=seed, config=settled))
+    return trials
+
+
+def apply_recipe(config: Config, recipe: str, workers: int) -> Config:
+    """The config with the recipe's settings for so many workers, and those of ``name:key=value;...``."""
+    name, _, settings = recipe.partition(":")
+    known = "none" if name == UNCHANGED else name
+    named = load(None, [f"train.recipe={known}"], config)
+    settled, _ = resolve(named, workers)
+    pairs = [pair for pair in settings.split(";") if pair]
+    return load(None, pairs, settled)
+
+
+def run_study(
+    config: Config, out: Path, train_one: Callable[[Trial, Path], Outcome], jobs: int = 1
+) -> list[Row]:
+    """Train every trial of the plan that is not done, `jobs` at a time, and sum them up.
+
+    Each outcome is written to ``<out>/trials/`` when it is there, so that the same call goes on where an
+    earlier one stopped.
+
+    Args:
+        config: of the study (``config.scale``) and of the trainings.
+        out: its folder.
+        train_one: trains one trial in the folder it is given and says what came of it.
+
+    Raises:
+        VoxelscaleError: a trial failed, or `out` holds a study of another config.
+    """
+    trials = plan(config)
+    _claim(config, out)
+    outcomes = {t: done for t in trials if (done := read_outcome(out, t)) is not None}
+    left = [trial for trial in trials if trial not in outcomes]
+    with Progress("scale", len(trials), done=len(outcomes)) as progress:
+        for trial, outcome in _in_parallel(left, out, train_one, jobs):
+            _write_outcome(out, trial, outcome)
+            outcomes[trial] = outcome
+            note = f"{trial.recipe}, {trial.workers} workers, seed {trial.seed}: Dice {outcome.dice:.3f}"
+            progress.update(len(outcomes), note)
+    return summarise(trials, [outcomes[trial] for trial in trials], config.scale.target)
+
+
+def _in_parallel(
+    trials: Sequence[Trial], out: Path, train_one: Callable[[Trial, Path], Outcome], jobs: int
+) -> Iterator[tuple[Trial, Outcome]]:
+    waiting = iter(trials)
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="trial")
+    flying: dict[Future[Outcome], Trial] = {}
+    try:
+        while True:
+            for trial in waiting:
+                flying[pool.submit(train_one, trial, out / "runs" / trial.name)] = trial
+                if len(flying) >= jobs:
+                    break
+            if not flying:
+                return
+            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                yield flying.pop(future), future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def summarise(trials: Sequence[Trial], outcomes: Sequence[Outcome], target: float) -> list[Row]:
+    """A row for each recipe and number of workers, in the order of the plan.
+
+    Args:
+        target: share of the first recipe's mean Dice at one worker that "time to a target Dice" means.
+    """
+    dice = {(t.recipe, t.workers, t.seed): o.dice for t, o in zip(trials, outcomes, strict=True)}
+    groups: dict[tuple[str, int], list[tuple[Trial, Outcome]]] = {}
+    for trial, outcome in zip(trials, outcomes, strict=True):
+        groups.setdefault((trial.recipe, trial.workers), []).append((trial, outcome))
+    first = trials[0].recipe
+    alone = [o.dice for t, o in zip(trials, outcomes, strict=True) if (t.recipe, t.workers) == (first, 1)]
+    aim = target * statistics.mean(alone) if alone else math.inf
+    return [_row(group, dice, first, aim) for group in groups.values()]
+
+
+def _row(
+    group: Sequence[tuple[Trial, Outcome]], dice: dict[tuple[str, int, int], float], first: str, aim: float
+) -> Row:
+    trial, outcomes = group[0][0], [outcome for _, outcome in group]
+    scores = [outcome.dice for outcome in outcomes]
+
+    def over(recipe: str) -> list[float]:
+        pairs = [(o.dice, dice.get((recipe, 1, t.seed), 0.0)) for t, o in group]
+        return [score / one for score, one in pairs if one > 0]
+
+    relative, own = over(first), over(trial.recipe)
+    reached = [next((seen for seen, score in o.curve if score >= aim), None) for o in outcomes]
+    known = [seen for seen in reached if seen is not None]
+    low, high = interval(scores)
+    relative_low, relative_high = interval(relative) if relative else (None, None)
+    return Row(
+        recipe=trial.recipe,
+        workers=trial.workers,
+        global_batch=trial.global_batch,
+        updates=trial.updates,
+        learning_rate=peak_rate(trial.config.optim, trial.global_batch),
+        seeds=len(group),
+        dice=statistics.mean(scores),
+        dice_low=low,
+        dice_high=high,
+        relative=statistics.mean(relative) if relative else None,
+        relative_low=relative_low,
+        relative_high=relative_high,
+        relative_own=statistics.mean(own) if own else None,
+        samples_to_target=statistics.mean(known) if len(known) == len(reached) else None,
+        diverged=sum(outcome.diverged for outcome in outcomes),
+    )
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean by Student's t; the mean twice where there is one value."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, mean
+    reach = T_95.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - reach, mean + reach
+
+
+def _claim(config: Config, out: Path) -> None:
+    """Note the study's config, or check that it is the one that `out` was begun with."""
+    path = out / "study.json"
+    tree = to_dict(config)
+    tree["scale"] = {}  # more workers, recipes or seeds may be added
+    now = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    if path.is_file():
+        if json.loads(path.read_text(encoding="utf-8"))["config"] != now:
+            hint = "choose another folder, or go on with the config it was begun with"
+            raise VoxelscaleError(f"{out}: holds a study of another config", hint)
+        return
+    write_atomic(path, json.dumps({"config": now}))
+
+
+def read_outcome(out: Path, trial: Trial) -> Outcome | None:
+    """What an earlier call found, or None."""
+    try:
+        facts = json.loads(_outcome_path(out, trial).read_text(encoding="utf-8"))
+        curve = tuple((int(seen), float(dice)) for seen, dice in facts["curve"])
+        return Outcome(dice=facts["dice"], curve=curve, diverged=facts["diverged"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_outcome(out: Path, trial: Trial, outcome: Outcome) -> None:
+    facts = {"recipe": trial.recipe, "workers": trial.workers, "seed": trial.seed, **asdict(outcome)}
+    write_atomic(_outcome_path(out, trial), json.dumps(facts))
+
+
+def _outcome_path(out: Path, trial: Trial) -> Path:
+    return out / "trials" / f"{trial.name}.json"
