@@ -186,6 +186,11 @@ class OptimConfig:
     """Share of the samples over which the rate rises linearly from 0."""
     clip: float = 12.0
     """Greatest norm of the gradient; 0: none."""
+    grow_from: int = 0
+    """Global batch of the first updates, from which it doubles up to that of all workers; 0: full from the
+    start."""
+    grow_share: float = 0.25
+    """Share of the budget over which it grows, the same number of updates at each size."""
     average: float = 0.0
     """Time constant of the weights' moving average (EMA) as a share of the budget, so the same for every
     number of workers; the averaged weights are what is validated and kept. 0: none."""
@@ -484,6 +489,8 @@ def _check(config: Config) -> None:
         ("optim.lr", c.optim.lr > 0, "above 0"),
         ("optim.reference_batch", c.optim.reference_batch >= 1, "at least 1"),
         ("optim.betas", all(0 <= beta < 1 for beta in c.optim.betas), "at least 0 and below 1, both"),
+        ("optim.grow_from", c.optim.grow_from >= 0, "at least 0"),
+        ("optim.grow_share", 0 <= c.optim.grow_share < 1, "at least 0 and below 1"),
         ("optim.average", 0 <= c.optim.average < 1, "at least 0 and below 1"),
         ("optim.warmup", 0 <= c.optim.warmup < 1, "at least 0 and below 1"),
         (

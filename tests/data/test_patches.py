@@ -85,7 +85,7 @@ def test_small_lesions_are_seen_as_often_as_large_ones(store: Store) -> None:
 )
 def test_workers_share_out_the_same_stream(step: int, ranks: int, virtual: int, batch: int) -> None:
     world = ranks * virtual
-    dealt = [i for w in range(world) for i in worker_indices(step, w, world, batch)]
+    dealt = [i for w in range(world) for i in worker_indices(step * world * batch, w, world, batch)]
     assert sorted(dealt) == list(range(step * world * batch, (step + 1) * world * batch))
 
 

@@ -132,13 +132,12 @@ def place_window(
     return starts
 
 
-def worker_indices(step: int, worker: int, workers: int, batch_size: int) -> range:
-    """The global indices of one worker's micro-batch in one step.
+def worker_indices(first: int, worker: int, workers: int, batch_size: int) -> range:
+    """The global indices of one worker's micro-batch in the update that begins at sample `first`.
 
-    Step ``s`` of ``W`` workers with ``b`` samples each covers ``[s W b, (s + 1) W b)``; worker ``w``
-    takes every index that is ``w`` modulo ``W``.
+    ``W`` workers with ``b`` samples each cover ``[first, first + W b)``; worker ``w`` takes every index
+    that is ``w`` modulo ``W``.
     """
-    first = step * workers * batch_size
     return range(first + worker, first + workers * batch_size, workers)
 
 

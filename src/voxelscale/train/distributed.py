@@ -119,7 +119,6 @@ class WorkerBuffers:
 
     def __init__(self, model: nn.Module, virtual: int, undo: bool = False) -> None:
         self._buffers = list(model.buffers()) if virtual > 1 or undo else []
-        self._virtual = virtual
         self._start: list[Tensor] = []
         self._sum: list[Tensor] = []
 
@@ -133,16 +132,17 @@ class WorkerBuffers:
         for buffer, start in zip(self._buffers, self._start, strict=True):
             buffer.copy_(start)
 
-    def end_worker(self) -> None:
-        """After it."""
+    def end_worker(self, weight: float) -> None:
+        """After it; the weights of a step's workers sum up to 1."""
         for total, buffer in zip(self._sum, self._buffers, strict=True):
-            total += buffer
+            if buffer.is_floating_point():
+                total.add_(buffer, alpha=weight)
 
     def end_step(self) -> None:
         """After the last; counters, the same in all, keep the last one's."""
         for buffer, total in zip(self._buffers, self._sum, strict=True):
             if buffer.is_floating_point():
-                buffer.copy_(total / self._virtual)
+                buffer.copy_(total)
 
     def undo_step(self) -> None:
         """Instead of `end_step`: the statistics as they were before the step."""

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from voxelscale.config import Config
 from voxelscale.console import Progress, notice
-from voxelscale.data.patches import read_ahead, worker_indices
+from voxelscale.data.patches import read_ahead
 from voxelscale.device import choose_precision, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.train.checkpoint import State, Trained, Writer, load_newest
+from voxelscale.train.clock import Clock, Step
 from voxelscale.train.distributed import WorkerBuffers, Workers, average_buffers, held_back, parallel
 from voxelscale.train.log import STOP_FILE, RunLog, environment
 from voxelscale.train.meter import Meter, Word
@@ -72,8 +73,10 @@ class Engine:
         self, task: Task, config: Config, run: Path | None, workers: Workers, batch_size: int
     ) -> None:
         self.task, self.config, self.run, self.workers = task, config, run, workers
-        self.batch_size = batch_size
-        self.global_batch = workers.world * batch_size
+        optim = config.optim
+        self.clock = Clock(
+            config.train.samples, workers.world, batch_size, optim.grow_from, optim.grow_share
+        )
         self.chief = workers.rank == 0
         self.precision = choose_precision(config.train.precision, workers.device)
         self.model = to_channels_last(task.model) if config.train.channels_last else task.model
@@ -87,7 +90,6 @@ class Engine:
         self.writer: Writer | None = None
         if run is not None:
             self.state = load_newest(run / "checkpoints", self.trained, task.digest)
-            self._check_place(run)
             self.writer = Writer(run / "checkpoints", config.train.keep) if self.chief else None
         skip = config.train.not_finite == "skip"
         self.buffers = WorkerBuffers(self.model, workers.virtual, undo=skip)
@@ -100,44 +102,38 @@ class Engine:
         self._saved_at = time.monotonic()
         self._recent: deque[list[tuple[Sequence[Any], Tensor]]] = deque(maxlen=2)
 
-    def _check_place(self, run: Path) -> None:
-        if self.state.seen % self.global_batch and self.state.seen < self.config.train.samples:
-            hint = "go on with a number of workers and a batch size whose product divides it"
-            problem = f"stopped at sample {self.state.seen}, within a batch of {self.global_batch}"
-            raise VoxelscaleError(f"{run}: {problem}", hint)
-
     def go(self, asked: Callable[[], bool]) -> Result:
         """All steps from where the run stands, until the budget is spent or `asked` to stop."""
-        samples = self.config.train.samples
-        steps = range(self.state.seen // self.global_batch, math.ceil(samples / self.global_batch))
-        total = steps.stop * self.global_batch
+        steps = self.clock.steps(self.state.seen)
         try:
-            if steps or self._validation_missed(total):
+            if self.state.seen < self.clock.end or self._validation_missed():
                 self.log = self._open_log()
-                self._all_steps(steps, total, asked)
+                self._all_steps(steps, asked)
         finally:
             if self.writer:
                 self.writer.close()
             if self.log:
                 self.log.close()
-        return Result(seen=self.state.seen, finished=self.state.seen >= total, best=self.state.best)
+        return Result(
+            seen=self.state.seen, finished=self.state.seen >= self.clock.end, best=self.state.best
+        )
 
-    def _all_steps(self, steps: range, total: int, asked: Callable[[], bool]) -> None:
-        began = time.monotonic() - self.state.seconds
-        if self._validation_missed(total):
+    def _all_steps(self, steps: Iterator[Step], asked: Callable[[], bool]) -> None:
+        began, total = time.monotonic() - self.state.seconds, self.clock.end
+        stream = self._read_ahead()
+        if self._validation_missed():
             self._begin_validation()
         quiet = contextlib.nullcontext()
         with Progress("train", total, done=self.state.seen) if self.log else quiet as progress:
-            for step, batches in zip(steps, self._batches(steps), strict=False):
-                self._step(step, batches)
-                seen, seconds = (step + 1) * self.global_batch, time.monotonic() - began
-                self.state = replace(self.state, seen=seen, seconds=seconds)
-                word = self._end_step(asked)
-                self._report(step, progress, seen >= total)
+            for step in steps:
+                self._step(step, self._batches(step, stream))
+                self.state = replace(self.state, seen=step.end, seconds=time.monotonic() - began)
+                word = self._end_step(step.global_batch, asked)
+                self._report(step, progress, step.end >= total)
                 if word.ready:
                     self._end_validation()
-                judge = self._validation_due(seen, total)
-                if judge or word.save or self._due(self.config.train.checkpoint_every, seen, total):
+                judge = self._validation_due(step)
+                if judge or word.save or self._due(self.config.train.checkpoint_every, step):
                     self._save()  # before it is judged: the best model's checkpoint is kept
                 if judge:
                     self._begin_validation()
@@ -150,39 +146,36 @@ class Engine:
         if self.log and self.run:
             (self.run / STOP_FILE).unlink(missing_ok=True)
 
-    def _batches(self, steps: range) -> Iterator[list[list[Any]]]:
-        """For each step the samples of each of this rank's workers, read ahead."""
-        indices = [
-            worker_indices(step, worker, self.workers.world, self.batch_size)
-            for step in steps
-            for worker in self.workers.mine
-        ]
+    def _read_ahead(self) -> Iterator[list[Any]]:
+        """The samples of every micro-batch that is left to this rank, in order."""
+        left = self.clock.steps(self.state.seen)
+        indices = (indices for step in left for indices, _ in step.share(self.workers.mine))
         data = self.config.data
-        stream = read_ahead(self.task.source, indices, data.readers, data.prefetch)
-        while True:
-            started = time.monotonic()
-            batches = [batch for _, batch in zip(self.workers.mine, stream, strict=False)]
-            self.meter.waited += time.monotonic() - started
-            if len(batches) < self.workers.virtual:
-                return
-            yield batches
+        return read_ahead(self.task.source, indices, data.readers, data.prefetch)
 
-    def _step(self, step: int, batches: Sequence[Sequence[Any]]) -> None:
+    def _batches(self, step: Step, stream: Iterator[list[Any]]) -> list[tuple[list[Any], float]]:
+        """This rank's micro-batches of an update, with their weights."""
+        started = time.monotonic()
+        batches = [(next(stream), weight) for _, weight in step.share(self.workers.mine)]
+        self.meter.waited += time.monotonic() - started
+        return batches
+
+    def _step(self, step: Step, batches: Sequence[tuple[Sequence[Any], float]]) -> None:
         """One update: every worker's gradients, averaged, then the optimiser."""
         optim, budget = self.config.optim, self.config.train.samples
-        seen = step * self.global_batch
-        set_learning_rate(self.trained.optimizer, learning_rate(optim, seen, budget, self.global_batch))
+        rate = learning_rate(optim, step.first, budget, step.global_batch)
+        set_learning_rate(self.trained.optimizer, rate)
         self.trained.optimizer.zero_grad(set_to_none=True)
         self.buffers.begin_step()
         losses = []
-        for worker, batch in enumerate(batches):
+        for number, (batch, weight) in enumerate(batches, start=1):
             self.buffers.begin_worker()
-            with held_back(self.wrapped, worker < len(batches) - 1):
+            with held_back(self.wrapped, number < len(batches)):
                 loss, measure = self._forward(batch)
-                (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
-            self.buffers.end_worker()
+                (loss * weight).backward()  # type: ignore[no-untyped-call]
+            self.buffers.end_worker(weight)
             losses.append((batch, loss.detach()))
-            self.meter.add(loss.detach() / len(batches), measure / len(batches))
+            self.meter.add(loss.detach() * weight, measure * weight)
         self._recent.append(losses)
         if self._gradients_sound():
             self.buffers.end_step()
@@ -191,7 +184,7 @@ class Engine:
             self.buffers.undo_step()
             self._tell_skipped(step)
         if self.trained.average:
-            self.trained.average.update(self.model, seen + self.global_batch, self.global_batch, budget)
+            self.trained.average.update(self.model, step.end, step.global_batch, budget)
 
     def _forward(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """The loss of one worker's micro-batch and the figure shown beside it."""
@@ -214,12 +207,11 @@ class Engine:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip or math.inf)
         return not skip or bool(torch.isfinite(norm))
 
-    def _tell_skipped(self, step: int) -> None:
+    def _tell_skipped(self, step: Step) -> None:
         names = self._not_finite_samples(1)
         if self.log:
-            notice(f"warning: update {step} left out: not finite at {names}", level=0)
-            seen = (step + 1) * self.global_batch
-            self.log.write("skipped", step=step, samples=seen, where=names)
+            notice(f"warning: update {step.number} left out: not finite at {names}", level=0)
+            self.log.write("skipped", step=step.number, samples=step.end, where=names)
 
     def _not_finite_samples(self, steps: int) -> str:
         """The samples, of all ranks, whose loss was not finite in the first such of the last `steps`."""
@@ -238,7 +230,7 @@ class Engine:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         return shown or "no single sample: the gradients are too large"
 
-    def _end_step(self, asked: Callable[[], bool]) -> Word:
+    def _end_step(self, samples: int, asked: Callable[[], bool]) -> Word:
         """Exchange sums and wishes.
 
         Raises:
@@ -246,6 +238,7 @@ class Engine:
         """
         after = self.config.train.checkpoint_seconds
         word = self.meter.end_step(
+            samples,
             stop=self.chief and (asked() or self._stop_file()),
             save=self.chief and 0 < after <= time.monotonic() - self._saved_at,
             ready=self.validation is not None and self.validation.ready(),
@@ -261,23 +254,25 @@ class Engine:
                 self.log.write("diverged", samples=self.state.seen, where=where)
             raise VoxelscaleError(f"the training diverged: the loss is not finite at {where}", hint)
 
-    def _due(self, every: int, seen: int, total: int) -> bool:
-        """Whether a multiple of `every` samples was passed in the step that ended at `seen`."""
-        return seen < total and every > 0 and seen // every > (seen - self.global_batch) // every
+    def _due(self, every: int, step: Step) -> bool:
+        """Whether a multiple of `every` samples was passed in this step."""
+        return every > 0 and step.end // every > step.first // every
 
-    def _validation_due(self, seen: int, total: int) -> bool:
+    def _validation_due(self, step: Step) -> bool:
         every = self.config.train.validate_every
-        return self.task.scoring is not None and (seen >= total or self._due(every, seen, total))
+        last = step.end >= self.clock.end
+        return self.task.scoring is not None and (last or self._due(every, step))
 
-    def _validation_missed(self, total: int) -> bool:
+    def _validation_missed(self) -> bool:
         """Whether the run stopped between a checkpoint and its validation."""
-        seen = self.state.seen
-        return seen > 0 and self.state.validated < seen and self._validation_due(seen, total)
+        before = self.clock.step_ending(self.state.seen)
+        due = before is not None and self._validation_due(before)
+        return due and self.state.validated < self.state.seen
 
-    def _report(self, step: int, progress: Any, last: bool) -> None:
+    def _report(self, step: Step, progress: Any, last: bool) -> None:
         if self.log is None:
             return
-        numbers = self.meter.read(self.global_batch)
+        numbers = self.meter.read()
         dice = "" if math.isnan(numbers["dice"]) else f"  Dice {numbers['dice']:.3f}"
         best = f"  val {self.state.best:.3f}" if self.state.best >= 0 else ""
         note = (
@@ -287,10 +282,12 @@ class Engine:
         seen = self.state.seen
         progress.update(seen, note)
         every = max(1, self.config.train.samples // LOG_LINES)
-        if last or self._due(every, seen, seen + 1):
+        if last or self._due(every, step):
             rate = self.trained.optimizer.param_groups[0]["lr"]
             finite = {k: v for k, v in numbers.items() if not math.isnan(v)}
-            self.log.write("train", step=step, samples=seen, lr=rate, seconds=self.state.seconds, **finite)
+            self.log.write(
+                "train", step=step.number, samples=seen, lr=rate, seconds=self.state.seconds, **finite
+            )
             self.meter.restart()
 
     def _begin_validation(self) -> None:
@@ -314,7 +311,6 @@ class Engine:
         if self.log:
             self.log.write(
                 "validation",
-                step=at.seen // self.global_batch,
                 samples=at.seen,
                 training_seconds=at.seconds,
                 **figures,
@@ -345,7 +341,7 @@ class Engine:
         facts = environment(where.device, where.ranks, where.virtual, str(self.precision).split(".")[-1])
         write_atomic(run / "environment.json", json.dumps(facts, indent=1))
         parameters = sum(p.numel() for p in self.model.parameters())
-        workers = f"{where.world} workers x {self.batch_size} samples on {where.device.type}"
+        workers = f"{where.world} workers x {self.clock.batch_size} samples on {where.device.type}"
         notice(f"{parameters:,} parameters, {workers}, from sample {self.state.seen}", level=2)
         (run / STOP_FILE).unlink(missing_ok=True)
         return RunLog(run, self.state.seen)

@@ -50,14 +50,16 @@ class Meter:
         """One worker's share of this step's means."""
         self._now[:2] += torch.stack([loss, measure])
 
-    def end_step(self, *, stop: bool = False, save: bool = False, ready: bool = False) -> Word:
-        """Send this step's sums and this rank's wishes off."""
+    def end_step(
+        self, samples: int, *, stop: bool = False, save: bool = False, ready: bool = False
+    ) -> Word:
+        """Send off this step's sums, of so many samples, and this rank's wishes."""
         self._now[2:] = torch.tensor([float(stop), float(save), float(ready)])
         self.land()
         work = dist.all_reduce(self._now, async_op=True) if self._workers.ranks > 1 else None
         self._flying = (self._now, work)
         self._now = torch.zeros_like(self._now)
-        self._timed += 1
+        self._timed += samples
         if not self._late:
             self.land()
         return self.word
@@ -79,14 +81,14 @@ class Meter:
         self._loss, self._measure, self._steps = self._loss + loss, self._measure + measure, self._steps + 1
         return self.word
 
-    def read(self, global_batch: int) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         """Means and speed since `restart`."""
         elapsed = max(time.monotonic() - self._since, 1e-9)
         steps = max(self._steps, 1)
         return {
             "loss": self._loss / steps,
             "dice": self._measure / steps,
-            "samples_per_second": self._timed * global_batch / elapsed,
+            "samples_per_second": self._timed / elapsed,
             "input_wait": self.waited / elapsed,
         }
 
