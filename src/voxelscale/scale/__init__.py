@@ -1,0 +1,1 @@
+"""What a training costs and yields at other numbers of workers."""
