@@ -54,9 +54,9 @@ _PRESETS = (
         name="infiniband-edr",
         alpha_seconds=4.0e-6,
         beta_bytes_per_second=12.2e9,
-        source="beta: 12.2 GB/s of bus bandwidth over one 100 Gb/s adapter, 'as good as you can get' (S. Jeaugey, "
-        "github.com/NVIDIA/nccl-tests/issues/29, 2019); nominal 12.5 GB/s (4 lanes of 25.78125 Gb/s less "
-        f"64b/66b, InfiniBand Architecture Specification). {_NCCL_NET}",
+        source="beta: 12.2 GB/s of bus bandwidth over one 100 Gb/s adapter, 'as good as you can get' "
+        "(S. Jeaugey, github.com/NVIDIA/nccl-tests/issues/29, 2019); nominal 12.5 GB/s (4 lanes of "
+        f"25.78125 Gb/s less 64b/66b, InfiniBand Architecture Specification). {_NCCL_NET}",
     ),
     Link(
         name="infiniband-hdr",

@@ -42,6 +42,9 @@ from voxelscale.train.validate import validate
 SIZES = tuple(4**power for power in range(1, 14))
 """Bytes of the all-reduces that `measure_link` times: 4 to 64 MiB."""
 
+DRAWS = 64
+"""Micro-batches whose making is timed: as the dear augmentations are rare, few would miss them."""
+
 Mark = Any
 """A point in time: seconds on the CPU, an event on a GPU."""
 
@@ -81,9 +84,12 @@ def measure_step(
     """
     with _threads(threads):
         worker = _Worker(config, store, default_device())
-        parts = worker.rounds(rounds)
-        case = worker.case_seconds() if validation else 0.0
-        return _step_cost(worker, parts, case)
+        step = _step_cost(worker, worker.rounds(rounds))
+        return replace(
+            step,
+            batch_seconds=worker.making_seconds(DRAWS),
+            case_seconds=worker.case_seconds() if validation else 0.0,
+        )
 
 
 def measure_link(ranks: int = 2, *, sizes: Sequence[int] = SIZES, rounds: int = 9) -> Link:
@@ -106,8 +112,9 @@ def validate_model(config: Config, store: Store, *, rounds: int = 8) -> ModelChe
     """Predict an update of two ranks with one thread each, and run it.
 
     One job of two real ranks takes turns, round by round: one rank steps alone, both step without
-    communicating, both train under DistributedDataParallel. ``sync_batch`` is timed as ``batch``,
-    whose arithmetic is the same.
+    communicating, both train under DistributedDataParallel. Two ranks that keep step wait for the
+    slower in every update, so all that varies in a step on this machine counts as straggling, not only
+    what the batches drew. ``sync_batch`` is timed as ``batch``, whose arithmetic is the same.
 
     Raises:
         VoxelscaleError: as `measure_link`.
@@ -223,16 +230,22 @@ class _Worker:
             pass
         return (time.perf_counter() - started) / count
 
+    def making_seconds(self, count: int) -> tuple[float, ...]:
+        """Making the network's input, for each of several micro-batches."""
+        config, taken = self.config, []
+        for samples in self.batches(count):
+            started = _mark(self.device)
+            make_batch(samples, config.data.patch_size, self.normalise, self.device, config.train.seed)
+            taken.append(_between(started, _mark(self.device)))
+        return tuple(taken)
+
     def case_seconds(self) -> float:
-        """Validating one scan: the median of at most three."""
-        cases = (self.store.split("val") or self.store.split("train"))[:3]
+        """Validating one scan."""
+        case = (self.store.split("val") or self.store.split("train"))[0]
         alone = Workers(rank=0, ranks=1, virtual=1, device=self.device)
-        taken = []
-        for case in cases:
-            started = time.perf_counter()
-            validate(self.model, self.store, [case], self.config, self.normalise, alone, self.precision)
-            taken.append(time.perf_counter() - started)
-        return statistics.median(taken)
+        started = time.perf_counter()
+        validate(self.model, self.store, [case], self.config, self.normalise, alone, self.precision)
+        return time.perf_counter() - started
 
     def _loss(self, net: nn.Module, image: Tensor, mask: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != torch.float32):
@@ -244,9 +257,10 @@ class _Worker:
         return loss
 
 
-def _step_cost(worker: _Worker, parts: Sequence[_Parts], case_seconds: float) -> StepCost:
+def _step_cost(worker: _Worker, parts: Sequence[_Parts]) -> StepCost:
     sizes = {n: p.numel() * p.element_size() for n, p in enumerate(worker.model.parameters())}
     shares = {n: statistics.median(part.ready[n] for part in parts) for n in parts[0].ready}
+    last = max(shares.values())  # the pass ends with its last gradient, but for bookkeeping
     norms = [m for m in worker.model.modules() if isinstance(m, SyncBatchNorm)]
     return StepCost(
         forward_seconds=statistics.median(part.forward for part in parts),
@@ -254,11 +268,16 @@ def _step_cost(worker: _Worker, parts: Sequence[_Parts], case_seconds: float) ->
         update_seconds=statistics.median(part.update for part in parts),
         input_seconds=worker.reading_seconds(),
         batch_seconds=tuple(part.batch for part in parts),
-        gradients=tuple(sorted((min(share, 1.0), sizes[n]) for n, share in shares.items())),
+        gradients=tuple(sorted((share / last, sizes[n]) for n, share in shares.items())),
         # Once in the forward and once in the backward pass.
         blocking_bytes=tuple(4 * (2 * m.num_features + 1) for m in norms for _ in range(2)),
-        case_seconds=case_seconds,
     )
+
+
+def _varying(step: StepCost, parts: Sequence[_Parts]) -> StepCost:
+    """The same with all that varies from step to step in `batch_seconds`."""
+    still = step.forward_seconds + step.backward_seconds + step.update_seconds
+    return replace(step, batch_seconds=tuple(part.total - still for part in parts))
 
 
 def _mark(device: torch.device) -> Mark:
@@ -373,19 +392,26 @@ def _check_rank(workers: Workers, config: Config, store: Store, rounds: int) -> 
         dist.barrier()
         together += worker.rounds(2, warm=1)
         dist.barrier()
-        started = time.perf_counter()
-        for samples in worker.batches(3):
-            worker.update(net, samples)
-        trained.append((time.perf_counter() - started) / 3)
+        trained.append(_seconds_an_update(worker, net, 5))
     facts = _link_rank(workers, SIZES, rounds=5)
     dist.barrier()
     return {
         **facts,
-        "step": asdict(_step_cost(worker, together, 0.0)),
-        "alone": statistics.median(alone) if alone else 0.0,
-        "together": statistics.median(part.total for part in together),
-        "measured": statistics.median(trained),
+        "step": asdict(_varying(_step_cost(worker, together), together)),
+        "alone": statistics.mean(alone) if alone else 0.0,
+        "together": statistics.mean(part.total for part in together),
+        "measured": statistics.mean(trained),
     }
+
+
+def _seconds_an_update(worker: _Worker, net: nn.Module, count: int) -> float:
+    """The mean over `count` updates that follow one another, reading included."""
+    started = 0.0
+    for number, samples in enumerate(worker.batches(count + 1)):
+        if number == 1:  # the first had to wait for its samples
+            started = time.perf_counter()
+        worker.update(net, samples)
+    return (time.perf_counter() - started) / count
 
 
 def _main(role: str, asked: Path, found: Path) -> None:
