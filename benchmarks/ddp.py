@@ -6,9 +6,10 @@ One job of two real ranks takes turns, round by round, so that every ratio is of
 
 - alone: rank 0 steps, rank 1 waits: one worker.
 - together: both step, without communication; what it takes longer than alone is the machine's.
+- in step: the same, but after each backward pass each waits for the other, as any synchronous training
+  must; what it takes longer than together is waiting for the slower.
 - fp32, bf16, fp16: both train under DistributedDataParallel, the gradients sent as they are or
-  compressed by a communication hook; what they take longer than together is exposed
-  communication.
+  compressed by a communication hook; what they take longer than in step is exposed communication.
 - the all-reduces of the same buckets by themselves, with and without the casts.
 
 Batches are the same size on every rank (weak scaling) and lie in memory: input is not timed here.
@@ -98,16 +99,18 @@ class Contender:
         loss, _ = dice_cross_entropy(logits, self.mask)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def step(self) -> None:
+    def step(self, wait: bool = False) -> None:
         self.gradients()
+        if wait:
+            dist.barrier()
         nn.utils.clip_grad_norm_(self.model.parameters(), 12.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def seconds(self) -> float:
+    def seconds(self, wait: bool = False) -> float:
         started = time.perf_counter()
         for _ in range(STEPS):
-            self.step()
+            self.step(wait)
         return (time.perf_counter() - started) / STEPS
 
 
@@ -150,6 +153,7 @@ def measure(setting: Setting, workers: Workers, rounds: int) -> dict[str, Any]:
     turns: dict[str, Callable[[], float]] = {
         "alone": lambda: plain.seconds() if workers.rank == 0 else 0.0,
         "together": plain.seconds,
+        "in step": lambda: plain.seconds(wait=True),
     }
     turns |= {name: contender.seconds for name, contender in trained.items()}
     for name, kind in TYPES.items():
@@ -201,14 +205,16 @@ def summarise(found: dict[str, Any]) -> list[dict[str, Any]]:
 
     rows = [row(name, [1e3 * s for s in values], "ms") for name, values in seconds.items()]
     rows.append(row("the machine: alone / together", [a / t for a, t in each("alone", "together")], ""))
+    waits = [1e3 * (i - t) for i, t in each("in step", "together")]
+    rows.append(row("waiting for the slower: in step - together", waits, "ms"))
     for name in TYPES:
-        three = list(each("alone", "together", name, f"all-reduce {name}"))
+        four = list(each("alone", "in step", name, f"all-reduce {name}"))
         rows += [
-            row(f"{name}: efficiency, alone / step", [a / s for a, _, s, _ in three], ""),
-            row(f"{name}: efficiency, together / step", [t / s for _, t, s, _ in three], ""),
-            row(f"{name}: all-reduce / step", [r / s for _, _, s, r in three], ""),
-            row(f"{name}: exposed communication", [1e3 * (s - t) for _, t, s, _ in three], "ms"),
-            row(f"{name}: exposed / all-reduce", [(s - t) / r for _, t, s, r in three], ""),
+            row(f"{name}: efficiency, alone / step", [a / s for a, _, s, _ in four], ""),
+            row(f"{name}: efficiency, in step / step", [t / s for _, t, s, _ in four], ""),
+            row(f"{name}: all-reduce / step", [r / s for _, _, s, r in four], ""),
+            row(f"{name}: exposed communication", [1e3 * (s - t) for _, t, s, _ in four], "ms"),
+            row(f"{name}: exposed / all-reduce", [(s - t) / r for _, t, s, r in four], ""),
         ]
     for name in ("bf16", "fp16"):
         rows.append(row(f"{name} / fp32: step", [a / b for a, b in each(name, "fp32")], ""))
@@ -248,12 +254,12 @@ def main() -> None:
         result["rows"] = summarise(result)
         size = result["gradient_bytes"] / 1e6
         print(f"\n{result['setting']}: {size:.1f} MB of gradients, {len(result['buckets'])} buckets")
-        print(f"{'':40} {'median':>8} {'quartiles':>20}")
+        print(f"{'':44} {'median':>8} {'quartiles':>20}")
         for r in result["rows"]:
             spread = f"{r['low']:.3f} to {r['high']:.3f}"
-            print(f"{r['what']:40} {r['median']:8.3f} {spread:>20} {r['unit']}")
+            print(f"{r['what']:44} {r['median']:8.3f} {spread:>20} {r['unit']}")
         for name, error in result["relative_gradient_error"].items():
-            print(f"{name + ': relative error of the gradient':40} {error:8.1e}")
+            print(f"{name + ': relative error of the gradient':44} {error:8.1e}")
     if arguments.out:
         facts = {
             "python": platform.python_version(),

@@ -34,7 +34,7 @@ from voxelscale.scale.cost import (
     update_time,
 )
 from voxelscale.scale.links import LINKS, Link, fit_link, parse_link
-from voxelscale.scale.measure import measure_link, measure_step, validate_model
+from voxelscale.scale.measure import budget_of, describe, measure_link, measure_step, validate_model
 
 MB = 2**20
 PLAIN = Link(name="plain", alpha_seconds=1e-3, beta_bytes_per_second=1e6, source="test")
@@ -292,3 +292,13 @@ def test_the_model_is_held_against_two_real_ranks(tiny: Config, store: Store) ->
     assert check.error_percent == pytest.approx(100 * (check.predicted.total / check.measured - 1))
     assert check.predicted.communication > 0
     assert check.predicted.total > check.predicted.compute
+    assert f"{check.error_percent:+.1f} %" in describe(check)
+
+
+def test_the_budget_of_a_config(tiny: Config, store: Store) -> None:
+    train = replace(tiny.train, samples=100, validate_every=30, virtual_workers=3)
+    budget = budget_of(replace(tiny, train=train), store)
+    # Validated after 30, 60, 90 and at the end.
+    assert budget == Budget(
+        samples=100, batch_size=2, micro_batches=3, validations=4, cases=len(store.split("val"))
+    )

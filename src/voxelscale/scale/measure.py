@@ -137,6 +137,20 @@ def validate_model(config: Config, store: Store, *, rounds: int = 8) -> ModelChe
     )
 
 
+def describe(check: ModelCheck) -> str:
+    """What a person reads of it, two lines."""
+    p, link = check.predicted, check.link
+    parts = f"compute {1e3 * p.compute:.1f}, waiting for the slower {1e3 * p.straggling:.1f}, "
+    parts += f"exposed communication {1e3 * p.exposed:.1f}, input {1e3 * p.input_wait:.1f}"
+    fit = f"alpha {1e6 * link.alpha_seconds:.0f} us, beta {link.beta_bytes_per_second / 1e9:.2f} GB/s"
+    return (
+        f"2 real ranks: {1e3 * p.total:.1f} ms an update predicted ({parts}), "
+        f"{1e3 * check.measured:.1f} ms measured: {check.error_percent:+.1f} %\n"
+        f"link: {fit}, residual {100 * link.residual:.0f} %; one rank alone {1e3 * check.alone:.1f} ms, "
+        f"both without communication {1e3 * check.together:.1f} ms"
+    )
+
+
 def budget_of(config: Config, store: Store) -> Budget:
     """What `config` asks of a training on `store`."""
     train = config.train
