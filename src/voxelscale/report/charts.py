@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -20,12 +20,53 @@ class Line:
         points: (x, y), x rising.
         stairs: whether the value holds until the next point.
         dots: whether each point is marked, with its figures as a tooltip.
+        hollow: whether the marks are rings.
+        bars: intervals (x, low, high), drawn upright.
+        dashed: whether the line is.
+        style: CSS class of its colour; "": that of its place among the lines.
+        shift: pixels to the right, so that bars of several lines do not cover each other.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     stairs: bool = False
     dots: bool = False
+    hollow: bool = False
+    bars: Sequence[tuple[float, float, float]] = ()
+    dashed: bool = False
+    style: str = ""
+    shift: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """The plane of a chart: its axes' ranges and where they lie in the drawing.
+
+    Attributes:
+        x, y: least and greatest value; an axis is logarithmic where its ticks are given (all above 0).
+        x_ticks, y_ticks: of a logarithmic axis.
+        width, height: pixels with the margins.
+        left, right: margins for labels.
+        inset: between the grid's ends and the first and last x.
+    """
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    x_ticks: Sequence[float] | None = None
+    y_ticks: Sequence[float] | None = None
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = RIGHT
+    inset: int = 0
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """A point's pixels; what lies outside is drawn on the border."""
+        across = _share(x, self.x, self.x_ticks is not None)
+        up = _share(y, self.y, self.y_ticks is not None)
+        left = self.left + self.inset
+        wide, high = self.width - self.right - self.inset - left, self.height - TOP - BOTTOM
+        return left + across * wide, self.height - BOTTOM - up * high
 
 
 def line_chart(
@@ -39,55 +80,89 @@ def line_chart(
     """A chart; with `x_ticks` (all above 0) its x axis is logarithmic between the first and the last."""
     ys = [y for line in lines for _, y in line.points]
     xs = [x for line in lines for x, _ in line.points]
-    low, high = y_range or _padded(min(ys, default=0.0), max(ys, default=1.0))
-    if x_ticks:
-        first, last = math.log(x_ticks[0]), math.log(x_ticks[-1])
-    else:
-        first, last = 0.0, max(xs, default=1.0) or 1.0
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        along = math.log(max(x, 1e-9)) if x_ticks else x
-        share = min(max((along - first) / (last - first or 1.0), 0.0), 1.0)
-        height = min(max((y - low) / (high - low), 0.0), 1.0)
-        return LEFT + share * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - height * (HEIGHT - TOP - BOTTOM)
-
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)}">'
-    ]
-    for tick in _ticks(low, high):
-        y = place(1.0, tick)[1]
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
-    for tick in x_ticks or _ticks(first, last):
-        x = place(tick, low)[0]
-        parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{_number(tick)}</text>'
-        )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(
-        f'<text class="label" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
+    frame = Frame(
+        x=(x_ticks[0], x_ticks[-1]) if x_ticks else (0.0, max(xs, default=1.0) or 1.0),
+        y=y_range or _padded(min(ys, default=0.0), max(ys, default=1.0)),
+        x_ticks=x_ticks,
     )
-    for number, line in enumerate(lines):
-        parts.append(_draw(line, number, [place(x, y) for x, y in line.points]))
-    parts.append("</svg>")
+    body = draw_axes(frame, x_label=x_label) + draw_lines(frame, lines)
+    head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)}">'
     names = "".join(f'<span class="key s{i}">{escape(line.name)}</span>' for i, line in enumerate(lines))
-    return f"<figure>{''.join(parts)}<figcaption>{names}</figcaption></figure>"
+    return f"<figure>{head}{body}</svg><figcaption>{names}</figcaption></figure>"
 
 
-def _draw(line: Line, number: int, places: Sequence[tuple[float, float]]) -> str:
+def draw_axes(frame: Frame, *, x_label: str, y_name: Callable[[float], str] | None = None) -> str:
+    """Grid, ticks and the x axis's label, to stand inside an SVG.
+
+    Args:
+        y_name: what is written at a tick.
+    """
+    name = y_name or number
+    left, right, floor = frame.left, frame.width - frame.right, frame.height - BOTTOM
+    parts = []
+    for tick in frame.y_ticks or _ticks(*frame.y):
+        y = frame.place(frame.x[0], tick)[1]
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(name(tick))}</text>')
+    for tick in frame.x_ticks or _ticks(*frame.x):
+        x = frame.place(tick, frame.y[0])[0]
+        parts.append(f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{number(tick)}</text>')
+    middle = (left + right) / 2
+    parts.append(
+        f'<text class="label" x="{middle}" y="{frame.height - 4}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
+    )
+    return "".join(parts)
+
+
+def draw_lines(frame: Frame, lines: Sequence[Line]) -> str:
+    """The lines, their intervals and marks, to stand inside an SVG; all marks lie over all lines."""
+    paths = marks = ""
+    for place, line in enumerate(lines):
+        style = line.style or f"s{place}"
+        paths += _path(frame, line, style)
+        paths += "".join(_bar(frame, bar, line.shift, style) for bar in line.bars)
+        marks += _dots(frame, line, style) if line.dots else ""
+    return paths + marks
+
+
+def _path(frame: Frame, line: Line, style: str) -> str:
     path = ""
-    for i, (x, y) in enumerate(places):
+    for i, (x, y) in enumerate(frame.place(*point) for point in line.points):
+        x += line.shift
         if i and line.stairs:
             path += f"H{x:.1f}V{y:.1f}"
         else:
             path += f"{'L' if i else 'M'}{x:.1f} {y:.1f}"
-    drawn = f'<path class="line s{number}" d="{path}"/>'
-    if line.dots:
-        for (x, y), (a, b) in zip(places, line.points, strict=True):
-            title = f"{escape(line.name)}: {_number(b)} at {_number(a)}"
-            drawn += f'<circle class="dot s{number}" cx="{x:.1f}" cy="{y:.1f}" r="4">'
-            drawn += f"<title>{title}</title></circle>"
+    dashes = ' stroke-dasharray="5 4"' if line.dashed else ""
+    return f'<path class="line {style}"{dashes} d="{path}"/>'
+
+
+def _bar(frame: Frame, bar: tuple[float, float, float], shift: float, style: str) -> str:
+    at, low, high = bar
+    x, bottom = frame.place(at, low)
+    top = frame.place(at, high)[1]
+    x += shift
+    path = f"M{x:.1f} {bottom:.1f}V{top:.1f}M{x - 3:.1f} {bottom:.1f}h6M{x - 3:.1f} {top:.1f}h6"
+    return f'<path class="bar {style}" d="{path}"/>'
+
+
+def _dots(frame: Frame, line: Line, style: str) -> str:
+    drawn = ""
+    kind = "dot hollow" if line.hollow else "dot"
+    for a, b in line.points:
+        x, y = frame.place(a, b)
+        title = f"{escape(line.name)}: {number(b)} at {number(a)}"
+        drawn += f'<circle class="{kind} {style}" cx="{x + line.shift:.1f}" cy="{y:.1f}" r="4">'
+        drawn += f"<title>{title}</title></circle>"
     return drawn
+
+
+def _share(value: float, ends: tuple[float, float], logarithmic: bool) -> float:
+    low, high = ends
+    if logarithmic:
+        low, high, value = math.log(low), math.log(high), math.log(max(value, 1e-9))
+    return min(max((value - low) / (high - low or 1.0), 0.0), 1.0)
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
@@ -104,7 +179,8 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits, or thousands as k from 10 000 on."""
     if value >= 10_000:
         return f"{value / 1000:g}k"
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
