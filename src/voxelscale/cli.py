@@ -104,6 +104,7 @@ def common(
     \b
     voxelscale prepare scans/ store/                  check, resample and store scans and masks
     voxelscale train store/ run/                      train a U-Net; Ctrl-C saves, again goes on
+    voxelscale scale store/ study/                    what N workers do to time and Dice
     voxelscale predict run/ new_scans/ predictions/   masks and findings in patient mm
     voxelscale evaluate predictions/ scans/           Dice, sensitivity, FROC
     voxelscale report predictions/ scans/ --run run/  one HTML page
@@ -195,6 +196,47 @@ def train(
         return 130
     print(f"model in {run / 'model.vxs'}")
     return 0
+
+
+@verb
+def scale(
+    store: Annotated[Path, typer.Argument(help="What voxelscale prepare wrote.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the study; if it has begun, it goes on.")],
+    workers: Annotated[str | None, typer.Option(help="Numbers of workers, as 1,8,64.")] = None,
+    recipes: Annotated[
+        str | None, typer.Option(help="Recipes, the first being the one to compare with.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Training seeds, as 0,1,2.")] = None,
+    interconnect: Annotated[
+        str | None, typer.Option(help="infiniband-edr, ethernet-10g, ... or alpha=5us,beta=12GB/s.")
+    ] = None,
+    measure: Annotated[bool, typer.Option(help="Measure the link between ranks here instead.")] = False,
+    jobs: Annotated[int | None, typer.Option(help="Trainings at a time; 0: one a core or GPU.")] = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> None:
+    """Say what N workers do to time and Dice.
+
+    \b
+    voxelscale scale store/ study/ --workers 1,8,64 --seeds 0
+    voxelscale scale store/ study/ --recipes unchanged,large_batch --interconnect infiniband-hdr
+    voxelscale scale store/ study/ --recipes "unchanged,large_batch,large_batch:optim.warmup=0"
+
+    Trains at every number of workers with the same samples, each worker emulated where there is no device
+    for it: the updates are those of real ones. The time of N workers is modelled from a measured step and
+    the interconnect; the model is checked against two real ranks, and its error printed. Writes
+    scaling.json, scaling.svg and scaling.html. Ctrl-C saves; the same command goes on.
+    """
+    from voxelscale.scale.report import table
+    from voxelscale.scale.scale import scale as run_scale
+
+    lists = {"workers": workers, "recipes": recipes, "seeds": seeds}
+    sets = [f"scale.{key}=[{value}]" for key, value in lists.items() if value is not None]
+    single = {"interconnect": interconnect, "jobs": jobs, "measure": measure or None}
+    sets += [f"scale.{key}={value}" for key, value in single.items() if value is not None]
+    findings = run_scale(read_config(config, [*(set_ or []), *sets]), store, out)
+    print(table(findings))
+    print(f"figure in {out / 'scaling.html'}")
 
 
 @verb

@@ -276,8 +276,8 @@ class ScaleConfig:
     """Trainings at a time on this machine; 0: one a core or GPU."""
     target: float = 0.9
     """Share of the first recipe's Dice at one worker whose reaching is "time to a target Dice"."""
-    interconnect: str = "edr"
-    """Link between nodes: a preset (edr, hdr, ndr, 10gbe, 25gbe, 100gbe) or alpha=5us,beta=12GB/s."""
+    interconnect: str = "infiniband-edr"
+    """Link between nodes: infiniband-edr, -hdr, -ndr, ethernet-10g, ..., or alpha=5us,beta=12GB/s."""
     node_devices: int = 1
     """Workers that share a node."""
     node_link: str = "nvlink-a100"

@@ -86,6 +86,7 @@ class Budget:
         micro_batches: that each worker sees per update, one after another.
         validations: how many in the run.
         cases: scans of a validation.
+        updates: how many, where the global batch grows; None: samples / global batch.
     """
 
     samples: int
@@ -93,6 +94,7 @@ class Budget:
     micro_batches: int = 1
     validations: int = 1
     cases: int = 0
+    updates: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,14 +327,14 @@ def training_time(step: StepCost, network: Network, workers: int, budget: Budget
     A validation's scans are shared out whole, so the slowest rank has ceil(cases / N) of them.
     """
     global_batch = workers * budget.micro_batches * budget.batch_size
-    updates = math.ceil(budget.samples / global_batch)
+    updates = budget.updates or math.ceil(budget.samples / global_batch)
     return TrainingTime(
         workers=workers,
         updates=updates,
         update=update_time(step, network, workers, budget.micro_batches),
         validation=budget.validations * math.ceil(budget.cases / workers) * step.case_seconds,
         fixed=step.fixed_seconds,
-        samples=updates * global_batch,
+        samples=budget.samples if budget.updates else updates * global_batch,
     )
 
 

@@ -5,6 +5,7 @@ Ranks are real processes under torchrun, which run this module again.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -25,19 +26,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from voxelscale.config import Config, dump, load
-from voxelscale.data.augment import Normalisation, make_batch
-from voxelscale.data.patches import PatchSource, Sample, read_ahead, worker_indices
+from voxelscale.data.patches import read_ahead, worker_indices
 from voxelscale.data.store import Store, open_store
 from voxelscale.device import choose_precision, default_device, to_channels_last
 from voxelscale.errors import VoxelscaleError
-from voxelscale.model.build import build_model
-from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.model.norm import SyncBatchNorm
 from voxelscale.scale.cost import Budget, Network, StepCost, UpdateTime, update_time
 from voxelscale.scale.links import Link, fit_link
 from voxelscale.train.distributed import Workers, join, parallel
+from voxelscale.train.loop import patch_task, validation_cases
 from voxelscale.train.optim import make_optimizer
-from voxelscale.train.validate import validate
 
 SIZES = tuple(4**power for power in range(1, 14))
 """Bytes of the all-reduces that `measure_link` times: 4 to 64 MiB."""
@@ -154,13 +152,12 @@ def describe(check: ModelCheck) -> str:
 def budget_of(config: Config, store: Store) -> Budget:
     """What `config` asks of a training on `store`."""
     train = config.train
-    cases = len(store.split("val") or store.split("train"))
     return Budget(
         samples=train.samples,
         batch_size=train.batch_size,
         micro_batches=train.virtual_workers,
         validations=math.ceil(train.samples / train.validate_every) if train.validate_every else 1,
-        cases=min(cases, train.validate_cases or cases),
+        cases=len(validation_cases(store, config)),
     )
 
 
@@ -193,39 +190,38 @@ class _Worker:
     """One worker's network, data and optimiser, as the training has them."""
 
     def __init__(self, config: Config, store: Store, device: torch.device, rank: int = 0) -> None:
-        self.config, self.store, self.device, self.rank = config, store, device, rank
+        self.config, self.device, self.rank = config, device, rank
         self.precision = choose_precision(config.train.precision, device)
-        self.normalise = Normalisation.of_fingerprint(store.fingerprint["lesion_hu"])
-        torch.manual_seed(config.train.seed)
-        self.model = build_model(config.model, config.data.patch_size, store.spacing).to(device)
-        if config.train.channels_last:
-            to_channels_last(self.model)
+        self.task = patch_task(config, store, Path(), device)
+        self.cases = len(validation_cases(store, config))
+        self.model = to_channels_last(self.task.model) if config.train.channels_last else self.task.model
         self.optimizer = make_optimizer(self.model, config.optim)
-        self.source = PatchSource(store, config.data, config.augment, config.train.seed, config.model.dims)
         self._read = 0
 
-    def batches(self, count: int) -> Iterator[list[Sample]]:
+    def batches(self, count: int) -> Iterator[list[Any]]:
         """The next micro-batches, read ahead as in training."""
         first, size = self._read, self.config.train.batch_size
         self._read += count
-        indices = [worker_indices(step, self.rank, 2, size) for step in range(first, first + count)]
-        return read_ahead(self.source, indices, self.config.data.readers, self.config.data.prefetch)
+        indices = [
+            worker_indices(step * 2 * size, self.rank, 2, size) for step in range(first, first + count)
+        ]
+        return read_ahead(self.task.source, indices, self.config.data.readers, self.config.data.prefetch)
 
-    def update(self, net: nn.Module, samples: Sequence[Sample]) -> _Parts:
+    def update(self, net: nn.Module, samples: Sequence[Any]) -> _Parts:
         """One update on one micro-batch, its parts timed."""
-        config, device = self.config, self.device
+        device, clip = self.device, self.config.optim.clip
         marks = [_mark(device)]
-        image, mask = make_batch(samples, config.data.patch_size, self.normalise, device, config.train.seed)
-        if config.train.channels_last:
-            image = image.contiguous(memory_format=torch.channels_last_3d)
+        image, mask = self.task.collate(samples)
         marks.append(_mark(device))
-        loss = self._loss(net, image, mask)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision != torch.float32):
+            logits = net(image)
+        loss, *_ = self.task.loss(logits, mask)
         marks.append(_mark(device))
         with _gradient_marks(self.model, device) as ready:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         marks.append(_mark(device))
-        if config.optim.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip)
+        if clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         marks.append(_mark(device))
@@ -252,27 +248,20 @@ class _Worker:
             taken.append(min(self._making_seconds(samples) for _ in range(3)))
         return tuple(taken)
 
-    def _making_seconds(self, samples: Sequence[Sample]) -> float:
-        config, started = self.config, _mark(self.device)
-        make_batch(samples, config.data.patch_size, self.normalise, self.device, config.train.seed)
+    def _making_seconds(self, samples: Sequence[Any]) -> float:
+        started = _mark(self.device)
+        self.task.collate(samples)
         return _between(started, _mark(self.device))
 
     def case_seconds(self) -> float:
         """Validating one scan."""
-        case = (self.store.split("val") or self.store.split("train"))[0]
-        alone = Workers(rank=0, ranks=1, virtual=1, device=self.device)
+        if self.task.scoring is None:
+            return 0.0
+        cases = self.cases
         started = time.perf_counter()
-        validate(self.model, self.store, [case], self.config, self.normalise, alone, self.precision)
+        # The last of so many ranks has one scan.
+        self.task.scoring.score(copy.deepcopy(self.model).eval(), cases - 1, cases)
         return time.perf_counter() - started
-
-    def _loss(self, net: nn.Module, image: Tensor, mask: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != torch.float32):
-            logits = net(image)
-        weights = self.config.loss
-        loss, _ = dice_cross_entropy(
-            logits, mask, dice=weights.dice, cross_entropy=weights.cross_entropy, smooth=weights.smooth
-        )
-        return loss
 
 
 def _step_cost(worker: _Worker, parts: Sequence[_Parts]) -> StepCost:

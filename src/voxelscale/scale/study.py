@@ -21,6 +21,7 @@ from voxelscale.config import Config, load, to_dict
 from voxelscale.console import Progress
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
+from voxelscale.train.clock import Clock
 from voxelscale.train.optim import peak_rate
 from voxelscale.train.recipes import resolve
 
@@ -64,7 +65,9 @@ class Trial:
     @property
     def updates(self) -> int:
         """Of the whole training."""
-        return math.ceil(self.config.train.samples / self.global_batch)
+        optim, train = self.config.optim, self.config.train
+        clock = Clock(train.samples, self.workers, train.batch_size, optim.grow_from, optim.grow_share)
+        return clock.updates
 
 
 @dataclass(frozen=True, kw_only=True)

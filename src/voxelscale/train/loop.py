@@ -79,7 +79,7 @@ def patch_task(config: Config, store: Store, run: Path, device: torch.device) ->
         digest=store.fingerprint["digest"],
         scoring=ScanScoring(
             store=store,
-            cases=_validation_cases(store, config),
+            cases=validation_cases(store, config),
             config=config,
             normalise=normalise,
             device=device,
@@ -98,7 +98,8 @@ def _collate(
     return image, mask
 
 
-def _validation_cases(store: Store, config: Config) -> tuple[CaseInfo, ...]:
+def validation_cases(store: Store, config: Config) -> tuple[CaseInfo, ...]:
+    """The scans on which a training is judged."""
     # A data set of one patient has none; fitting it is then what there is to see.
     cases = store.split("val") or store.split("train")
     return cases[: config.train.validate_cases or None]
