@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from voxelscale.config import Config, to_dict
 from voxelscale.console import notice
 from voxelscale.data.store import Store, open_store
+from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.scale.cost import Network, StepCost, TrainingTime, compare, training_time
 from voxelscale.scale.links import Link, parse_link
@@ -128,7 +129,11 @@ def _check(config: Config, store: Store, out: Path) -> dict[str, Any]:
     from voxelscale.scale.measure import describe, validate_model
 
     notice("scale: checking the time model against two real ranks")
-    found: ModelCheck = validate_model(config, store)
+    try:
+        found: ModelCheck = validate_model(config, store)
+    except VoxelscaleError as error:
+        # The study does not depend on it; it is tried again the next time.
+        return {"lines": [f"the time model was not checked: {error.message}; {error.hint}"]}
     facts = {
         "predicted_seconds": found.predicted.total,
         "measured_seconds": found.measured,
