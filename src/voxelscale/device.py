@@ -32,8 +32,10 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 def to_channels_last(model: nn.Module) -> nn.Module:
     """The same network with its convolutions' weights channels last in memory, 2-D and 3-D each."""
     for module in model.modules():
-        if isinstance(module, nn.Conv3d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-        elif isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            weight = module.weight.data.movedim(1, -1).contiguous().movedim(-1, 1)
+            # A weight of one input channel is contiguous in both formats, and PyTorch goes by the
+            # channel's stride: with the other format's the output would come channels first.
+            strides = [1 if axis == 1 else stride for axis, stride in enumerate(weight.stride())]
+            module.weight.data = weight.as_strided(weight.shape, strides)
     return model
