@@ -247,8 +247,8 @@ def unpack_strides(x: Tensor, stride: Pool) -> Tensor:
 
 def _pool(pool: nn.Module, x: Tensor) -> Tensor:
     """Max-pooling in the map's own precision: autocast on CPUs would make it, and its gradient, float32."""
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
             return pool(x)  # type: ignore[no-any-return]
     return pool(x)  # type: ignore[no-any-return]
 
