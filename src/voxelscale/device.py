@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
 import torch
 from torch import nn
 
+from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
 
 
@@ -32,8 +39,188 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 def to_channels_last(model: nn.Module) -> nn.Module:
     """The same network with its convolutions' weights channels last in memory, 2-D and 3-D each."""
     for module in model.modules():
-        if isinstance(module, nn.Conv3d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-        elif isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            weight = module.weight.data.movedim(1, -1).contiguous().movedim(-1, 1)
+            # A weight of one input channel is contiguous in both formats, and PyTorch goes by the
+            # channel's stride: with the other format's the output would come channels first.
+            strides = [1 if axis == 1 else stride for axis, stride in enumerate(weight.stride())]
+            module.weight.data = weight.as_strided(weight.shape, strides)
     return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """How a run computes; recorded with the run, so that going on with it computes alike.
+
+    Attributes:
+        precision: ``fp32`` or ``bf16``, of the forward and backward pass.
+        channels_last: memory format of activations and weights.
+        compile: whether the network goes through torch.compile.
+    """
+
+    precision: str
+    channels_last: bool
+    compile: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What autocast computes in."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def to_dict(self) -> dict[str, str | bool]:
+        """Of plain values, for JSON or YAML."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> Arithmetic:
+        """What `to_dict` gave.
+
+        Raises:
+            VoxelscaleError: it is something else.
+        """
+        try:
+            found = Arithmetic(**record)
+        except TypeError as error:
+            raise VoxelscaleError(f"recorded arithmetic: {error}", "begin a new run") from error
+        flags = isinstance(found.channels_last, bool) and isinstance(found.compile, bool)
+        if found.precision not in ("fp32", "bf16") or not flags:
+            raise VoxelscaleError(f"recorded arithmetic: {dict(record)} is unknown", "begin a new run")
+        return found
+
+
+def choose_arithmetic(
+    make_model: Callable[[], nn.Module],
+    shape: Sequence[int],
+    device: torch.device,
+    *,
+    precision: str = "auto",
+    channels_last: bool | None = None,
+    compile: bool | None = False,
+    rounds: int = 2,
+) -> Arithmetic:
+    """The way to compute that is right on this device and, of those left open, the fastest.
+
+    bfloat16 is taken only if it agrees with float32 here (see `bf16_agrees`); otherwise a notice says
+    so and float32 is taken. What is None is decided by timing forward and backward passes in turns.
+    The answer depends on the moment: ask once a run, in one rank, and record it. The global random
+    state is left as it was.
+
+    Args:
+        make_model: gives a network to try on; it is not used further.
+        shape: of an input, ``(batch, channel, ...)``.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        channels_last, compile: True or False where the user has decided.
+        rounds: timed passes of each way, after one that is not timed.
+
+    Raises:
+        VoxelscaleError: bf16 is asked of a GPU that has none.
+    """
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(0)
+        name = "bf16" if choose_precision(precision, device) == torch.bfloat16 else "fp32"
+        if name == "bf16" and not bf16_agrees(make_model, shape, device):
+            notice(f"{device}: bfloat16 disagrees with float32 here; computing in float32")
+            name = "fp32"
+        formats = [True, False] if channels_last is None else [channels_last]
+        compiles = [False, True] if compile is None else [compile]
+        ways = [Arithmetic(precision=name, channels_last=f, compile=c) for f in formats for c in compiles]
+        return ways[0] if len(ways) == 1 else _fastest(ways, make_model, shape, device, rounds)
+
+
+def bf16_agrees(make_model: Callable[[], nn.Module], shape: Sequence[int], device: torch.device) -> bool:
+    """Whether a network's outputs and gradients in bfloat16 are those of float32, but for rounding.
+
+    Some library versions compute bf16 3-D convolutions wrongly; this sees it on the device at hand.
+    Outputs may differ by a quarter of their own spread, gradients must point the same way (cosine
+    above 0.9); wrong kernels give outputs and gradients that have nothing to do with the right ones.
+    """
+    model = make_model().to(device)
+    image = torch.randn(*shape, device=device)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32):
+            logits = model(image)
+        logits.float().square().mean().backward()
+        grads = [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
+        results.append((logits.detach().float(), torch.cat(grads)))
+    (right, slope), (logits, gradient) = results
+    if not (torch.isfinite(logits).all() and torch.isfinite(gradient).all()):
+        return False
+    error = (logits - right).square().mean().sqrt()
+    alike = torch.nn.functional.cosine_similarity(slope, gradient, dim=0)
+    return bool(error <= 0.25 * right.std() + 1e-6) and bool(alike > 0.9)
+
+
+def _fastest(
+    ways: Sequence[Arithmetic],
+    make_model: Callable[[], nn.Module],
+    shape: Sequence[int],
+    device: torch.device,
+    rounds: int,
+) -> Arithmetic:
+    """The way whose fastest pass is the fastest; one that fails (no compiler, say) is out."""
+    passes: dict[Arithmetic, Callable[[], None]] = {}
+    for way in ways:
+        step = _trial(way, make_model, shape, device)
+        try:
+            step()
+        except Exception as error:  # whatever a compiler or a kernel raises, the others remain
+            notice(f"{device}: {way} does not work here: {type(error).__name__}", level=2)
+        else:
+            passes[way] = step
+    if not passes:
+        return ways[0]
+    times: dict[Arithmetic, list[float]] = {way: [] for way in passes}
+    for _ in range(rounds):
+        for way, step in passes.items():
+            times[way].append(_seconds(step, device))
+    return min(times, key=lambda way: min(times[way]))
+
+
+def _trial(
+    way: Arithmetic, make_model: Callable[[], nn.Module], shape: Sequence[int], device: torch.device
+) -> Callable[[], None]:
+    """A forward and backward pass computed this way."""
+    model = make_model().to(device)
+    image = torch.randn(*shape, device=device)
+    if way.channels_last:
+        to_channels_last(model)
+        image = image.movedim(1, -1).contiguous().movedim(-1, 1)
+    if way.compile:
+        model.compile()
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=way.precision == "bf16"):
+            logits = model(image)
+        logits.float().square().mean().backward()
+
+    return step
+
+
+def _seconds(step: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that tensors free, where the C library is glibc; whether it does.
+
+    By default glibc gives every large block back to the kernel, which zeroes it page by page when the
+    next step asks for it again: a tenth of a CPU training step. Peak memory stays the same. To be
+    called once, before large tensors are made.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_max, arena_max = -1, -4, -8
+    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1))
+    return all([mallopt(option, value) == 1 for option, value in settings])

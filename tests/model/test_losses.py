@@ -49,3 +49,12 @@ def test_half_precision_logits_are_computed_in_float32(batch: tuple[torch.Tensor
     logits, target = batch
     loss, _ = dice_cross_entropy(logits.bfloat16(), target)
     assert loss.dtype == torch.float32
+
+
+def test_gradient_of_the_sum() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 1, 2, 3, 2, dtype=torch.float64, requires_grad=True)
+    target = torch.rand(2, 1, 2, 3, 2) > 0.7
+    assert torch.autograd.gradcheck(
+        lambda x: dice_cross_entropy(x, target, dice=0.7, cross_entropy=1.3)[0], logits
+    )

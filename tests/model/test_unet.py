@@ -138,3 +138,22 @@ def test_channels_last_changes_nothing() -> None:
     before = model(x)
     after = to_channels_last(model)(x.contiguous(memory_format=torch.channels_last_3d))
     assert torch.allclose(before, after, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(4, 6, 5), (5, 4, 6)])
+def test_a_small_float32_map_is_convolved_in_halves(size: tuple[int, ...]) -> None:
+    from voxelscale.model.unet import Conv3d
+
+    torch.manual_seed(0)
+    conv = Conv3d(3, 4, 3, padding=1)
+    mine = torch.randn(1, 3, *size, requires_grad=True)
+    reference = mine.detach().double().requires_grad_()
+    y = conv(mine)
+    weight, bias = conv.weight.detach().double(), conv.bias.detach().double()  # type: ignore[union-attr]
+    wanted = nn.functional.conv3d(reference, weight, bias, padding=1)
+    y.square().sum().backward()
+    wanted.square().sum().backward()
+    assert mine.grad is not None
+    assert reference.grad is not None
+    assert torch.allclose(y.double(), wanted, atol=1e-5)
+    assert torch.allclose(mine.grad.double(), reference.grad, atol=1e-3)

@@ -14,13 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from voxelscale.model.norm import make_norm
+from voxelscale.model.norm import leaky_relu_, make_norm
 
 Pool = tuple[int, ...]
+SLOPE = 0.01
+"""Of the leaky ReLU below zero."""
 
 
 def plan_pooling(
@@ -80,7 +85,6 @@ class UNetEncodeModel(nn.Module):
         self.norm1 = make_norm(norm, channels, dims)
         self.conv2 = _conv(dims, channels, channels, kernel_size, bias)
         self.norm2 = make_norm(norm, channels, dims)
-        self.act = nn.LeakyReLU(0.01, inplace=True)
         self.bridge: nn.Module | None = None
         if residual:
             same = in_channels == channels
@@ -88,10 +92,10 @@ class UNetEncodeModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, in_channels, ...)`` to ``(batch, channels, ...)`` of the same size."""
-        y = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
-        if self.bridge is not None:
-            y = y + self.bridge(x)
-        return self.act(y)  # type: ignore[no-any-return]
+        y: Tensor = self.conv2(self.norm1(self.conv1(x), SLOPE))
+        if self.bridge is None:
+            return self.norm2(y, SLOPE)  # type: ignore[no-any-return]
+        return leaky_relu_(self.norm2(y) + self.bridge(x), SLOPE)
 
 
 class EncodeModel(nn.Module):
@@ -127,7 +131,7 @@ class EncodeModel(nn.Module):
         """The features of every level, first to bottom."""
         features = [self.levels[0](x)]
         for pool, level in zip(self.pools, self.levels[1:], strict=True):
-            features.append(level(pool(features[-1])))
+            features.append(level(_pool(pool, features[-1])))
         return features
 
 
@@ -150,10 +154,7 @@ class UNetDecodeModel(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Coarse ``(batch, in_channels, ...)`` and skip ``(batch, channels, ...)`` to the skip's size."""
-        up = unpack_strides(self.up(x), self.stride)
-        for axis, size in enumerate(skip.shape[2:], start=2):
-            up = up.narrow(axis, 0, size)
-        return self.level(torch.cat([skip, up], dim=1))  # type: ignore[no-any-return]
+        return self.level(_join(skip, self.up(x), self.stride))  # type: ignore[no-any-return]
 
 
 class DecodeModel(nn.Module):
@@ -244,10 +245,113 @@ def unpack_strides(x: Tensor, stride: Pool) -> Tensor:
     return full.movedim(-1, 1)
 
 
-def _conv(
-    dims: int, in_channels: int, channels: int, kernel_size: int, bias: bool
-) -> nn.Conv2d | nn.Conv3d:
-    make = nn.Conv2d if dims == 2 else nn.Conv3d
+def _pool(pool: nn.Module, x: Tensor) -> Tensor:
+    """Max-pooling in the map's own precision: autocast on CPUs would make it, and its gradient, float32."""
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return pool(x)  # type: ignore[no-any-return]
+    return pool(x)  # type: ignore[no-any-return]
+
+
+def _join(skip: Tensor, packed: Tensor, stride: Pool) -> Tensor:
+    """The skip's channels, then those of `packed`, unpacked by `unpack_strides` and cut to its size."""
+    whole = all(n == p * s for n, p, s in zip(skip.shape[2:], packed.shape[2:], stride, strict=True))
+    last = skip.movedim(1, -1).is_contiguous() and packed.movedim(1, -1).is_contiguous()
+    if whole and last and skip.dtype == packed.dtype and not torch.compiler.is_compiling():
+        return _Join.apply(skip, packed, stride)  # type: ignore[no-any-return, no-untyped-call]
+    up = unpack_strides(packed, stride)
+    for axis, size in enumerate(skip.shape[2:], start=2):
+        if up.shape[axis] != size:
+            up = up.narrow(axis, 0, size)
+    return torch.cat([skip, up.to(skip.dtype)], dim=1)
+
+
+class _Join(torch.autograd.Function):
+    """Unpacking and concatenation of channels-last maps with one copy of each, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, skip: Tensor, packed: Tensor, stride: Pool) -> Tensor:
+        ctx.stride, ctx.channels = stride, skip.shape[1]
+        size, channels = packed.shape[2:], packed.shape[1] // math.prod(stride)
+        joined = skip.new_empty(skip.shape[0], *skip.shape[2:], skip.shape[1] + channels)
+        joined[..., : skip.shape[1]].copy_(skip.movedim(1, -1))
+        blocks = packed.movedim(1, -1).view(-1, *size, *stride, channels)
+        _blocks(joined[..., skip.shape[1] :], stride).copy_(blocks)
+        return joined.movedim(-1, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows = gradient.movedim(1, -1)
+        packed = _blocks(rows[..., ctx.channels :], ctx.stride).flatten(1 + len(ctx.stride)).movedim(-1, 1)
+        return rows[..., : ctx.channels].movedim(-1, 1), packed, None
+
+
+def _blocks(rows: Tensor, stride: Pool) -> Tensor:
+    """View of ``(batch, *(size * stride), channels)`` as ``(batch, *size, *stride, channels)``."""
+    for axis, step in enumerate(stride):
+        rows = rows.unflatten(1 + 2 * axis, (-1, step))  # type: ignore[no-untyped-call]
+    dims = len(stride)
+    return rows.permute(0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1)
+
+
+class Conv2d(nn.Conv2d):
+    """PyTorch's convolution, kept on its fast ways (see `_convolve`)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(batch, in_channels, y, x)`` to ``(batch, channels, y, x)`` of the same size."""
+        return _convolve(self, input)
+
+
+class Conv3d(nn.Conv3d):
+    """PyTorch's convolution, kept on its fast ways (see `_convolve`)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(batch, in_channels, z, y, x)`` to ``(batch, channels, z, y, x)`` of the same size."""
+        return _convolve(self, input)
+
+
+def _convolve(conv: Conv2d | Conv3d, x: Tensor) -> Tensor:
+    """The padded convolution of stride 1, by the way that is fast for its shape and memory format."""
+    if max(conv.kernel_size) == 1 and x.movedim(1, -1).is_contiguous():
+        rows: Tensor = F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias)
+        return rows.movedim(-1, 1)
+    if _falls_off(conv, x):
+        return _in_halves(conv, x)
+    return conv._conv_forward(x, conv.weight, conv.bias)  # type: ignore[no-any-return]
+
+
+def _falls_off(conv: Conv2d | Conv3d, x: Tensor) -> bool:
+    """Whether PyTorch would take its slow convolution: float32 on a CPU, one sample, a small map.
+
+    Its rule compares all sizes but the last with 20480 and was made for 2-D; oneDNN is several times
+    faster in 3-D.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.shape[0] == 1
+        and x.dim() == 5
+        and x.shape[2] > 1
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and max(conv.kernel_size) == 3
+        and math.prod(x.shape[:4]) <= 20480
+    )
+
+
+def _in_halves(conv: Conv2d | Conv3d, x: Tensor) -> Tensor:
+    """The convolution of one sample as that of two, its overlapping halves along z."""
+    pad, size = conv.kernel_size[0] // 2, x.shape[2]
+    half = -(-size // 2)
+    framed = F.pad(x, [0, 0, 0, 0, pad, 2 * half - size + pad])
+    both = torch.cat([framed.narrow(2, start, half + 2 * pad) for start in (0, half)])
+    y = F.conv3d(both, conv.weight, conv.bias, padding=(0, pad, pad))
+    # Where batch and z lie next to each other in memory, this is a view.
+    return y.movedim(1, -1).flatten(0, 1).unsqueeze(0).narrow(1, 0, size).movedim(-1, 1)
+
+
+def _conv(dims: int, in_channels: int, channels: int, kernel_size: int, bias: bool) -> Conv2d | Conv3d:
+    make = Conv2d if dims == 2 else Conv3d
     return make(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
 
 
