@@ -34,7 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -208,11 +208,12 @@ def nnunet(task: Task, folder: Path, compressed: bool) -> Iterator[Batch]:
             case = int(random.integers(len(task.volumes)))
             centre = foreground[case][random.integers(len(foreground[case]))]
             image, mask = (nnunet_open(folder / f"{case}{part}", compressed) for part in ("", "_seg"))
-            shape = image.shape[1:]
-            slack = [(min(0, n - k) // 2, max(n - k, (n - k) // 2)) for n, k in zip(shape, size, strict=True)]
-            start = [int(random.integers(low, max(low, high) + 1)) for low, high in slack]
+            spare = [n - k for n, k in zip(image.shape[1:], size, strict=True)]
+            low, high = [min(0, m) // 2 for m in spare], [max(m, m // 2) for m in spare]
+            start = [int(random.integers(a, max(a, b) + 1)) for a, b in zip(low, high, strict=True)]
             if random.random() < DataConfig().foreground:
-                start = [max(low, int(c) - k // 2) for (low, _), c, k in zip(slack, centre, size, strict=True)]
+                wanted = [int(c) - k // 2 for c, k in zip(centre, size, strict=True)]
+                start = [max(a, w) for a, w in zip(low, wanted, strict=True)]
             region = torch.from_numpy(cut(image, start, size, 0)).float()
             labels = torch.from_numpy(cut(mask, start, size, -1)).to(torch.int16)
             done.append(transform(image=region, segmentation=labels))

@@ -187,9 +187,10 @@ def test_the_estimate_is_near_a_processs_resident_memory() -> None:
 
 def write_group(folder: Path, version: int, limit: str, used: int, files: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    (folder / names[0]).write_text(limit)
-    (folder / names[1]).write_text(str(used))
+    limits = {1: "memory.limit_in_bytes", 2: "memory.max"}
+    usages = {1: "memory.usage_in_bytes", 2: "memory.current"}
+    (folder / limits[version]).write_text(limit)
+    (folder / usages[version]).write_text(str(used))
     (folder / "memory.stat").write_text(f"anon 5\ninactive_file {files}\n")
 
 
@@ -220,7 +221,7 @@ def test_too_large_a_step_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatc
     needed = require_memory(config, CUBIC, CPU)
     monkeypatch.setattr(memory, "available_memory", lambda _: 2 * needed)
     assert require_memory(config, CUBIC, CPU, sharers=2) == needed
-    with pytest.raises(VoxelscaleError, match="2 patches of 16x16x16 voxels needs .* GiB") as raised:
+    with pytest.raises(VoxelscaleError, match=r"2 patches of 16x16x16 voxels needs .* GiB") as raised:
         require_memory(config, CUBIC, CPU, sharers=3)
     assert "--fit-memory" in raised.value.hint
     assert "checkpointing" in raised.value.hint

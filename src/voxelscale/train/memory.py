@@ -58,7 +58,8 @@ def checkpoint_activations(model: nn.Module) -> nn.Module:
     """
     inner = {id(m.level) for m in model.modules() if isinstance(m, UNetDecodeModel)}
     for module in model.modules():
-        if isinstance(module, UNetEncodeModel | UNetDecodeModel) and id(module) not in inner:
+        level = isinstance(module, UNetEncodeModel | UNetDecodeModel) and id(module) not in inner
+        if level and not isinstance(module.forward, partial):  # once is enough
             module.forward = partial(_recomputed, module, module.forward)
     return model
 
@@ -334,7 +335,9 @@ def _resident() -> tuple[int, int]:
     except (OSError, KeyError):
         import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
         return peak, peak
 
 
@@ -346,7 +349,7 @@ def _moments(config: Config) -> int:
 
 
 def _ladder(config: Config, spacing: Triple, limit: Sequence[int] | None) -> Iterator[IntTriple]:
-    """Patches of the configured proportions, each a multiple of its pooling strides, from small to large."""
+    """Patches of the configured proportions, multiples of their pooling strides, small to large."""
     base, dims = config.data.patch_size, config.model.dims
     longest = max(base)
     last: IntTriple | None = None
@@ -422,7 +425,7 @@ def _group_bounds(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/s
 
 
 def _left(limit: Path, usage: Path, stat: Path) -> list[int]:
-    """The limit less what is used and could not be dropped (pages of files); nothing where there is none."""
+    """The limit less what is used and cannot be dropped, as pages of files can; [] without a limit."""
     try:
         most, used = int(limit.read_text()), int(usage.read_text())
         counts = dict(line.split() for line in stat.read_text().splitlines())
