@@ -31,7 +31,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -282,7 +282,7 @@ def row(name: str, ms: list[float], own: list[float]) -> dict[str, Any]:
 def breakdown(task: Task, patches: int = 240) -> dict[str, float]:
     """CPU milliseconds a patch of ours: reading and decompressing, affine, the rest."""
     source = PatchSource(task.store, DataConfig(patch_size=task.patch), AUGMENT, 0)
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
 
     def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*arguments: Any) -> Any:
