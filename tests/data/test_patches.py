@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
+from torch.nn import functional as F
 
 from voxelscale.config import AugmentConfig, Config, DataConfig
+from voxelscale.data import augment
 from voxelscale.data.augment import Normalisation, make_batch
 from voxelscale.data.augment_plan import draw_augmentation, region_of
 from voxelscale.data.patches import PatchSource, place_window, read_ahead, worker_indices
@@ -217,3 +219,72 @@ def test_blur_is_scipys(store: Store) -> None:
     plain = (np.clip(sample.region[0], -1000, 400) + 300.0) / 350
     theirs = ndimage.gaussian_filter(plain, sample.augmentation.blur_sigma, mode="nearest", truncate=3.0)
     assert np.abs(image[0, 0].numpy() - theirs).max() < 0.05
+
+
+TURNED = AugmentConfig(p_affine=1, p_noise=0, p_blur=0, p_gamma=0, p_brightness=0, p_low_resolution=0)
+
+
+@pytest.mark.parametrize(("patch", "dims"), [((12, 16, 20), 3), ((1, 24, 20), 2), ((5, 9, 31), 3)])
+def test_planes_and_voxels_are_sampled_alike(patch: tuple[int, int, int], dims: int) -> None:
+    """The CPU's look-up in a tall image against the library's 3-D sampling, which GPUs use."""
+    for index in range(6):
+        plan = draw_augmentation(TURNED, generator(1, index, 1), patch, (2.0, 1.0, 1.0), dims)
+        assert plan.matrix is not None
+        region = torch.randn(plan.region, generator=torch.Generator().manual_seed(index))
+        lines = [torch.arange(n) - (n - 1) / 2 for n in patch]
+        planes = augment._by_planes(region, lines, plan.matrix)
+        voxels = augment._by_voxels(region, lines, plan.matrix)
+        assert planes.shape == patch
+        assert float((planes - voxels).abs().max()) < 1e-3
+
+
+def test_a_turned_mask_is_the_whole_regions(store: Store) -> None:
+    """Only the box that the lesion reaches is computed; nothing of it is lost."""
+    patches = source(store, TURNED, foreground=1.0)
+    for index in range(12):
+        sample = patches[index]
+        matrix = sample.augmentation.matrix
+        assert matrix is not None
+        _, mask = make_batch([sample], DATA.patch_size, NORMALISE, CPU, 0)
+        whole = augment._turn(torch.from_numpy(sample.region[1]).float(), matrix, DATA.patch_size)
+        flips = [axis for axis, flip in enumerate(sample.augmentation.flips) if flip]
+        wanted = (whole.flip(flips) >= 0.5).float()
+        # A voxel within rounding of one half may fall to either side.
+        near_half = (whole.flip(flips) - 0.5).abs() < 1e-3
+        assert torch.equal(mask[0, 0][~near_half], wanted[~near_half])
+
+
+@pytest.mark.parametrize("p_affine", [0.0, 1.0])
+def test_mirroring_is_a_flip(store: Store, p_affine: float) -> None:
+    mirrored = source(store, replace(TURNED, p_affine=p_affine), foreground=1.0)
+    plain = source(store, replace(TURNED, p_affine=p_affine, flip=False), foreground=1.0)
+    seen = set()
+    for index in range(8):
+        flips = mirrored[index].augmentation.flips
+        axes = [axis + 2 for axis, flip in enumerate(flips) if flip]
+        ours = make_batch([mirrored[index]], DATA.patch_size, NORMALISE, CPU, 0)
+        theirs = make_batch([plain[index]], DATA.patch_size, NORMALISE, CPU, 0)
+        assert torch.allclose(ours[0], theirs[0].flip(axes), atol=1e-3)
+        assert float((ours[1] != theirs[1].flip(axes)).float().mean()) < 1e-3
+        seen.add(flips)
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize("resolution", [0.5, 0.63, 0.9])
+def test_low_resolution_is_the_librarys(resolution: float) -> None:
+    volume = torch.randn(12, 16, 20, generator=torch.Generator().manual_seed(0))
+    ours = augment._along_axes(volume, [augment._coarsen(n, resolution) for n in volume.shape])
+    size = [round(n * resolution) for n in volume.shape]
+    coarse = F.interpolate(volume[None, None], size=size, mode="nearest")
+    theirs = F.interpolate(coarse, size=volume.shape, mode="trilinear", align_corners=False)[0, 0]
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_what_was_read_is_not_changed(store: Store) -> None:
+    sample = source(store, EVERYTHING)[0]
+    before = sample.region.copy()
+    make_batch([sample, source(store)[1]], DATA.patch_size, NORMALISE, CPU, 0)
+    assert np.array_equal(sample.region, before)
+    hu = torch.tensor([-2000.0, 50.0])
+    NORMALISE(hu)
+    assert hu.tolist() == [-2000.0, 50.0]

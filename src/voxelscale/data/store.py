@@ -147,7 +147,8 @@ def open_case(store: Path, case: str) -> Any:
     blosc2.set_nthreads(1)  # readers are parallel already; nested threads would fight the device's
     path = case_path(store, case)
     try:
-        return blosc2.open(str(path), mode="r")
+        # Mapped, a chunk costs no seek and no copy; blosc2 compares the length on opening.
+        return blosc2.open(str(path), mode="r", mmap_mode="r")
     except FileNotFoundError:
         raise VoxelscaleError(f"{path}: no such file", "run voxelscale prepare again") from None
     except (RuntimeError, ValueError, OSError) as error:
@@ -186,9 +187,11 @@ def write_case(
     chunks = (1, *(min(chunk, n) for n in image.shape))
     blocks = (1, *(max(1, min(32, n)) for n in chunks[1:]))
     parameters = {
-        "codec": blosc2.Codec.ZSTD,
-        "clevel": 5,
-        "filters": [blosc2.Filter.BITSHUFFLE],
+        # Read many thousands of times, written once: LZ4HC takes an eighth more space than ZSTD and is
+        # decompressed in a third of the time (benchmarks/store.py).
+        "codec": blosc2.Codec.LZ4HC,
+        "clevel": 9,
+        "filters": [blosc2.Filter.SHUFFLE],
         "nthreads": 1,
     }
     try:

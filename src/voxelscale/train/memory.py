@@ -1,0 +1,440 @@
+"""Memory of a training step: what it needs, what there is, and how to need less of it.
+
+A step is played through on tensors without contents (PyTorch's fake tensors), which takes about a second
+and no memory, and every storage's birth and death is counted; what a GPU really used is measured.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from voxelscale.config import Config, IntTriple, Triple
+from voxelscale.device import choose_precision, to_channels_last
+from voxelscale.errors import VoxelscaleError
+from voxelscale.model.build import build_model
+from voxelscale.model.losses import dice_cross_entropy
+from voxelscale.model.unet import UNetDecodeModel, UNetEncodeModel, plan_pooling
+from voxelscale.train.optim import make_optimizer
+
+HEADROOM = 0.1
+"""Share of the available memory that no step is planned to use: allocators do not fill it to the last."""
+
+LARGEST = 8
+"""A patch is made at most this many times as long as the configured one."""
+
+CPU_BF16 = 1.4
+"""Resident memory over the tensors' own in a bf16 step on CPUs, whose convolutions reorder copies; at
+least 1.32 to 1.38 was measured with the default network."""
+
+
+def checkpoint_activations(model: nn.Module) -> nn.Module:
+    """Let every level of the U-Net forget its inner activations and compute them again when needed.
+
+    (Chen et al., "Training deep nets with sublinear memory cost", 2016.) Names and values of parameters
+    stay as they are, and so do gradients; running statistics are updated by the first pass alone. It
+    works under DistributedDataParallel, static graph or not. The model is changed in place.
+
+    Args:
+        model: holds `UNetEncodeModel` and `UNetDecodeModel` levels, as `voxelscale.model.unet.UNet`.
+
+    Returns:
+        the same model.
+    """
+    inner = {id(m.level) for m in model.modules() if isinstance(m, UNetDecodeModel)}
+    for module in model.modules():
+        level = isinstance(module, UNetEncodeModel | UNetDecodeModel) and id(module) not in inner
+        if level and not isinstance(module.forward, partial):  # once is enough
+            module.forward = partial(_recomputed, module, module.forward)
+    return model
+
+
+def estimate_memory(
+    config: Config, spacing: Triple, device: torch.device, *, checkpointing: bool = False
+) -> int:
+    """Bytes at the peak of a training step of `config`, without running it.
+
+    Counted are weights, gradients, the optimiser's state, the batch and every tensor of the forward and
+    backward pass. The library's own workspaces cannot be seen (for bf16 on CPUs `CPU_BF16` stands for
+    them), so that it is what a step needs at least: on CPUs a process has been seen to grow by 1.7 times
+    as much.
+
+    Args:
+        config: its patch size, micro-batch, model, optimiser and precision count.
+        spacing: of the store, mm (z, y, x), by which pooling is planned.
+        device: decides what the precision ``auto`` means.
+        checkpointing: whether with `checkpoint_activations`.
+    """
+    precision = choose_precision(config.train.precision, device)
+    with FakeTensorMode(), _Storages() as storages:
+        model = _network(config, spacing, torch.device("cpu"), checkpointing)
+        _play(model, config, torch.device("cpu"), precision)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    hidden = CPU_BF16 if device.type == "cpu" and precision == torch.bfloat16 else 1.0
+    return int((storages.peak + _moments(config) * weights) * hidden)
+
+
+def step_memory(
+    config: Config, spacing: Triple, device: torch.device, *, checkpointing: bool = False
+) -> int:
+    """Bytes that two real training steps of `config` took at their peak, the memory of weights included.
+
+    On a GPU by its allocator's own count; on CPUs as the growth of the resident memory of a process
+    that does nothing else (it costs a start and two steps).
+
+    Raises:
+        VoxelscaleError: it does not fit.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        try:
+            _steps(config, spacing, device, checkpointing)
+            return torch.cuda.max_memory_allocated(device) - before
+        except torch.OutOfMemoryError:
+            raise _too_much(config, None, available_memory(device), checkpointing) from None
+        finally:
+            torch.cuda.empty_cache()
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    arguments = (theirs, config, spacing, checkpointing, torch.get_num_threads())
+    child = context.Process(target=_measure, args=arguments, daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        return int(ours.recv())
+    except EOFError:
+        raise _too_much(config, None, available_memory(device), checkpointing) from None
+    finally:
+        child.join()
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on a device.
+
+    On a GPU what is free there and what this process's allocator holds unused; on CPUs the system's
+    available memory or, where that is less, what the control groups (containers, Slurm) leave.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    bounds = [_system_available(), *_group_bounds()]
+    return max(0, min(bounds))
+
+
+def require_memory(
+    config: Config,
+    spacing: Triple,
+    device: torch.device,
+    *,
+    checkpointing: bool = False,
+    sharers: int = 1,
+) -> int:
+    """Refuse, before the first step, a training that will not fit.
+
+    Args:
+        sharers: ranks that share the device's memory.
+
+    Returns:
+        bytes that a step needs.
+
+    Raises:
+        VoxelscaleError: more than there is; the message names both, the batch and the patch.
+    """
+    needed = estimate_memory(config, spacing, device, checkpointing=checkpointing)
+    available = available_memory(device) // sharers
+    if needed > available:
+        raise _too_much(config, needed, available, checkpointing)
+    return needed
+
+
+def fit_patch(
+    config: Config,
+    spacing: Triple,
+    device: torch.device,
+    *,
+    checkpointing: bool = False,
+    sharers: int = 1,
+    limit: Sequence[int] | None = None,
+    available: int | None = None,
+    verify: bool = True,
+) -> IntTriple:
+    """The largest patch, of the configured one's proportions, whose training step fits in the memory.
+
+    Every axis is a multiple of its pooling strides. Found by bisection on `estimate_memory`, then tried.
+
+    Args:
+        sharers: ranks that share the device's memory.
+        limit: voxels (z, y, x) beyond which no axis is to grow, as the scans' shape.
+        available: bytes; None: `available_memory`.
+        verify: whether to run real steps and to shrink until they fit.
+
+    Raises:
+        VoxelscaleError: not even the smallest patch fits.
+    """
+    room = (available_memory(device) if available is None else available) // sharers
+    budget = int(room * (1 - HEADROOM))
+
+    def needs(patch: IntTriple, measure: Callable[..., int] = estimate_memory) -> int:
+        return measure(with_patch(config, patch), spacing, device, checkpointing=checkpointing)
+
+    fitting: list[IntTriple] = []
+    ladder = list(_ladder(config, spacing, limit))
+    low, high = 0, 1
+    while high <= len(ladder) and needs(ladder[high - 1]) <= budget:
+        low, high = high, high * 2
+    high = min(high, len(ladder) + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needs(ladder[middle - 1]) <= budget else (low, middle)
+    fitting = ladder[:low]
+    while fitting:
+        if not verify or _fits(partial(needs, fitting[-1], step_memory), room):
+            return fitting[-1]
+        fitting.pop()
+    smallest = with_patch(config, ladder[0]) if ladder else config
+    needed = estimate_memory(smallest, spacing, device, checkpointing=checkpointing)
+    raise _too_much(smallest, needed, room, checkpointing)
+
+
+def with_patch(config: Config, patch: IntTriple) -> Config:
+    """The config with another patch size."""
+    return replace(config, data=replace(config.data, patch_size=patch))
+
+
+def _recomputed(module: nn.Module, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    contexts = partial(_passes, module)
+    # Nothing in a level is random, so no generator's state needs keeping.
+    out: Tensor = checkpoint(
+        forward, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+    )
+    return out
+
+
+def _passes(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _unmoved_statistics(module)
+
+
+@contextmanager
+def _unmoved_statistics(module: nn.Module) -> Iterator[None]:
+    """Within it a batch norm normalises by the batch but leaves its running statistics.
+
+    They are not taken away, which would save other tensors for the backward pass than the first time.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    kept = [(m.momentum, m.num_batches_tracked) for m in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages made within it, now and at the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._remove, key, storage.nbytes()).atexit = False
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _network(config: Config, spacing: Triple, device: torch.device, checkpointing: bool) -> nn.Module:
+    model = build_model(config.model, config.data.patch_size, spacing)
+    if device.type != "cpu":
+        model.to(device)
+    if config.train.channels_last:
+        to_channels_last(model)
+    return checkpoint_activations(model) if checkpointing else model
+
+
+def _play(model: nn.Module, config: Config, device: torch.device, precision: torch.dtype) -> None:
+    """One forward and backward pass on an empty micro-batch."""
+    batch = config.train.batch_size
+    if config.model.norm == "sync_batch":
+        batch *= config.train.virtual_workers
+    image = torch.zeros((batch, 1, *config.data.patch_size), device=device)
+    mask = torch.zeros_like(image)
+    if config.train.channels_last:
+        image = image.contiguous(memory_format=torch.channels_last_3d)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision != torch.float32):
+        logits = model(image)
+    loss, _ = dice_cross_entropy(logits, mask)
+    del logits
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _steps(config: Config, spacing: Triple, device: torch.device, checkpointing: bool) -> None:
+    """Two steps: the optimiser's state is there from the end of the first on."""
+    precision = choose_precision(config.train.precision, device)
+    model = _network(config, spacing, device, checkpointing)
+    optimizer = make_optimizer(model, config.optim)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=True)
+        _play(model, config, device, precision)
+        optimizer.step()
+
+
+def _measure(pipe: Any, config: Config, spacing: Triple, checkpointing: bool, threads: int) -> None:
+    """In a process of its own: send the growth of its peak resident memory over two steps."""
+    torch.set_num_threads(threads)
+    # A first tiny step loads the library's parts, whose memory belongs to no patch.
+    smallest = next(_ladder(config, spacing, None), config.data.patch_size)
+    _steps(with_patch(config, smallest), spacing, torch.device("cpu"), checkpointing)
+    before, _ = _resident()
+    _steps(config, spacing, torch.device("cpu"), checkpointing)
+    pipe.send(_resident()[1] - before)
+
+
+def _resident() -> tuple[int, int]:
+    """Resident bytes of this process, now and at their peak."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        sizes = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+        return int(sizes["VmRSS"][0]) * 1024, int(sizes["VmHWM"][0]) * 1024
+    except (OSError, KeyError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
+        return peak, peak
+
+
+def _moments(config: Config) -> int:
+    """Copies of the weights that the optimiser keeps."""
+    if config.optim.name == "sgd":
+        return int(config.optim.momentum > 0)
+    return 2
+
+
+def _ladder(config: Config, spacing: Triple, limit: Sequence[int] | None) -> Iterator[IntTriple]:
+    """Patches of the configured proportions, multiples of their pooling strides, small to large."""
+    base, dims, depth = config.data.patch_size, config.model.dims, config.model.depth
+    pools = plan_pooling(base[-dims:], spacing[-dims:], depth)
+    whole = [1] * (3 - dims) + [math.prod(stride[axis] for stride in pools) for axis in range(dims)]
+    longest = max(base)
+    last: IntTriple | None = None
+    for edge in range(1, LARGEST * longest + 1):
+        # An axis of one voxel is a slice's, not a small patch's.
+        z, y, x = (
+            1 if n == 1 else max(1, round(n * edge / longest / k)) * k
+            for n, k in zip(base, whole, strict=True)
+        )
+        if limit is not None and any(n > most for n, most in zip((z, y, x), limit, strict=True)):
+            return
+        if (z, y, x) != last and _divisible((z, y, x), spacing, depth, dims):
+            last = (z, y, x)
+            yield last
+
+
+def _divisible(patch: IntTriple, spacing: Triple, depth: int, dims: int) -> bool:
+    """Whether its poolings divide the patch and it is large enough for the network's depth."""
+    pools = plan_pooling(patch[-dims:], spacing[-dims:], depth)
+    whole = [math.prod(stride[axis] for stride in pools) for axis in range(dims)]
+    idle = any(max(stride) == 1 for stride in pools)
+    return not idle and all(n % k == 0 for n, k in zip(patch[-dims:], whole, strict=True))
+
+
+def _fits(measure: Callable[[], int], room: int) -> bool:
+    try:
+        return measure() <= room
+    except VoxelscaleError:
+        return False
+
+
+def _too_much(config: Config, needed: int | None, available: int, checkpointing: bool) -> VoxelscaleError:
+    patch = "x".join(map(str, config.data.patch_size))
+    step = f"a step of {config.train.batch_size} patches of {patch} voxels"
+    need = f"needs {_gib(needed)}" if needed is not None else "does not fit"
+    more = "" if checkpointing else ", or switch on activation checkpointing"
+    hint = f"lower train.batch_size or data.patch_size, let --fit-memory choose the patch{more}"
+    return VoxelscaleError(f"{step} {need}; {_gib(available)} are available", hint)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _system_available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _group_bounds(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What each memory control group above this process leaves, bytes; of version 2 and 1."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        lines = []
+    bounds = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers == "":
+            top, limit, usage = root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            top, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        here = top / path.strip("/")
+        # In a container the path may be the host's and only the top be seen.
+        for folder in [here, *here.parents]:
+            if folder.is_relative_to(top):
+                bounds += _left(folder / limit, folder / usage, folder / "memory.stat")
+    return bounds
+
+
+def _left(limit: Path, usage: Path, stat: Path) -> list[int]:
+    """The limit less what is used and cannot be dropped, as pages of files can; [] without a limit."""
+    try:
+        most, used = int(limit.read_text()), int(usage.read_text())
+        counts = dict(line.split() for line in stat.read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    dropped = int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
+    return [most - used + dropped]
