@@ -106,12 +106,14 @@ class BatchNorm(_BatchNorm):
         return leaky_relu_(super().forward(input), slope)
 
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor | int) -> None:
-        if self.running_mean is None or self.running_var is None or self.momentum is None:
+        if self.running_mean is None or self.running_var is None:
             return
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+        # As PyTorch's: without a momentum the plain mean of all batches.
+        share: Any = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance * (count / (count - 1)), share)
 
 
 class SyncBatchNorm(BatchNorm):
@@ -119,11 +121,17 @@ class SyncBatchNorm(BatchNorm):
 
     PyTorch's own refuses CPU tensors; this one uses whatever process group is there, and none where
     there is none. Moments are gathered with one all-reduce of 2 x channels + 1 numbers.
+
+    Attributes:
+        alone: whether to leave the other ranks out, as a copy must that is used beside the training.
     """
+
+    alone = False
 
     def forward(self, input: Tensor, slope: float = 1.0) -> Tensor:
         """``(batch, channel, ...)``, normalised by the global batch's mean and variance."""
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+        grouped = not self.alone and dist.is_initialized() and dist.get_world_size() > 1
+        if not (self.training and grouped):
             return super().forward(input, slope)
         self._check_input_dim(input)
         axes = [0, *range(2, input.dim())]

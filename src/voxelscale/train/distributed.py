@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from voxelscale.device import keep_freed_memory
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
@@ -63,6 +65,7 @@ def join(virtual: int, threads: int) -> Iterator[Workers]:
     device = torch.device("cuda", local % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    keep_freed_memory()
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // locals_))
     grouped = "RANK" in os.environ and ranks > 1
     if grouped:

@@ -33,7 +33,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     if config.name == "muon":
         return Muon(groups, lr=config.lr, momentum=config.momentum, betas=config.betas, eps=config.eps)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
 
 

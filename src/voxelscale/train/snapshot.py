@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from voxelscale.model.norm import SyncBatchNorm
 from voxelscale.train.checkpoint import Trained
 from voxelscale.train.distributed import Workers, average_buffers
 
@@ -64,6 +65,8 @@ def _gathering(norms: Sequence[_BatchNorm]) -> Iterator[None]:
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
+        if isinstance(norm, SyncBatchNorm):
+            norm.alone = True
     try:
         yield
     finally:
