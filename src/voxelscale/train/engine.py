@@ -116,6 +116,8 @@ class Engine:
                 self.log = self._open_log()
                 self._all_steps(steps, total, asked)
         finally:
+            if self.validation:
+                self.validation.cancel()
             if self.writer:
                 self.writer.close()
             if self.log:
@@ -259,6 +261,14 @@ class Engine:
             where = self._not_finite_samples(2)
             raise VoxelscaleError(f"the training diverged: the loss is not finite at {where}", hint)
 
+    def _check_weights(self) -> None:
+        """A finite loss may have had a gradient that was not, and no checkpoint may hold the outcome."""
+        finite = [torch.isfinite(weight).all() for weight in self.model.parameters()]
+        if not bool(torch.stack(finite).all()):
+            hint = "lower optim.lr, or set train.precision=fp32; the checkpoints before are sound"
+            problem = f"the weights are not finite after {self.state.seen} samples"
+            raise VoxelscaleError(f"the training diverged: {problem}", hint)
+
     def _due(self, every: int, seen: int, total: int) -> bool:
         """Whether a multiple of `every` samples was passed in the step that ended at `seen`."""
         return seen < total and every > 0 and seen // every > (seen - self.global_batch) // every
@@ -268,9 +278,10 @@ class Engine:
         return self.task.scoring is not None and (seen >= total or self._due(every, seen, total))
 
     def _validation_missed(self, total: int) -> bool:
-        """Whether the run stopped between a checkpoint and its validation."""
-        seen = self.state.seen
-        return seen > 0 and self.state.validated < seen and self._validation_due(seen, total)
+        """Whether the run stopped between a checkpoint and its validation, however many workers it had."""
+        seen, validated, every = self.state.seen, self.state.validated, self.config.train.validate_every
+        due = seen >= total or (every > 0 and seen // every > validated // every)
+        return self.task.scoring is not None and seen > validated and due
 
     def _report(self, step: int, progress: Any, last: bool) -> None:
         if self.log is None:
@@ -287,7 +298,7 @@ class Engine:
         every = max(1, self.config.train.samples // LOG_LINES)
         if last or self._due(every, seen, seen + 1):
             rate = self.trained.optimizer.param_groups[0]["lr"]
-            finite = {k: v for k, v in numbers.items() if not math.isnan(v)}
+            finite = {k: v for k, v in numbers.items() if math.isfinite(v)}
             self.log.write("train", step=step, samples=seen, lr=rate, seconds=self.state.seconds, **finite)
             self.meter.restart()
 
@@ -308,7 +319,7 @@ class Engine:
         figures = pending.figures(self.workers)
         score = figures[pending.scoring.metric]
         better, at = score > self.state.best, pending.state
-        self.state = replace(self.state, validated=at.seen, best=max(score, self.state.best))
+        self.state = replace(self.state, validated=at.seen, best=score if better else self.state.best)
         if self.log:
             self.log.write(
                 "validation",
@@ -330,6 +341,8 @@ class Engine:
         """
         self._end_validation()
         self._check_finite(self.meter.land())
+        self._check_weights()
+        self.meter.fulfil()
         self._saved_at = time.monotonic()
         if self.run is not None:
             average_buffers(self.model, self.workers)
@@ -345,8 +358,7 @@ class Engine:
         parameters = sum(p.numel() for p in self.model.parameters())
         workers = f"{where.world} workers x {self.batch_size} samples on {where.device.type}"
         notice(f"{parameters:,} parameters, {workers}, from sample {self.state.seen}", level=2)
-        (run / STOP_FILE).unlink(missing_ok=True)
-        return RunLog(run, self.state.seen)
+        return RunLog(run, self.state.seen, self.state.validated)
 
     def _stop_file(self) -> bool:
         return self.run is not None and (self.run / STOP_FILE).exists()
