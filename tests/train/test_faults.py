@@ -34,6 +34,7 @@ from voxelscale.data.augment import Normalisation
 from voxelscale.data.store import Reader, Store, case_path
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_model
+from voxelscale.predict.bundle import load_untrusted
 from voxelscale.train import checkpoint
 from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.distributed import Workers
@@ -124,7 +125,7 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(
 ) -> None:
     """With infinite gradients in the last step the loss is still finite."""
     task = toy()
-    task.model[2].weight.register_hook(lambda g: g * (torch.inf if counted() == 4 else 1))  # type: ignore[operator,index,union-attr]
+    task.model[2].weight.register_hook(lambda g: g * (torch.inf if counted() == 4 else 1))  # type: ignore[index]
     steps = iter(range(100))
 
     def counted() -> int:
@@ -151,7 +152,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tiny: Config, tmp_path: Pat
     judge.summary = lambda table: {"score": next(scores)}  # type: ignore[method-assign]
     assert go(toy(judge=judge), tiny, tmp_path, validate_every=8).best == 0.9
     assert seen_in(tmp_path) == [32, 40]
-    best = checkpoint.load_untrusted(tmp_path / "checkpoints" / "best.ckpt")
+    best = load_untrusted(tmp_path / "checkpoints" / "best.ckpt")
     assert best["state"]["seen"] == 16
 
 

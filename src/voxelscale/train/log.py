@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ class RunLog:
         write_atomic(self._path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=seen + 1)
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
 
     def write(self, event: str, /, **numbers: float | str) -> None:
         """One event; `numbers` must hold ``samples``, and may hold words, which only the file gets."""
@@ -57,9 +59,16 @@ class RunLog:
 
     def close(self) -> None:
         """Put everything on disk."""
+        threading.excepthook = self._hook
         with self._told(), self._file:
             os.fsync(self._file.fileno())
             self._board.close()
+
+    def _thread_failed(self, told: threading.ExceptHookArgs) -> None:
+        # TensorBoard's thread would print a traceback; the next event or `close` raises it anyway.
+        ours = type(told.thread).__module__.startswith("tensorboard")
+        if not (ours and isinstance(told.exc_value, OSError)):
+            self._hook(told)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
