@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from voxelscale.config import Config
+from voxelscale.config import Config, dump
+from voxelscale.data.store import Store
 from voxelscale.predict.bundle import load_untrusted
 
 
@@ -45,3 +50,67 @@ def identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def seen_in(run: Path) -> Sequence[int]:
     """Samples after which there is a checkpoint."""
     return sorted(int(p.stem.split("_")[1]) for p in (run / "checkpoints").glob("samples_*.ckpt"))
+
+
+def command(config: Config, store: Store | Path, run: Path, *more: str) -> list[str]:
+    """`voxelscale train` with this config."""
+    path = run.parent / "config_used.yaml"
+    path.write_text(dump(config))
+    folder = store if isinstance(store, Path) else store.path
+    base = [sys.executable, "-m", "voxelscale.cli", "train", str(folder), str(run)]
+    return [*base, "--config", str(path), *more]
+
+
+def two_ranks(config: Config, store: Store | Path, run: Path, **train: int) -> list[str]:
+    """The same on two ranks of one sample each."""
+    settings = {"ranks": 2, "batch_size": 1, **train}
+    words = [word for key, value in settings.items() for word in ("--set", f"train.{key}={value}")]
+    return command(config, store, run, *words)
+
+
+def begin(arguments: list[str], run: Path, least: int) -> subprocess.Popen[str]:
+    """Start it and wait until it has seen `least` samples."""
+    process = subprocess.Popen(
+        arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (seen_in(run) and seen_in(run)[-1] >= least):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return process
+
+
+def finish(arguments: list[str]) -> None:
+    """Run it to a good end."""
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def told(errors: str) -> list[str]:
+    """The two lines of an error, nothing of which was told twice or with a traceback."""
+    assert "Traceback" not in errors, errors
+    lines = errors.splitlines()
+    assert sum(line.startswith("error: ") for line in lines) == 1, errors
+    assert lines[-2].startswith("error: "), errors
+    assert lines[-1].startswith("hint: "), errors
+    return lines[-2:]
+
+
+def rank_processes(run: Path) -> list[int]:
+    """The processes that are ranks of a run."""
+    commands = [(pid, words) for pid, words in processes() if str(run) in words]
+    return [pid for pid, words in commands if "voxelscale.train.launch rank" in words]
+
+
+def processes() -> list[tuple[int, str]]:
+    """Other processes, with their command lines."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            found.append((int(folder.name), words))
+    return found

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +13,21 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from tests.train.runs import apart, final_weights, identical, seen_in, with_train
-from voxelscale.config import Config, dump
+from tests.train.runs import (
+    apart,
+    begin,
+    command,
+    final_weights,
+    finish,
+    identical,
+    processes,
+    rank_processes,
+    seen_in,
+    told,
+    two_ranks,
+    with_train,
+)
+from voxelscale.config import Config
 from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.predict.bundle import read_bundle
@@ -48,31 +59,6 @@ def whole_two(config: Config, store: Store, tmp_path_factory: pytest.TempPathFac
     two = replace(config, train=replace(config.train, virtual_workers=2, batch_size=1))
     assert start(two, store.path, run)
     return final_weights(run)
-
-
-def command(config: Config, store: Store, run: Path, *more: str) -> list[str]:
-    path = run.parent / "config_used.yaml"
-    path.write_text(dump(config))
-    base = [sys.executable, "-m", "voxelscale.cli", "train", str(store.path), str(run)]
-    return [*base, "--config", str(path), *more]
-
-
-def begin(arguments: list[str], run: Path, least: int) -> subprocess.Popen[str]:
-    """Start it and wait until it has seen `least` samples."""
-    process = subprocess.Popen(
-        arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not (seen_in(run) and seen_in(run)[-1] >= least):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    return process
-
-
-def finish(arguments: list[str]) -> None:
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_killed_at_a_random_step(
@@ -111,7 +97,7 @@ def test_ctrl_c_and_kill_with_two_ranks(
 ) -> None:
     """The number of workers may change when a run goes on: the stream of samples does not."""
     run = tmp_path / "run"
-    two = command(config, store, run, "--set", "train.ranks=2", "--set", "train.batch_size=1")
+    two = two_ranks(config, store, run)
     process = begin(two, run, 24)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -121,52 +107,39 @@ def test_ctrl_c_and_kill_with_two_ranks(
     process.communicate()
     assert seen_in(run)[-1] < SAMPLES
     deadline = time.monotonic() + 30
-    while any(str(run) in line for line in _commands()):
+    while any(str(run) in words for _, words in processes()):
         assert time.monotonic() < deadline, "ranks are left behind"
         time.sleep(0.2)
-    one = ["train.ranks=1", "train.virtual_workers=2", "train.batch_size=1"]
-    finish(command(config, store, run, *(word for setting in one for word in ("--set", setting))))
+    finish(two_ranks(config, store, run, ranks=1, virtual_workers=2))
     assert apart(final_weights(run), whole_two) <= 1e-5
 
 
-def _commands() -> list[str]:
-    lines = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            try:
-                lines.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except OSError:
-                continue
-    return lines
-
-
-def test_a_killed_rank_is_told_and_the_run_goes_on(
+def test_a_killed_rank_is_started_again(
     config: Config, store: Store, tmp_path: Path, whole_two: dict[str, Tensor]
 ) -> None:
     run = tmp_path / "run"
-    two = command(config, store, run, "--set", "train.ranks=2", "--set", "train.batch_size=1")
-    process = begin(two, run, 16)
-    ranks = [
-        int(p.name)
-        for p in Path("/proc").iterdir()
-        if p.name.isdigit()
-        and b"launch\0rank" in _read(p / "cmdline")
-        and str(run).encode() in _read(p / "cmdline")
-    ]
-    assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=90)
-    assert process.returncode == 2, errors
-    assert f"error: {run}: the training failed" in errors
-    finish(two)
+    process = begin(two_ranks(config, store, run), run, 16)
+    os.kill(random.choice(rank_processes(run)), signal.SIGKILL)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "a rank was lost; going on from the last checkpoint" in errors
+    assert "Traceback" not in errors
     assert apart(final_weights(run), whole_two) <= 1e-5
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
+def test_a_killed_rank_without_restarts_is_told(
+    config: Config, store: Store, tmp_path: Path, whole_two: dict[str, Tensor]
+) -> None:
+    run = tmp_path / "run"
+    process = begin(two_ranks(config, store, run, max_restarts=0), run, 16)
+    os.kill(rank_processes(run)[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 2, errors
+    error, hint = told(errors)
+    assert "was killed by SIGKILL" in error
+    assert "the same command goes on" in hint
+    finish(two_ranks(config, store, run))
+    assert apart(final_weights(run), whole_two) <= 1e-5
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip"])

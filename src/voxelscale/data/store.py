@@ -13,10 +13,11 @@ why the format is Blosc2 and not Zarr.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ class Store:
 
     def read(self, case: str) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
         """HU and mask of a whole case, (z, y, x)."""
-        array = open_case(self.path, case)[:]
+        opened = open_case(self.path, case)
+        with _damage_told(case_path(self.path, case)):
+            array = opened[:]
         return array[0], array[1].astype(np.uint8)
 
 
@@ -106,6 +109,9 @@ class Reader:
         """``(2, *shape)`` int16, HU and mask, of the window that begins at voxel `start`.
 
         Beyond the scan HU is `AIR_HU` and the mask 0; `start` may be negative.
+
+        Raises:
+            VoxelscaleError: the case's file is missing or damaged.
         """
         handles = self._local.__dict__.setdefault("handles", {})
         if case not in handles:
@@ -115,19 +121,22 @@ class Reader:
         high = [min(s + n, size) for s, n, size in zip(start, shape, array.shape[1:], strict=True)]
         inside = (slice(None), *map(slice, low, high))
         if list(start) == low and all(h - a == n for h, a, n in zip(high, low, shape, strict=True)):
-            return np.asarray(array[inside])
+            with _damage_told(case_path(self._path, case)):
+                return np.asarray(array[inside])
         out = np.zeros((2, *shape), np.int16)
         out[0] = AIR_HU
         if all(h > a for h, a in zip(high, low, strict=True)):
             target = tuple(slice(a - s, h - s) for a, h, s in zip(low, high, start, strict=True))
-            out[(slice(None), *target)] = array[inside]
+            with _damage_told(case_path(self._path, case)):
+                out[(slice(None), *target)] = array[inside]
         return out
 
     def lesions(self, case: str) -> list[NDArray[np.int32]]:
         """For each lesion of a case its indexed voxels, (n, 3) as (z, y, x)."""
         if case not in self._lesions:
             array = open_case(self._path, case)
-            flat = array.schunk.vlmeta["lesions"]
+            with _damage_told(case_path(self._path, case)):
+                flat = array.schunk.vlmeta["lesions"]
             shape = array.shape[1:]
             self._lesions[case] = [
                 np.stack(np.unravel_index(np.frombuffer(raw, "<i4"), shape), axis=1).astype(np.int32)
@@ -146,13 +155,20 @@ def open_case(store: Path, case: str) -> Any:
 
     blosc2.set_nthreads(1)  # readers are parallel already; nested threads would fight the device's
     path = case_path(store, case)
-    try:
+    with _damage_told(path):
         # Mapped, a chunk costs no seek and no copy; blosc2 compares the length on opening.
         return blosc2.open(str(path), mode="r", mmap_mode="r")
+
+
+@contextlib.contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Blosc2 opens and reads; a file may turn unreadable at any time."""
+    try:
+        yield
     except FileNotFoundError:
         raise VoxelscaleError(f"{path}: no such file", "run voxelscale prepare again") from None
-    except (RuntimeError, ValueError, OSError) as error:
-        hint = "delete it and run voxelscale prepare again"
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        hint = "put back a copy of it, or delete it and run voxelscale prepare again"
         raise VoxelscaleError(f"{path}: damaged ({error})", hint) from None
 
 

@@ -111,7 +111,9 @@ class BatchNorm(_BatchNorm):
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         # As PyTorch's: without a momentum the plain mean of all batches.
-        share: Any = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked
+        share: Any = self.momentum
+        if share is None:
+            share = 1 / self.num_batches_tracked if self.num_batches_tracked is not None else 1.0
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(variance * (count / (count - 1)), share)
 

@@ -51,11 +51,11 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """For files; a trial whose recipe was changed since is another."""
-        slug = "".join(c if c.isalnum() else "-" for c in self.recipe).strip("-")
-        text = json.dumps(to_dict(self.config), sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return f"{slug}/w{self.workers:04d}_s{self.seed}_{key}"
+        """For files: by what it is trained with, so that recipes that come to the same share it."""
+        tree = to_dict(self.config)
+        tree["scale"] = {}
+        key = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+        return f"w{self.workers:04d}_s{self.seed}_{key}"
 
     @property
     def global_batch(self) -> int:

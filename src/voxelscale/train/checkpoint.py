@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,15 @@ from torch import Tensor, nn
 
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import write_sealed
+from voxelscale.files import write_atomic, write_sealed
 from voxelscale.predict.bundle import load_untrusted
 from voxelscale.train.optim import AveragedWeights
 
 FORMAT = 2
 BEST = "best.ckpt"
+
+PATIENCE = 30.0
+"""Seconds to wait for another training in the same folder to end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +69,6 @@ class Writer:
         self._folder, self._keep = folder, keep
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._flying: Future[None] | None = None
-        for torn in folder.glob(".*.part"):
-            torn.unlink(missing_ok=True)
 
     def save(self, trained: Trained, state: State) -> None:
         """Copy the state now; write ``samples_<seen>.ckpt``, then drop all but the last few."""
@@ -98,29 +102,69 @@ class Writer:
     def _write(self, content: dict[str, Any], seen: int) -> None:
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        write_sealed(self._folder / f"samples_{seen:012d}.ckpt", buffer.getvalue())
-        for old in _files(self._folder)[: -self._keep]:
+        write_sealed(self._folder / _name(seen), buffer.getvalue())
+        until = [path for path in _files(self._folder) if path.name <= _name(seen)]
+        for old in until[: -self._keep]:
             old.unlink(missing_ok=True)
 
     def _link_best(self, seen: int) -> None:
         # Another name of the same file: no space, and nothing that a kill could tear.
-        link = self._folder / f".{BEST}.part"
+        whole, link = self._folder / _name(seen), self._folder / f".{BEST}.part"
+        if not whole.is_file():
+            return  # the run went on from the best one, and it is the best again
         link.unlink(missing_ok=True)
         try:
-            os.link(self._folder / f"samples_{seen:012d}.ckpt", link)
+            os.link(whole, link)
             os.replace(link, self._folder / BEST)
-        except OSError as error:
-            hint = "use a file system with hard links"
-            raise VoxelscaleError(f"{link}: cannot be written ({error.strerror})", hint) from None
+        except OSError:  # a file system without hard links
+            write_atomic(self._folder / BEST, whole.read_bytes())
+
+
+@contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Keep other trainings out of a run's folder, and clear away what a killed one left half written.
+
+    The ranks of a killed command end a moment after it, so another one waits for them.
+
+    Raises:
+        VoxelscaleError: another training does not end.
+    """
+    folder, deadline = run / "checkpoints", time.monotonic() + PATIENCE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise VoxelscaleError(f"{folder}: {error.strerror}", "choose another folder with --run") from None
+    try:
+        while not _locked(handle):
+            if time.monotonic() > deadline:
+                raise VoxelscaleError(f"{run}: another training goes on in it", "stop that one first")
+            time.sleep(0.1)
+        for torn in (*run.glob(".*.part"), *folder.glob(".*.part")):
+            torn.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: as good as it gets
+        return True
+    return True
 
 
 def load_newest(folder: Path, trained: Trained, digest: str) -> State:
     """Put the newest whole checkpoint into model and optimiser; a fresh state where there is none.
 
-    A truncated or altered file is named, and the one before it used. Rank 0 chooses for all ranks.
+    A truncated or altered file is named, set aside as ``*.damaged``, and the one before it used, at
+    last the best one. Rank 0 chooses for all ranks.
 
     Raises:
-        VoxelscaleError: the checkpoint is of another network or another data set.
+        VoxelscaleError: no checkpoint is whole, or it is of another network or another data set.
     """
     grouped = dist.is_initialized()
     chosen: list[tuple[Path | None, dict[str, Any]]] = [(None, {})]
@@ -136,11 +180,26 @@ def load_newest(folder: Path, trained: Trained, digest: str) -> State:
 
 
 def _newest_whole(folder: Path) -> tuple[Path | None, dict[str, Any]]:
-    for path in reversed(_files(folder)):
+    """The newest checkpoint that can be read; those after it get another name, out of the way.
+
+    Raises:
+        VoxelscaleError: there are checkpoints, but none is whole.
+    """
+    damaged: list[Path] = []
+    best = [folder / BEST] if (folder / BEST).is_file() else []
+    for path in (*reversed(_files(folder)), *best):
         try:
-            return path, load_untrusted(path)
+            content = load_untrusted(path)
         except VoxelscaleError as error:
             notice(f"warning: {error.message}; using the checkpoint before it", level=0)
+            damaged.append(path)
+            continue
+        for other in damaged:
+            other.rename(other.with_suffix(".damaged"))
+        return path, content
+    if damaged:
+        hint = "put back a copy of one, or delete the folder to begin again"
+        raise VoxelscaleError(f"{folder}: no checkpoint in it is whole", hint)
     return None, {}
 
 
@@ -161,9 +220,13 @@ def _restore(path: Path, content: dict[str, Any], trained: Trained, digest: str)
             for name, weight in trained.average.weights.items():
                 weight.copy_(content["average"][name])
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         raise VoxelscaleError(f"{path}: is of another network ({reason})", hint) from None
     return state
+
+
+def _name(seen: int) -> str:
+    return f"samples_{seen:012d}.ckpt"
 
 
 def _files(folder: Path) -> list[Path]:

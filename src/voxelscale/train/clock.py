@@ -127,14 +127,6 @@ class Clock:
                 )
         return (step for stage in self._stages for step in self._steps(stage, seen))
 
-    def step_ending(self, seen: int) -> Step | None:
-        """The update after which `seen` samples were seen, if there is one."""
-        for stage in self._stages:
-            if stage.first < seen <= stage.end:
-                size = stage.slots * self.batch_size
-                return next((step for step in self._steps(stage, seen - size) if step.end == seen), None)
-        return None
-
     def _steps(self, stage: _Stage, seen: int) -> Iterator[Step]:
         size = stage.slots * self.batch_size
         for first in range(max(seen, stage.first), stage.end, size):

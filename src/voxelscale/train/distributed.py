@@ -69,12 +69,30 @@ def join(virtual: int, threads: int) -> Iterator[Workers]:
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // locals_))
     grouped = "RANK" in os.environ and ranks > 1
     if grouped:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store = _store_of_restart() if locals_ == ranks else None
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
     try:
         yield Workers(rank=rank, ranks=ranks, virtual=virtual, device=device)
     finally:
         if grouped:
             dist.destroy_process_group()
+
+
+def _store_of_restart() -> Any:
+    """Keys of their own for the ranks of each restart.
+
+    torchrun's store outlives the ranks, and those started again would find the addresses of those that
+    are gone (PyTorch issue 135712). Over several machines its agents count restarts apart: set
+    ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` there.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+    )
+    return dist.PrefixStore(  # type: ignore[attr-defined]
+        f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store
+    )
 
 
 def parallel(model: nn.Module, workers: Workers, compress: str = "none") -> nn.Module:

@@ -110,6 +110,8 @@ class Engine:
                 self.log = self._open_log()
                 self._all_steps(steps, asked)
         finally:
+            if self.validation:
+                self.validation.cancel()
             if self.writer:
                 self.writer.close()
             if self.log:
@@ -254,6 +256,16 @@ class Engine:
                 self.log.write("diverged", samples=self.state.seen, where=where)
             raise VoxelscaleError(f"the training diverged: the loss is not finite at {where}", hint)
 
+    def _check_weights(self) -> None:
+        """A finite loss may have had a gradient that was not, and no checkpoint may hold the outcome."""
+        finite = [torch.isfinite(weight).all() for weight in self.model.parameters()]
+        if not bool(torch.stack(finite).all()):
+            hint = "lower optim.lr, or set train.precision=fp32; the checkpoints before are sound"
+            problem = f"the weights are not finite after {self.state.seen} samples"
+            if self.log:
+                self.log.write("diverged", samples=self.state.seen, where=problem)
+            raise VoxelscaleError(f"the training diverged: {problem}", hint)
+
     def _due(self, every: int, step: Step) -> bool:
         """Whether a multiple of `every` samples was passed in this step."""
         return every > 0 and step.end // every > step.first // every
@@ -264,10 +276,10 @@ class Engine:
         return self.task.scoring is not None and (last or self._due(every, step))
 
     def _validation_missed(self) -> bool:
-        """Whether the run stopped between a checkpoint and its validation."""
-        before = self.clock.step_ending(self.state.seen)
-        due = before is not None and self._validation_due(before)
-        return due and self.state.validated < self.state.seen
+        """Whether the run stopped between a checkpoint and its validation, however many workers it had."""
+        seen, validated, every = self.state.seen, self.state.validated, self.config.train.validate_every
+        due = seen >= self.clock.end or (every > 0 and seen // every > validated // every)
+        return self.task.scoring is not None and seen > validated and due
 
     def _report(self, step: Step, progress: Any, last: bool) -> None:
         if self.log is None:
@@ -284,7 +296,7 @@ class Engine:
         every = max(1, self.config.train.samples // LOG_LINES)
         if last or self._due(every, step):
             rate = self.trained.optimizer.param_groups[0]["lr"]
-            finite = {k: v for k, v in numbers.items() if not math.isnan(v)}
+            finite = {k: v for k, v in numbers.items() if math.isfinite(v)}
             self.log.write(
                 "train", step=step.number, samples=seen, lr=rate, seconds=self.state.seconds, **finite
             )
@@ -307,7 +319,7 @@ class Engine:
         figures = pending.figures(self.workers)
         score = figures[pending.scoring.metric]
         better, at = score > self.state.best, pending.state
-        self.state = replace(self.state, validated=at.seen, best=max(score, self.state.best))
+        self.state = replace(self.state, validated=at.seen, best=score if better else self.state.best)
         if self.log:
             self.log.write(
                 "validation",
@@ -328,6 +340,8 @@ class Engine:
         """
         self._end_validation()
         self._check_finite(self.meter.land())
+        self._check_weights()
+        self.meter.fulfil()
         self._saved_at = time.monotonic()
         if self.run is not None:
             average_buffers(self.model, self.workers)
@@ -343,8 +357,7 @@ class Engine:
         parameters = sum(p.numel() for p in self.model.parameters())
         workers = f"{where.world} workers x {self.clock.batch_size} samples on {where.device.type}"
         notice(f"{parameters:,} parameters, {workers}, from sample {self.state.seen}", level=2)
-        (run / STOP_FILE).unlink(missing_ok=True)
-        return RunLog(run, self.state.seen)
+        return RunLog(run, self.state.seen, self.state.validated)
 
     def _stop_file(self) -> bool:
         return self.run is not None and (self.run / STOP_FILE).exists()

@@ -6,11 +6,12 @@ folder, which works for every number of ranks and machines, and ends with them.
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -20,7 +21,20 @@ from voxelscale import console
 from voxelscale.config import Config, dump, from_dict, load, to_dict
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
+from voxelscale.train.fault import (
+    FAULT_FILE,
+    FAULTY,
+    LOST,
+    fault_path,
+    leave_fault,
+    lost_peer,
+    read_fault,
+    restarts,
+    told_at,
+)
 from voxelscale.train.log import STOP_FILE, read_events
+
+GO_ON = "the same command goes on from the last checkpoint"
 
 FREE = {
     "train.ranks",
@@ -37,10 +51,6 @@ FREE = {
 """Keys that may change when a run goes on: they say how it is computed, not what."""
 
 
-FAULT_FILE = "fault.json"
-"""Where a rank leaves what a person must mend."""
-
-
 def start(config: Config, store: Path, run: Path) -> bool:
     """Train until the budget is spent; True, or False where it was asked to stop before.
 
@@ -49,17 +59,53 @@ def start(config: Config, store: Path, run: Path) -> bool:
     Raises:
         VoxelscaleError: before anything starts where that can be known; else when a rank failed.
     """
-    claim(run, config)
     if "RANK" in os.environ:  # started by torchrun or srun: this process is a rank
-        from voxelscale.train.loop import train
-
-        return train(config, store, run).finished
+        return _start_as_rank(config, store, run)
+    claim(run, config)
+    (run / STOP_FILE).unlink(missing_ok=True)
     ranks = config.train.ranks or _devices()
     if ranks == 1:
         from voxelscale.train.loop import train
 
         return train(config, store, run).finished
     return _start_ranks(config, store, run, ranks)
+
+
+def _start_as_rank(config: Config, store: Path, run: Path) -> bool:
+    """Somebody else's engine may start this again: then what only a person can mend is not told again."""
+    try:
+        claim(run, config)
+    except VoxelscaleError:
+        if os.environ.get("LOCAL_RANK", "0") != "0" or restarts():
+            raise SystemExit(FAULTY) from None
+        raise
+    fault = fault_path(run)
+    if restarts() and fault.exists():
+        raise SystemExit(FAULTY)
+    if not restarts() and os.environ["RANK"] == "0":
+        for old in (fault, run / STOP_FILE):
+            old.unlink(missing_ok=True)
+    try:
+        return _train_as_rank(config, store, run)
+    except VoxelscaleError as error:
+        if leave_fault(fault, error):
+            raise
+        raise SystemExit(FAULTY) from None
+
+
+def _train_as_rank(config: Config, store: Path, run: Path) -> bool:
+    """One rank's share; one that has lost a peer ends without a word, to be started again with it."""
+    from voxelscale.train.loop import train
+
+    if restarts() and os.environ["RANK"] == "0":
+        console.notice(f"warning: a rank was lost; going on from the last checkpoint, restart {restarts()}")
+    try:
+        return train(config, store, run).finished
+    except Exception as error:
+        if not lost_peer(error):
+            raise
+        console.notice(f"a peer was lost: {error}", level=2)
+        raise SystemExit(LOST) from None
 
 
 def claim(run: Path, config: Config) -> None:
@@ -103,31 +149,35 @@ def _devices() -> int:
 
 def _start_ranks(config: Config, store: Path, run: Path, ranks: int) -> bool:
     """Ranks under torchrun's engine in a session of their own, out of reach of the terminal's Ctrl-C."""
-    threads = config.train.threads or max(1, (os.cpu_count() or 1) // ranks)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "VOXELSCALE_VERBOSITY": str(console.verbosity()),
-    }
-    restarts = str(config.train.max_restarts)
-    command = [sys.executable, "-m", "voxelscale.train.launch"]
-    command += ["engine", str(ranks), restarts, str(store), str(run)]
-    (run / FAULT_FILE).unlink(missing_ok=True)
-    engine = subprocess.Popen(command, env=environment, start_new_session=True)
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        code = _wait(engine, run)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if fault := _read_fault(run):
-        raise fault
+    with tempfile.TemporaryDirectory(prefix="voxelscale-") as folder:
+        fault = Path(folder) / FAULT_FILE
+        words = [str(os.getpid()), str(ranks), str(config.train.max_restarts), str(store), str(run)]
+        engine = subprocess.Popen(
+            [sys.executable, "-m", "voxelscale.train.launch", "engine", *words],
+            env={**_environment(config, ranks), **told_at(fault)},
+            start_new_session=True,
+        )
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            code = _wait(engine, run)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        if left := read_fault(fault):
+            raise left
     if code != 0:
         raise VoxelscaleError(
-            f"{run}: the training failed, and after {restarts} restarts again",
-            "see the error above; the same command goes on from the last checkpoint",
+            f"{run}: the training failed (exit code {code})",
+            f"see above; {GO_ON}",
         )
     events = read_events(run)
     return bool(events) and events[-1]["samples"] >= config.train.samples
+
+
+def _environment(config: Config, ranks: int) -> dict[str, str]:
+    threads = config.train.threads or max(1, (os.cpu_count() or 1) // ranks)
+    ours = {"OMP_NUM_THREADS": str(threads), "VOXELSCALE_VERBOSITY": str(console.verbosity())}
+    silent = {"TORCH_CPP_LOG_LEVEL": "FATAL"} if console.verbosity() < 2 else {}
+    return {**silent, **os.environ, **ours}
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -138,7 +188,10 @@ def _wait(engine: subprocess.Popen[bytes], run: Path) -> int:
     try:
         return engine.wait()
     except KeyboardInterrupt:
-        (run / STOP_FILE).touch()
+        try:
+            (run / STOP_FILE).touch()
+        except OSError:
+            engine.terminate()  # it passes the wish on, and waits half a minute
         console.notice("\nstopping after this step; once more to stop at once")
     try:
         return engine.wait()
@@ -148,16 +201,18 @@ def _wait(engine: subprocess.Popen[bytes], run: Path) -> int:
         raise
 
 
-def _engine(ranks: int, restarts: int, store: str, run: str) -> int:
+def _engine(ranks: int, most: int, store: str, run: str) -> int:
     """torchrun's engine with `ranks` processes on this machine; the exit code of the job.
 
     A rank that dies takes the others with it, and all of them start again from the last checkpoint, at
-    most `restarts` times.
+    most `most` times.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    _end_with_parent()
+    if int(os.environ["VOXELSCALE_VERBOSITY"]) < 2:
+        logging.disable()  # it tells a lost rank at length; the command does in two lines
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -165,59 +220,50 @@ def _engine(ranks: int, restarts: int, store: str, run: str) -> int:
         run_id=f"voxelscale-{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=restarts,
+        max_restarts=most,
     )
-    rank = [sys.executable, "-m", "voxelscale.train.launch", "rank", store, run]
+    rank = [sys.executable, "-m", "voxelscale.train.launch", "rank", str(os.getpid()), store, run]
     try:
         elastic_launch(config, rank[0])(*rank[1:])
-    except ChildFailedError:
+    except ChildFailedError as error:
+        number, failed = min(
+            error.failures.items(), key=lambda f: (f[1].exitcode in (LOST, FAULTY), f[1].timestamp)
+        )
+        how = f"rank {number} {_end_of(failed.exitcode)}{f', after {most} restarts' if most else ''}"
+        leave_fault(fault_path(Path(run)), VoxelscaleError(f"{run}: {how}", GO_ON))
         return 1
+    except SignalException:
+        return 0  # the ranks were asked to save and stop
     return 0
+
+
+def _end_of(code: int) -> str:
+    if code >= 0:
+        return f"failed with exit code {code}, see above"
+    name = signal.Signals(-code).name
+    return f"was killed by {name}" + (" (too little memory?)" if name == "SIGKILL" else "")
 
 
 def _rank(store: str, run: str) -> int:
-    """One rank. What a person must mend is left in the run's folder, for the command to tell once.
+    """One rank. What a person must mend is left for the command to tell once.
 
-    It ends as if all were well: what no restart can mend must not be restarted.
+    Started again after that it ends as if all were well, and with it the engine.
     """
-    from voxelscale.train.loop import train
-
-    _end_with_parent()
     console.set_verbosity(int(os.environ.get("VOXELSCALE_VERBOSITY", "1")))
-    if (Path(run) / FAULT_FILE).exists():
+    fault = fault_path(Path(run))
+    if fault.exists():
         return 0
     try:
-        train(from_dict(to_dict(load(Path(run) / "config.yaml"))), Path(store), Path(run))
+        config = from_dict(to_dict(load(Path(run) / "config.yaml")))
+        _train_as_rank(config, Path(store), Path(run))
     except VoxelscaleError as error:
-        _leave_fault(Path(run), error)
+        leave_fault(fault, error)
+        return FAULTY
     return 0
 
 
-def _leave_fault(run: Path, error: VoxelscaleError) -> None:
-    """The first rank's counts; the others may only have lost their peer."""
-    words = json.dumps({"message": error.message, "hint": error.hint})
-    try:
-        with (run / FAULT_FILE).open("x", encoding="utf-8") as handle:
-            handle.write(words)
-    except FileExistsError:
-        return
-    except OSError:
-        # The very disk is at fault: the log is all that is left.
-        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr, flush=True)
-
-
-def _read_fault(run: Path) -> VoxelscaleError | None:
-    try:
-        words = json.loads((run / FAULT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    (run / FAULT_FILE).unlink(missing_ok=True)
-    return VoxelscaleError(words["message"], words["hint"])
-
-
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     """End when the process that started this one is gone: a killed command leaves no ranks behind."""
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -228,7 +274,8 @@ def _end_with_parent() -> None:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    role, *rest = arguments
+    role, parent, *rest = arguments
+    _end_with(int(parent))
     if role == "engine":
         return _engine(int(rest[0]), int(rest[1]), rest[2], rest[3])
     return _rank(rest[0], rest[1])

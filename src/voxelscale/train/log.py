@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from voxelscale import __version__
+from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 
 if TYPE_CHECKING:
@@ -22,31 +26,57 @@ class RunLog:
     """Appends events to ``metrics.jsonl`` and mirrors their numbers to TensorBoard.
 
     A run that goes on from a checkpoint first drops the events after it: they will come again.
+
+    Args:
+        run: its folder.
+        seen: samples trained on.
+        validated: samples after which the last validation was taken that the checkpoint knows of.
+
+    Raises:
+        VoxelscaleError: by every method, where the disk is full.
     """
 
-    def __init__(self, run: Path, seen: int) -> None:
+    def __init__(self, run: Path, seen: int, validated: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = run / "metrics.jsonl"
-        kept = [event for event in read_events(run) if event["samples"] <= seen]
+        last = {"validation": validated}
+        kept = [event for event in read_events(run) if event["samples"] <= last.get(event["event"], seen)]
         write_atomic(self._path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=seen + 1)
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
 
     def write(self, event: str, /, **numbers: float | str) -> None:
         """One event; `numbers` must hold ``samples``, and may hold words, which only the file gets."""
         line = {"event": event, **numbers}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in numbers.items():
-            if name not in ("samples", "step") and not isinstance(value, str):
-                self._board.add_scalar(f"{event}/{name}", value, int(numbers["samples"]))
+        with self._told():
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            for name, value in numbers.items():
+                if name not in ("samples", "step") and not isinstance(value, str):
+                    self._board.add_scalar(f"{event}/{name}", value, int(numbers["samples"]))
 
     def close(self) -> None:
         """Put everything on disk."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._board.close()
+        threading.excepthook = self._hook
+        with self._told(), self._file:
+            os.fsync(self._file.fileno())
+            self._board.close()
+
+    def _thread_failed(self, told: threading.ExceptHookArgs) -> None:
+        # TensorBoard's thread would print a traceback; the next event or `close` raises it anyway.
+        ours = type(told.thread).__module__.startswith("tensorboard")
+        if not (ours and isinstance(told.exc_value, OSError)):
+            self._hook(told)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            hint = "free some space; the same command goes on from the last checkpoint"
+            raise VoxelscaleError(f"{self._path}: cannot be written ({error.strerror})", hint) from None
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:

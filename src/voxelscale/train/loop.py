@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from voxelscale.device import choose_precision
 from voxelscale.model.build import build_model
 from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.predict.bundle import Bundle, write_bundle
+from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.distributed import Workers, join
 from voxelscale.train.engine import Engine, Result
 from voxelscale.train.recipes import resolve
@@ -43,7 +44,11 @@ def train(config: Config, store_path: Path, run: Path) -> Result:
     Raises:
         VoxelscaleError: the store, a checkpoint or the config is unfit, or the loss is not finite.
     """
-    with joined(config) as (workers, config, batch_size), stop_signals() as asked:
+    with (
+        joined(config) as (workers, config, batch_size),
+        alone_in(run) if workers.rank == 0 else nullcontext(),
+        stop_signals(tell=workers.ranks == 1) as asked,
+    ):
         task = patch_task(config, open_store(store_path), run, workers.device)
         return Engine(task, config, run, workers, batch_size).go(asked)
 
@@ -124,8 +129,12 @@ def _write_bundle(
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within it SIGINT and SIGTERM only set a flag; a second one stops at once."""
+def stop_signals(tell: bool = True) -> Iterator[Callable[[], bool]]:
+    """Within it SIGINT and SIGTERM only set a flag; a second one stops at once.
+
+    Args:
+        tell: whether to say so; one of several ranks gets SIGTERM also when it is to be started again.
+    """
     asked = False
 
     def handle(number: int, frame: Any) -> None:
@@ -133,7 +142,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        notice("\nstopping after this step; once more to stop at once")
+        if tell:
+            notice("\nstopping after this step; once more to stop at once")
 
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

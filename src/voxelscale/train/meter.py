@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,10 @@ class Meter:
         )
         self._loss, self._measure, self._steps = self._loss + loss, self._measure + measure, self._steps + 1
         return self.word
+
+    def fulfil(self) -> None:
+        """Take back the wishes, now met, for a checkpoint and for the end of a validation."""
+        self.word = replace(self.word, save=False, ready=False)
 
     def read(self) -> dict[str, float]:
         """Means and speed since `restart`."""

@@ -1,21 +1,46 @@
-"""Named settings for large global batches."""
+"""Named settings for large global batches, chosen by experiment (docs/benchmarks.md)."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from voxelscale.config import Config
+from voxelscale.config import Config, OptimConfig
 
 LARGE_FROM = 8
-"""Workers from which ``recipe=auto`` takes ``large_batch``: up to there the finding is that one worker's
-settings keep their Dice."""
+"""Workers from which ``recipe=auto`` takes ``large_batch``: below, one worker's settings keep their Dice."""
+
+GROW_FROM, GROW_SHARE = 4, 0.4
+"""``large_batch`` begins with this many reference batches an update and grows over this share of the budget."""
+
+WARMUP, SECOND_MOMENT = 0.1, 0.95
+"""Its warm-up, and its decay of AdamW's second moment: with few updates a longer memory is not filled."""
 
 
 def resolve(config: Config, workers: int) -> tuple[Config, str]:
-    """The config with its recipe applied, and what to tell about it ("" where there is none)."""
-    recipe = config.train.recipe
+    """The config with its recipe applied for so many workers, and what to tell of it ("" of none).
+
+    ``large_batch``: the rate grows with the square root of the global batch (Malladi et al. 2022), a
+    longer warm-up, a shorter second moment, and a global batch that grows from a few reference batches to
+    that of all workers (Smith et al. 2018): the first updates need many steps, not many samples. The
+    optimiser and its rate at `optim.reference_batch` stay as they are configured.
+    """
+    recipe, told = config.train.recipe, ""
     if recipe == "auto":
         recipe = "large_batch" if workers >= LARGE_FROM else "none"
-    if recipe == "none":
-        return replace(config, train=replace(config.train, recipe="none")), ""
-    return config, ""
+        told = f"recipe auto: {recipe} for {workers} workers"
+    if recipe == "large_batch":
+        config = replace(config, optim=_large_batch(config))
+        told = told or f"recipe large_batch for {workers} workers"
+    return replace(config, train=replace(config.train, recipe="none")), told
+
+
+def _large_batch(config: Config) -> OptimConfig:
+    optim = config.optim
+    return replace(
+        optim,
+        scaling="sqrt",
+        warmup=max(optim.warmup, WARMUP),
+        betas=(optim.betas[0], min(optim.betas[1], SECOND_MOMENT)),
+        grow_from=GROW_FROM * optim.reference_batch,
+        grow_share=GROW_SHARE,
+    )

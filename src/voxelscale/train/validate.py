@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -29,16 +30,22 @@ class Validation:
         state: where the run stood when the copy was taken.
         scoring: what judges it.
         share: this rank's rows and the seconds they took, once they are there.
+        unwanted: set where nobody waits for it any more.
     """
 
     model: nn.Module
     state: State
     scoring: Scoring
     share: Future[tuple[Table, float]]
+    unwanted: threading.Event
 
     def ready(self) -> bool:
         """Whether this rank's share is done."""
         return self.share.done()
+
+    def cancel(self) -> None:
+        """End the thread at its next window: a process that ends waits for its threads."""
+        self.unwanted.set()
 
     def figures(self, workers: Workers) -> dict[str, float]:
         """Wait, and add the shares of all ranks; every rank must call it."""
@@ -57,16 +64,24 @@ def start_validation(
     if (scoring := task.scoring) is None:
         return None
 
+    unwanted = threading.Event()
+
+    def look_up(*_: object) -> None:
+        if unwanted.is_set():
+            raise CancelledError
+
     def work() -> tuple[Table, float]:
         started = time.monotonic()
+        hook = model.register_forward_pre_hook(look_up)
         recalibrate(model, task.source, task.collate, samples, precision)
         table = scoring.score(model, workers.rank, workers.ranks)
+        hook.remove()
         return table, time.monotonic() - started
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="validation")
     share = pool.submit(work)
     pool.shutdown(wait=False)
-    return Validation(model=model, state=state, scoring=scoring, share=share)
+    return Validation(model=model, state=state, scoring=scoring, share=share, unwanted=unwanted)
 
 
 @dataclass(frozen=True, kw_only=True)

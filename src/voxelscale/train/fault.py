@@ -1,0 +1,70 @@
+"""A rank that fails: a person is told once, however many ranks and restarts there are.
+
+The first rank with a fault that a person must mend leaves it in a file. The others, which have only
+lost a peer, end without a word, and ranks that are started again find the file and end at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from voxelscale.errors import VoxelscaleError
+
+FAULT_FILE = "fault.json"
+FAULTY, LOST = 2, 3
+"""Exit codes of a rank: there is a fault to mend; a peer was lost."""
+
+_PLACE = "VOXELSCALE_FAULT_FILE"
+
+
+def fault_path(run: Path) -> Path:
+    """Where the fault is left: in the run's folder, unless the command that starts the ranks said where.
+
+    It names a place off the run's disk, which may be what is full.
+    """
+    return Path(os.environ.get(_PLACE) or run / FAULT_FILE)
+
+
+def told_at(path: Path) -> dict[str, str]:
+    """What the environment of ranks must hold so that they leave their fault at `path`."""
+    return {_PLACE: str(path)}
+
+
+def leave_fault(path: Path, error: VoxelscaleError) -> bool:
+    """Whether this rank was the first."""
+    words = json.dumps({"message": error.message, "hint": error.hint})
+    try:
+        with path.open("x", encoding="utf-8") as handle:
+            handle.write(words)
+    except FileExistsError:
+        return False
+    except OSError:
+        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr, flush=True)
+        path.unlink(missing_ok=True)
+    return True
+
+
+def read_fault(path: Path) -> VoxelscaleError | None:
+    """What was left there, if anything was."""
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))
+        return VoxelscaleError(words["message"], words["hint"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def restarts() -> int:
+    """How often torchrun's engine has started this rank again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone, as Gloo, NCCL and the store put it."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )

@@ -1,0 +1,361 @@
+"""What goes wrong around a training: each is told in two lines, and nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.train.runs import (
+    apart,
+    begin,
+    command,
+    final_weights,
+    finish,
+    identical,
+    seen_in,
+    told,
+    two_ranks,
+    with_train,
+)
+from voxelscale.config import Config
+from voxelscale.data.augment import Normalisation
+from voxelscale.data.store import Reader, Store, case_path
+from voxelscale.errors import VoxelscaleError
+from voxelscale.model.build import build_model
+from voxelscale.predict.bundle import load_untrusted
+from voxelscale.train import checkpoint
+from voxelscale.train.checkpoint import alone_in
+from voxelscale.train.distributed import Workers
+from voxelscale.train.engine import Engine, Result
+from voxelscale.train.launch import start
+from voxelscale.train.log import read_events
+from voxelscale.train.task import Table, Task
+from voxelscale.train.validate import ScanScoring
+
+SAMPLES = 240
+
+
+class Numbers:
+    """Samples of four numbers; the one at `bad` is not finite."""
+
+    def __init__(self, bad: int = -1) -> None:
+        self.bad = bad
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        numbers = torch.randn(4, generator=torch.Generator().manual_seed(index))
+        return index, numbers * (torch.nan if index == self.bad else 1)
+
+
+@dataclass
+class Judge:
+    """Scores the greater the later; `failing` times it fails instead."""
+
+    failing: int = 0
+    metric: str = "score"
+    calls: list[int] = field(default_factory=list)
+
+    def score(self, model: nn.Module, rank: int, ranks: int) -> Table:
+        self.calls.append(rank)
+        model(torch.zeros(1, 4))
+        if self.failing:
+            self.failing -= 1
+            raise VoxelscaleError("the judge fails", "ask again")
+        return [[float(next(model.parameters()).double().norm())]]
+
+    def summary(self, table: Table) -> dict[str, float]:
+        return {"score": table[0][0]}
+
+
+def collate(samples: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    inputs = torch.stack([numbers for _, numbers in samples])
+    return inputs, inputs.sum(1, keepdim=True)
+
+
+def toy(bad: int = -1, judge: Judge | None = None, keep: Any = None) -> Task:
+    torch.manual_seed(0)
+    return Task(
+        model=nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)),
+        loss=nn.functional.mse_loss,
+        source=Numbers(bad),
+        collate=collate,
+        describe=lambda sample: f"sample {sample[0]} (case {sample[0] % 3})",
+        scoring=judge,
+        keep=keep,
+    )
+
+
+def go(task: Task, tiny: Config, run: Path, **train: Any) -> Result:
+    config = with_train(tiny, **{"samples": 40, "checkpoint_every": 8, "keep": 2, **train})
+    with alone_in(run):
+        workers = Workers(rank=0, ranks=1, virtual=1, device=torch.device("cpu"))
+        return Engine(task, config, run, workers, 2).go(lambda: False)
+
+
+def test_a_sample_that_is_not_finite_stops_the_run_and_is_named(tiny: Config, tmp_path: Path) -> None:
+    with pytest.raises(VoxelscaleError, match=r"not finite at sample 21 \(case 0\)$"):
+        go(toy(bad=21), tiny, tmp_path / "run")
+    assert seen_in(tmp_path / "run")[-1] == 16
+    go(toy(), tiny, tmp_path / "run")
+    go(toy(), tiny, tmp_path / "whole")
+    assert identical(final_weights(tmp_path / "run"), final_weights(tmp_path / "whole"))
+
+
+def test_a_sample_that_is_not_finite_is_skipped(tiny: Config, tmp_path: Path) -> None:
+    assert go(toy(bad=21), tiny, tmp_path, not_finite="skip").finished
+    skipped = [e for e in read_events(tmp_path) if e["event"] == "skipped"]
+    assert [(e["samples"], e["where"]) for e in skipped] == [(22, "sample 21 (case 0)")]
+    assert all(bool(w.isfinite().all()) for w in final_weights(tmp_path).values())
+
+
+@pytest.mark.parametrize("not_finite", ["stop", "skip"])
+def test_no_checkpoint_holds_weights_that_are_not_finite(
+    tiny: Config, tmp_path: Path, not_finite: str
+) -> None:
+    """With infinite gradients in the last step the loss is still finite."""
+    task = toy()
+    task.model[2].weight.register_hook(lambda g: g * (torch.inf if counted() == 4 else 1))  # type: ignore[index]
+    steps = iter(range(100))
+
+    def counted() -> int:
+        return next(steps) + 1
+
+    if not_finite == "skip":
+        go(task, tiny, tmp_path, not_finite=not_finite)
+    else:
+        with pytest.raises(VoxelscaleError, match="weights are not finite after 8 samples"):
+            go(task, tiny, tmp_path, not_finite=not_finite)
+        assert not seen_in(tmp_path)
+
+
+def test_checkpoints_by_the_clock(tiny: Config, tmp_path: Path) -> None:
+    go(toy(), tiny, tmp_path / "no", checkpoint_every=1000, checkpoint_seconds=0.0)
+    assert seen_in(tmp_path / "no") == [40]
+    go(toy(), tiny, tmp_path / "run", checkpoint_every=1000, checkpoint_seconds=1e-9, keep=3)
+    assert seen_in(tmp_path / "run") == [36, 38, 40]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(tiny: Config, tmp_path: Path) -> None:
+    judge = Judge()
+    scores = iter([0.1, 0.9, 0.3, 0.2, 0.1])
+    judge.summary = lambda table: {"score": next(scores)}  # type: ignore[method-assign]
+    assert go(toy(judge=judge), tiny, tmp_path, validate_every=8).best == 0.9
+    assert seen_in(tmp_path) == [32, 40]
+    best = load_untrusted(tmp_path / "checkpoints" / "best.ckpt")
+    assert best["state"]["seen"] == 16
+
+
+def test_a_lost_validation_is_made_up_for(tiny: Config, tmp_path: Path) -> None:
+    go(toy(judge=Judge()), tiny, tmp_path / "whole", validate_every=16)
+    with pytest.raises(VoxelscaleError, match="the judge fails"):
+        go(toy(judge=Judge(failing=1)), tiny, tmp_path / "run", validate_every=16)
+    assert seen_in(tmp_path / "run")[-1] == 16
+
+    def full(model: nn.Module, facts: dict[str, Any]) -> None:
+        raise VoxelscaleError("no space for the model", "free some")
+
+    with pytest.raises(VoxelscaleError, match="no space"):  # after it was written to the log
+        go(toy(judge=Judge(), keep=full), tiny, tmp_path / "run", validate_every=16)
+    go(toy(judge=Judge()), tiny, tmp_path / "run", validate_every=16)
+    assert judged(tmp_path / "run") == judged(tmp_path / "whole")
+    assert [samples for samples, _ in judged(tmp_path / "run")] == [16, 32, 40]
+
+
+def judged(run: Path) -> list[tuple[int, float]]:
+    return [(e["samples"], e["score"]) for e in read_events(run) if e["event"] == "validation"]
+
+
+def test_two_ranks_judge_each_case_once(tiny: Config, store: Store) -> None:
+    scoring = ScanScoring(
+        store=store,
+        cases=store.cases,
+        config=tiny,
+        normalise=Normalisation.of_fingerprint(store.fingerprint["lesion_hu"]),
+        device=torch.device("cpu"),
+        precision=torch.float32,
+    )
+    model = build_model(tiny.model, tiny.data.patch_size, store.spacing).eval()
+    with torch.no_grad():
+        alone, first, second = (scoring.score(model, *place) for place in ((0, 1), (0, 2), (1, 2)))
+    assert [any(row) for row in first] == [number % 2 == 0 for number in range(len(store.cases))]
+    assert [any(row) for row in second] == [number % 2 == 1 for number in range(len(store.cases))]
+    assert alone == [[x + y for x, y in zip(a, b, strict=True)] for a, b in zip(first, second, strict=True)]
+
+
+def test_no_whole_checkpoint_is_told_and_the_best_is_the_last_resort(tiny: Config, tmp_path: Path) -> None:
+    go(toy(judge=Judge()), tiny, tmp_path)
+    folder = tmp_path / "checkpoints"
+    best = (folder / "best.ckpt").read_bytes()
+    for path in folder.glob("*.ckpt"):
+        path.unlink()
+        path.write_bytes(best[:-10])
+    files = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(VoxelscaleError, match="no checkpoint in it is whole"):
+        go(toy(judge=Judge()), tiny, tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == files
+    (folder / "best.ckpt").write_bytes(best)
+    go(toy(judge=Judge()), tiny, tmp_path)
+    assert len(list(folder.glob("*.damaged"))) == len(files) - 1
+
+
+def test_a_checkpoint_of_another_network_is_refused(tiny: Config, store: Store, tmp_path: Path) -> None:
+    config = with_train(tiny, samples=8)
+    assert start(config, store.path, tmp_path / "run")
+    other = replace(config, model=replace(config.model, filters=6))
+    shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "other" / "checkpoints")
+    (tmp_path / "other" / "config.yaml").write_text("model: {filters: 6}")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "other" / "checkpoints").iterdir()}
+    with pytest.raises(VoxelscaleError, match="is of another network"):
+        go_on_as(other, store, tmp_path / "other")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "other" / "checkpoints").iterdir()} == before
+
+
+def go_on_as(config: Config, store: Store, run: Path) -> None:
+    from voxelscale.train.loop import train
+
+    train(config, store.path, run)
+
+
+def test_a_folder_that_cannot_be_written(tiny: Config, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(VoxelscaleError, match="cannot be written"):
+        start(tiny, store.path, tmp_path / "file" / "run")
+
+
+def test_two_trainings_in_one_folder(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.3)
+    with alone_in(tmp_path), pytest.raises(VoxelscaleError, match="another training goes on"):
+        go(toy(), tiny, tmp_path)
+    (tmp_path / "checkpoints" / ".samples.9.part").touch()
+    go(toy(), tiny, tmp_path)
+    assert not list(tmp_path.rglob(".*.part"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "none", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk is not permitted")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def config(tiny: Config) -> Config:
+    return with_train(tiny, samples=SAMPLES, checkpoint_every=8, keep=3)
+
+
+@pytest.fixture(scope="module")
+def whole_two(config: Config, store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The weights of two workers that nobody disturbed."""
+    run = tmp_path_factory.mktemp("whole_two") / "run"
+    two = replace(config, train=replace(config.train, virtual_workers=2, batch_size=1))
+    assert start(two, store.path, run)
+    return final_weights(run)
+
+
+def fill(path: Path) -> None:
+    """Write until nothing more fits."""
+    with path.open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk(
+    config: Config, store: Store, small_disk: Path, whole_two: dict[str, Tensor], ranks: int
+) -> None:
+    run = small_disk / "run"
+    arguments = two_ranks(config, store, run, ranks=ranks, virtual_workers=2 // ranks)
+    process = begin(arguments, run, 16)
+    fill(small_disk / "filler")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert "cannot be written (No space left on device)" in told(errors)[0]
+    assert seen_in(run)[-1] < SAMPLES
+    (small_disk / "filler").unlink()
+    finish(arguments)
+    assert apart(final_weights(run), whole_two) <= 1e-5
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_scan_that_turns_unreadable(
+    config: Config, store: Store, tmp_path: Path, whole_two: dict[str, Tensor], ranks: int
+) -> None:
+    run, copy = tmp_path / "run", tmp_path / "store"
+    shutil.copytree(store.path, copy)
+    arguments = two_ranks(config, copy, run, ranks=ranks, virtual_workers=2 // ranks)
+    process = begin(arguments, run, 16)
+    path = case_path(copy, store.split("train")[0].case)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert f"{path}: damaged" in told(errors)[0]
+    path.write_bytes(content)
+    finish(arguments)
+    assert apart(final_weights(run), whole_two) <= 1e-5
+
+
+def test_reading_a_damaged_case_names_it(store: Store, tmp_path: Path) -> None:
+    shutil.copytree(store.path, tmp_path / "store")
+    info = store.cases[0]
+    path, reader = case_path(tmp_path / "store", info.case), Reader(tmp_path / "store")
+    assert reader.region(info.case, (0, 0, 0), info.shape).shape == (2, *info.shape)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    for start_at in ((0, 0, 0), (-2, 0, 0)):
+        with pytest.raises(VoxelscaleError, match=f"{info.case}.b2nd: damaged"):
+            reader.region(info.case, start_at, info.shape)
+    path.write_bytes(content)
+    assert reader.region(info.case, (0, 0, 0), info.shape).shape == (2, *info.shape)
+
+
+def test_a_loss_that_is_not_finite_with_two_ranks(config: Config, store: Store, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    wild = replace(config, optim=replace(config.optim, name="sgd", lr=1e30, warmup=0.0, clip=0.0))
+    arguments = two_ranks(with_train(wild, "none"), store, run)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    error, _ = told(done.stderr)
+    assert "the training diverged: the loss is not finite at sample" in error
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_fault_is_told_once(tiny: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ours = command(tiny, tmp_path / "no_store", run)
+    engine = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    done = subprocess.run([*engine, "--no-python", *ours], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert done.stderr.count("no_store/dataset.json: not there") == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_killed_rank_is_started_again(
+    config: Config, store: Store, tmp_path: Path, whole_two: dict[str, Tensor]
+) -> None:
+    run = tmp_path / "run"
+    ours = two_ranks(config, store, run)
+    engine = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    process = begin([*engine, "--no-python", *ours], run, 16)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "a rank was lost" in errors
+    assert apart(final_weights(run), whole_two) <= 1e-5
