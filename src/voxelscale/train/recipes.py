@@ -7,10 +7,10 @@ from dataclasses import replace
 from voxelscale.config import Config, OptimConfig
 
 LARGE_FROM = 8
-"""Workers from which ``recipe=auto`` takes ``large_batch``: below, one worker's settings keep their Dice."""
+"""Workers from which ``recipe=auto`` takes ``large_batch``: below, those of one worker keep their Dice."""
 
 GROW_FROM, GROW_SHARE = 4, 0.4
-"""``large_batch`` begins with this many reference batches an update and grows over this share of the budget."""
+"""``large_batch`` begins with so many reference batches an update and grows over this share of the run."""
 
 WARMUP, SECOND_MOMENT = 0.1, 0.95
 """Its warm-up, and its decay of AdamW's second moment: with few updates a longer memory is not filled."""
