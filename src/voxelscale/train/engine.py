@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from voxelscale.config import Config
 from voxelscale.console import Progress, notice
 from voxelscale.data.patches import read_ahead, worker_indices
+from voxelscale.data.randomness import generator
 from voxelscale.device import choose_precision, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
@@ -37,6 +38,9 @@ from voxelscale.train.validate import Validation, start_validation
 
 LOG_LINES = 200
 """Training events a run writes to ``metrics.jsonl``, about."""
+
+LAYERS = 3
+"""The stream of a sample's generator (see `voxelscale.data.patches`) that random layers draw from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +131,7 @@ class Engine:
         if self._validation_missed(total):
             self._begin_validation()
         quiet = contextlib.nullcontext()
-        with Progress("train", total, done=self.state.seen) if self.log else quiet as progress:
+        with Progress("train", total, done=self.state.seen) if self.chief else quiet as progress:
             for step, batches in zip(steps, self._batches(steps), strict=False):
                 self._step(step, batches)
                 seen, seconds = (step + 1) * self.global_batch, time.monotonic() - began
@@ -177,6 +181,7 @@ class Engine:
         losses = []
         for worker, batch in enumerate(batches):
             self.buffers.begin_worker()
+            _seed_layers(self.config.train.seed, seen + self.workers.mine[worker])
             with held_back(self.wrapped, worker < len(batches) - 1):
                 loss, measure = self._forward(batch)
                 (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
@@ -216,8 +221,9 @@ class Engine:
 
     def _tell_skipped(self, step: int) -> None:
         names = self._not_finite_samples(1)
-        if self.log:
+        if self.chief:
             notice(f"warning: update {step} left out: not finite at {names}", level=0)
+        if self.log:
             seen = (step + 1) * self.global_batch
             self.log.write("skipped", step=step, samples=seen, where=names)
 
@@ -273,11 +279,11 @@ class Engine:
         return seen > 0 and self.state.validated < seen and self._validation_due(seen, total)
 
     def _report(self, step: int, progress: Any, last: bool) -> None:
-        if self.log is None:
+        if not self.chief:
             return
         numbers = self.meter.read(self.global_batch)
         dice = "" if math.isnan(numbers["dice"]) else f"  Dice {numbers['dice']:.3f}"
-        best = f"  val {self.state.best:.3f}" if self.state.best >= 0 else ""
+        best = f"  val {self.state.best:.3f}" if self.state.validated else ""
         note = (
             f"loss {numbers['loss']:.3f}{dice}{best}  "
             f"{numbers['samples_per_second']:.1f} samples/s  input wait {100 * numbers['input_wait']:.1f} %"
@@ -288,7 +294,9 @@ class Engine:
         if last or self._due(every, seen, seen + 1):
             rate = self.trained.optimizer.param_groups[0]["lr"]
             finite = {k: v for k, v in numbers.items() if not math.isnan(v)}
-            self.log.write("train", step=step, samples=seen, lr=rate, seconds=self.state.seconds, **finite)
+            facts = {"samples": seen, "lr": rate, "seconds": self.state.seconds, **finite}
+            if self.log:
+                self.log.write("train", step=step, **facts)
             self.meter.restart()
 
     def _begin_validation(self) -> None:
@@ -307,8 +315,10 @@ class Engine:
             return
         figures = pending.figures(self.workers)
         score = figures[pending.scoring.metric]
-        better, at = score > self.state.best, pending.state
-        self.state = replace(self.state, validated=at.seen, best=max(score, self.state.best))
+        at, first = pending.state, not self.state.validated  # a first score may be of any sign
+        better = first or score > self.state.best
+        best = score if better else self.state.best
+        self.state = replace(self.state, validated=at.seen, best=best)
         if self.log:
             self.log.write(
                 "validation",
@@ -350,6 +360,11 @@ class Engine:
 
     def _stop_file(self) -> bool:
         return self.run is not None and (self.run / STOP_FILE).exists()
+
+
+def _seed_layers(seed: int, index: int) -> None:
+    """Dropout and its like follow the sample clock, too: the same for real, virtual and resumed workers."""
+    torch.manual_seed(int(generator(seed, index, LAYERS).integers(2**63)))
 
 
 def _finite(inputs: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,21 +44,27 @@ def train(config: Config, store_path: Path, run: Path) -> Result:
     Raises:
         VoxelscaleError: the store, a checkpoint or the config is unfit, or the loss is not finite.
     """
-    with joined(config) as (workers, config, batch_size), stop_signals() as asked:
+    whole = config.model.norm == "sync_batch"
+    with joined(config, whole) as (workers, config, batch_size), stop_signals() as asked:
         task = patch_task(config, open_store(store_path), run, workers.device)
         return Engine(task, config, run, workers, batch_size).go(asked)
 
 
 @contextmanager
-def joined(config: Config) -> Iterator[tuple[Workers, Config, int]]:
-    """Take part in the training: who does, the config with its recipe applied, and a worker's batch."""
+def joined(config: Config, whole: bool) -> Iterator[tuple[Workers, Config, int]]:
+    """Take part in the training: who does, the config with its recipe applied, and a worker's batch.
+
+    Args:
+        config: of the run.
+        whole: whether batch norm's statistics are the global batch's.
+    """
     virtual, batch_size = config.train.virtual_workers, config.train.batch_size
     with join(virtual, config.train.threads) as workers:
         config, words = resolve(config, workers.world)
         if workers.rank == 0 and words:
             notice(words)
-        if config.model.norm == "sync_batch":
-            # Its statistics are the global batch's, so a rank's virtual workers must be seen at once.
+        if whole:
+            # A rank's virtual workers must be seen at once.
             workers, batch_size = replace(workers, virtual=1), batch_size * virtual
         yield workers, config, batch_size
 
@@ -124,7 +131,13 @@ def _write_bundle(
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within it SIGINT and SIGTERM only set a flag; a second one stops at once."""
+    """Within it SIGINT and SIGTERM only set a flag; a second one stops at once.
+
+    In other threads than the main one, which Python gives no signals, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     asked = False
 
     def handle(number: int, frame: Any) -> None:
