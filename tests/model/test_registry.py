@@ -48,7 +48,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(name: str) -> torch.nn.Module:
-    return build_model(ModelConfig(name=name), (16, 16, 16), (1.0, 1.0, 1.0))
+    return build_model(ModelConfig(name=name), (64, 64, 64), (1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize("name", ["one_kernel", "tiny-nets", "tiny-nets:one_kernel"])
