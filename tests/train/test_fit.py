@@ -38,7 +38,7 @@ def network(dropout: float = 0.5) -> nn.Module:
 
 def draw(index: int) -> tuple[Any, Any]:
     x = np.random.default_rng(index).standard_normal(4).astype(np.float32)
-    return x, np.float32([x[0] - 2 * x[1]])
+    return x, np.array([x[0] - 2 * x[1]], np.float32)
 
 
 class Endless:
