@@ -122,8 +122,8 @@ class AugmentConfig:
 class ModelConfig:
     """The network."""
 
-    name: Literal["unet"] = "unet"
-    """Which registered network."""
+    name: str = "unet"
+    """unet, or a network that an installed package registers (entry points ``voxelscale.models``)."""
     dims: Literal[2, 3] = 3
     """2: slices; 3: volumes."""
     depth: int = 4

@@ -30,7 +30,7 @@ def test_gradients_of_rows_norm(samples: bool, groups: int, slope: float, size: 
     weight, bias = (torch.rand(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def normalise(*args: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = room._RowsNorm.apply(*args, samples, groups, slope, 1e-5)[0]
+        result: torch.Tensor = room._RowsNorm.apply(*args, samples, groups, slope, 1e-5)[0]  # type: ignore[no-untyped-call]
         return result
 
     assert torch.autograd.gradcheck(normalise, (x, weight, bias))
@@ -54,7 +54,7 @@ def test_rows_norm_is_pytorchs(name: str, dtype: torch.dtype, tolerance: float) 
     gradient = channels_last(3, 8, 5, 6, 7).to(dtype)
     mine, reference = x.clone().requires_grad_(), x.float().requires_grad_()
     ours(mine, 0.01).backward(gradient)
-    F.leaky_relu(theirs(reference), 0.01).backward(gradient.float())
+    F.leaky_relu(theirs(reference), 0.01).backward(gradient.float())  # type: ignore[no-untyped-call]
     with torch.no_grad():
         pairs = [(ours(x, 0.01), F.leaky_relu(theirs(x.float()), 0.01)), (mine.grad, reference.grad)]
     pairs += [(p.grad, q.grad) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)]

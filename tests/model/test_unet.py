@@ -152,7 +152,7 @@ def test_a_small_float32_map_is_convolved_in_halves(size: tuple[int, ...]) -> No
     weight, bias = conv.weight.detach().double(), conv.bias.detach().double()  # type: ignore[union-attr]
     wanted = nn.functional.conv3d(reference, weight, bias, padding=1)
     y.square().sum().backward()
-    wanted.square().sum().backward()
+    wanted.square().sum().backward()  # type: ignore[no-untyped-call]
     assert mine.grad is not None
     assert reference.grad is not None
     assert torch.allclose(y.double(), wanted, atol=1e-5)

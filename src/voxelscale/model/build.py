@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from voxelscale.config import ModelConfig
 from voxelscale.errors import VoxelscaleError
+from voxelscale.model import registry
 from voxelscale.model.unet import UNet, plan_pooling
 
 
 def build_model(config: ModelConfig, patch_size: Sequence[int], spacing: Sequence[float]) -> nn.Module:
     """The untrained network for patches of `patch_size` voxels (z, y, x) at `spacing` mm.
 
+    `config.name` is ``unet`` or a network that an installed package has registered (see
+    `voxelscale.model.registry`); a name that none has registered is refused and never imported, so that
+    a config from an untrusted bundle can choose among installed networks only.
+
     Raises:
-        VoxelscaleError: the patch is too small for the depth.
+        VoxelscaleError: the patch is too small for the depth; no network has that name, or its package
+            is at fault.
     """
-    return _REGISTRY[config.name](config, patch_size, spacing)
+    if config.name == "unet":
+        return _unet(config, patch_size, spacing)
+    model = registry.load(config.name)(config, patch_size, spacing)
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        hint = "let its function return a torch.nn.Module"
+        raise VoxelscaleError(f"model.name {config.name}: made a {kind}, not a network", hint)
+    return model
 
 
 def _unet(config: ModelConfig, patch_size: Sequence[int], spacing: Sequence[float]) -> nn.Module:
@@ -39,6 +52,3 @@ def _unet(config: ModelConfig, patch_size: Sequence[int], spacing: Sequence[floa
         residual=config.residual,
         pools=pools,
     )
-
-
-_REGISTRY: dict[str, Callable[[ModelConfig, Sequence[int], Sequence[float]], nn.Module]] = {"unet": _unet}

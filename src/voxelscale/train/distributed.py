@@ -53,7 +53,8 @@ class Workers:
 def join(virtual: int, threads: int) -> Iterator[Workers]:
     """Take part as the environment says: torchrun's variables, or alone.
 
-    NCCL with one GPU a rank where there are GPUs, else Gloo.
+    NCCL with one GPU a rank where there are GPUs, else Gloo. A process group that is there already is
+    used, and left.
 
     Args:
         virtual: virtual workers per rank.
@@ -67,7 +68,7 @@ def join(virtual: int, threads: int) -> Iterator[Workers]:
         torch.cuda.set_device(device)
     keep_freed_memory()
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // locals_))
-    grouped = "RANK" in os.environ and ranks > 1
+    grouped = "RANK" in os.environ and ranks > 1 and not dist.is_initialized()
     if grouped:
         store = _store_of_restart() if locals_ == ranks else None
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)

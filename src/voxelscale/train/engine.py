@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from voxelscale.config import Config
 from voxelscale.console import Progress, notice
 from voxelscale.data.patches import read_ahead
+from voxelscale.data.randomness import generator
 from voxelscale.device import choose_precision, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
@@ -38,6 +39,9 @@ from voxelscale.train.validate import Validation, start_validation
 
 LOG_LINES = 200
 """Training events a run writes to ``metrics.jsonl``, about."""
+
+LAYERS = 3
+"""The stream of a sample's generator (see `voxelscale.data.patches`) that random layers draw from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +130,7 @@ class Engine:
         if self._validation_missed():
             self._begin_validation()
         quiet = contextlib.nullcontext()
-        with Progress("train", total, done=self.state.seen) if self.log else quiet as progress:
+        with Progress("train", total, done=self.state.seen) if self.chief else quiet as progress:
             for step in steps:
                 self._step(step, self._batches(step, stream))
                 self.state = replace(self.state, seen=step.end, seconds=time.monotonic() - began)
@@ -155,14 +159,15 @@ class Engine:
         data = self.config.data
         return read_ahead(self.task.source, indices, data.readers, data.prefetch)
 
-    def _batches(self, step: Step, stream: Iterator[list[Any]]) -> list[tuple[list[Any], float]]:
-        """This rank's micro-batches of an update, with their weights."""
+    def _batches(self, step: Step, stream: Iterator[list[Any]]) -> list[tuple[int, list[Any], float]]:
+        """This rank's micro-batches of an update: first index, samples, weight."""
         started = time.monotonic()
-        batches = [(next(stream), weight) for _, weight in step.share(self.workers.mine)]
+        share = step.share(self.workers.mine)
+        batches = [(indices[0], next(stream), weight) for indices, weight in share]
         self.meter.waited += time.monotonic() - started
         return batches
 
-    def _step(self, step: Step, batches: Sequence[tuple[Sequence[Any], float]]) -> None:
+    def _step(self, step: Step, batches: Sequence[tuple[int, Sequence[Any], float]]) -> None:
         """One update: every worker's gradients, averaged, then the optimiser."""
         optim, budget = self.config.optim, self.config.train.samples
         rate = learning_rate(optim, step.first, budget, step.global_batch)
@@ -170,8 +175,9 @@ class Engine:
         self.trained.optimizer.zero_grad(set_to_none=True)
         self.buffers.begin_step()
         losses = []
-        for number, (batch, weight) in enumerate(batches, start=1):
+        for number, (first, batch, weight) in enumerate(batches, start=1):
             self.buffers.begin_worker()
+            _seed_layers(self.config.train.seed, first)
             with held_back(self.wrapped, number < len(batches)):
                 loss, measure = self._forward(batch)
                 (loss * weight).backward()  # type: ignore[no-untyped-call]
@@ -211,8 +217,9 @@ class Engine:
 
     def _tell_skipped(self, step: Step) -> None:
         names = self._not_finite_samples(1)
-        if self.log:
+        if self.chief:
             notice(f"warning: update {step.number} left out: not finite at {names}", level=0)
+        if self.log:
             self.log.write("skipped", step=step.number, samples=step.end, where=names)
 
     def _not_finite_samples(self, steps: int) -> str:
@@ -282,11 +289,11 @@ class Engine:
         return self.task.scoring is not None and seen > validated and due
 
     def _report(self, step: Step, progress: Any, last: bool) -> None:
-        if self.log is None:
+        if not self.chief:
             return
         numbers = self.meter.read()
         dice = "" if math.isnan(numbers["dice"]) else f"  Dice {numbers['dice']:.3f}"
-        best = f"  val {self.state.best:.3f}" if self.state.best >= 0 else ""
+        best = f"  val {self.state.best:.3f}" if self.state.validated else ""
         note = (
             f"loss {numbers['loss']:.3f}{dice}{best}  "
             f"{numbers['samples_per_second']:.1f} samples/s  input wait {100 * numbers['input_wait']:.1f} %"
@@ -297,9 +304,9 @@ class Engine:
         if last or self._due(every, step):
             rate = self.trained.optimizer.param_groups[0]["lr"]
             finite = {k: v for k, v in numbers.items() if math.isfinite(v)}
-            self.log.write(
-                "train", step=step.number, samples=seen, lr=rate, seconds=self.state.seconds, **finite
-            )
+            facts = {"samples": seen, "lr": rate, "seconds": self.state.seconds, **finite}
+            if self.log:
+                self.log.write("train", step=step.number, **facts)
             self.meter.restart()
 
     def _begin_validation(self) -> None:
@@ -318,8 +325,10 @@ class Engine:
             return
         figures = pending.figures(self.workers)
         score = figures[pending.scoring.metric]
-        better, at = score > self.state.best, pending.state
-        self.state = replace(self.state, validated=at.seen, best=score if better else self.state.best)
+        at, first = pending.state, not self.state.validated  # a first score may be of any sign
+        better = first or score > self.state.best
+        best = score if better else self.state.best
+        self.state = replace(self.state, validated=at.seen, best=best)
         if self.log:
             self.log.write(
                 "validation",
@@ -361,6 +370,11 @@ class Engine:
 
     def _stop_file(self) -> bool:
         return self.run is not None and (self.run / STOP_FILE).exists()
+
+
+def _seed_layers(seed: int, index: int) -> None:
+    """Dropout and its like follow the sample clock, too: the same for real, virtual and resumed workers."""
+    torch.manual_seed(int(generator(seed, index, LAYERS).integers(2**63)))
 
 
 def _finite(inputs: Any) -> bool:

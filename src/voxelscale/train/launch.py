@@ -21,6 +21,7 @@ from voxelscale import console
 from voxelscale.config import Config, dump, from_dict, load, to_dict
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
+from voxelscale.model.registry import check_name
 from voxelscale.train.fault import (
     FAULT_FILE,
     FAULTY,
@@ -59,6 +60,7 @@ def start(config: Config, store: Path, run: Path) -> bool:
     Raises:
         VoxelscaleError: before anything starts where that can be known; else when a rank failed.
     """
+    check_name(config.model.name)
     if "RANK" in os.environ:  # started by torchrun or srun: this process is a rank
         return _start_as_rank(config, store, run)
     claim(run, config)

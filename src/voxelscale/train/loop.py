@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,6 +21,7 @@ from voxelscale.data.augment import Normalisation, make_batch
 from voxelscale.data.patches import PatchSource, Sample
 from voxelscale.data.store import CaseInfo, Store, open_store
 from voxelscale.device import choose_precision
+from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_model
 from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.predict.bundle import Bundle, write_bundle
@@ -45,7 +47,7 @@ def train(config: Config, store_path: Path, run: Path) -> Result:
         VoxelscaleError: the store, a checkpoint or the config is unfit, or the loss is not finite.
     """
     with (
-        joined(config) as (workers, config, batch_size),
+        joined(config, config.model.norm == "sync_batch") as (workers, config, batch_size),
         alone_in(run) if workers.rank == 0 else nullcontext(),
         stop_signals(tell=workers.ranks == 1) as asked,
     ):
@@ -54,15 +56,28 @@ def train(config: Config, store_path: Path, run: Path) -> Result:
 
 
 @contextmanager
-def joined(config: Config) -> Iterator[tuple[Workers, Config, int]]:
-    """Take part in the training: who does, the config with its recipe applied, and a worker's batch."""
+def joined(config: Config, whole: bool) -> Iterator[tuple[Workers, Config, int]]:
+    """Take part in the training: who does, the config with its recipe applied, and a worker's batch.
+
+    Args:
+        config: of the run.
+        whole: whether batch norm's statistics are the global batch's.
+
+    Raises:
+        VoxelscaleError: the config's parts do not go together.
+    """
     virtual, batch_size = config.train.virtual_workers, config.train.batch_size
     with join(virtual, config.train.threads) as workers:
         config, words = resolve(config, workers.world)
         if workers.rank == 0 and words:
             notice(words)
-        if config.model.norm == "sync_batch":
-            # Its statistics are the global batch's, so a rank's virtual workers must be seen at once.
+        if whole and virtual > 1 and config.optim.grow_from:
+            raise VoxelscaleError(
+                "config: a global batch that grows cannot be played by virtual workers with sync_batch",
+                "set optim.grow_from=0, model.norm=batch or train.virtual_workers=1",
+            )
+        if whole:
+            # A rank's virtual workers must be seen at once.
             workers, batch_size = replace(workers, virtual=1), batch_size * virtual
         yield workers, config, batch_size
 
@@ -132,9 +147,14 @@ def _write_bundle(
 def stop_signals(tell: bool = True) -> Iterator[Callable[[], bool]]:
     """Within it SIGINT and SIGTERM only set a flag; a second one stops at once.
 
+    In other threads than the main one, which Python gives no signals, nothing is changed.
+
     Args:
         tell: whether to say so; one of several ranks gets SIGTERM also when it is to be started again.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     asked = False
 
     def handle(number: int, frame: Any) -> None:
