@@ -171,6 +171,10 @@ def prepare(
 def train(
     store: Annotated[Path, typer.Argument(help="What voxelscale prepare wrote.")],
     run: Annotated[Path, typer.Argument(help="Folder of the run; if it has begun, it goes on.")],
+    fit_memory: Annotated[
+        bool,
+        typer.Option("--fit-memory", help="Take the largest patch of its shape that fits."),
+    ] = False,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> int:
@@ -180,6 +184,7 @@ def train(
     voxelscale train store/ run/
     voxelscale train store/ run/ --set train.samples=20000 --set model.filters=16
     voxelscale train store/ run/ --set train.ranks=2          two processes on this machine
+    voxelscale train store/ run/ --fit-memory                 the largest patch that fits
     torchrun --nnodes 2 --nproc-per-node 8 --no-python voxelscale train store/ run/
 
     The budget is in samples (patches). Ctrl-C saves; killed or not, the same command goes on with the
@@ -187,10 +192,12 @@ def train(
     tensorboard/ have the curves.
     """
     from voxelscale.config import load
-    from voxelscale.train.launch import start
+    from voxelscale.train.launch import fit_to_memory, start
 
     begun = run / "config.yaml"
     settings = read_config(config, set_, load(begun) if begun.is_file() else None)
+    if fit_memory and not begun.is_file():
+        settings = fit_to_memory(settings, store)
     if not start(settings, store, run):
         notice(f"stopped and saved; to go on: voxelscale train {store} {run}")
         return 130

@@ -214,10 +214,12 @@ class TrainConfig:
     """Initial weights, and with the index every sample."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward and backward pass; auto: bf16 where the device has it in hardware."""
-    channels_last: bool = True
-    """Memory format of activations and weights."""
-    compile: bool = False
-    """Whether to compile the network with torch.compile."""
+    channels_last: bool | None = None
+    """Memory format of activations and weights; null: by a short trial on GPUs, true on CPUs."""
+    compile: bool | None = False
+    """Whether to compile the network with torch.compile; null: where a short trial finds it faster."""
+    checkpoint_activations: bool = False
+    """Whether to forget activations within a level and compute them again: less memory, more time."""
     compress: Literal["none", "bf16"] = "none"
     """Gradients as they travel between ranks; bf16 halves the bytes and rounds to 3 digits."""
     not_finite: Literal["stop", "skip"] = "stop"

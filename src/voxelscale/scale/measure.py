@@ -194,7 +194,8 @@ class _Worker:
         self.precision = choose_precision(config.train.precision, device)
         self.task = patch_task(config, store, Path(), device)
         self.cases = len(validation_cases(store, config))
-        self.model = to_channels_last(self.task.model) if config.train.channels_last else self.task.model
+        formatted = config.train.channels_last is not False
+        self.model = to_channels_last(self.task.model) if formatted else self.task.model
         self.optimizer = make_optimizer(self.model, config.optim)
         self._read = 0
 

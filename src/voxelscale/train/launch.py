@@ -73,6 +73,35 @@ def start(config: Config, store: Path, run: Path) -> bool:
     return _start_ranks(config, store, run, ranks)
 
 
+def fit_to_memory(config: Config, store: Path) -> Config:
+    """The config with the largest patch, of its own patch's proportions, whose training fits here.
+
+    Raises:
+        VoxelscaleError: none fits, or this is one of several ranks, which could find different ones.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise VoxelscaleError(
+            "--fit-memory: cannot be found by several processes at once",
+            "find it with one process, then give torchrun --set data.patch_size=...",
+        )
+    import statistics
+
+    from voxelscale.data.store import open_store
+    from voxelscale.device import default_device
+    from voxelscale.train.memory import fit_patch, with_patch
+
+    opened, device = open_store(store), default_device()
+    shapes = zip(*(info.shape for info in opened.split("train")), strict=True)
+    limit = [round(statistics.median(axis)) for axis in shapes]
+    sharers = 1 if device.type == "cuda" else max(1, config.train.ranks)
+    checkpointing = config.train.checkpoint_activations
+    patch = fit_patch(
+        config, opened.spacing, device, checkpointing=checkpointing, sharers=sharers, limit=limit
+    )
+    console.notice(f"the largest patch that fits: {' x '.join(map(str, patch))} voxels")
+    return with_patch(config, patch)
+
+
 def _start_as_rank(config: Config, store: Path, run: Path) -> bool:
     """Somebody else's engine may start this again: then what only a person can mend is not told again."""
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -9,9 +11,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from voxelscale import __version__
@@ -20,8 +23,9 @@ from voxelscale.console import notice
 from voxelscale.data.augment import Normalisation, make_batch
 from voxelscale.data.patches import PatchSource, Sample
 from voxelscale.data.store import CaseInfo, Store, open_store
-from voxelscale.device import choose_precision
+from voxelscale.device import Arithmetic, choose_arithmetic, choose_precision
 from voxelscale.errors import VoxelscaleError
+from voxelscale.files import write_atomic
 from voxelscale.model.build import build_model
 from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.predict.bundle import Bundle, write_bundle
@@ -51,8 +55,13 @@ def train(config: Config, store_path: Path, run: Path) -> Result:
         alone_in(run) if workers.rank == 0 else nullcontext(),
         stop_signals(tell=workers.ranks == 1) as asked,
     ):
-        task = patch_task(config, open_store(store_path), run, workers.device)
-        return Engine(task, config, run, workers, batch_size).go(asked)
+        store = open_store(store_path)
+        check_memory(config, store, workers)
+        settled = settle_arithmetic(config, store, run, workers)
+        task = patch_task(settled, store, run, workers.device)
+        # What the model is kept with must not tie it to this device's arithmetic.
+        task = replace(task, keep=partial(_write_bundle, run / "model.vxs", config, store))
+        return Engine(task, settled, run, workers, batch_size).go(asked)
 
 
 @contextmanager
@@ -82,14 +91,64 @@ def joined(config: Config, whole: bool) -> Iterator[tuple[Workers, Config, int]]
         yield workers, config, batch_size
 
 
+def check_memory(config: Config, store: Store, workers: Workers) -> None:
+    """Refuse a training that will not fit, before anything large is made; rank 0 looks for all.
+
+    Raises:
+        VoxelscaleError: naming batch, patch, and the memory needed and there.
+    """
+    if workers.rank:
+        return
+    from voxelscale.train.memory import require_memory
+
+    sharers = 1 if workers.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    checkpointing = config.train.checkpoint_activations
+    require_memory(config, store.spacing, workers.device, checkpointing=checkpointing, sharers=sharers)
+
+
+def settle_arithmetic(config: Config, store: Store, run: Path, workers: Workers) -> Config:
+    """The config with precision, memory format and compiling decided, as the run was begun with.
+
+    Rank 0 decides by trial (`voxelscale.device.choose_arithmetic`) and notes it in ``arithmetic.json``:
+    a run that goes on must compute as it began.
+    """
+    found: list[dict[str, Any]] = [{}]
+    if workers.rank == 0:
+        found = [_arithmetic(config, store, run, workers.device).to_dict()]
+    if workers.ranks > 1:
+        dist.broadcast_object_list(found, src=0)
+    way = Arithmetic.from_dict(found[0])
+    precision: Literal["fp32", "bf16"] = "bf16" if way.dtype == torch.bfloat16 else "fp32"
+    train = replace(config.train, precision=precision, channels_last=way.channels_last, compile=way.compile)
+    return replace(config, train=train)
+
+
+def _arithmetic(config: Config, store: Store, run: Path, device: torch.device) -> Arithmetic:
+    path, wanted = run / "arithmetic.json", config.train
+    if path.is_file():
+        return Arithmetic.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    channels_last = True if wanted.channels_last is None and device.type == "cpu" else wanted.channels_last
+    # On CPUs one sample tells as much, in half the time or less.
+    batch = wanted.batch_size if device.type == "cuda" else 1
+    way = choose_arithmetic(
+        partial(_network, config, store),
+        (batch, 1, *config.data.patch_size),
+        device,
+        precision=wanted.precision,
+        channels_last=channels_last,
+        compile=wanted.compile,
+    )
+    write_atomic(path, json.dumps(way.to_dict()))
+    return way
+
+
 def patch_task(config: Config, store: Store, run: Path, device: torch.device) -> Task:
     """The config's network, on patches of a store's training scans, judged on its validation scans."""
     normalise = Normalisation.of_fingerprint(store.fingerprint["lesion_hu"])
     torch.manual_seed(config.train.seed)
-    patch = config.data.patch_size
     loss = config.loss
     return Task(
-        model=build_model(config.model, patch, store.spacing).to(device),
+        model=_network(config, store).to(device),
         loss=partial(
             dice_cross_entropy, dice=loss.dice, cross_entropy=loss.cross_entropy, smooth=loss.smooth
         ),
@@ -105,15 +164,24 @@ def patch_task(config: Config, store: Store, run: Path, device: torch.device) ->
             device=device,
             precision=choose_precision(config.train.precision, device),
         ),
-        keep=partial(_write_bundle, run / "model.vxs", config, store, normalise),
+        keep=partial(_write_bundle, run / "model.vxs", config, store),
     )
+
+
+def _network(config: Config, store: Store) -> nn.Module:
+    model = build_model(config.model, config.data.patch_size, store.spacing)
+    if config.train.checkpoint_activations:
+        from voxelscale.train.memory import checkpoint_activations
+
+        checkpoint_activations(model)
+    return model
 
 
 def _collate(
     samples: Sequence[Sample], config: Config, normalise: Normalisation, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     image, mask = make_batch(samples, config.data.patch_size, normalise, device, config.train.seed)
-    if config.train.channels_last:
+    if config.train.channels_last is not False:
         image = image.contiguous(memory_format=torch.channels_last_3d)
     return image, mask
 
@@ -126,18 +194,13 @@ def validation_cases(store: Store, config: Config) -> tuple[CaseInfo, ...]:
 
 
 def _write_bundle(
-    path: Path,
-    config: Config,
-    store: Store,
-    normalise: Normalisation,
-    model: nn.Module,
-    facts: dict[str, Any],
+    path: Path, config: Config, store: Store, model: nn.Module, facts: dict[str, Any]
 ) -> None:
     bundle = Bundle(
         config=config,
         weights=model.state_dict(),
         spacing=store.spacing,
-        normalisation=normalise,
+        normalisation=Normalisation.of_fingerprint(store.fingerprint["lesion_hu"]),
         trained={**facts, "voxelscale": __version__, "data": store.fingerprint["digest"]},
     )
     write_bundle(path, bundle)

@@ -153,16 +153,31 @@ def require_memory(
         sharers: ranks that share the device's memory.
 
     Returns:
-        bytes that a step needs.
+        bytes that a step needs; a bound above them where that is far below what there is.
 
     Raises:
         VoxelscaleError: more than there is; the message names both, the batch and the patch.
     """
-    needed = estimate_memory(config, spacing, device, checkpointing=checkpointing)
     available = available_memory(device) // sharers
+    rough = _rough_bound(config)
+    if rough < available:
+        return rough
+    needed = estimate_memory(config, spacing, device, checkpointing=checkpointing)
     if needed > available:
         raise _too_much(config, needed, available, checkpointing)
     return needed
+
+
+def _rough_bound(config: Config) -> int:
+    """Bytes that a step surely needs less than: of a small training nothing need be played through."""
+    voxels = config.train.batch_size * math.prod(config.data.patch_size)
+    if config.model.norm == "sync_batch":
+        voxels *= config.train.virtual_workers
+    # 60 float32 maps of the first level's size, where the default network keeps about 30.
+    maps = 240 * voxels * config.model.filters * 2**config.model.dims / (2**config.model.dims - 1)
+    widest = min(config.model.filters * 2 ** (config.model.depth - 1), config.model.max_filters)
+    weights = 16 * 6 * config.model.kernel_size**config.model.dims * widest**2
+    return int(maps + weights) + 2**30
 
 
 def fit_patch(
