@@ -24,7 +24,7 @@ from voxelscale.data.listing import list_sources
 from voxelscale.data.phantom import write_phantoms
 from voxelscale.geometry import from_itk, to_itk
 
-VERBS = ["phantom", "prepare", "train", "predict", "evaluate", "report", "quickstart", "config"]
+VERBS = ["phantom", "prepare", "train", "scale", "predict", "evaluate", "report", "quickstart", "config"]
 Command = Callable[..., tuple[int, str, str]]
 
 

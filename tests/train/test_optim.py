@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,13 @@ from torch import nn
 
 from voxelscale.config import OptimConfig
 from voxelscale.model.unet import UNet
-from voxelscale.train.optim import learning_rate, make_optimizer, set_learning_rate
+from voxelscale.train.optim import (
+    AveragedWeights,
+    learning_rate,
+    make_optimizer,
+    peak_rate,
+    set_learning_rate,
+)
 
 
 def test_norms_and_biases_do_not_decay() -> None:
@@ -69,3 +76,120 @@ def test_setting_the_rate() -> None:
     optimizer = make_optimizer(UNet(depth=1, filters=2), OptimConfig())
     set_learning_rate(optimizer, 0.123)
     assert {g["lr"] for g in optimizer.param_groups} == {0.123}
+
+
+def _stepped(config: OptimConfig, weight: torch.Tensor, slopes: list[torch.Tensor]) -> torch.Tensor:
+    """A kernel after updates with the given gradients."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data = weight.clone()
+    optimizer = make_optimizer(layer, config)
+    for slope in slopes:
+        layer.weight.grad = slope.clone()
+        optimizer.step()
+    return layer.weight.detach()
+
+
+WEIGHT = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -0.75]])
+SLOPES = [
+    torch.tensor([[0.1, -0.2, 0.3], [0.4, 0.5, -0.6]]),
+    torch.tensor([[-0.3, 0.1, 0.2], [0.0, -0.4, 0.6]]),
+]
+
+
+def test_lars_by_hand() -> None:
+    """Algorithm 1 of You, Gitman and Ginsburg 2017, two updates."""
+    config = OptimConfig(name="lars", lr=0.5, weight_decay=0.1, momentum=0.9, trust=0.02)
+    wanted, velocity = WEIGHT.clone(), torch.zeros_like(WEIGHT)
+    for slope in SLOPES:
+        rate = 0.02 * wanted.norm() / (slope.norm() + 0.1 * wanted.norm())
+        velocity = 0.9 * velocity + 0.5 * rate * (slope + 0.1 * wanted)
+        wanted = wanted - velocity
+    assert torch.allclose(_stepped(config, WEIGHT, SLOPES), wanted, atol=1e-6)
+
+
+def test_lamb_by_hand() -> None:
+    """Algorithm 2 of You et al. 2020, two updates, phi the identity."""
+    config = OptimConfig(name="lamb", lr=0.1, weight_decay=0.05, betas=(0.8, 0.9), eps=1e-6)
+    wanted, mean, square = WEIGHT.clone(), torch.zeros_like(WEIGHT), torch.zeros_like(WEIGHT)
+    for t, slope in enumerate(SLOPES, start=1):
+        mean = 0.8 * mean + 0.2 * slope
+        square = 0.9 * square + 0.1 * slope**2
+        ratio = (mean / (1 - 0.8**t)) / ((square / (1 - 0.9**t)).sqrt() + 1e-6) + 0.05 * wanted
+        wanted = wanted - 0.1 * wanted.norm() / ratio.norm() * ratio
+    assert torch.allclose(_stepped(config, WEIGHT, SLOPES), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_norms_and_biases_are_not_adapted(name: str) -> None:
+    """Their rate is the optimiser's own, whatever their norm: the papers' exclusions."""
+    layer = nn.Linear(3, 2)
+    layer.bias.data = torch.tensor([1e-3, 2e-3])
+    before = layer.bias.detach().clone()
+    optimizer = make_optimizer(layer, OptimConfig(name=name, lr=0.1, weight_decay=0.5, momentum=0.0))  # type: ignore[arg-type]
+    layer.weight.grad, layer.bias.grad = torch.zeros(2, 3), torch.tensor([0.5, -2.0])
+    optimizer.step()
+    step = torch.tensor([0.05, -0.2]) if name == "lars" else torch.tensor([0.1, -0.1])
+    assert torch.allclose(layer.bias, before - step, atol=1e-5)
+
+
+def test_muon_turns_the_gradient_orthogonal() -> None:
+    torch.manual_seed(0)
+    slope = torch.randn(4, 6)
+    config = OptimConfig(name="muon", lr=0.1, weight_decay=0.0, momentum=0.0)
+    step = -_stepped(config, torch.zeros(4, 6), [slope]) / 0.1
+    u, _, v = torch.linalg.svd(slope, full_matrices=False)
+    # The same singular vectors; values near 1, times 0.2 sqrt(6).
+    inner = u.T @ step @ v.T / (0.2 * math.sqrt(6))
+    assert torch.allclose(inner, torch.diag(inner.diag()), atol=1e-3)
+    assert inner.diag().min() > 0.6
+    assert inner.diag().max() < 1.3
+
+
+@given(st.sampled_from(["none", "linear", "sqrt"]), st.integers(1, 64), st.integers(1, 1024))
+def test_scaling_rules(rule: str, reference: int, batch: int) -> None:
+    config = OptimConfig(lr=0.01, scaling=rule, reference_batch=reference)  # type: ignore[arg-type]
+    factor = {"none": 1.0, "linear": batch / reference, "sqrt": (batch / reference) ** 0.5}[rule]
+    assert peak_rate(config, batch) == pytest.approx(0.01 * factor)
+    capped = replace(config, max_lr=0.02)
+    assert peak_rate(capped, batch) == pytest.approx(min(0.02, 0.01 * factor))
+    assert peak_rate(config, reference) == pytest.approx(0.01)
+
+
+def test_steps_of_the_rate() -> None:
+    config = OptimConfig(schedule="step", warmup=0.0, lr=1.0, step_at=(0.5, 0.75), step_factor=0.1)
+    rates = [learning_rate(config, seen, 100) for seen in (0, 49, 50, 74, 75, 99)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_the_schedule_is_that_of_samples_for_any_batch() -> None:
+    config = OptimConfig(schedule="cosine", warmup=0.1)
+    for batch in (1, 8, 64):
+        assert learning_rate(config, 5120, 10_240, batch) == pytest.approx(
+            learning_rate(config, 5120, 10_240)
+        )
+
+
+def test_averaged_weights_by_hand() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(0.0)
+    average = AveragedWeights(layer, 0.1)
+    expected = 0.0
+    for step in range(1, 21):
+        layer.weight.data.fill_(float(step))
+        average.update(layer, seen=10 * step, global_batch=10, samples=200)
+        keep = math.exp(-10 / min(0.1 * 200, 0.1 * 10 * step))
+        expected = keep * expected + (1 - keep) * step
+    assert float(average.weights["weight"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_average_is_the_same_stretch_of_the_run_for_any_batch() -> None:
+    """Weights that rise linearly with samples: the lag is the time constant, whatever the batch."""
+    lags = []
+    for batch in (1, 10):
+        layer = nn.Linear(1, 1, bias=False)
+        average = AveragedWeights(layer, 0.05)
+        for seen in range(batch, 10_001, batch):
+            layer.weight.data.fill_(float(seen))
+            average.update(layer, seen, batch, 10_000)
+        lags.append(10_000 - float(average.weights["weight"]))
+    assert lags == pytest.approx([500, 500], rel=0.02)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import apart, final_weights, with_train
+from voxelscale.config import Config, OptimConfig, load
+from voxelscale.data.store import Store
+from voxelscale.errors import VoxelscaleError
+from voxelscale.train.launch import start
+from voxelscale.train.log import read_events
+from voxelscale.train.recipes import LARGE_FROM, resolve
+
+
+def test_none_changes_nothing() -> None:
+    config = Config()
+    assert resolve(config, 64) == (config, "")
+
+
+@pytest.mark.parametrize("workers", [1, LARGE_FROM - 1, LARGE_FROM, 1024])
+def test_auto_goes_by_the_number_of_workers_and_says_so(workers: int) -> None:
+    config = load(None, ["train.recipe=auto"])
+    settled, told = resolve(config, workers)
+    wanted = "large_batch" if workers >= LARGE_FROM else "none"
+    assert told == f"recipe auto: {wanted} for {workers} workers"
+    named = replace(config, train=replace(config.train, recipe=wanted))  # type: ignore[arg-type]
+    assert settled == resolve(named, workers)[0]
+    assert (settled.optim != OptimConfig()) == (workers >= LARGE_FROM)
+
+
+def test_a_recipe_keeps_optimiser_and_rate() -> None:
+    config = load(None, ["train.recipe=large_batch", "optim.name=sgd", "optim.lr=0.3", "optim.warmup=0.4"])
+    settled, _ = resolve(config, 64)
+    assert (settled.optim.name, settled.optim.lr, settled.optim.warmup) == ("sgd", 0.3, 0.4)
+
+
+def test_it_trains_and_is_kept_with_the_model(tiny: Config, store: Store, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = replace(
+        tiny,
+        train=replace(tiny.train, samples=96, batch_size=1, virtual_workers=8, recipe="auto"),
+        optim=replace(tiny.optim, reference_batch=1),
+    )
+    assert start(config, store.path, run)
+    rates = [event["lr"] for event in read_events(run) if event["event"] == "train"]
+    assert max(rates) > tiny.optim.lr
+    assert read_events(run)[-1]["dice"] >= 0
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_a_growing_batch_is_the_same_for_ranks_and_virtual_workers(
+    tiny: Config, store: Store, tmp_path: Path, norm: str
+) -> None:
+    folder = tmp_path
+    optim = replace(tiny.optim, grow_from=1, grow_share=0.5, average=0.1, scaling="sqrt")
+    config = replace(with_train(tiny, norm, samples=48, batch_size=1, checkpoint_every=48), optim=optim)
+    virtual = replace(config, train=replace(config.train, virtual_workers=4))
+    ranks = replace(config, train=replace(config.train, ranks=2, virtual_workers=2))
+    assert start(virtual, store.path, folder / "virtual")
+    assert start(ranks, store.path, folder / "ranks")
+    assert apart(final_weights(folder / "ranks"), final_weights(folder / "virtual")) <= 1e-4
+
+
+def test_growing_and_played_sync_batch_are_refused(tiny: Config, store: Store, tmp_path: Path) -> None:
+    config = with_train(tiny, "sync_batch", virtual_workers=2)
+    config = replace(config, optim=replace(config.optim, grow_from=1))
+    with pytest.raises(VoxelscaleError, match="sync_batch"):
+        start(config, store.path, tmp_path / "run")
+
+
+def test_gradients_sent_as_bf16_train_nearly_alike(tiny: Config, store: Store, tmp_path: Path) -> None:
+    folder = tmp_path
+    config = with_train(tiny, samples=32, batch_size=1, ranks=2, checkpoint_every=32)
+    half = replace(config, train=replace(config.train, compress="bf16"))
+    assert start(config, store.path, folder / "full")
+    assert start(half, store.path, folder / "half")
+    assert 0 < apart(final_weights(folder / "half"), final_weights(folder / "full")) < 0.02
