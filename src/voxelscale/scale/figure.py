@@ -52,7 +52,7 @@ class Point:
     Attributes:
         dice_mean, dice_low, dice_high: over seeds, with its interval's ends.
         seconds: wall time of the training.
-        relative: `dice_mean` over the recipe's own at one worker.
+        relative: `dice_mean` over that of one worker.
         measured: whether `seconds` was measured with so many real ranks; else it is the model's.
     """
 
