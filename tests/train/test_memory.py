@@ -219,7 +219,8 @@ def test_available_memory_is_positive_and_no_more_than_the_machine_has() -> None
 
 def test_too_large_a_step_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small()
-    needed = require_memory(config, CUBIC, CPU)
+    needed = estimate_memory(config, CUBIC, CPU)
+    assert needed <= require_memory(config, CUBIC, CPU), "a bound is enough where there is plenty"
     monkeypatch.setattr(memory, "available_memory", lambda _: 2 * needed)
     assert require_memory(config, CUBIC, CPU, sharers=2) == needed
     with pytest.raises(VoxelscaleError, match=r"2 patches of 16x16x16 voxels needs .* GiB") as raised:
