@@ -405,7 +405,7 @@ def _too_much(config: Config, needed: int | None, available: int, checkpointing:
     patch = "x".join(map(str, config.data.patch_size))
     step = f"a step of {config.train.batch_size} patches of {patch} voxels"
     need = f"needs {_gib(needed)}" if needed is not None else "does not fit"
-    more = "" if checkpointing else ", or switch on activation checkpointing"
+    more = "" if checkpointing else ", or set train.checkpoint_activations=true (activation checkpointing)"
     hint = f"lower train.batch_size or data.patch_size, let --fit-memory choose the patch{more}"
     return VoxelscaleError(f"{step} {need}; {_gib(available)} are available", hint)
 
