@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet  # type: ignore[import-untyped]
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from monai.networks.nets.basic_unet import BasicUNet
 from monai.networks.nets.dynunet import DynUNet
 from torch import Tensor, nn
