@@ -226,7 +226,7 @@ class TrainConfig:
     """What to do when a loss or gradient is not finite: stop, naming the sample, or skip the update."""
     recalibrate: int = 0
     """Samples whose statistics replace batch norm's running ones before the model is validated or kept;
-    0: only where weights are averaged (`optim.average`), then 64."""
+    0: the running ones, which are averaged where weights are (`optim.average`)."""
     validate_every: int = 5_000
     """Samples between validations; 0: only at the end."""
     validate_cases: int = 0

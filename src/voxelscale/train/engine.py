@@ -33,7 +33,7 @@ from voxelscale.train.distributed import WorkerBuffers, Workers, average_buffers
 from voxelscale.train.log import STOP_FILE, RunLog, environment
 from voxelscale.train.meter import Meter, Word
 from voxelscale.train.optim import AveragedWeights, learning_rate, make_optimizer, set_learning_rate
-from voxelscale.train.snapshot import RECALIBRATE, snapshot
+from voxelscale.train.snapshot import snapshot
 from voxelscale.train.task import Task
 from voxelscale.train.validate import Validation, start_validation
 
@@ -313,7 +313,7 @@ class Engine:
         """Judge a copy of the model beside the training."""
         self._end_validation()
         copy = snapshot(self.trained, self.workers)
-        samples = self.config.train.recalibrate or (RECALIBRATE if self.trained.average else 0)
+        samples = self.config.train.recalibrate
         self.validation = start_validation(
             self.task, copy, self.workers, self.precision, self.state, samples
         )

@@ -30,7 +30,7 @@ from voxelscale.train.distributed import Workers
 from voxelscale.train.engine import Engine, Result
 from voxelscale.train.launch import claim
 from voxelscale.train.loop import joined, stop_signals
-from voxelscale.train.snapshot import RECALIBRATE, recalibrate, snapshot
+from voxelscale.train.snapshot import recalibrate, snapshot
 from voxelscale.train.task import Table, Task
 
 WEIGHTS = "weights.vxs"
@@ -226,7 +226,7 @@ def _take_over(model: nn.Module, engine: Engine) -> None:
     """Put what the training would keep now into the user's model."""
     train, task = engine.config.train, engine.task
     kept = snapshot(engine.trained, engine.workers)
-    samples = train.recalibrate or (RECALIBRATE if engine.trained.average else 0)
+    samples = train.recalibrate
     recalibrate(kept, task.source, task.collate, samples, engine.precision)
     model.load_state_dict(kept.state_dict())
 

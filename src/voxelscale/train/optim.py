@@ -208,25 +208,29 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 class AveragedWeights:
-    """Exponential moving average of the weights (Polyak and Juditsky 1992; Tarvainen and Valpola 2017).
+    """Moving average of weights and running statistics (Polyak and Juditsky 1992).
 
     Its memory is a share of the run's samples, not a number of updates, so that it averages over the
     same stretch of a training whatever the number of workers; and it never reaches further back than
     a tenth of the training so far, so that the first weights are forgotten.
 
     Args:
-        model: its parameters are averaged; buffers are not.
+        model: its parameters and floating-point buffers are averaged.
         share: time constant as a share of the budget, above 0.
     """
 
     def __init__(self, model: nn.Module, share: float) -> None:
         self.share = share
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.weights = {name: value.clone() for name, value in _averaged(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, seen: int, global_batch: int, samples: int) -> None:
         """After the update that ended at `seen` samples."""
         reach = min(self.share * samples, 0.1 * seen)
         keep = math.exp(-global_batch / reach) if reach > 0 else 0.0
-        current = [p.detach() for _, p in model.named_parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), current, 1 - keep)
+        torch._foreach_lerp_(list(self.weights.values()), list(_averaged(model).values()), 1 - keep)
+
+
+def _averaged(model: nn.Module) -> dict[str, Tensor]:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: value.detach() for name, value in named if value.is_floating_point()}
