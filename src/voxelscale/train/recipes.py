@@ -9,21 +9,21 @@ from voxelscale.config import Config, OptimConfig
 LARGE_FROM = 8
 """Workers from which ``recipe=auto`` takes ``large_batch``: below, those of one worker keep their Dice."""
 
-GROW_FROM, GROW_SHARE = 4, 0.5
+GROW_FROM, GROW_SHARE = 4, 0.4
 """``large_batch`` begins with so many reference batches an update and grows over this share of the run."""
 
-WARMUP, SECOND_MOMENT, AVERAGE = 0.1, 0.95, 0.05
-"""Its warm-up, its decay of AdamW's second moment (with few updates a longer memory is not filled), and the
-time constant of its weights' average."""
+WARMUP, SECOND_MOMENT, RATE = 0.1, 0.95, 0.7
+"""Its warm-up, its decay of AdamW's second moment (with few updates a longer memory is not filled), and
+what the configured rate is multiplied by before it is scaled."""
 
 
 def resolve(config: Config, workers: int) -> tuple[Config, str]:
     """The config with its recipe applied for so many workers, and what to tell of it ("" of none).
 
-    ``large_batch``: the rate grows with the square root of the global batch (Malladi et al. 2022), a
-    longer warm-up, a shorter second moment, averaged weights, and a global batch that grows from a few
-    reference batches to that of all workers (Smith et al. 2018): at first it takes many steps, not many
-    samples. The optimiser and its rate at `optim.reference_batch` stay as they are configured.
+    ``large_batch``: the rate, a little lower, grows with the square root of the global batch (Malladi et
+    al. 2022); a longer warm-up, a shorter second moment; and a global batch that grows from a few reference
+    batches to that of all workers (Smith et al. 2018), as at first it takes many steps, not many samples.
+    The optimiser stays as it is configured.
     """
     recipe, told = config.train.recipe, ""
     if recipe == "auto":
@@ -39,10 +39,10 @@ def _large_batch(config: Config) -> OptimConfig:
     optim = config.optim
     return replace(
         optim,
+        lr=round(RATE * optim.lr, 12),
         scaling="sqrt",
         warmup=max(optim.warmup, WARMUP),
         betas=(optim.betas[0], min(optim.betas[1], SECOND_MOMENT)),
         grow_from=GROW_FROM * optim.reference_batch,
         grow_share=GROW_SHARE,
-        average=optim.average or AVERAGE,
     )
