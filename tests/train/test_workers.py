@@ -47,3 +47,14 @@ def test_ranks_times_virtual_workers(tiny: Config, store: Store, tmp_path: Path)
     four = train(config, store, tmp_path / "four", ranks=1, virtual_workers=4, batch_size=1)
     mixed = train(config, store, tmp_path / "mixed", ranks=2, virtual_workers=2, batch_size=1)
     assert apart(final_weights(mixed), final_weights(four)) <= 1e-4
+
+
+@pytest.mark.slow
+def test_a_thousand_workers(tiny: Config, store: Store, tmp_path: Path) -> None:
+    """1,024 emulated workers of one sample are 512 of two: one update of the same samples."""
+    config = with_train(tiny, "group", samples=1024, checkpoint_every=1024)
+    many = with_train(config, "group", virtual_workers=1024, batch_size=1)
+    fewer = with_train(config, "group", virtual_workers=512, batch_size=2)
+    assert start(many, store.path, tmp_path / "many")
+    assert start(fewer, store.path, tmp_path / "fewer")
+    assert apart(final_weights(tmp_path / "many"), final_weights(tmp_path / "fewer")) <= 1e-4
