@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from voxelscale.config import Config, IntTriple, Triple, from_dict, to_dict
 from voxelscale.data.augment import Normalisation
+from voxelscale.device import to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import read_sealed, seal_of, write_sealed
 from voxelscale.model.build import build_model
@@ -49,7 +50,7 @@ class Bundle:
         # The poolings are planned from the training patch, whatever window is used now.
         model = build_model(self.config.model, self.config.data.patch_size, self.spacing)
         model.load_state_dict(self.weights)
-        return model.eval().to(device)
+        return to_channels_last(model.eval().to(device))
 
 
 def write_bundle(path: Path, bundle: Bundle) -> None:
