@@ -1,6 +1,6 @@
 """The scaling study of docs/benchmarks.md: what 1 to 64 workers do to time and Dice.
 
-    python benchmarks/scaling.py study/            all of it, under two hours on two CPU cores
+    python benchmarks/scaling.py study/            all of it, about an hour on two CPU cores
     python benchmarks/scaling.py study/ --quick    three minutes: fewer scans, samples, workers and seeds
 
 Makes phantoms, prepares them and runs `voxelscale scale` with ``benchmarks/scaling.yaml``; prints its table
