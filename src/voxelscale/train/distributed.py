@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from voxelscale.device import keep_freed_memory
+
+
+_groups = itertools.count()
+"""Process groups that this process has made; all ranks count alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +85,10 @@ def join(virtual: int, threads: int) -> Iterator[Workers]:
 
 
 def _store_of_restart() -> Any:
-    """Keys of their own for the ranks of each restart.
+    """Keys of their own for the process groups of each restart, and for each group of a process.
 
-    torchrun's store outlives the ranks, and those started again would find the addresses of those that
-    are gone (PyTorch issue 135712). Over several machines its agents count restarts apart: set
+    torchrun's store outlives the ranks and their groups, and those made again would find the addresses
+    of those that are gone (PyTorch issue 135712). Over several machines its agents count restarts apart: set
     ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` there.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -92,7 +97,7 @@ def _store_of_restart() -> Any:
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
     )
     return dist.PrefixStore(  # type: ignore[attr-defined]
-        f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store
+        f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']} group {next(_groups)}", store
     )
 
 

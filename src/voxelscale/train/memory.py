@@ -301,7 +301,7 @@ def _network(config: Config, spacing: Triple, device: torch.device, checkpointin
     model = build_model(config.model, config.data.patch_size, spacing)
     if device.type != "cpu":
         model.to(device)
-    if config.train.channels_last:
+    if config.train.channels_last is not False:
         to_channels_last(model)
     return checkpoint_activations(model) if checkpointing else model
 
@@ -313,7 +313,7 @@ def _play(model: nn.Module, config: Config, device: torch.device, precision: tor
         batch *= config.train.virtual_workers
     image = torch.zeros((batch, 1, *config.data.patch_size), device=device)
     mask = torch.zeros_like(image)
-    if config.train.channels_last:
+    if config.train.channels_last is not False:
         image = image.contiguous(memory_format=torch.channels_last_3d)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision != torch.float32):
         logits = model(image)
