@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from voxelscale.device import keep_freed_memory
 
-
 _groups = itertools.count()
 """Process groups that this process has made; all ranks count alike."""
 
@@ -88,8 +87,8 @@ def _store_of_restart() -> Any:
     """Keys of their own for the process groups of each restart, and for each group of a process.
 
     torchrun's store outlives the ranks and their groups, and those made again would find the addresses
-    of those that are gone (PyTorch issue 135712). Over several machines its agents count restarts apart: set
-    ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` there.
+    of those that are gone (PyTorch issue 135712). Over several machines its agents count restarts apart:
+    set ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` there.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
