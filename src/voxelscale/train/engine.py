@@ -107,7 +107,7 @@ class Engine:
         self._recent: deque[list[tuple[Sequence[Any], Tensor]]] = deque(maxlen=2)
 
     def go(self, asked: Callable[[], bool]) -> Result:
-        """All steps from where the run stands, until the budget is spent or `asked` to stop."""
+        """All steps from where the run stands, until the budget is spent or `asked` to stop; once."""
         steps = self.clock.steps(self.state.seen)
         try:
             if self.state.seen < self.clock.end or self._validation_missed():
@@ -120,6 +120,9 @@ class Engine:
                 self.writer.close()
             if self.log:
                 self.log.close()
+            # It must go before its process group: as the group's last holder it would end it with the
+            # interpreter locked, which Gloo's threads may be waiting for.
+            del self.wrapped
         return Result(
             seen=self.state.seen, finished=self.state.seen >= self.clock.end, best=self.state.best
         )
