@@ -41,7 +41,7 @@ from voxelscale.device import choose_precision, to_channels_last
 from voxelscale.model.build import build_model
 from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.scale.cost import buckets
-from voxelscale.train.distributed import Workers, join, parallel
+from voxelscale.train.distributed import Workers, compressed, join, parallel
 from voxelscale.train.optim import make_optimizer
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,8 +86,7 @@ class Contender:
             self.net = parallel(self.model, workers)
             if hook != "fp32":
                 assert isinstance(self.net, DistributedDataParallel)
-                # A lambda, as PyTorch compares annotations with the class itself, not with its name.
-                self.net.register_comm_hook(TYPES[hook], lambda kind, bucket: compressed(kind, bucket))
+                self.net.register_comm_hook(TYPES[hook], compressed)
         random = torch.Generator().manual_seed(workers.rank)
         shape = (setting.batch, 1, *setting.patch)
         self.image = torch.randn(shape, generator=random).contiguous(memory_format=torch.channels_last_3d)
@@ -112,17 +111,6 @@ class Contender:
         for _ in range(STEPS):
             self.step(wait)
         return (time.perf_counter() - started) / STEPS
-
-
-def compressed(kind: torch.dtype, bucket: Any) -> Any:
-    """A communication hook that sends gradients as `kind`.
-
-    PyTorch's own ``bf16_compress_hook`` is refused with Gloo (torch 2.13), though Gloo reduces bf16.
-    """
-    sent = bucket.buffer().to(kind).div_(dist.get_world_size())
-    flying = dist.all_reduce(sent, async_op=True)
-    assert flying is not None
-    return flying.get_future().then(lambda landed: bucket.buffer().copy_(landed.value()[0]))
 
 
 def all_reduces(sizes: Sequence[int], kind: torch.dtype, casts: bool) -> Callable[[], float]:

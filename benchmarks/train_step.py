@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from voxelscale.device import default_device, keep_freed_memory, to_channels_last
+from voxelscale.device import default_device, keep_freed_memory, seconds_of, to_channels_last
 from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.model.unet import UNet
 
@@ -142,16 +141,6 @@ def make_step(
     return step
 
 
-def milliseconds(step: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) * 1e3
-
-
 def peak(device: torch.device, precision: str) -> float:
     """The most FLOP/s of a large matrix product and a large convolution, measured here."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -163,7 +152,7 @@ def peak(device: torch.device, precision: str) -> float:
         (lambda: a @ b, 2.0 * side**3),
         (lambda: F.conv3d(x, w, padding=1), 2.0 * 2 * 32**3 * 27 * 64**2),
     ]
-    return max(flop / min(milliseconds(call, device) for _ in range(3)) * 1e3 for call, flop in work)
+    return max(flop / min(seconds_of(call, device) for _ in range(3)) for call, flop in work)
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -181,12 +170,12 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> list[dict[st
         trial: dict[tuple[str, bool], float] = {}
         for key, step in steps.items():
             step()
-            trial[key] = milliseconds(step, device)
+            trial[key] = 1e3 * seconds_of(step, device)
         formats = {name: trial[name, True] <= trial[name, False] for name, _ in steps}
         times: dict[str, list[float]] = {name: [] for name in formats}
         for _ in range(arguments.rounds):
             for name, last in formats.items():
-                times[name].append(milliseconds(steps[name, last], device))
+                times[name].append(1e3 * seconds_of(steps[name, last], device))
         del steps
         most = peak(device, precision)
         for contender in contenders(arguments.filters, arguments.depth):

@@ -51,13 +51,13 @@ def test_bf16_is_probed_and_refused_where_it_is_wrong(monkeypatch: pytest.Monkey
 
 def test_the_fastest_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([5.0, 3.0, 4.0, 3.5])
-    monkeypatch.setattr(room, "_seconds", lambda step, device: next(seconds))
+    monkeypatch.setattr(room, "seconds_of", lambda step, device: next(seconds))
     found = choose_arithmetic(tiny, SHAPE, CPU, precision="fp32", rounds=2)
     assert found == Arithmetic(precision="fp32", channels_last=False, compile=False)
 
 
 def test_what_the_user_decided_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_seconds", lambda step, device: pytest.fail("timed"))
+    monkeypatch.setattr(room, "seconds_of", lambda step, device: pytest.fail("timed"))
     state = torch.random.get_rng_state()
     found = choose_arithmetic(tiny, SHAPE, CPU, precision="fp32", channels_last=False, compile=True)
     assert found == Arithmetic(precision="fp32", channels_last=False, compile=True)

@@ -243,6 +243,11 @@ class TrainConfig:
     threads: int = 0
     """CPU threads per rank; 0: the cores shared out evenly."""
 
+    @property
+    def formatted(self) -> bool:
+        """Whether activations and weights are channels last, as they are where no trial said otherwise."""
+        return self.channels_last is not False
+
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:

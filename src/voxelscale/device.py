@@ -175,7 +175,7 @@ def _fastest(
     times: dict[Arithmetic, list[float]] = {way: [] for way in passes}
     for _ in range(rounds):
         for way, step in passes.items():
-            times[way].append(_seconds(step, device))
+            times[way].append(seconds_of(step, device))
     return min(times, key=lambda way: min(times[way]))
 
 
@@ -200,7 +200,8 @@ def _trial(
     return step
 
 
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
+def seconds_of(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a piece of work takes on a device, once it is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()

@@ -17,6 +17,9 @@ from voxelscale.config import Config, dump
 from voxelscale.data.store import Store
 from voxelscale.predict.bundle import load_untrusted
 
+SAMPLES = 240
+"""Budget of the runs that are disturbed."""
+
 
 def with_train(config: Config, norm: str = "instance", **train: int) -> Config:
     return replace(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.train.runs import (
+    SAMPLES,
     apart,
     begin,
     command,
@@ -43,8 +44,6 @@ from voxelscale.train.launch import start
 from voxelscale.train.log import read_events
 from voxelscale.train.task import Table, Task
 from voxelscale.train.validate import ScanScoring
-
-SAMPLES = 240
 
 
 class Numbers:
@@ -251,20 +250,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small disk is not permitted")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
-
-
-@pytest.fixture(scope="module")
-def config(tiny: Config) -> Config:
-    return with_train(tiny, samples=SAMPLES, checkpoint_every=8, keep=3)
-
-
-@pytest.fixture(scope="module")
-def whole_two(config: Config, store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """The weights of two workers that nobody disturbed."""
-    run = tmp_path_factory.mktemp("whole_two") / "run"
-    two = replace(config, train=replace(config.train, virtual_workers=2, batch_size=1))
-    assert start(two, store.path, run)
-    return final_weights(run)
 
 
 def fill(path: Path) -> None:

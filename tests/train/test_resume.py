@@ -7,13 +7,13 @@ import os
 import random
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
 from tests.train.runs import (
+    SAMPLES,
     apart,
     begin,
     command,
@@ -34,30 +34,12 @@ from voxelscale.predict.bundle import read_bundle
 from voxelscale.train.launch import start
 from voxelscale.train.log import read_events
 
-SAMPLES = 240
-
-
-@pytest.fixture(scope="module")
-def config(tiny: Config) -> Config:
-    return with_train(tiny, samples=SAMPLES, checkpoint_every=8, keep=3)
-
 
 @pytest.fixture(scope="module")
 def whole(config: Config, store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """The weights of a run that nobody disturbed."""
     run = tmp_path_factory.mktemp("whole") / "run"
     assert start(config, store.path, run)
-    return final_weights(run)
-
-
-@pytest.fixture(scope="module")
-def whole_two(config: Config, store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """The same with two workers of one sample each: over so many steps the rounding of one worker's
-    larger batches would be blown up to 1e-4.
-    """
-    run = tmp_path_factory.mktemp("whole_two") / "run"
-    two = replace(config, train=replace(config.train, virtual_workers=2, batch_size=1))
-    assert start(two, store.path, run)
     return final_weights(run)
 
 

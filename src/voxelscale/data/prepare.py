@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,6 +24,7 @@ from voxelscale.data.store import (
     write_table,
 )
 from voxelscale.errors import VoxelscaleError
+from voxelscale.files import digest_of
 from voxelscale.geometry import Scan, Triple, reorient, resample
 from voxelscale.parallel import map_processes
 
@@ -257,8 +257,7 @@ def source_key(source: Source, config: PrepareConfig, spacing: Triple) -> str:
     """A digest of what shapes a stored case: the files' names, sizes and times, and the preparation."""
     shaping = asdict(replace(config, split=(1, 0, 0), seed=0, workers=0))
     files = [source_stamp(path) for path in (source.image, source.label) if path is not None]
-    text = json.dumps([files, source.patient, list(spacing), shaping], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest_of([files, source.patient, list(spacing), shaping])[:16]
 
 
 def source_stamp(path: Path) -> list[list[Any]]:

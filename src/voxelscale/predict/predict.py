@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from voxelscale.data.listing import Source
 from voxelscale.data.prepare import resample_hu, source_stamp
 from voxelscale.device import choose_precision, default_device
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import write_atomic
+from voxelscale.files import digest_of, write_atomic
 from voxelscale.formats import read_scan, write_scan
 from voxelscale.geometry import Scan, reorient, resample
 from voxelscale.predict.bundle import Bundle
@@ -145,8 +144,7 @@ def _predict_case(predictor: Predictor, source: Source, folder: Path, key: str) 
 
 
 def _key(source: Source, bundle: Bundle, config: PredictConfig) -> str:
-    text = json.dumps([source_stamp(source.image), bundle.digest, asdict(config)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest_of([source_stamp(source.image), bundle.digest, asdict(config)])[:16]
 
 
 def _done(folder: Path, key: str) -> bool:

@@ -192,10 +192,9 @@ class _Worker:
     def __init__(self, config: Config, store: Store, device: torch.device, rank: int = 0) -> None:
         self.config, self.device, self.rank = config, device, rank
         self.precision = choose_precision(config.train.precision, device)
-        self.task = patch_task(config, store, Path(), device)
+        self.task = patch_task(config, store, device)
         self.cases = len(validation_cases(store, config))
-        formatted = config.train.channels_last is not False
-        self.model = to_channels_last(self.task.model) if formatted else self.task.model
+        self.model = to_channels_last(self.task.model) if config.train.formatted else self.task.model
         self.optimizer = make_optimizer(self.model, config.optim)
         self._read = 0
 

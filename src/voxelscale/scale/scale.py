@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from voxelscale.config import Config, to_dict
 from voxelscale.console import notice
 from voxelscale.data.store import Store, open_store
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import write_atomic
+from voxelscale.files import digest_of, write_atomic
 from voxelscale.scale.cost import Network, StepCost, TrainingTime, compare, training_time
 from voxelscale.scale.links import Link, parse_link
 from voxelscale.scale.report import Finding, write_results
@@ -40,7 +39,8 @@ def scale(config: Config, store_path: Path, out: Path) -> list[Finding]:
     jobs = config.scale.jobs or _devices()
     train_one = partial(train_trial, store=store_path, jobs=jobs)
     # The parts of a step are timed first, while nothing else runs.
-    times = {(t.recipe, t.workers): _time(t, store, network, out) for t in trials}
+    kinds = {(trial.recipe, trial.workers): trial for trial in trials}  # whatever the seed
+    times = {kind: _time(trial, store, network, out) for kind, trial in kinds.items()}
     check = _check(config, store, out)
     rows = run_study(config, out, train_one, jobs)
     findings = _findings(rows, times)
@@ -108,8 +108,7 @@ def _step(config: Config, store: Store, out: Path) -> StepCost:
     what = {key: tree[key] for key in ("data", "augment", "model", "loss")}
     what["optim"] = tree["optim"]["name"]
     what["train"] = [tree["train"][key] for key in ("batch_size", "precision", "channels_last", "compile")]
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
-    path = out / "steps" / f"{key}.json"
+    path = out / "steps" / f"{digest_of(what)[:8]}.json"
     from voxelscale.scale.measure import measure_step, step_from_dict
 
     if path.is_file():

@@ -8,7 +8,6 @@ workers, the recipe and the seed differ. Workers beyond the devices at hand are 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import statistics
@@ -20,16 +19,13 @@ from pathlib import Path
 from voxelscale.config import Config, load, to_dict
 from voxelscale.console import Progress
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import write_atomic
+from voxelscale.files import digest_of, write_atomic
 from voxelscale.train.clock import Clock
 from voxelscale.train.optim import peak_rate
 from voxelscale.train.recipes import resolve
 
 UNCHANGED = "unchanged"
 """The recipe's name for one worker's settings at every number of workers."""
-
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t, two-sided 95 %, by degrees of freedom (standard tables)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +48,7 @@ class Trial:
     @property
     def name(self) -> str:
         """For files: by what it is trained with, so that recipes that come to the same share it."""
-        tree = to_dict(self.config)
-        tree["scale"] = {}
-        key = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
-        return f"w{self.workers:04d}_s{self.seed}_{key}"
+        return f"w{self.workers:04d}_s{self.seed}_{_trained(self.config)[:8]}"
 
     @property
     def global_batch(self) -> int:
@@ -119,7 +112,7 @@ class Row:
 
 
 def plan(config: Config) -> list[Trial]:
-    """The study's trials: recipes x workers x seeds of ``config.scale``, cheapest to tell first.
+    """The study's trials: recipes x workers x seeds of ``config.scale``, all of a seed before the next.
 
     Raises:
         VoxelscaleError: a recipe or one of its settings is unknown.
@@ -249,22 +242,28 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     mean = statistics.mean(values)
     if len(values) < 2:
         return mean, mean
-    reach = T_95.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+    from scipy.special import stdtrit
+
+    spread = statistics.stdev(values) / math.sqrt(len(values))
+    reach = float(stdtrit(len(values) - 1, 0.975)) * spread
     return mean - reach, mean + reach
 
 
 def _claim(config: Config, out: Path) -> None:
     """Note the study's config, or check that it is the one that `out` was begun with."""
     path = out / "study.json"
-    tree = to_dict(config)
-    tree["scale"] = {}  # more workers, recipes or seeds may be added
-    now = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    now = _trained(config)
     if path.is_file():
         if json.loads(path.read_text(encoding="utf-8"))["config"] != now:
             hint = "choose another folder, or go on with the config it was begun with"
             raise VoxelscaleError(f"{out}: holds a study of another config", hint)
         return
     write_atomic(path, json.dumps({"config": now}))
+
+
+def _trained(config: Config) -> str:
+    """A digest of what shapes a training; more workers, recipes or seeds may be added to a study."""
+    return digest_of({**to_dict(config), "scale": {}})
 
 
 def read_outcome(out: Path, trial: Trial) -> Outcome | None:

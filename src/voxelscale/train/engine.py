@@ -83,7 +83,7 @@ class Engine:
         )
         self.chief = workers.rank == 0
         self.precision = choose_precision(config.train.precision, workers.device)
-        self.model = to_channels_last(task.model) if config.train.channels_last is not False else task.model
+        self.model = to_channels_last(task.model) if config.train.formatted else task.model
         share = config.optim.average
         self.trained = Trained(
             model=self.model,

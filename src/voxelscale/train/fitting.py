@@ -202,7 +202,7 @@ def _task(
 ) -> Task:
     if isinstance(loss, nn.Module):
         loss.to(device)
-    place = partial(_placed, device=device, channels_last=config.train.channels_last is not False)
+    place = partial(_placed, device=device, channels_last=config.train.formatted)
     return Task(
         model=model.to(device),
         loss=lambda output, target: loss(_mapped(output, _as_float32), target),

@@ -58,7 +58,7 @@ def train(config: Config, store_path: Path, run: Path) -> Result:
         store = open_store(store_path)
         check_memory(config, store, workers)
         settled = settle_arithmetic(config, store, run, workers)
-        task = patch_task(settled, store, run, workers.device)
+        task = patch_task(settled, store, workers.device)
         # What the model is kept with must not tie it to this device's arithmetic.
         task = replace(task, keep=partial(_write_bundle, run / "model.vxs", config, store))
         return Engine(task, settled, run, workers, batch_size).go(asked)
@@ -142,7 +142,7 @@ def _arithmetic(config: Config, store: Store, run: Path, device: torch.device) -
     return way
 
 
-def patch_task(config: Config, store: Store, run: Path, device: torch.device) -> Task:
+def patch_task(config: Config, store: Store, device: torch.device) -> Task:
     """The config's network, on patches of a store's training scans, judged on its validation scans."""
     normalise = Normalisation.of_fingerprint(store.fingerprint["lesion_hu"])
     torch.manual_seed(config.train.seed)
@@ -164,7 +164,6 @@ def patch_task(config: Config, store: Store, run: Path, device: torch.device) ->
             device=device,
             precision=choose_precision(config.train.precision, device),
         ),
-        keep=partial(_write_bundle, run / "model.vxs", config, store),
     )
 
 
@@ -181,7 +180,7 @@ def _collate(
     samples: Sequence[Sample], config: Config, normalise: Normalisation, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     image, mask = make_batch(samples, config.data.patch_size, normalise, device, config.train.seed)
-    if config.train.channels_last is not False:
+    if config.train.formatted:
         image = image.contiguous(memory_format=torch.channels_last_3d)
     return image, mask
 

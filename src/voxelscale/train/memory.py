@@ -170,9 +170,7 @@ def require_memory(
 
 def _rough_bound(config: Config) -> int:
     """Bytes that a step surely needs less than: of a small training nothing need be played through."""
-    voxels = config.train.batch_size * math.prod(config.data.patch_size)
-    if config.model.norm == "sync_batch":
-        voxels *= config.train.virtual_workers
+    voxels = _seen_at_once(config) * math.prod(config.data.patch_size)
     # 60 float32 maps of the first level's size, where the default network keeps about 30.
     maps = 240 * voxels * config.model.filters * 2**config.model.dims / (2**config.model.dims - 1)
     widest = min(config.model.filters * 2 ** (config.model.depth - 1), config.model.max_filters)
@@ -301,19 +299,22 @@ def _network(config: Config, spacing: Triple, device: torch.device, checkpointin
     model = build_model(config.model, config.data.patch_size, spacing)
     if device.type != "cpu":
         model.to(device)
-    if config.train.channels_last is not False:
+    if config.train.formatted:
         to_channels_last(model)
     return checkpoint_activations(model) if checkpointing else model
 
 
+def _seen_at_once(config: Config) -> int:
+    """Samples of a forward pass: with ``sync_batch`` those of all of a rank's virtual workers."""
+    whole = config.model.norm == "sync_batch"
+    return config.train.batch_size * (config.train.virtual_workers if whole else 1)
+
+
 def _play(model: nn.Module, config: Config, device: torch.device, precision: torch.dtype) -> None:
     """One forward and backward pass on an empty micro-batch."""
-    batch = config.train.batch_size
-    if config.model.norm == "sync_batch":
-        batch *= config.train.virtual_workers
-    image = torch.zeros((batch, 1, *config.data.patch_size), device=device)
+    image = torch.zeros((_seen_at_once(config), 1, *config.data.patch_size), device=device)
     mask = torch.zeros_like(image)
-    if config.train.channels_last is not False:
+    if config.train.formatted:
         image = image.contiguous(memory_format=torch.channels_last_3d)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision != torch.float32):
         logits = model(image)
