@@ -219,8 +219,8 @@ class TrainConfig:
     compile: bool | None = False
     """Whether to compile the network with torch.compile; null: where a short trial finds it faster."""
     checkpoint_activations: bool = False
-    """Whether to forget activations within a level and compute them again: a quarter more time for an eighth
-    less memory on CPUs (docs/benchmarks.md)."""
+    """Whether to forget activations within a level and compute them again: a quarter more time for an
+    eighth less memory on CPUs (docs/benchmarks.md)."""
     compress: Literal["none", "bf16"] = "none"
     """Gradients as they travel between ranks; bf16 halves the bytes and rounds to 3 digits."""
     not_finite: Literal["stop", "skip"] = "stop"
