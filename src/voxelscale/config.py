@@ -295,6 +295,52 @@ class ScaleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The search for better values of other keys."""
+
+    space: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Which keys, and between what bounds, as {model.depth: {int: [2, 5]}}; {}: a default space
+    (docs/search.md)."""
+    trials: int = 50
+    """Trials to finish, pruned ones included; those that cannot run at all do not count."""
+    samples: int = 0
+    """Budget of a trial where it is not searched itself; 0: train.samples."""
+    workers: int = 0
+    """Worker processes on this machine; 0: as many as its devices allow, one on CPUs."""
+    devices_per_trial: int = 1
+    """Devices of a worker: GPUs, or on CPUs processes that share the cores."""
+    sampler: Literal["tpe", "gp", "random", "grid"] = "tpe"
+    """Who proposes: tree-structured Parzen estimator, Gaussian process, chance, or every point of a grid."""
+    startup: int = 10
+    """Trials drawn by chance before tpe or gp proposes."""
+    pruner: Literal["asha", "hyperband", "median", "none"] = "asha"
+    """Who ends hopeless trials early, by their validation Dice."""
+    rungs: int = 3
+    """How often a trial is compared with others at most; asha first at samples / factor**rungs."""
+    factor: int = 3
+    """Of asha's and hyperband's rungs: about 1 of so many goes on to the next."""
+    objectives: tuple[Literal["dice", "time", "parameters"], ...] = ("dice",)
+    """What is optimised: the Dice of the last validation upwards, seconds and parameters downwards."""
+    seed: int = 0
+    """Trial k's proposal is drawn from (seed, k) and what is known by then."""
+    storage: str = ""
+    """Where the trials are kept: a PostgreSQL URL, or "" for a journal file in the search's folder."""
+    study: str = "search"
+    """Name within the storage."""
+    first: tuple[str, ...] = ()
+    """Config files to try first, after the config itself."""
+    warm_start: str = ""
+    """Folder of an earlier search: its trials count as known where data, budget and config are the same,
+    else its best five are tried first."""
+    lease_seconds: float = 120.0
+    """After so long without a sign of life a worker counts as lost and its trial is taken over."""
+    trial_seconds: float = 0.0
+    """A trial that takes longer is ended; 0: no limit."""
+    memory_gib: float = 0.0
+    """Memory that a trial may take on each device; 0: what the device has."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All of it."""
 
@@ -308,6 +354,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -441,6 +488,10 @@ def _coerce(kind: Any, value: Any, where: str, path: str) -> Any:
             _coerce(k, v, where, f"{path}[{i}]")
             for i, (k, v) in enumerate(zip(item_kinds, value, strict=True))
         )
+    if origin is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise _mistyped(where, path, value, "a mapping, as {key: value}")
     if kind is float:
         return _as_float(value, where, path)
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
@@ -473,6 +524,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
     return value
+
+
+def _distinct(values: Sequence[Any]) -> bool:
+    return 1 <= len(values) == len(set(values))
 
 
 def _check(config: Config) -> None:
@@ -523,6 +578,17 @@ def _check(config: Config) -> None:
         ("scale.recipes", len(c.scale.recipes) >= 1, "at least one name"),
         ("scale.seeds", len(c.scale.seeds) >= 1, "at least one number"),
         ("scale.node_devices", c.scale.node_devices >= 1, "at least 1"),
+        ("search.trials", c.search.trials >= 1, "at least 1"),
+        ("search.samples", c.search.samples >= 0, "at least 0"),
+        ("search.workers", c.search.workers >= 0, "at least 0"),
+        ("search.devices_per_trial", c.search.devices_per_trial >= 1, "at least 1"),
+        ("search.startup", c.search.startup >= 1, "at least 1"),
+        ("search.rungs", c.search.rungs >= 1, "at least 1"),
+        ("search.factor", c.search.factor >= 2, "at least 2"),
+        ("search.objectives", _distinct(c.search.objectives), "one or more, each once"),
+        ("search.lease_seconds", c.search.lease_seconds >= 3, "at least 3"),
+        ("search.trial_seconds", c.search.trial_seconds >= 0, "at least 0"),
+        ("search.memory_gib", c.search.memory_gib >= 0, "at least 0"),
         ("predict.overlap", 0 <= c.predict.overlap < 1, "at least 0 and below 1"),
         ("predict.batch_size", c.predict.batch_size >= 1, "at least 1"),
         ("predict.threshold", 0 < c.predict.threshold < 1, "between 0 and 1"),

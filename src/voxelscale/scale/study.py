@@ -263,7 +263,7 @@ def _claim(config: Config, out: Path) -> None:
 
 def _trained(config: Config) -> str:
     """A digest of what shapes a training; more workers, recipes or seeds may be added to a study."""
-    return digest_of({**to_dict(config), "scale": {}})
+    return digest_of({**to_dict(config), "scale": {}, "search": {}})
 
 
 def read_outcome(out: Path, trial: Trial) -> Outcome | None:

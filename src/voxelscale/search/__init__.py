@@ -1,0 +1,1 @@
+"""Asynchronous parallel Bayesian optimisation of any of the config's keys."""

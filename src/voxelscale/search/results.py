@@ -1,0 +1,124 @@
+"""What a search has found so far, as plain data: what status, table and report are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Value = str | int | float | bool | None
+"""Of a searched key; a list (as a patch size) is its JSON text."""
+
+State = Literal["waiting", "running", "done", "pruned", "infeasible", "diverged", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """A time during which devices worked on a trial; a trial that was resumed has several.
+
+    Attributes:
+        worker: a short name, the same for all stretches of a worker.
+        devices: names of the devices it had, as ``worker/0``.
+        begun, ended: seconds since the epoch; `ended` is None while it runs.
+    """
+
+    worker: str
+    devices: tuple[str, ...]
+    begun: float
+    ended: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """One trial, all its attempts together.
+
+    Attributes:
+        number: its first attempt's number, counted from 0.
+        state: where it stands.
+        params: value of each searched key that is active in it.
+        values: one for each objective; () while there are none.
+        curve: (samples, validation Dice), samples rising.
+        stretches: when which devices worked on it, in order.
+        note: one line on how it ended or was resumed, for people; "" where there is nothing to say.
+    """
+
+    number: int
+    state: State
+    params: Mapping[str, Value]
+    values: tuple[float, ...] = ()
+    curve: tuple[tuple[int, float], ...] = ()
+    stretches: tuple[Stretch, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResults:
+    """A search.
+
+    Attributes:
+        name: of the study.
+        objectives: what the trials' values are: ``dice``, ``time`` (s) or ``parameters``.
+        maximise: for each, whether more is better.
+        keys: the searched keys, in the order of the space.
+        log: those of them that are searched on a logarithmic scale.
+        target: how many trials are wanted.
+        sampler, pruner: their names.
+        trials: by number.
+        importances: share of each key in the variance of the first objective, greatest first; {} while
+            there are too few trials.
+    """
+
+    name: str
+    objectives: tuple[str, ...]
+    maximise: tuple[bool, ...]
+    keys: tuple[str, ...]
+    log: frozenset[str]
+    target: int
+    sampler: str
+    pruner: str
+    trials: Sequence[TrialResult]
+    importances: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def done(self) -> list[TrialResult]:
+        """The trials that ran to their end and could be used."""
+        return [trial for trial in self.trials if trial.state == "done"]
+
+    @property
+    def best(self) -> TrialResult | None:
+        """The trial that is best by the first objective; None while there is none."""
+        sign = 1.0 if self.maximise[0] else -1.0
+        return max(self.done, key=lambda trial: sign * trial.values[0], default=None)
+
+    @property
+    def front(self) -> list[TrialResult]:
+        """The trials that no other is at least as good as in every objective and better in one."""
+        signs = [1.0 if more else -1.0 for more in self.maximise]
+
+        def gains(trial: TrialResult) -> list[float]:
+            return [sign * value for sign, value in zip(signs, trial.values, strict=True)]
+
+        def beaten(trial: TrialResult) -> bool:
+            own = gains(trial)
+            others = [gains(other) for other in self.done]
+            return any(
+                all(o >= v for o, v in zip(other, own, strict=True))
+                and any(o > v for o, v in zip(other, own, strict=True))
+                for other in others
+            )
+
+        return [trial for trial in self.done if not beaten(trial)]
+
+
+def utilisation(results: SearchResults, now: float) -> float:
+    """Share of the devices' time, from each one's first to its last moment of work, in which it worked.
+
+    Devices still at work count until `now`. 0 where nothing has been done.
+    """
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for trial in results.trials:
+        for stretch in trial.stretches:
+            for device in stretch.devices:
+                spans.setdefault(device, []).append((stretch.begun, stretch.ended or now))
+    whole = sum(max(e for _, e in span) - min(b for b, _ in span) for span in spans.values())
+    return sum(e - b for span in spans.values() for b, e in span) / whole if whole > 0 else 0.0
