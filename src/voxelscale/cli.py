@@ -42,7 +42,7 @@ def main() -> None:
     app(levels + [a for a in sys.argv[1:] if a not in levels])
 
 
-def verb(command: Callable[..., int | None]) -> Callable[..., None]:
+def verb(command: Callable[..., int | None], to: typer.Typer = app) -> Callable[..., None]:
     """A command whose faults are told as two lines and exit code 2, and that ends well on Ctrl-C."""
 
     @functools.wraps(command)
@@ -57,8 +57,22 @@ def verb(command: Callable[..., int | None]) -> Callable[..., None]:
             code = 130
         raise typer.Exit(code)
 
-    app.command()(told)
+    to.command()(told)
     return told
+
+
+class _RunsByDefault(typer.core.TyperGroup):
+    """A verb with a few verbs of its own: without one of them it runs."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put ``run`` before arguments that name no verb."""
+        named = bool(args) and args[0] in self.commands
+        parsed: list[str] = super().parse_args(ctx, args if named else ["run", *args])
+        return parsed
+
+
+search_app = typer.Typer(cls=_RunsByDefault, rich_markup_mode=None)
+app.add_typer(search_app, name="search", help="Find better settings by parallel Bayesian optimisation.")
 
 
 def tell(message: str, hint: str) -> None:
@@ -104,6 +118,7 @@ def common(
     \b
     voxelscale prepare scans/ store/                  check, resample and store scans and masks
     voxelscale train store/ run/                      train a U-Net; Ctrl-C saves, again goes on
+    voxelscale search store/ search/                  find better settings, on all devices at once
     voxelscale scale store/ study/                    what N workers do to time and Dice
     voxelscale predict run/ new_scans/ predictions/   masks and findings in patient mm
     voxelscale evaluate predictions/ scans/           Dice, sensitivity, FROC
@@ -203,6 +218,103 @@ def train(
         return 130
     print(f"model in {run / 'model.vxs'}")
     return 0
+
+
+def run(
+    store: Annotated[Path, typer.Argument(help="What voxelscale prepare wrote.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the search; if it has begun, it goes on.")],
+    trials: Annotated[int | None, typer.Option(help="Trials to finish.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes here; 0: as many as there are devices for.")
+    ] = None,
+    devices_per_trial: Annotated[
+        int | None, typer.Option(help="GPUs, or ranks on CPUs, of a trial.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="tpe, gp, random or grid.")] = None,
+    pruner: Annotated[str | None, typer.Option(help="asha, hyperband, median or none.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="postgresql://...; without it a journal file in the folder.")
+    ] = None,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Train the best on the full budget.")] = False,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> int:
+    """Find better settings by parallel Bayesian optimisation.
+
+    \b
+    voxelscale search store/ search/ --trials 50
+    voxelscale search store/ search/ --workers 4 --devices-per-trial 2 --sampler gp
+    voxelscale search store/ search/ --config mine.yaml --set search.samples=4000 --retrain
+    voxelscale search status search/ --follow         where it stands, from any machine
+    voxelscale search report search/                  write search/search.html now
+
+    What is searched is the config's search.space, as {model.depth: {int: [2, 5]}}; without it a default
+    space. The first trial is the config itself. The same command on another machine that sees the folder
+    joins; killed or stopped by Ctrl-C, the same command goes on, and no trial is lost or run twice.
+    Leaves best.yaml, which voxelscale train takes as it is, and search.html.
+    """
+    from voxelscale.config import load
+    from voxelscale.search.definition import DEFINITION
+    from voxelscale.search.search import retrain_best
+    from voxelscale.search.search import search as run_search
+
+    options = {"trials": trials, "workers": workers, "devices_per_trial": devices_per_trial}
+    options |= {"sampler": sampler, "pruner": pruner, "storage": storage}  # type: ignore[dict-item]
+    sets = [f"search.{key}={value}" for key, value in options.items() if value is not None]
+    begun = out / DEFINITION
+    base = load(begun) if begun.is_file() else None
+    settings = read_config(config, [*(set_ or []), *sets], base)
+    results = run_search(settings, store, out)
+    best = results.best
+    if best is None:
+        raise VoxelscaleError(f"{out}: no trial came to its end", "voxelscale search status tells why")
+    values = ", ".join(f"{n} {v:.4g}" for n, v in zip(results.objectives, best.values, strict=True))
+    print(f"best trial {best.number}: {values}")
+    for key, value in best.params.items():
+        print(f"  {key}: {value}")
+    print(f"report in {out / 'search.html'}")
+    if retrain:
+        return retrain_best(out, store)
+    print(f"to train it: voxelscale train {store} run/ --config {out / 'best.yaml'}")
+    return 0
+
+
+def status(
+    out: Annotated[Path, typer.Argument(help="Folder of the search.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Again every few seconds until it is done.")
+    ] = False,
+) -> None:
+    """Show where a search stands: running, done, pruned and failed trials, and the best so far.
+
+    \b
+    voxelscale search status search/
+    voxelscale search status search/ --follow
+    """
+    from voxelscale.search.search import follow_status
+
+    follow_status(out, forever=follow)
+
+
+def report_search(
+    out: Annotated[Path, typer.Argument(help="Folder of the search.")],
+) -> None:
+    """Write search.html and best.yaml of a search as it stands now.
+
+    \b
+    voxelscale search report search/
+    """
+    from voxelscale.search.definition import reopen
+    from voxelscale.search.search import write_results
+
+    write_results(reopen(out))
+    print(f"report in {out / 'search.html'}")
+
+
+verb(run, search_app)
+verb(status, search_app)
+report_search.__name__ = "report"
+verb(report_search, search_app)
 
 
 @verb

@@ -76,6 +76,8 @@ class DataConfig:
     """Share of samples centred on a lesion voxel; the rest are centred anywhere in the scan."""
     cases: int = 0
     """How many training scans to use; 0: all."""
+    patches_per_case: int = 0
+    """How many different patches are drawn from each of them, again and again; 0: no limit."""
     readers: int = 2
     """Threads that read and decompress patches ahead of the device."""
     prefetch: int = 4
@@ -90,6 +92,8 @@ class AugmentConfig:
     """Whether to augment at all."""
     flip: bool = True
     """Mirror each axis with probability one half."""
+    strength: float = 1.0
+    """Every p is multiplied by it, to at most 1; mirroring is as it is."""
     p_affine: float = 0.3
     """Rotation and scaling together."""
     rotate_deg: Triple = (15.0, 15.0, 30.0)
@@ -230,6 +234,8 @@ class TrainConfig:
     0: the running ones, which are averaged where weights are (`optim.average`)."""
     validate_every: int = 5_000
     """Samples between validations; 0: only at the end."""
+    validate_at: tuple[int, ...] = ()
+    """Samples after which to validate, besides."""
     validate_cases: int = 0
     """How many validation scans; 0: all."""
     checkpoint_every: int = 1_000
@@ -310,7 +316,7 @@ class SearchConfig:
     devices_per_trial: int = 1
     """Devices of a worker: GPUs, or on CPUs processes that share the cores."""
     sampler: Literal["tpe", "gp", "random", "grid"] = "tpe"
-    """Who proposes: tree-structured Parzen estimator, Gaussian process, chance, or every point of a grid."""
+    """Who proposes: tree-structured Parzen estimator, Gaussian process, chance, or a grid."""
     startup: int = 10
     """Trials drawn by chance before tpe or gp proposes."""
     pruner: Literal["asha", "hyperband", "median", "none"] = "asha"
@@ -537,6 +543,8 @@ def _check(config: Config) -> None:
         ("data.patch_size", min(c.data.patch_size) >= 1, "at least 1 voxel along each axis"),
         ("data.patch_size", c.model.dims == 3 or c.data.patch_size[0] == 1, "1 along z for model.dims=2"),
         ("data.foreground", 0 <= c.data.foreground <= 1, "between 0 and 1"),
+        ("data.patches_per_case", c.data.patches_per_case >= 0, "at least 0"),
+        ("augment.strength", c.augment.strength >= 0, "at least 0"),
         ("data.readers", c.data.readers >= 1, "at least 1"),
         ("data.prefetch", c.data.prefetch >= 1, "at least 1"),
         ("model.depth", c.model.depth >= 1, "at least 1"),

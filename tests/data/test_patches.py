@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch.nn import functional as F
 
-from voxelscale.config import AugmentConfig, Config, DataConfig
+from voxelscale.config import AugmentConfig, Config, DataConfig, load
 from voxelscale.data import augment
 from voxelscale.data.augment import Normalisation, make_batch
-from voxelscale.data.augment_plan import draw_augmentation, region_of
+from voxelscale.data.augment_plan import Augmentation, draw_augmentation, region_of
 from voxelscale.data.patches import PatchSource, place_window, read_ahead, worker_indices
 from voxelscale.data.randomness import generator
-from voxelscale.data.store import Store
+from voxelscale.data.store import Reader, Store
 from voxelscale.errors import VoxelscaleError
 
 CPU = torch.device("cpu")
@@ -119,6 +119,93 @@ def test_a_store_without_training_cases_is_refused(store: Store) -> None:
         source(empty)
 
 
+# So many patches of each scan
+
+
+def places(
+    store: Store, first: int, count: int, seed: int = 0, **data: float
+) -> list[tuple[str, tuple[int, int, int]]]:
+    patches = source(store, PLAIN, seed, **data)
+    return [(patches[i].case, patches[i].start) for i in range(first, first + count)]
+
+
+def test_every_scan_gives_so_many_places_again_and_again(store: Store) -> None:
+    scans = len(store.split("train"))
+    once = places(store, 0, 5 * scans, patches_per_case=5)
+    assert len(set(once)) == 5 * scans
+    assert {case for case, _ in once} == {info.case for info in store.split("train")}
+    assert all(sum(case == info.case for case, _ in once) == 5 for info in store.split("train"))
+    again = places(store, 5 * scans, 5 * scans, patches_per_case=5)
+    assert sorted(again) == sorted(once)
+    assert again != once, "in another order"
+    few = places(store, 0, 40, patches_per_case=5, cases=2)
+    assert len(set(few)) == 10
+    assert {case for case, _ in few} == {info.case for info in store.split("train")[:2]}
+    # More patches of each scan are more of the same kind, and those of before among them.
+    assert set(once) <= set(places(store, 0, 9 * scans, patches_per_case=9))
+    assert set(once).isdisjoint(places(store, 0, 5 * scans, seed=1, patches_per_case=5))
+
+
+def test_a_patch_that_comes_again_is_augmented_anew(store: Store) -> None:
+    scans = len(store.split("train"))
+    patches = source(store, replace(EVERYTHING, p_affine=0), patches_per_case=2)
+    samples = sorted((patches[i] for i in range(4 * scans)), key=lambda s: (s.case, s.start, s.index))
+    for one, two in zip(samples[::2], samples[1::2], strict=True):
+        assert (one.case, one.start) == (two.case, two.start)
+        assert np.array_equal(one.region, two.region)
+        assert one.augmentation.noise_std != two.augmentation.noise_std
+        images, _ = make_batch([one, two], DATA.patch_size, NORMALISE, CPU, 0)
+        assert not torch.equal(images[0], images[1])
+
+
+def test_limited_patches_are_a_pure_function_of_seed_and_index(store: Store) -> None:
+    one, two = (source(store, EVERYTHING, patches_per_case=3) for _ in range(2))
+    forwards = [one[i] for i in range(20)]
+    backwards = [two[i] for i in reversed(range(20))][::-1]
+    for a, b in zip(forwards, backwards, strict=True):
+        assert (a.case, a.start) == (b.case, b.start)
+        assert np.array_equal(a.region, b.region)
+
+
+def test_limited_patches_keep_the_foreground_share(store: Store) -> None:
+    scans = len(store.split("train"))
+    patches = source(store, foreground=1.0, patches_per_case=20)
+    assert all(patches[i].region[1].any() for i in range(20 * scans))
+    healthy = replace(store, cases=tuple(replace(info, lesion_volumes_mm3=()) for info in store.cases))
+    assert len(set(places(healthy, 0, 30, foreground=1.0, patches_per_case=4))) == 4 * scans
+
+
+def test_without_a_limit_the_stream_is_as_it_ever_was(store: Store) -> None:
+    """Each sample's place drawn here as it was before there was a limit."""
+    cases = store.split("train")
+    with_lesions = [info for info in cases if info.lesion_volumes_mm3]
+    reader, patches = Reader(store.path), source(store, patches_per_case=0)
+    for index in range(60):
+        random = generator(0, index, 0)
+        foreground = random.random() < DATA.foreground
+        pick, lesion, voxel = random.random(3)
+        if foreground:
+            info = with_lesions[int(pick * len(with_lesions))]
+            lesions = reader.lesions(info.case)
+            voxels = lesions[int(lesion * len(lesions))]
+            reach = np.asarray(DATA.patch_size) // 3
+            jitter = random.integers(-reach, reach, endpoint=True)
+            centre = voxels[int(voxel * len(voxels))] + jitter
+        else:
+            info = cases[int(pick * len(cases))]
+            centre = random.integers(0, info.shape)
+        sample = patches[index]
+        assert sample.case == info.case
+        assert list(sample.start) == place_window(centre, DATA.patch_size, info.shape)
+
+
+@pytest.mark.parametrize("setting", ["data.patches_per_case=-1", "augment.strength=-0.5"])
+def test_below_zero_is_refused(setting: str) -> None:
+    with pytest.raises(VoxelscaleError, match=f"{setting.partition('=')[0]} is -") as caught:
+        load(None, [setting])
+    assert "at least 0" in caught.value.hint
+
+
 # Augmentation
 
 
@@ -208,6 +295,47 @@ def test_changing_one_probability_leaves_the_others(tiny: Config) -> None:
         assert b.noise_std > 0
         assert (a.gamma, a.factor, a.flips, a.blur_sigma) == (b.gamma, b.factor, b.flips, b.blur_sigma)
         assert (a.matrix is None) == (b.matrix is None)
+
+
+def drawn(config: AugmentConfig, count: int) -> list[Augmentation]:
+    size, spacing = (8, 8, 8), (1.0, 1.0, 1.0)
+    return [draw_augmentation(config, generator(0, index, 1), size, spacing) for index in range(count)]
+
+
+def used(plan: Augmentation) -> list[bool]:
+    """Which transformations a sample gets."""
+    neutral = (plan.factor, plan.gamma, plan.resolution)
+    return [plan.matrix is not None, plan.noise_std > 0, plan.blur_sigma > 0, *(v != 1 for v in neutral)]
+
+
+def test_no_strength_leaves_the_flips() -> None:
+    none, plain = drawn(AugmentConfig(strength=0), 50), drawn(AugmentConfig(), 50)
+    assert not any(any(used(plan)) for plan in none)
+    assert [plan.flips for plan in none] == [plan.flips for plan in plain]
+    assert all(plan.region == (8, 8, 8) for plan in none)
+
+
+def test_double_strength_doubles_frequencies() -> None:
+    count = 2000
+    config = AugmentConfig(p_brightness=0.6)
+    chances = np.array([0.3, 0.15, 0.1, 0.6, 0.2, 0.1])
+    for strength in (1.0, 2.0):
+        found = np.mean([used(p) for p in drawn(replace(config, strength=strength), count)], axis=0)
+        wanted = np.minimum(1, strength * chances)
+        assert (np.abs(found - wanted) <= 4 * np.sqrt(wanted * (1 - wanted) / count)).all(), strength
+
+
+def test_unit_strength_leaves_every_draw() -> None:
+    """A coin falls as it did when it was held against the probability itself."""
+    config = AugmentConfig()
+    chances = (config.p_affine, config.p_noise, config.p_blur)
+    for index, plan in enumerate(drawn(config, 300)):
+        coins, amounts = (draws := generator(0, index, 1)).random(6), draws.random(12)
+        assert used(plan)[:3] == [coin < chance for coin, chance in zip(coins, chances, strict=False)]
+        assert plan.noise_std in (0.0, config.noise_std * amounts[6])
+        assert (plan.gamma != 1) == (coins[3] < config.p_gamma)
+        assert (plan.factor != 1) == (coins[4] < config.p_brightness)
+        assert (plan.resolution != 1) == (coins[5] < config.p_low_resolution)
 
 
 def test_blur_is_scipys(store: Store) -> None:

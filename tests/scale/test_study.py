@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from scipy import stats
+from tests.train.runs import processes, seen_in
 
 from voxelscale.config import Config, dump, load
 from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
-from voxelscale.scale.study import Outcome, Trial, interval, plan, run_study
-from voxelscale.scale.trials import real_ranks
+from voxelscale.scale.study import Outcome, Stop, Trial, interval, plan, run_study
+from voxelscale.scale.trials import real_ranks, train_trial
+from voxelscale.train.log import read_events
 from voxelscale.train.optim import peak_rate
 
 
@@ -25,7 +31,7 @@ def config(*sets: str) -> Config:
     return load(None, [*few, "optim.reference_batch=1", *sets])
 
 
-def made_up(trial: Trial, run: Path) -> Outcome:
+def made_up(trial: Trial, run: Path, stop: Stop) -> Outcome:
     """Dice falls with the logarithm of the workers, less so with the recipe."""
     loss = 0.1 if trial.recipe == "unchanged" else 0.01
     dice = 0.8 + 0.01 * trial.seed - loss * (trial.workers.bit_length() - 1)
@@ -81,19 +87,19 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     study = config("scale.recipes=[unchanged]")
     done: list[str] = []
 
-    def fails_at_the_third(trial: Trial, run: Path) -> Outcome:
+    def fails_at_the_third(trial: Trial, run: Path, stop: Stop) -> Outcome:
         if len(done) == 2:
             raise VoxelscaleError("no power", "plug it in")
         done.append(trial.name)
-        return made_up(trial, run)
+        return made_up(trial, run, stop)
 
     with pytest.raises(VoxelscaleError, match="no power"):
         run_study(study, tmp_path, fails_at_the_third)
     begun = len(done)
 
-    def counted(trial: Trial, run: Path) -> Outcome:
+    def counted(trial: Trial, run: Path, stop: Stop) -> Outcome:
         done.append(trial.name)
-        return made_up(trial, run)
+        return made_up(trial, run, stop)
 
     rows = run_study(study, tmp_path, counted)
     assert begun == 2
@@ -109,6 +115,101 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("workers", "wanted", "ranks"), [(64, 8, 8), (12, 8, 6), (7, 4, 1), (1, 8, 1)])
 def test_real_ranks_divide_the_workers(workers: int, wanted: int, ranks: int) -> None:
     assert real_ranks(workers, wanted, 1) == ranks
+
+
+def test_a_trial_that_fails_lets_the_others_save_and_stop(tmp_path: Path) -> None:
+    stopped: list[str] = []
+    begun = threading.Event()
+
+    def one_fails(trial: Trial, run: Path, stop: Stop) -> Outcome:
+        if trial.workers == 1:
+            begun.wait(60)
+            raise VoxelscaleError("no power", "plug it in")
+        begun.set()
+        while not stop.asked:
+            time.sleep(0.01)
+        stopped.append(trial.name)
+        raise KeyboardInterrupt
+
+    with pytest.raises(VoxelscaleError, match="no power"):
+        run_study(config("scale.seeds=[0]", "scale.recipes=[unchanged]"), tmp_path, one_fails, jobs=2)
+    assert len(stopped) == 1
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from pathlib import Path
+from tests.scale.test_study import config
+from voxelscale.scale.study import run_study
+
+def waits(trial, run, stop):
+    for wish in ("asked", "at_once"):
+        time.sleep(0.5)  # the main thread is to be waiting
+        os.kill(os.getpid(), signal.SIGINT)
+        while not getattr(stop, wish):
+            time.sleep(0.01)
+        print(wish, flush=True)
+    raise KeyboardInterrupt
+
+try:
+    run_study(config(), Path(sys.argv[1]), waits)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert sorted(done.stdout.split()) == ["asked", "at_once", "interrupted"], done.stderr
+    assert "once more to stop at once" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_trial_that_is_to_stop_at_once(tiny: Config, store: Store, tmp_path: Path) -> None:
+    (trial, *_) = plan(replace(tiny, train=replace(tiny.train, samples=10**6)))
+    with pytest.raises(KeyboardInterrupt):
+        train_trial(trial, tmp_path / "run", Stop(asked=True, at_once=True), store=store.path, jobs=1)
+    assert not [words for _, words in processes() if str(tmp_path) in words]
+
+
+def test_ctrl_c_saves_the_trainings_and_the_same_command_goes_on(
+    tiny: Config, store: Store, tmp_path: Path
+) -> None:
+    # Only a training that stops well leaves a checkpoint before its end.
+    train = replace(tiny.train, samples=1600, batch_size=1, ranks=0, checkpoint_every=10**6)
+    path, out = tmp_path / "study.yaml", tmp_path / "out"
+    path.write_text(dump(replace(tiny, train=replace(train, checkpoint_seconds=0.0))))
+    command = [sys.executable, "-m", "voxelscale.cli", "scale", str(store.path), str(out)]
+    command += ["--config", str(path), "--workers", "1,2", "--recipes", "unchanged", "--seeds", "0"]
+    command += ["--jobs", "2", "--interconnect", "alpha=5us,beta=12GB/s"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not all(logs := [read_events(run) for run in (out / "runs").glob("w*[!l]")]) or len(logs) < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everybody
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "the same command goes on" in errors
+    assert not [words for _, words in processes() if str(out) in words]
+    before = {run: read_events(run) for run in (out / "runs").glob("w*[!l]")}
+    assert len(before) == 2
+    assert all(0 < seen_in(run)[-1] < 1600 for run in before)
+    assert not list(out.glob("trials/*"))
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    for run, events in before.items():
+        assert read_events(run)[: len(events)] == events, "it went on, and did not begin again"
+        assert read_events(run)[-1]["samples"] == 1600
 
 
 def test_the_command(tiny: Config, store: Store, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,13 @@ from voxelscale.data.store import Reader, Store, case_path
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_model
 from voxelscale.predict.bundle import load_untrusted
-from voxelscale.train import checkpoint
+from voxelscale.train import checkpoint, fit, loop, memory
 from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.distributed import Workers
 from voxelscale.train.engine import Engine, Result
 from voxelscale.train.launch import start
 from voxelscale.train.log import read_events
+from voxelscale.train.memory import ran_out
 from voxelscale.train.task import Table, Task
 from voxelscale.train.validate import ScanScoring
 
@@ -136,6 +138,66 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(
         with pytest.raises(VoxelscaleError, match="weights are not finite after 8 samples"):
             go(task, tiny, tmp_path, not_finite=not_finite)
         assert not seen_in(tmp_path)
+
+
+def test_out_of_memory_is_noted_and_told(tiny: Config, tmp_path: Path) -> None:
+    steps = iter(range(100))
+
+    def too_large(output: Tensor, target: Tensor) -> Tensor:
+        if next(steps) == 9:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return nn.functional.mse_loss(output, target)
+
+    words = partial(ran_out, tiny, torch.device("cpu"))
+    task = replace(toy(), loss=too_large, too_large=words)
+    with pytest.raises(VoxelscaleError, match=r"2 patches of 16x16x16 voxels does not fit") as raised:
+        go(task, tiny, tmp_path)
+    assert "lower train.batch_size or data.patch_size, let --fit-memory" in raised.value.hint
+    assert raised.value.__suppress_context__
+    assert read_events(tmp_path)[-1] == {"event": "out_of_memory", "samples": 18}
+    assert seen_in(tmp_path)[-1] == 16
+    go(toy(), tiny, tmp_path)
+    go(toy(), tiny, tmp_path / "whole")
+    assert identical(final_weights(tmp_path), final_weights(tmp_path / "whole"))
+    assert all(event["event"] == "train" for event in read_events(tmp_path))
+
+
+def test_out_of_memory_of_anyones_network(tiny: Config) -> None:
+    def too_large(output: Tensor, target: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    numbers = [(torch.ones(4), torch.ones(1))] * 4
+    with pytest.raises(VoxelscaleError, match="more memory than there is") as raised:
+        fit(nn.Linear(4, 1), too_large, numbers, tiny)
+    assert "train.batch_size" in raised.value.hint
+
+
+@pytest.mark.parametrize("where", ["before", "while it settles"])
+def test_too_little_memory_before_the_first_step_is_noted(
+    tiny: Config, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        if where == "before":
+            patch.setattr(memory, "available_memory", lambda _: 1000)
+        else:
+            patch.setattr(loop, "choose_arithmetic", fails)
+        with pytest.raises(VoxelscaleError, match="2 patches of 16x16x16"):
+            start(with_train(tiny, samples=8), store.path, tmp_path / "run")
+    assert read_events(tmp_path / "run") == [{"event": "out_of_memory", "samples": 0}]
+    assert start(with_train(tiny, samples=8), store.path, tmp_path / "run"), "with more memory it goes on"
+    assert read_events(tmp_path / "run")[-1]["event"] == "validation"
+
+
+def test_a_patch_that_does_not_suit_is_not_noted_as_out_of_memory(
+    tiny: Config, store: Store, tmp_path: Path
+) -> None:
+    config = replace(tiny, model=replace(tiny.model, depth=9))
+    with pytest.raises(VoxelscaleError):
+        start(config, store.path, tmp_path / "run")
+    assert read_events(tmp_path / "run") == []
 
 
 def test_checkpoints_by_the_clock(tiny: Config, tmp_path: Path) -> None:

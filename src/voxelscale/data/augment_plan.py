@@ -49,25 +49,25 @@ def draw_augmentation(
     if not config.enabled:
         return Augmentation(region=patch)
     coins, amounts = random.random(6), random.random(12)
+    c = config
+    likely = (c.p_affine, c.p_noise, c.p_blur, c.p_gamma, c.p_brightness, c.p_low_resolution)
+    turned, noisy, blurred, bent, brighter, coarser = coins < c.strength * np.asarray(likely)
     angles = (2 * amounts[:3] - 1) * np.radians(config.rotate_deg)
     zooms = config.scale[0] * (config.scale[1] / config.scale[0]) ** amounts[3:6]
     flips = random.random(3) < 0.5
     if dims == 2:
         angles[:2], zooms[0], flips[0] = 0.0, 1.0, False
-    matrix = _matrix(angles, zooms, spacing) if coins[0] < config.p_affine else None
+    matrix = _matrix(angles, zooms, spacing) if turned else None
     z, y, x = (bool(f) and config.flip for f in flips)
-    brighter = coins[4] < config.p_brightness
     return Augmentation(
         region=region_of(matrix, patch),
         matrix=matrix,
-        noise_std=config.noise_std * amounts[6] if coins[1] < config.p_noise else 0.0,
-        blur_sigma=_between(config.blur_sigma, amounts[7]) if coins[2] < config.p_blur else 0.0,
+        noise_std=config.noise_std * amounts[6] if noisy else 0.0,
+        blur_sigma=_between(config.blur_sigma, amounts[7]) if blurred else 0.0,
         factor=_between(config.brightness, amounts[8]) if brighter else 1.0,
         shift=0.4 * amounts[9] - 0.2 if brighter else 0.0,
-        gamma=_between(config.gamma, amounts[10]) if coins[3] < config.p_gamma else 1.0,
-        resolution=_between(config.low_resolution, amounts[11])
-        if coins[5] < config.p_low_resolution
-        else 1.0,
+        gamma=_between(config.gamma, amounts[10]) if bent else 1.0,
+        resolution=_between(config.low_resolution, amounts[11]) if coarser else 1.0,
         flips=(z, y, x),
     )
 

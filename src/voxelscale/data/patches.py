@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from voxelscale.config import AugmentConfig, DataConfig
 from voxelscale.data.augment_plan import Augmentation, draw_augmentation
+from voxelscale.data.order import item_of
 from voxelscale.data.randomness import generator
 from voxelscale.data.store import CaseInfo, Reader, Store
 from voxelscale.errors import VoxelscaleError
@@ -62,7 +63,7 @@ class PatchSource:
 
     Args:
         store: where to read.
-        data: patch size, foreground share, and how many cases.
+        data: patch size, foreground share, how many cases, and how many patches of each.
         augment: what is drawn for the device.
         seed: of the run.
         dims: 2 or 3; in 2-D nothing turns out of the slice.
@@ -80,7 +81,7 @@ class PatchSource:
             raise VoxelscaleError(
                 f"{store.path}: no training case", "give prepare.split a first share above 0"
             )
-        self._with_lesions = [info for info in self.cases if info.lesion_volumes_mm3]
+        self._with_lesions = _with_lesions(self.cases)
         self._reader = Reader(store.path)
         self._data, self._augment, self._seed, self._dims = data, augment, seed, dims
         self._spacing = store.spacing
@@ -102,20 +103,33 @@ class PatchSource:
         return Sample(index=index, case=info.case, start=(z, y, x), region=region, augmentation=plan)
 
     def _place(self, index: int) -> tuple[CaseInfo, NDArray[np.int64]]:
-        """The case and the patch's centre voxel of a sample."""
+        """The case and the patch's centre voxel of a sample.
+
+        Where patches are limited it is that of one of so many items, which all cases share evenly. The
+        items of a lower limit are among those of a higher one.
+        """
+        cases, with_lesions = self.cases, self._with_lesions
+        if limit := self._data.patches_per_case:
+            index = item_of(index, limit * len(cases), self._seed)
+            cases = [cases[index % len(cases)]]
+            with_lesions = _with_lesions(cases)
         random = generator(self._seed, index, PLACE)
-        foreground = random.random() < self._data.foreground and bool(self._with_lesions)
+        foreground = random.random() < self._data.foreground and bool(with_lesions)
         pick, lesion, voxel = random.random(3)
         if not foreground:
-            info = self.cases[int(pick * len(self.cases))]
+            info = cases[int(pick * len(cases))]
             return info, random.integers(0, info.shape)
-        info = self._with_lesions[int(pick * len(self._with_lesions))]
+        info = with_lesions[int(pick * len(with_lesions))]
         # By lesion first, so that a small one is seen as often as a large one.
         lesions = self._reader.lesions(info.case)
         voxels = lesions[int(lesion * len(lesions))]
         reach = np.asarray(self._data.patch_size) // 3
         jitter = random.integers(-reach, reach, endpoint=True)
         return info, voxels[int(voxel * len(voxels))].astype(np.int64) + jitter
+
+
+def _with_lesions(cases: Sequence[CaseInfo]) -> list[CaseInfo]:
+    return [info for info in cases if info.lesion_volumes_mm3]
 
 
 def place_window(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 48, 16, 14, 40
@@ -21,6 +22,8 @@ class Line:
         stairs: whether the value holds until the next point.
         dots: whether each point is marked, with its figures as a tooltip.
         hollow: whether the marks are rings.
+        titles: the marks' tooltips; (): their figures.
+        bare: whether only the marks are drawn.
         bars: intervals (x, low, high), drawn upright.
         dashed: whether the line is.
         style: CSS class of its colour; "": that of its place among the lines.
@@ -32,6 +35,8 @@ class Line:
     stairs: bool = False
     dots: bool = False
     hollow: bool = False
+    titles: Sequence[str] = ()
+    bare: bool = False
     bars: Sequence[tuple[float, float, float]] = ()
     dashed: bool = False
     style: str = ""
@@ -91,22 +96,33 @@ def line_chart(
     return f"<figure>{head}{body}</svg><figcaption>{names}</figcaption></figure>"
 
 
-def draw_axes(frame: Frame, *, x_label: str, y_name: Callable[[float], str] | None = None) -> str:
+def draw_axes(
+    frame: Frame,
+    *,
+    x_label: str,
+    y_name: Callable[[float], str] | None = None,
+    x_marks: Sequence[tuple[float, str]] | None = None,
+) -> str:
     """Grid, ticks and the x axis's label, to stand inside an SVG.
 
     Args:
         y_name: what is written at a tick.
+        x_marks: what is written where along x, instead of the ticks; in two rows where one is too short.
     """
     name = y_name or number
     left, right, floor = frame.left, frame.width - frame.right, frame.height - BOTTOM
     parts = []
-    for tick in frame.y_ticks or _ticks(*frame.y):
+    for tick in frame.y_ticks or round_ticks(*frame.y):
         y = frame.place(frame.x[0], tick)[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(name(tick))}</text>')
-    for tick in frame.x_ticks or _ticks(*frame.x):
-        x = frame.place(tick, frame.y[0])[0]
-        parts.append(f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{number(tick)}</text>')
+    if x_marks is None:
+        x_marks = [(tick, number(tick)) for tick in frame.x_ticks or round_ticks(*frame.x)]
+    placed = [(frame.place(at, frame.y[0])[0], text) for at, text in x_marks]
+    tight = any(b - a < 4.2 * (len(s) + len(t)) + 6 for (a, s), (b, t) in pairwise(placed))
+    for place, (x, text) in enumerate(placed):
+        y = floor + (11 + 11 * (place % 2) if tight else 17)
+        parts.append(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{escape(text)}</text>')
     middle = (left + right) / 2
     parts.append(
         f'<text class="label" x="{middle}" y="{frame.height - 4}" text-anchor="middle">'
@@ -120,7 +136,7 @@ def draw_lines(frame: Frame, lines: Sequence[Line]) -> str:
     paths = marks = ""
     for place, line in enumerate(lines):
         style = line.style or f"s{place}"
-        paths += _path(frame, line, style)
+        paths += "" if line.bare else _path(frame, line, style)
         paths += "".join(_bar(frame, bar, line.shift, style) for bar in line.bars)
         marks += _dots(frame, line, style) if line.dots else ""
     return paths + marks
@@ -150,9 +166,9 @@ def _bar(frame: Frame, bar: tuple[float, float, float], shift: float, style: str
 def _dots(frame: Frame, line: Line, style: str) -> str:
     drawn = ""
     kind = "dot hollow" if line.hollow else "dot"
-    for a, b in line.points:
+    for i, (a, b) in enumerate(line.points):
         x, y = frame.place(a, b)
-        title = f"{escape(line.name)}: {number(b)} at {number(a)}"
+        title = escape(line.titles[i] if line.titles else f"{line.name}: {number(b)} at {number(a)}")
         drawn += f'<circle class="{kind} {style}" cx="{x + line.shift:.1f}" cy="{y:.1f}" r="4">'
         drawn += f"<title>{title}</title></circle>"
     return drawn
@@ -170,13 +186,27 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return low, high + 0.05 * (high - low or 1.0)
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers between two."""
+def round_ticks(low: float, high: float) -> list[float]:
+    """About five round numbers between two, 0 among them where it is."""
     raw = (high - low) / 5 or 1.0
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers (1, 2 and 5, or powers of ten) between two above 0, for a logarithmic axis.
+
+    Where it spans too little for two of them, those of a linear axis.
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [m * 10.0**p for p in powers for m in steps]
+        ticks = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
+        if len(ticks) <= most:
+            return ticks if len(ticks) >= 2 else [t for t in round_ticks(low, high) if t > 0]
+    return ticks[:: math.ceil(len(ticks) / most)]
 
 
 def number(value: float) -> str:

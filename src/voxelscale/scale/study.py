@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from voxelscale.config import Config, load, to_dict
-from voxelscale.console import Progress
+from voxelscale.console import Progress, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.train.clock import Clock
@@ -76,6 +76,23 @@ class Outcome:
     dice: float
     curve: tuple[tuple[int, float], ...] = ()
     diverged: bool = False
+
+
+@dataclass(kw_only=True)
+class Stop:
+    """What the study wishes of its trials, whose threads get no Ctrl-C.
+
+    Attributes:
+        asked: to save and stop.
+        at_once: not even to save.
+    """
+
+    asked: bool = False
+    at_once: bool = False
+
+
+TrainOne = Callable[[Trial, Path, Stop], Outcome]
+"""Trains one trial in the folder it is given and says what came of it; it looks at the wish to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +155,7 @@ def apply_recipe(config: Config, recipe: str, workers: int) -> Config:
     return load(None, pairs, settled)
 
 
-def run_study(
-    config: Config, out: Path, train_one: Callable[[Trial, Path], Outcome], jobs: int = 1
-) -> list[Row]:
+def run_study(config: Config, out: Path, train_one: TrainOne, jobs: int = 1) -> list[Row]:
     """Train every trial of the plan that is not done, `jobs` at a time, and sum them up.
 
     Each outcome is written to ``<out>/trials/`` when it is there, so that the same call goes on where an
@@ -149,10 +164,11 @@ def run_study(
     Args:
         config: of the study (``config.scale``) and of the trainings.
         out: its folder.
-        train_one: trains one trial in the folder it is given and says what came of it.
+        train_one: of `TrainOne`; called in threads.
 
     Raises:
         VoxelscaleError: a trial failed, or `out` holds a study of another config.
+        KeyboardInterrupt: the trials then have saved and stopped, after a second one without saving.
     """
     trials = plan(config)
     _claim(config, out)
@@ -168,23 +184,33 @@ def run_study(
 
 
 def _in_parallel(
-    trials: Sequence[Trial], out: Path, train_one: Callable[[Trial, Path], Outcome], jobs: int
+    trials: Sequence[Trial], out: Path, train_one: TrainOne, jobs: int
 ) -> Iterator[tuple[Trial, Outcome]]:
-    waiting = iter(trials)
+    waiting, stop = iter(trials), Stop()
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="trial")
     flying: dict[Future[Outcome], Trial] = {}
     try:
         while True:
             for trial in waiting:
-                flying[pool.submit(train_one, trial, out / "runs" / trial.name)] = trial
+                flying[pool.submit(train_one, trial, out / "runs" / trial.name, stop)] = trial
                 if len(flying) >= jobs:
                     break
             if not flying:
                 return
             for future in wait(flying, return_when=FIRST_COMPLETED).done:
                 yield flying.pop(future), future.result()
+    except KeyboardInterrupt:
+        notice("\nstopping the trainings after this step; once more to stop at once")
+        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        stop.asked = True
+        pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            # Not for the threads: an interrupted join takes a running one for ended (Python 3.11, 3.12).
+            wait([future for future in flying if not future.cancelled()])
+        except KeyboardInterrupt:
+            stop.at_once = True
+            raise
 
 
 def summarise(trials: Sequence[Trial], outcomes: Sequence[Outcome], target: float) -> list[Row]:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from voxelscale.config import dump
-from voxelscale.errors import VoxelscaleError
-from voxelscale.files import write_atomic
-from voxelscale.scale.study import Outcome, Trial
+from voxelscale.scale.study import Outcome, Stop, Trial
+from voxelscale.train.child import Child, start_child
 from voxelscale.train.log import read_events
 
 
-def train_trial(trial: Trial, run: Path, store: Path, jobs: int) -> Outcome:
+def train_trial(trial: Trial, run: Path, stop: Stop, *, store: Path, jobs: int) -> Outcome:
     """Train it with ``voxelscale train`` in `run`, going on where that was stopped.
 
     Real ranks as far as devices go, each playing its share of the workers.
 
     Args:
+        stop: whether it is to save and stop.
         jobs: trainings that share this machine.
 
     Raises:
+        KeyboardInterrupt: it was stopped.
         VoxelscaleError: the training failed for another reason than that it diverged.
     """
     ranks = real_ranks(trial.workers, trial.config.train.ranks, jobs)
@@ -31,20 +29,15 @@ def train_trial(trial: Trial, run: Path, store: Path, jobs: int) -> Outcome:
     virtual = trial.workers // ranks
     how = replace(trial.config.train, ranks=ranks, virtual_workers=virtual, threads=threads)
     config = replace(trial.config, train=how)
-    path = run.with_suffix(".yaml")
-    write_atomic(path, dump(config))
-    command = [sys.executable, "-m", "voxelscale.cli", "--quiet", "train", str(store), str(run)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [*command, "--config", str(path)], env=environment, capture_output=True, text=True, check=False
-    )
+    child = start_child(config, store, run, threads=threads)
+    code = _end_of(child, stop)
     events = read_events(run)
     if events and events[-1]["event"] == "diverged":
         return Outcome(dice=0.0, diverged=True)
-    if done.returncode == 130:
+    if code == 130 or stop.at_once:
         raise KeyboardInterrupt
-    if done.returncode != 0:
-        raise _fault(run, done.stderr)
+    if code != 0:
+        raise child.fault()
     curve = [(int(e["samples"]), float(e["dice"])) for e in events if e["event"] == "validation"]
     return Outcome(dice=curve[-1][1], curve=tuple(curve))
 
@@ -63,8 +56,11 @@ def real_ranks(workers: int, wanted: int, jobs: int) -> int:
     return max(n for n in range(1, min(wanted, workers) + 1) if workers % n == 0)
 
 
-def _fault(run: Path, stderr: str) -> VoxelscaleError:
-    lines = stderr.strip().splitlines()
-    said = [line for line in lines if line.startswith("error: ")] or lines[-1:] or ["no word"]
-    hints = [line[6:] for line in lines if line.startswith("hint: ")]
-    return VoxelscaleError(f"{run}: {said[-1].removeprefix('error: ')}", hints[-1] if hints else "")
+def _end_of(child: Child, stop: Stop) -> int:
+    """Its exit code; the study's wish to stop is passed on, as it has no terminal to hear Ctrl-C from."""
+    while (code := child.wait(0.1)) is None:
+        if stop.at_once:
+            child.kill()
+        elif stop.asked:
+            child.ask_to_stop()
+    return code

@@ -64,8 +64,8 @@ class SearchResults:
         target: how many trials are wanted.
         sampler, pruner: their names.
         trials: by number.
-        importances: share of each key in the variance of the first objective, greatest first; {} while
-            there are too few trials.
+        importances: how much each key decides which trials are among the best by the first objective
+            (PED-ANOVA), as shares of 1, greatest first; {} while there are too few trials.
     """
 
     name: str
@@ -98,9 +98,10 @@ class SearchResults:
         def gains(trial: TrialResult) -> list[float]:
             return [sign * value for sign, value in zip(signs, trial.values, strict=True)]
 
+        others = [gains(other) for other in self.done]
+
         def beaten(trial: TrialResult) -> bool:
             own = gains(trial)
-            others = [gains(other) for other in self.done]
             return any(
                 all(o >= v for o, v in zip(other, own, strict=True))
                 and any(o > v for o, v in zip(other, own, strict=True))

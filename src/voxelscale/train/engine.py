@@ -30,7 +30,7 @@ from voxelscale.files import write_atomic
 from voxelscale.train.checkpoint import State, Trained, Writer, load_newest
 from voxelscale.train.clock import Clock, Step
 from voxelscale.train.distributed import WorkerBuffers, Workers, average_buffers, held_back, parallel
-from voxelscale.train.log import STOP_FILE, RunLog, environment
+from voxelscale.train.log import STOP_FILE, RunLog, environment, note_out_of_memory
 from voxelscale.train.meter import Meter, Word
 from voxelscale.train.optim import AveragedWeights, learning_rate, make_optimizer, set_learning_rate
 from voxelscale.train.snapshot import snapshot
@@ -107,12 +107,20 @@ class Engine:
         self._recent: deque[list[tuple[Sequence[Any], Tensor]]] = deque(maxlen=2)
 
     def go(self, asked: Callable[[], bool]) -> Result:
-        """All steps from where the run stands, until the budget is spent or `asked` to stop; once."""
+        """All steps from where the run stands, until the budget is spent or `asked` to stop; once.
+
+        Raises:
+            VoxelscaleError: what a person must mend; the run goes on from its last checkpoint.
+        """
         steps = self.clock.steps(self.state.seen)
         try:
             if self.state.seen < self.clock.end or self._validation_missed():
                 self.log = self._open_log()
                 self._all_steps(steps, asked)
+        except torch.OutOfMemoryError:
+            if self.run is not None:
+                note_out_of_memory(self.run, self.state.seen)
+            raise self.task.too_large() from None
         finally:
             if self.validation:
                 self.validation.cancel()
@@ -281,15 +289,18 @@ class Engine:
         return every > 0 and step.end // every > step.first // every
 
     def _validation_due(self, step: Step) -> bool:
-        every = self.config.train.validate_every
-        last = step.end >= self.clock.end
-        return self.task.scoring is not None and (last or self._due(every, step))
+        return self.task.scoring is not None and self._judged_between(step.first, step.end)
 
     def _validation_missed(self) -> bool:
         """Whether the run stopped between a checkpoint and its validation, however many workers it had."""
-        seen, validated, every = self.state.seen, self.state.validated, self.config.train.validate_every
-        due = seen >= self.clock.end or (every > 0 and seen // every > validated // every)
-        return self.task.scoring is not None and seen > validated and due
+        seen, validated = self.state.seen, self.state.validated
+        return self.task.scoring is not None and seen > validated and self._judged_between(validated, seen)
+
+    def _judged_between(self, first: int, end: int) -> bool:
+        """Whether a validation is due at a number of samples above `first` and up to `end`."""
+        every, at = self.config.train.validate_every, self.config.train.validate_at
+        regular = every > 0 and end // every > first // every
+        return end >= self.clock.end or regular or any(first < mark <= end for mark in at)
 
     def _report(self, step: Step, progress: Any, last: bool) -> None:
         if not self.chief:

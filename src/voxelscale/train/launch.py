@@ -35,6 +35,9 @@ from voxelscale.train.fault import (
 )
 from voxelscale.train.log import STOP_FILE, read_events
 
+PARENT = "VOXELSCALE_PARENT"
+"""Environment variable: the process that started this command, with which it ends."""
+
 GO_ON = "the same command goes on from the last checkpoint"
 
 FREE = {
@@ -60,6 +63,8 @@ def start(config: Config, store: Path, run: Path) -> bool:
     Raises:
         VoxelscaleError: before anything starts where that can be known; else when a rank failed.
     """
+    if parent := os.environ.pop(PARENT, ""):
+        _end_with(int(parent))
     check_name(config.model.name)
     if "RANK" in os.environ:  # started by torchrun or srun: this process is a rank
         return _start_as_rank(config, store, run)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 STOP_FILE = "stop"
 """A file of this name in the run's folder asks a running training to save and stop."""
 
+OUT_OF_MEMORY = "out_of_memory"
+"""The last event, or nearly, of a run that needed more memory than there is."""
+
 
 class RunLog:
     """Appends events to ``metrics.jsonl`` and mirrors their numbers to TensorBoard.
@@ -77,6 +80,21 @@ class RunLog:
         except OSError as error:
             hint = "free some space; the same command goes on from the last checkpoint"
             raise VoxelscaleError(f"{self._path}: cannot be written ({error.strerror})", hint) from None
+
+
+def note_out_of_memory(run: Path, seen: int | None = None) -> None:
+    """Leave word of it for the process that started the training, from any rank, with or without a log.
+
+    Args:
+        run: its folder.
+        seen: samples trained on; None: as many as the log knows of.
+    """
+    if seen is None:
+        seen = max((event["samples"] for event in read_events(run)), default=0)
+    line = json.dumps({"event": OUT_OF_MEMORY, "samples": seen})
+    # Without it the fault is still told.
+    with contextlib.suppress(OSError), (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:

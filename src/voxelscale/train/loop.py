@@ -32,6 +32,8 @@ from voxelscale.predict.bundle import Bundle, write_bundle
 from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.distributed import Workers, join
 from voxelscale.train.engine import Engine, Result
+from voxelscale.train.log import note_out_of_memory
+from voxelscale.train.memory import TooLarge, ran_out, require_memory
 from voxelscale.train.recipes import resolve
 from voxelscale.train.task import Task
 from voxelscale.train.validate import ScanScoring
@@ -56,12 +58,14 @@ def train(config: Config, store_path: Path, run: Path) -> Result:
         stop_signals(tell=workers.ranks == 1) as asked,
     ):
         store = open_store(store_path)
-        check_memory(config, store, workers)
-        settled = settle_arithmetic(config, store, run, workers)
-        task = patch_task(settled, store, workers.device)
-        # What the model is kept with must not tie it to this device's arithmetic.
-        task = replace(task, keep=partial(_write_bundle, run / "model.vxs", config, store))
-        return Engine(task, settled, run, workers, batch_size).go(asked)
+        with _told_memory(config, run, workers.device):
+            check_memory(config, store, workers)
+            settled = settle_arithmetic(config, store, run, workers)
+            task = patch_task(settled, store, workers.device)
+            # What the model is kept with must not tie it to this device's arithmetic.
+            task = replace(task, keep=partial(_write_bundle, run / "model.vxs", config, store))
+            engine = Engine(task, settled, run, workers, batch_size)
+        return engine.go(asked)
 
 
 @contextmanager
@@ -95,15 +99,23 @@ def check_memory(config: Config, store: Store, workers: Workers) -> None:
     """Refuse a training that will not fit, before anything large is made; rank 0 looks for all.
 
     Raises:
-        VoxelscaleError: naming batch, patch, and the memory needed and there.
+        TooLarge: naming batch, patch, and the memory needed and there.
     """
     if workers.rank:
         return
-    from voxelscale.train.memory import require_memory
-
     sharers = 1 if workers.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     checkpointing = config.train.checkpoint_activations
     require_memory(config, store.spacing, workers.device, checkpointing=checkpointing, sharers=sharers)
+
+
+@contextmanager
+def _told_memory(config: Config, run: Path, device: torch.device) -> Iterator[None]:
+    """Within it too little memory is noted in the run, as the engine does, and told in one clear error."""
+    try:
+        yield
+    except (TooLarge, torch.OutOfMemoryError) as error:
+        note_out_of_memory(run)
+        raise (error if isinstance(error, TooLarge) else ran_out(config, device)) from None
 
 
 def settle_arithmetic(config: Config, store: Store, run: Path, workers: Workers) -> Config:
@@ -156,6 +168,7 @@ def patch_task(config: Config, store: Store, device: torch.device) -> Task:
         collate=partial(_collate, config=config, normalise=normalise, device=device),
         describe=lambda sample: f"sample {sample.index} ({sample.case})",
         digest=store.fingerprint["digest"],
+        too_large=partial(ran_out, config, device),
         scoring=ScanScoring(
             store=store,
             cases=validation_cases(store, config),

@@ -45,6 +45,10 @@ CPU_BF16 = 1.4
 least 1.32 to 1.38 was measured with the default network."""
 
 
+class TooLarge(VoxelscaleError):
+    """A training step needs more memory than there is."""
+
+
 def checkpoint_activations(model: nn.Module) -> nn.Module:
     """Let every level of the U-Net forget its inner activations and compute them again when needed.
 
@@ -156,7 +160,7 @@ def require_memory(
         bytes that a step needs; a bound above them where that is far below what there is.
 
     Raises:
-        VoxelscaleError: more than there is; the message names both, the batch and the patch.
+        TooLarge: more than there is; the message names both, the batch and the patch.
     """
     available = available_memory(device) // sharers
     rough = _rough_bound(config)
@@ -166,6 +170,14 @@ def require_memory(
     if needed > available:
         raise _too_much(config, needed, available, checkpointing)
     return needed
+
+
+def ran_out(config: Config, device: torch.device) -> TooLarge:
+    """What to tell where a training that seemed to fit did not."""
+    available = available_memory(device)
+    if device.type == "cuda":
+        available += torch.cuda.memory_allocated(device)  # most of it is what the step itself took
+    return _too_much(config, None, available, config.train.checkpoint_activations)
 
 
 def _rough_bound(config: Config) -> int:
@@ -402,13 +414,13 @@ def _fits(measure: Callable[[], int], room: int) -> bool:
         return False
 
 
-def _too_much(config: Config, needed: int | None, available: int, checkpointing: bool) -> VoxelscaleError:
+def _too_much(config: Config, needed: int | None, available: int, checkpointing: bool) -> TooLarge:
     patch = "x".join(map(str, config.data.patch_size))
     step = f"a step of {config.train.batch_size} patches of {patch} voxels"
     need = f"needs {_gib(needed)}" if needed is not None else "does not fit"
     more = "" if checkpointing else ", or set train.checkpoint_activations=true (activation checkpointing)"
     hint = f"lower train.batch_size or data.patch_size, let --fit-memory choose the patch{more}"
-    return VoxelscaleError(f"{step} {need}; {_gib(available)} are available", hint)
+    return TooLarge(f"{step} {need}; {_gib(available)} are available", hint)
 
 
 def _gib(size: int) -> str:

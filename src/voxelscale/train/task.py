@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from voxelscale.data.patches import Source
+from voxelscale.errors import VoxelscaleError
 
 Table = list[list[float]]
 """Counts or scores, a row a case; exact as float64 up to 2^53."""
@@ -32,6 +33,10 @@ class Scoring(Protocol):
         """The figures of the whole table, the sum over ranks."""
 
 
+def _too_large() -> VoxelscaleError:
+    return VoxelscaleError("a training step needs more memory than there is", "lower train.batch_size")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A network with its loss, its samples and its judge.
@@ -46,6 +51,7 @@ class Task:
         digest: of the data; going on with other data is refused.
         scoring: None where nothing is validated.
         keep: called by rank 0 with the best model so far and facts about it.
+        too_large: what to tell a person where a step ran out of memory.
     """
 
     model: nn.Module
@@ -56,3 +62,4 @@ class Task:
     digest: str = ""
     scoring: Scoring | None = None
     keep: Callable[[nn.Module, dict[str, Any]], None] | None = None
+    too_large: Callable[[], VoxelscaleError] = _too_large

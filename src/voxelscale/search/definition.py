@@ -1,0 +1,276 @@
+"""A search as it was defined: in its folder for people and workers, in the storage against mix-ups."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna import Study
+from optuna.exceptions import DuplicatedStudyError
+from optuna.trial import TrialState, create_trial
+
+from voxelscale.config import Config, SearchConfig, Triple, dump, load, to_dict
+from voxelscale.console import notice
+from voxelscale.data.store import open_store
+from voxelscale.errors import VoxelscaleError
+from voxelscale.files import digest_of, write_atomic
+from voxelscale.search.records import IMPORTED, NOTE, OUTCOME, directions, read_results
+from voxelscale.search.results import TrialResult, Value
+from voxelscale.search.sampling import make_pruner, make_sampler, rungs
+from voxelscale.search.space import SECTIONS, Space, read_space
+from voxelscale.search.storage import open_storage
+
+DEFINITION = "search.yaml"
+STORAGE = "VOXELSCALE_STORAGE"
+"""In a worker's environment: the storage's URL, whose password is written to no file."""
+
+FREE = {"trials", "workers", "devices_per_trial", "lease_seconds", "trial_seconds", "memory_gib", "storage"}
+"""Keys of ``search`` that may change while a search goes on."""
+
+CONSTRAINTS = ("memory", "pooling")
+"""Of every trial: 0 or less where it can run (`voxelscale.search.feasible`)."""
+
+BEST_FIRST = 5
+"""Trials of an earlier, differing search that are tried first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """A search that has begun.
+
+    Attributes:
+        out: its folder.
+        store: what its trials train on; `spacing` (z, y, x) in mm.
+        config: as defined; what is not searched is every trial's.
+        space: what is searched.
+        study: in the storage.
+    """
+
+    out: Path
+    store: Path
+    spacing: Triple
+    config: Config
+    space: Space
+    study: Study
+
+    @property
+    def samples(self) -> int:
+        """Budget of a trial where it is not searched itself."""
+        return self.config.search.samples or self.config.train.samples
+
+
+def begin(config: Config, store: Path, out: Path) -> Search:
+    """Begin a search, or join or go on with the one in `out`, which must be the same.
+
+    Raises:
+        VoxelscaleError: the space is faulty, or folder or storage hold another search.
+    """
+    space = read_space(config)
+    opened = open_store(store)
+    _claim(config, out)
+    study = _open_study(config, out, str(opened.fingerprint["digest"]))
+    search = Search(out=out, store=store, spacing=opened.spacing, config=config, space=space, study=study)
+    _queue_first(search, opened.fingerprint["digest"])
+    return search
+
+
+def reopen(out: Path, store: Path | None = None) -> Search:
+    """The search in a folder, as a worker or a reader.
+
+    Args:
+        store: None: for readers, who train nothing.
+
+    Raises:
+        VoxelscaleError: there is none.
+    """
+    path = out / DEFINITION
+    if not path.is_file():
+        raise VoxelscaleError(f"{out}: no search there", "begin one: voxelscale search STORE OUT")
+    config = load(path)
+    url = os.environ.get(STORAGE) or config.search.storage
+    config = replace(config, search=replace(config.search, storage=url))
+    spacing = open_store(store).spacing if store else (1.0, 1.0, 1.0)
+    return Search(
+        out=out,
+        store=store or Path(),
+        spacing=spacing,
+        config=config,
+        space=read_space(config),
+        study=_open_study(config, out),
+    )
+
+
+def trial_config(search: Search, params: Mapping[str, Value], ranks: int) -> Config:
+    """What a trial is trained with.
+
+    Args:
+        params: the searched keys' values.
+        ranks: processes, where that is not searched.
+
+    Raises:
+        VoxelscaleError: the values do not go together.
+    """
+    base = replace(search.config, train=replace(search.config.train, samples=search.samples, ranks=ranks))
+    config = search.space.apply(base, params)
+    before = [mark for mark in rungs(search.config.search, search.samples) if mark < config.train.samples]
+    train = replace(config.train, validate_every=0, validate_at=tuple(before))
+    return replace(config, train=train, search=SearchConfig())
+
+
+def marks_of(config: Config) -> tuple[int, ...]:
+    """Samples after which a trial's Dice is told: its rungs and its budget."""
+    return (*config.train.validate_at, config.train.samples)
+
+
+def best_config(search: Search, best: TrialResult) -> Config:
+    """What `voxelscale train` is to be given: the best trial's values and the full budget."""
+    config = search.space.apply(search.config, best.params)
+    return replace(config, search=SearchConfig())
+
+
+def write_best(search: Search, best: TrialResult) -> Path:
+    """``best.yaml`` in the search's folder."""
+    path = search.out / "best.yaml"
+    values = ", ".join(
+        f"{name} {value:.4g}"
+        for name, value in zip(search.config.search.objectives, best.values, strict=True)
+    )
+    head = f"# Trial {best.number} of the search {search.config.search.study}: {values}.\n"
+    write_atomic(path, head + dump(best_config(search, best)))
+    return path
+
+
+def strip_password(url: str) -> str:
+    """A URL without its password: for files; libpq finds it in PGPASSWORD or ~/.pgpass."""
+    scheme, sign, rest = url.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}{sign}{user.partition(':')[0]}{at}{host}"
+
+
+def _defined(config: Config) -> dict[str, Any]:
+    """What makes two searches the same."""
+    tree = to_dict(config)
+    kept = {section: tree[section] for section in SECTIONS}
+    return {**kept, "search": {k: v for k, v in tree["search"].items() if k not in FREE}}
+
+
+def _claim(config: Config, out: Path) -> None:
+    """Note the definition in the folder, or check that it is the one that the search was begun with."""
+    path = out / DEFINITION
+    if path.is_file():
+        begun, now = _defined(load(path)), _defined(config)
+        changed = [f"{s}.{k}" for s in now for k in now[s] if now[s][k] != begun[s].get(k)]
+        if changed:
+            hint = "choose another folder, or go on with the config that it was begun with"
+            raise VoxelscaleError(f"{out}: the search was begun with another {changed[0]}", hint)
+    elif out.is_dir() and any(out.iterdir()):
+        raise VoxelscaleError(f"{out}: holds files but no search", "choose an empty or new folder")
+    bare = replace(config.search, storage=strip_password(config.search.storage))
+    write_atomic(path, dump(replace(config, search=bare)))
+
+
+def _open_study(config: Config, out: Path, data: str = "") -> Study:
+    """The study in the storage, made where it is not there.
+
+    Args:
+        data: digest of the data set; "": the study must be there.
+
+    Raises:
+        VoxelscaleError: it is there, but of another search.
+    """
+    search = config.search
+    storage = open_storage(search.storage, out)
+    samples, defined = search.samples or config.train.samples, digest_of(_defined(config))
+    tools: dict[str, Any] = {"sampler": make_sampler(search), "pruner": make_pruner(search, samples)}
+    try:
+        if not data:
+            return optuna.load_study(study_name=search.study, storage=storage, **tools)
+        study = optuna.create_study(
+            study_name=search.study, storage=storage, directions=directions(search), **tools
+        )
+        study.set_metric_names(list(search.objectives))
+        study.set_user_attr("data", data)
+        study.set_user_attr("defined", defined)
+    except DuplicatedStudyError:
+        study = optuna.load_study(study_name=search.study, storage=storage, **tools)
+        # Who made it a moment ago may not have come to note the digest.
+        noted = study.user_attrs
+        if noted.get("data", data) != data or noted.get("defined", defined) != defined:
+            raise VoxelscaleError(
+                f"the storage holds another search named {search.study}",
+                "choose another name: --set search.study=NAME",
+            ) from None
+    except KeyError:
+        raise VoxelscaleError(f"{out}: its search is not in the storage", "begin it again") from None
+    return study
+
+
+def _queue_first(search: Search, data: str) -> None:
+    """Queue what is to be tried first: the config itself, known-good ones, the grid, an earlier search."""
+    settings, space = search.config.search, search.space
+    points: list[dict[str, Value]] = []
+    if settings.sampler == "grid":
+        points = space.grid()
+    else:
+        configs = [(search.config, "the config itself")]
+        configs += [(load(Path(path), base=search.config), path) for path in settings.first]
+        for config, where in configs:
+            point, moved = space.values_of(config)
+            if moved:
+                notice(f"{where}: {', '.join(moved)} outside the space: the nearest is tried first")
+            points.append(point)
+    if settings.warm_start:
+        points += _warm_points(search, Path(settings.warm_start), data)
+    known = [t.system_attrs.get("fixed_params", t.params) for t in search.study.get_trials(deepcopy=False)]
+    for point in points:
+        if point not in known:
+            known.append(point)
+            search.study.enqueue_trial(dict(point))
+
+
+def _warm_points(search: Search, folder: Path, data: str) -> list[dict[str, Value]]:
+    """Take an earlier search's trials as known where they are ours, too; else its best, to be tried.
+
+    A trial is the same where it was trained with the same config, on the same data, for the same
+    objectives.
+    """
+    earlier = reopen(folder)
+    results = read_results(earlier.study, earlier.config, earlier.space)
+    same = earlier.study.user_attrs.get("data") == data
+    same = same and results.objectives == search.config.search.objectives
+    sign, others, taken = 1.0 if results.maximise[0] else -1.0, [], 0
+    known = [t.params for t in search.study.get_trials(deepcopy=False)]
+    for trial in sorted(results.done, key=lambda t: -sign * t.values[0]):
+        config = trial_config(earlier, trial.params, ranks=1)
+        point, _ = search.space.values_of(config)
+        if not same or trial_config(search, point, ranks=1) != config:
+            others.append(point)
+        elif point not in known:
+            taken += 1
+            _import(search, point, trial, folder)
+    if taken:
+        notice(f"{folder}: {taken} trials taken as known")
+    elif others:
+        others = others[:BEST_FIRST]
+        notice(f"{folder}: other data, budget or config: its best {len(others)} are tried first")
+    return [] if taken else others
+
+
+def _import(search: Search, point: Mapping[str, Value], trial: TrialResult, folder: Path) -> None:
+    distributions = {p.key: p.distribution for p in search.space.parameters if p.key in point}
+    told = {OUTCOME: "done", IMPORTED: True, NOTE: f"trial {trial.number} of {folder.name}"}
+    search.study.add_trial(
+        create_trial(
+            state=TrialState.COMPLETE,
+            params=dict(point),
+            distributions=distributions,
+            values=list(trial.values),
+            intermediate_values=dict(trial.curve),
+            user_attrs=told,
+            constraints=dict.fromkeys(CONSTRAINTS, -1.0),
+        )
+    )

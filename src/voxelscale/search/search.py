@@ -1,0 +1,191 @@
+"""``voxelscale search``: start workers, show how far they are, and leave the best config behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from voxelscale.config import Config, load
+from voxelscale.console import Progress, notice
+from voxelscale.errors import VoxelscaleError
+from voxelscale.search.definition import Search, begin, reopen, write_best
+from voxelscale.search.records import counted, read_results, state_of
+from voxelscale.search.report import status_table, write_report
+from voxelscale.search.results import SearchResults
+from voxelscale.search.worker import Place, Started, start_worker
+
+LOOK = 2.0
+"""Seconds between looks at the workers."""
+
+REFRESH = 3.0
+"""Seconds between status tables."""
+
+RESTARTS = 3
+"""How often a worker that was killed is started again in its place."""
+
+UNFINISHED = ("waiting", "running")
+
+
+def search(config: Config, store: Path, out: Path) -> SearchResults:
+    """Search until ``search.trials`` trials are done; the same call joins or goes on.
+
+    Leaves ``best.yaml`` and ``search.html`` in `out`, also when it is interrupted.
+
+    Raises:
+        VoxelscaleError: the definition is faulty, or every worker has given up.
+        KeyboardInterrupt: after all trainings have saved and stopped.
+    """
+    begun = begin(config, store, out)
+    places = plan_places(config)
+    try:
+        with _sigterm_as_interrupt():
+            _oversee(begun, places)
+    finally:
+        results = write_results(begun)
+    return results
+
+
+def write_results(search: Search) -> SearchResults:
+    """``best.yaml`` and ``search.html``, as far as the search has come."""
+    results = read_results(search.study, search.config, search.space)
+    if results.best:
+        write_best(search, results.best)
+    write_report(results, search.out / "search.html", time.time())
+    return results
+
+
+def follow_status(out: Path, forever: bool) -> None:
+    """Print where a search stands, once or every few seconds until nothing waits or runs."""
+    found = reopen(out)
+    while True:
+        results = read_results(found.study, found.config, found.space)
+        clear = "\033[2J\033[H" if forever and sys.stdout.isatty() else ""
+        print(clear + status_table(results, time.time()), flush=True)
+        left = any(t.state in UNFINISHED for t in results.trials)
+        if not forever or not (left or len(results.done) == 0):
+            return
+        time.sleep(REFRESH)
+
+
+def retrain_best(out: Path, store: Path) -> int:
+    """Train the best trial's config on the full budget in ``<out>/best``; the exit code."""
+    from voxelscale.train.launch import start
+
+    run = out / "best"
+    if not start(load(out / "best.yaml"), store, run):
+        notice(f"stopped and saved; to go on: the same command, or voxelscale train {store} {run}")
+        return 130
+    print(f"model in {run / 'model.vxs'}")
+    return 0
+
+
+def plan_places(config: Config) -> list[Place]:
+    """The devices of each worker on this machine.
+
+    Raises:
+        VoxelscaleError: there are fewer GPUs than one trial needs.
+    """
+    search, gpus = config.search, _gpus()
+    each = search.devices_per_trial
+    if not gpus:
+        count = search.workers or 1
+        names = [str(device) for device in range(each)]
+        return [Place(devices=tuple(names), cuda=False, sharers=count) for _ in range(count)]
+    count = search.workers or len(gpus) // each
+    if count < 1 or count * each > len(gpus):
+        raise VoxelscaleError(
+            f"{max(1, count)} workers with {each} GPUs each; {len(gpus)} are there",
+            "lower search.workers or search.devices_per_trial",
+        )
+    groups = [tuple(gpus[place * each : (place + 1) * each]) for place in range(count)]
+    return [Place(devices=group, cuda=True, sharers=count) for group in groups]
+
+
+def _gpus() -> list[str]:
+    """Names for ``CUDA_VISIBLE_DEVICES`` of the GPUs that this process may use."""
+    import torch
+
+    count = torch.cuda.device_count()
+    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return given[:count] if given else [str(device) for device in range(count)]
+
+
+def _oversee(search: Search, places: list[Place]) -> None:
+    """Start the workers and see them through."""
+    url, restarts = search.config.search.storage, 0
+    workers = [start_worker(search, place, url) for place in places]
+    faults: list[VoxelscaleError] = []
+    try:
+        with Progress("search", search.config.search.trials, done=_finished(search)[0]) as progress:
+            while workers:
+                time.sleep(LOOK)
+                for worker in [w for w in workers if w.process.poll() is not None]:
+                    workers.remove(worker)
+                    if worker.process.returncode == 0:
+                        continue
+                    faults.append(worker.fault())
+                    notice(f"warning: {faults[-1].message}")
+                    if worker.process.returncode < 0 and restarts < RESTARTS:
+                        restarts += 1
+                        workers.append(start_worker(search, worker.place, url))
+                progress.update(*_finished(search))
+    except KeyboardInterrupt:
+        notice("\ntrainings save and stop; once more to stop at once")
+        _stop(workers)
+        raise
+    ended, _ = _finished(search)
+    if faults and ended < len(counted(search.study.get_trials(deepcopy=False))):
+        raise faults[-1]
+    if faults and ended < search.config.search.trials and search.config.search.sampler != "grid":
+        raise faults[-1]
+
+
+def _finished(search: Search) -> tuple[int, str]:
+    """How many trials have ended, and a few words on the best."""
+    trials = counted(search.study.get_trials(deepcopy=False))
+    ended = [t for t in trials if state_of(t) not in UNFINISHED]
+    best = read_best(search)
+    running = sum(state_of(t) == "running" for t in trials)
+    return len(ended), f"{running} running{best}"
+
+
+def read_best(search: Search) -> str:
+    """A few words on the best trial; "" while there is none."""
+    trials = [t for t in search.study.get_trials(deepcopy=False) if t.values and state_of(t) == "done"]
+    if not trials:
+        return ""
+    name = search.config.search.objectives[0]
+    best = max(trials, key=lambda t: t.values[0] if name == "dice" else -t.values[0])
+    return f", best {name} {best.values[0]:.4g} (trial {best.number})"
+
+
+def _stop(workers: list[Started]) -> None:
+    """Ask the workers to stop, and wait until their trainings have saved; a second Ctrl-C kills them."""
+    for worker in workers:
+        worker.process.send_signal(signal.SIGTERM)
+    try:
+        for worker in workers:
+            worker.process.wait()
+    except KeyboardInterrupt:
+        for worker in workers:
+            worker.process.kill()
+        raise
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """A batch system asks with SIGTERM."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,422 @@
+"""A worker: it asks for a trial, has it trained on its devices, tells what came of it, and asks again.
+
+Workers know of each other only through the storage. They may be started and killed at any time, on any
+machine that sees it and the search's folder; there is no barrier between trials.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from voxelscale import console
+from voxelscale.config import Config
+from voxelscale.console import notice
+from voxelscale.errors import VoxelscaleError
+from voxelscale.search.attempt import Attempt, Outcome, copy_run, drop_checkpoints, run_attempt
+from voxelscale.search.definition import CONSTRAINTS, STORAGE, Search, marks_of, reopen, trial_config
+from voxelscale.search.feasible import Cost, constraints, cost_of
+from voxelscale.search.lease import (
+    CONTINUES,
+    EARLIER,
+    Lease,
+    Watch,
+    hand_over,
+    own,
+    settle,
+    stands,
+    superseded,
+    worker_name,
+)
+from voxelscale.search.records import COST, ENDED, NOTE, OUTCOME, counted, head_of, latest
+from voxelscale.search.results import State, Value
+from voxelscale.search.sampling import should_prune
+from voxelscale.search.storage import is_storage_trouble, patiently
+
+PATIENCE = 100
+"""Proposals in a row that cannot be run before a worker gives up."""
+
+RETRIES = 1
+"""How often a training that failed is tried again from its last checkpoint."""
+
+ROOM = 64 * 2**20
+"""Bytes; with less left on the disk a failed training is the disk's fault and not its config's."""
+
+FAILURES = 3
+"""Trainings in a row that fail on one worker before it gives up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a worker works.
+
+    Attributes:
+        devices: names of its devices, as ``0``; a trial has one rank on each.
+        cuda: whether they are GPUs, by ``CUDA_VISIBLE_DEVICES``.
+        sharers: workers on this machine, with which the cores and the memory are shared.
+    """
+
+    devices: tuple[str, ...]
+    cuda: bool
+    sharers: int
+
+    @property
+    def kind(self) -> str:
+        """Of its devices, as PyTorch names it."""
+        return "cuda" if self.cuda else "cpu"
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of each rank."""
+        return max(1, (os.cpu_count() or 1) // (self.sharers * len(self.devices)))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For trainings: which devices they see."""
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.devices)} if self.cuda else {}
+
+
+class Worker:
+    """One worker's loop.
+
+    Args:
+        search: what is searched.
+        place: where it works.
+        stopped: whether somebody wants it to stop.
+    """
+
+    def __init__(self, search: Search, place: Place, stopped: Callable[[], bool]) -> None:
+        self.search, self.place, self.stopped = search, place, stopped
+        self.study, self.settings = search.study, search.config.search
+        self.name = worker_name()
+        self.watch = Watch(self.settings.lease_seconds)
+        self.available = _available_memory(place, self.settings.memory_gib)
+        self._idle, self._failures = 0, 0
+
+    def go(self) -> None:
+        """Work until the search is done, or somebody wants it to stop.
+
+        Raises:
+            VoxelscaleError: nothing in the space can be run, trainings keep failing, or the storage is
+                out of reach.
+        """
+        while not self.stopped():
+            trials = patiently(lambda: self.study.get_trials(deepcopy=False))
+            running = [t for t in latest(trials) if t.state == TrialState.RUNNING]
+            lost = [t for t in running if self.watch.lost(t)]
+            for trial in lost:
+                notice(f"trial {head_of(trials, trial)}: its worker is lost; it is taken over", level=2)
+                hand_over(self.study, trial)
+            if lost or self._wanted(trials):
+                self._next()
+            elif not running or any(self.watch.alive(t) for t in running):
+                return  # done, or whoever is still at work will see to the rest
+            else:
+                time.sleep(min(2.0, self.settings.lease_seconds / 4))
+
+    def _wanted(self, trials: Sequence[FrozenTrial]) -> bool:
+        """Whether a trial waits, or fewer have begun than are wanted."""
+        waiting = any(t.state == TrialState.WAITING for t in trials)
+        grid = self.settings.sampler == "grid"
+        return waiting or (not grid and len(counted(trials)) < self.settings.trials)
+
+    def _next(self) -> None:
+        trial = patiently(self.study.ask)
+        own(trial, self.name, self.place.devices)
+        params = self.search.space.suggest(trial)
+        if reason := self._unwanted(trial, params):
+            notice(f"trial {trial.number}: {reason}", level=2)
+            settle(self.study, trial.number, TrialState.FAIL)
+            self._idle_once(reason)
+            return
+        try:
+            config = trial_config(self.search, params, len(self.place.devices))
+            cost = cost_of(config, self.search.spacing, self.place.kind)
+            limits = constraints(config, self.search.spacing, self.place.kind, self.available)
+        except VoxelscaleError as error:
+            self._tell_infeasible(trial, dict.fromkeys(CONSTRAINTS, 1.0), None, error.message)
+            return
+        if any(value > 0 for value in limits.values()):
+            self._tell_infeasible(trial, limits, cost, _why(limits, cost, self.available))
+            return
+        self._idle = 0
+        trial.set_user_attr(COST, asdict(cost))
+        with Lease(trial, self.settings.lease_seconds) as lease:
+            outcome = self._train(trial, config, lease)
+        if not lease.lost:
+            self._tell(trial, outcome, limits, cost)
+
+    def _unwanted(self, trial: Trial, params: dict[str, Value]) -> str:
+        """Why a proposal is dropped; "" where it is run."""
+        trials = self.study.get_trials(deepcopy=False)
+        own = trials[trial.number]
+        if not stands(self.study, own):
+            return "continued by another already"
+        if CONTINUES in own.user_attrs:
+            return ""
+        gone = superseded(trials)
+        same = [t for t in trials[: trial.number] if t.state != TrialState.FAIL or t.number in gone]
+        if any(t.params == params for t in same):
+            return "the same as an earlier one"
+        before = [t for t in counted(trials) if head_of(trials, t) < trial.number]
+        grid = self.settings.sampler == "grid"
+        return "" if grid or len(before) < self.settings.trials else "one too many"
+
+    def _train(self, trial: Trial, config: Config, lease: Lease) -> Outcome:
+        """Train a trial's attempt, from where the one before it stopped."""
+        run, told = self._run(trial.number), 0
+        for old in self._before(trial):
+            told = max(told, *old.intermediate_values, 0)
+            copy_run(self._run(old.number), run)
+        spent = sum(float(s["ended"]) - float(s["begun"]) for s in trial.user_attrs.get(EARLIER, []))
+        limit = self.settings.trial_seconds
+        attempt = Attempt(
+            config=config,
+            store=self.search.store,
+            run=run,
+            marks=marks_of(config),
+            threads=self.place.threads,
+            environment=self.place.environment,
+            seconds=max(1.0, limit - spent) if limit else 0.0,
+        )
+
+        def report(samples: int, dice: float) -> bool:
+            return self._report(trial, samples, dice, decided=samples <= told)
+
+        return run_attempt(attempt, report, self.stopped, lambda: lease.lost)
+
+    def _run(self, number: int) -> Path:
+        return self.search.out / "trials" / f"{number:04d}"
+
+    def _before(self, trial: Trial) -> list[FrozenTrial]:
+        """A trial's earlier attempts, the last one first."""
+        trials = self.study.get_trials(deepcopy=False)
+        chain, number = [], trial.user_attrs.get(CONTINUES)
+        while number is not None:
+            chain.append(trials[number])
+            number = trials[number].user_attrs.get(CONTINUES)
+        return chain
+
+    def _report(self, trial: Trial, samples: int, dice: float, decided: bool) -> bool:
+        """Note a validation; whether the trial is to be pruned.
+
+        Args:
+            decided: whether an earlier attempt was let past this point already.
+        """
+        try:
+            patiently(lambda: trial.report(dice, samples))
+            if len(self.settings.objectives) > 1 or samples >= self.search.samples:
+                return False
+            trials = self.study.get_trials(deepcopy=False)
+            hopeless = should_prune(self.study, trials[trial.number], sorted(superseded(trials)))
+        except UpdateFinishedTrialError:
+            return False  # taken over: the lease says so, too
+        return hopeless and not decided
+
+    def _tell(self, trial: Trial, outcome: Outcome, limits: dict[str, float], cost: Cost) -> None:
+        """Tell the study how a trial ended."""
+        ended = time.time()
+        ending, number = outcome.ending, trial.number
+        if ending == "stopped" or (ending == "failed" and self._again(trial, outcome)):
+            trial.set_user_attr(ENDED, ended)
+            hand_over(self.study, self.study.get_trials(deepcopy=False)[number], ended=ended)
+            return
+        if ending == "out of memory":
+            limits = {**limits, "memory": max(0.1, limits["memory"])}
+            self._tell_infeasible(trial, limits, cost, "out of memory while it trained")
+            return
+        self._failures = self._failures + 1 if ending == "failed" else 0
+        state, settled = ENDINGS[ending]
+        note = outcome.fault.message if outcome.fault else "took too long" if ending == "late" else ""
+        values = None
+        if settled == TrialState.COMPLETE:
+            dice = 0.0 if ending == "diverged" else float(outcome.dice or 0.0)
+            values = self._values(trial, dice, cost, ended)
+        self._settle(trial, state, settled, values, limits, note, ended)
+        drop_checkpoints(self._run(number))
+        for old in self._before(trial):
+            shutil.rmtree(self._run(old.number), ignore_errors=True)
+        if self._failures >= FAILURES and outcome.fault:
+            hint = outcome.fault.hint
+            raise VoxelscaleError(f"{FAILURES} trainings in a row failed: {outcome.fault.message}", hint)
+
+    def _again(self, trial: Trial, outcome: Outcome) -> bool:
+        """Whether a training that failed is to be tried again.
+
+        Raises:
+            VoxelscaleError: it failed for want of space, after the trial was handed over.
+        """
+        if shutil.disk_usage(self.search.out).free < ROOM and outcome.fault:
+            hand_over(self.study, self.study.get_trials(deepcopy=False)[trial.number], ended=time.time())
+            raise outcome.fault
+        return len(trial.user_attrs.get(EARLIER, [])) < RETRIES
+
+    def _values(self, trial: Trial, dice: float, cost: Cost | None, ended: float) -> list[float]:
+        """Of the objectives."""
+        stretches = [*trial.user_attrs.get(EARLIER, []), {**trial.user_attrs["owner"], "ended": ended}]
+        seconds = sum(float(s["ended"]) - float(s["begun"]) for s in stretches)
+        known = {"dice": dice, "time": seconds, "parameters": float(cost.parameters if cost else 0)}
+        return [known[name] for name in self.settings.objectives]
+
+    def _tell_infeasible(
+        self, trial: Trial, limits: dict[str, float], cost: Cost | None, note: str
+    ) -> None:
+        """What cannot run has the worst Dice and a broken constraint, from both of which samplers learn."""
+        ended = time.time()
+        values = self._values(trial, 0.0, cost, ended)
+        self._settle(trial, "infeasible", TrialState.COMPLETE, values, limits, note, ended)
+        self._idle_once(note)
+
+    def _settle(
+        self,
+        trial: Trial,
+        state: State,
+        settled: TrialState,
+        values: list[float] | None,
+        limits: dict[str, float],
+        note: str,
+        ended: float,
+    ) -> None:
+        try:
+            for key, value in limits.items():
+                patiently(partial(trial.set_constraint, key, value))
+            for name, told in ((OUTCOME, state), (NOTE, note), (ENDED, ended)):
+                patiently(partial(trial.set_user_attr, name, told))
+        except UpdateFinishedTrialError:
+            return
+        patiently(lambda: settle(self.study, trial.number, settled, values))
+
+    def _idle_once(self, reason: str) -> None:
+        self._idle += 1
+        if self._idle >= PATIENCE:
+            raise VoxelscaleError(
+                f"the last {PATIENCE} proposals could not be run; the last one: {reason}",
+                "widen the search's space, or give the trials more memory (search.memory_gib)",
+            )
+
+
+ENDINGS: dict[str, tuple[State, TrialState]] = {
+    "finished": ("done", TrialState.COMPLETE),
+    "pruned": ("pruned", TrialState.PRUNED),
+    "late": ("failed", TrialState.PRUNED),
+    "diverged": ("diverged", TrialState.COMPLETE),
+    "failed": ("failed", TrialState.PRUNED),
+}
+
+
+def _why(limits: dict[str, float], cost: Cost, available: int) -> str:
+    if limits["memory"] > 0:
+        return f"needs {cost.memory / 2**30:.2f} GiB; {available / 2**30:.2f} GiB are there"
+    return "the patch cannot be pooled so often"
+
+
+def _available_memory(place: Place, limit_gib: float) -> int:
+    """Bytes that a trial may take on each of a worker's devices."""
+    if limit_gib:
+        return int(limit_gib * 2**30)
+    if place.cuda:
+        # In a process of its own: asking makes a context that would hold memory for ever.
+        code = "import torch; print(torch.cuda.mem_get_info()[0])"
+        asked = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **place.environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return int(asked.stdout)
+    import torch
+
+    from voxelscale.train.memory import available_memory
+
+    return available_memory(torch.device("cpu")) // (place.sharers * len(place.devices))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A worker's process."""
+
+    process: subprocess.Popen[bytes]
+    place: Place
+    errors: IO[bytes]
+
+    def fault(self) -> VoxelscaleError:
+        """Why it ended, where that was not well."""
+        self.errors.seek(0)
+        said = self.errors.read().decode(errors="replace").strip().splitlines()
+        if (code := self.process.returncode) < 0:
+            how = f"a worker was killed by {signal.Signals(-code).name}"
+            return VoxelscaleError(how, "the same command goes on")
+        try:
+            told = json.loads(said[-1])
+            return VoxelscaleError(told["message"], told["hint"])
+        except (IndexError, ValueError, KeyError, TypeError):
+            words = said[-1] if said else f"exit code {code}"
+            return VoxelscaleError(f"a worker ended: {words}", "the same command goes on")
+
+
+def start_worker(search: Search, place: Place, url: str) -> Started:
+    """A worker as a process in a session of its own, out of reach of the terminal's Ctrl-C.
+
+    Args:
+        url: of the storage, with its password, which is handed on in the environment.
+    """
+    facts = {"out": str(search.out), "store": str(search.store), **asdict(place)}
+    environment = {**os.environ, "VOXELSCALE_VERBOSITY": str(console.verbosity())}
+    if url:
+        environment[STORAGE] = url
+    errors = tempfile.TemporaryFile()  # noqa: SIM115
+    process = subprocess.Popen(
+        [sys.executable, "-m", "voxelscale.search.worker", str(os.getpid()), json.dumps(facts)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stderr=errors if console.verbosity() < 2 else None,
+        start_new_session=True,
+    )
+    return Started(process=process, place=place, errors=errors)
+
+
+def _main(parent: int, facts: dict[str, Any]) -> int:
+    """A worker's process; it stops on SIGTERM, SIGINT and when the command that started it is gone."""
+    console.set_verbosity(int(os.environ.get("VOXELSCALE_VERBOSITY", "1")))
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
+    place = Place(devices=tuple(facts["devices"]), cuda=facts["cuda"], sharers=facts["sharers"])
+    try:
+        search = reopen(Path(facts["out"]), Path(facts["store"]))
+        Worker(search, place, lambda: asked or os.getppid() != parent).go()
+    except VoxelscaleError as error:
+        print(json.dumps({"message": error.message, "hint": error.hint}), file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not is_storage_trouble(error):
+            raise
+        problem = str(getattr(error, "orig", error)).strip().splitlines()[0]
+        told = {"message": f"the storage is out of reach: {problem}", "hint": "the same command goes on"}
+        print(json.dumps(told), file=sys.stderr)
+        return 2
+    return 130 if asked else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(int(sys.argv[1]), json.loads(sys.argv[2])))

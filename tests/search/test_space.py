@@ -1,0 +1,155 @@
+"""The space of a search: what may be declared, and what comes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from voxelscale.config import Config, load, to_dict
+from voxelscale.errors import VoxelscaleError
+from voxelscale.search.space import read_space
+
+SPACE: dict[str, Any] = {
+    "data.patch_size": {"int": [16, 32], "step": 8, "shape": [0.5, 1, 1]},
+    "model.depth": {"int": [2, 4]},
+    "optim.momentum": {"float": [0.8, 0.99], "if": {"optim.name": ["sgd"]}},
+    "optim.name": {"categorical": ["adamw", "sgd"]},
+    "optim.lr": {"float": ["1e-4", 1e-2], "log": True},
+    "model.norm": {"categorical": ["batch", "instance"]},
+}
+
+
+def with_space(space: dict[str, Any], *sets: str) -> Config:
+    return load(None, [f"search.space={space!r}".replace("True", "true"), *sets])
+
+
+def suggest(config: Config, seed: int) -> dict[str, Any]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    return read_space(config).suggest(study.ask())
+
+
+@given(st.integers(0, 2**31))
+def test_what_is_suggested_is_a_config_within_the_bounds(seed: int) -> None:
+    config = with_space(SPACE)
+    params = suggest(config, seed)
+    made = read_space(config).apply(config, params)
+    edge = params["data.patch_size"]
+    assert made.data.patch_size == (edge // 2, edge, edge)
+    assert 2 <= made.model.depth <= 4
+    assert 1e-4 <= made.optim.lr <= 1e-2
+    assert ("optim.momentum" in params) == (params["optim.name"] == "sgd")
+    untouched = {k: v for k, v in to_dict(made)["loss"].items()}
+    assert untouched == to_dict(config)["loss"]
+
+
+@given(st.integers(0, 2**31))
+def test_a_config_is_found_again_in_the_space(seed: int) -> None:
+    config = with_space(SPACE)
+    space, params = read_space(config), suggest(config, seed)
+    found, moved = space.values_of(space.apply(config, params))
+    assert moved == []
+    assert found == pytest.approx(params) if all(isinstance(v, float) for v in params.values()) else True
+    assert space.apply(config, found) == space.apply(config, params)
+
+
+def test_values_outside_the_space_are_moved_to_the_nearest_and_named() -> None:
+    config = with_space(SPACE, "optim.lr=0.5", "model.depth=7", "data.patch_size=[64,64,64]")
+    found, moved = read_space(config).values_of(config)
+    assert set(moved) == {"optim.lr", "model.depth", "data.patch_size"}
+    assert (found["optim.lr"], found["model.depth"], found["data.patch_size"]) == (1e-2, 4, 32)
+
+
+def test_a_grid_has_every_point_once_and_no_inactive_values() -> None:
+    space: dict[str, Any] = {
+        "optim.name": {"categorical": ["adamw", "sgd"]},
+        "optim.momentum": {"float": [0.8, 0.9], "points": 3, "if": {"optim.name": "sgd"}},
+        "model.depth": {"int": [2, 4]},
+    }
+    grid = read_space(with_space(space)).grid()
+    assert len(grid) == 3 * (1 + 3)
+    assert len({tuple(sorted(point.items())) for point in grid}) == len(grid)
+    assert all(("optim.momentum" in point) == (point["optim.name"] == "sgd") for point in grid)
+    assert {p["optim.momentum"] for p in grid if "optim.momentum" in p} == {0.8, 0.8 + 0.05, 0.9}
+
+
+def test_lists_can_be_chosen_among() -> None:
+    space: dict[str, Any] = {"data.patch_size": {"categorical": [[16, 16, 16], [8, 32, 32]]}}
+    config = with_space(space)
+    made = {read_space(config).apply(config, suggest(config, seed)).data.patch_size for seed in range(20)}
+    assert made == {(16, 16, 16), (8, 32, 32)}
+
+
+def test_the_default_space_holds_the_default_config_and_fits_any_patch() -> None:
+    for patch in ("[64,64,64]", "[12,96,96]", "[16,16,16]"):
+        config = load(None, [f"data.patch_size={patch}"])
+        space = read_space(config)
+        found, moved = space.values_of(config)
+        assert moved == []
+        assert space.apply(config, found) == config
+    named = {p.key for p in space.parameters}
+    study = {"data.patch_size", "data.patches_per_case", "model.depth", "model.filters", "model.kernel_size"}
+    assert study | {"train.batch_size", "optim.lr"} <= named
+
+
+def test_in_two_dimensions_a_patch_stays_flat() -> None:
+    config = with_space(
+        {"data.patch_size": {"int": [16, 32], "step": 8}}, "model.dims=2", "data.patch_size=[1,16,16]"
+    )
+    made = read_space(config).apply(config, {"data.patch_size": 24})
+    assert made.data.patch_size == (1, 24, 24)
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ({"model.dept": {"int": [2, 4]}}, ("model.dept", "model.depth")),
+        ({"phantom.cases": {"int": [2, 4]}}, ("phantom.cases", "data.cases")),
+        ({"train.seed": {"int": [0, 4]}}, ("train.seed", "retrain")),
+        ({"model.depth": 3}, ("model.depth", "{int: [2, 5]}")),
+        ({"model.depth": {"int": [4, 2]}}, ("model.depth", "[least, greatest]")),
+        ({"model.depth": {"int": ["a", 2]}}, ("model.depth", "[least, greatest]")),
+        ({"model.depth": {"int": [2.5, 4]}}, ("model.depth", "whole")),
+        ({"model.depth": {"int": [2, 4], "stp": 2}}, ("stp", "step")),
+        ({"model.depth": {"int": [2, 5], "step": 2}}, ("step 2", "divide")),
+        ({"model.depth": {"float": [2.0, 4.0]}}, ("model.depth", "whole number")),
+        ({"model.kernel_size": {"int": [3, 5]}}, ("model.kernel_size is 4", "odd")),
+        ({"model.norm": {"categorical": ["batch", "bach"]}}, ("bach", "one of")),
+        ({"model.norm": {"categorical": []}}, ("model.norm", "categorical")),
+        ({"optim.lr": {"float": [0.0, 1.0], "log": True}}, ("optim.lr", "above 0")),
+        ({"optim.lr": {"float": [-1.0, 1.0]}}, ("optim.lr", "above 0")),
+        ({"optim.lr": {"float": [0.1, 1.0], "shape": [1, 1, 1]}}, ("shape", "float")),
+        ({"data.patch_size": {"int": [16, 32], "shape": [1, 1]}}, ("shape", "z, y, x")),
+        ({"train.ranks": {"int": [1, 4]}}, ("train.ranks up to 4", "devices")),
+        (
+            {"optim.momentum": {"float": [0.8, 0.9], "if": {"optim.name": "sgd"}}},
+            ("optim.name", "not searched"),
+        ),
+        (
+            {
+                "optim.name": {"categorical": ["adamw", "sgd"]},
+                "optim.momentum": {"float": [0.8, 0.9], "if": {"optim.name": "lars"}},
+            },
+            ("never 'lars'", "values"),
+        ),
+        (
+            {
+                "model.depth": {"int": [2, 4], "if": {"model.filters": [8]}},
+                "model.filters": {"int": [4, 8], "if": {"model.depth": [2]}},
+            },
+            ("model.depth, model.filters", "depend"),
+        ),
+    ],
+)
+def test_a_faulty_space_is_refused_with_the_key_and_the_mend(
+    space: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    config = load(None)
+    config.search.space.update(space)
+    with pytest.raises(VoxelscaleError) as told:
+        read_space(config)
+    text = f"{told.value.message} {told.value.hint}"
+    assert all(word in text for word in words), text
