@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
@@ -32,12 +33,24 @@ from voxelscale.search.lease import (
 from voxelscale.search.records import OUTCOME, counted, head_of, latest, state_of
 from voxelscale.search.storage import open_storage
 
+Opens = Callable[[], Study]
+"""The same study as another process would see it: by a storage object of its own."""
 
-def study_in(folder: Path) -> Study:
-    """As another process would see it: a storage object of its own."""
-    return optuna.create_study(
-        storage=open_storage("", folder), study_name="s", load_if_exists=True, direction="maximize"
-    )
+
+@pytest.fixture(params=["journal", "postgresql"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opens:
+    """A new study, in each kind of storage."""
+    url = request.getfixturevalue("postgresql").url if request.param == "postgresql" else ""
+
+    def study() -> Study:
+        return optuna.create_study(
+            storage=open_storage(url, tmp_path),
+            study_name=str(tmp_path),
+            load_if_exists=True,
+            direction="maximize",
+        )
+
+    return study
 
 
 def begin(study: Study, x: float = 0.5) -> Trial:
@@ -72,8 +85,8 @@ def _started(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
-def test_a_trial_is_lost_when_its_beat_stands_still_for_a_lease_and_not_before(tmp_path: Path) -> None:
-    study, now = study_in(tmp_path), [100.0]
+def test_a_trial_is_lost_when_its_beat_stands_still_for_a_lease_and_not_before(opened: Opens) -> None:
+    study, now = opened(), [100.0]
     trial = begin(study)
     trial.set_user_attr(OWNER, {**trial.user_attrs[OWNER], "process": "elsewhere:1:1"})
     watch = Watch(60, clock=lambda: now[0])
@@ -89,8 +102,8 @@ def test_a_trial_is_lost_when_its_beat_stands_still_for_a_lease_and_not_before(t
     assert not watch.alive(trial_of(study, 0))
 
 
-def test_clocks_of_machines_need_not_agree(tmp_path: Path) -> None:
-    study = study_in(tmp_path)
+def test_clocks_of_machines_need_not_agree(opened: Opens) -> None:
+    study = opened()
     trial = begin(study)
     trial.set_user_attr(OWNER, {**trial.user_attrs[OWNER], "process": "elsewhere:1:1"})
     trial.set_user_attr(BEAT, [1, time.time() - 10**6])  # by a clock that is days behind
@@ -99,8 +112,8 @@ def test_clocks_of_machines_need_not_agree(tmp_path: Path) -> None:
     assert not watch.lost(trial_of(study, 0))
 
 
-def test_a_live_trial_is_never_failed_by_another_process(tmp_path: Path) -> None:
-    mine, theirs = study_in(tmp_path), study_in(tmp_path)
+def test_a_live_trial_is_never_failed_by_another_process(opened: Opens) -> None:
+    mine, theirs = opened(), opened()
     trial, watch = begin(mine), Watch(0.4)
     with Lease(trial, lease_seconds=0.4) as lease:
         until = time.monotonic() + 2
@@ -111,8 +124,8 @@ def test_a_live_trial_is_never_failed_by_another_process(tmp_path: Path) -> None
     assert settle(mine, 0, TrialState.COMPLETE, [0.7])
 
 
-def test_a_late_result_of_an_expired_lease_changes_nothing(tmp_path: Path) -> None:
-    mine, theirs = study_in(tmp_path), study_in(tmp_path)
+def test_a_late_result_of_an_expired_lease_changes_nothing(opened: Opens) -> None:
+    mine, theirs = opened(), opened()
     trial = begin(mine)
     trial.report(0.3, 10)
     hand_over(theirs, trial_of(theirs, 0))
@@ -129,8 +142,8 @@ def test_a_late_result_of_an_expired_lease_changes_nothing(tmp_path: Path) -> No
     assert [t.value for t in latest(mine.get_trials())] == [0.5]
 
 
-def test_the_owner_learns_from_its_beat_that_the_trial_was_taken(tmp_path: Path) -> None:
-    mine, theirs = study_in(tmp_path), study_in(tmp_path)
+def test_the_owner_learns_from_its_beat_that_the_trial_was_taken(opened: Opens) -> None:
+    mine, theirs = opened(), opened()
     with Lease(begin(mine), lease_seconds=0.2) as lease:
         hand_over(theirs, trial_of(theirs, 0))
         until = time.monotonic() + 10
@@ -139,8 +152,8 @@ def test_the_owner_learns_from_its_beat_that_the_trial_was_taken(tmp_path: Path)
     assert lease.lost
 
 
-def test_a_successor_has_the_same_parameters_and_counts_as_the_same_trial(tmp_path: Path) -> None:
-    study = study_in(tmp_path)
+def test_a_successor_has_the_same_parameters_and_counts_as_the_same_trial(opened: Opens) -> None:
+    study = opened()
     first = begin(study)
     hand_over(study, trial_of(study, 0), ended=first.user_attrs[OWNER]["begun"] + 7)
     second = begin(study)
@@ -157,8 +170,8 @@ def test_a_successor_has_the_same_parameters_and_counts_as_the_same_trial(tmp_pa
     assert stretches[0]["ended"] == pytest.approx(first.user_attrs[OWNER]["begun"] + 7)
 
 
-def test_two_who_take_over_the_same_trial_leave_one_to_run(tmp_path: Path) -> None:
-    mine, theirs = study_in(tmp_path), study_in(tmp_path)
+def test_two_who_take_over_the_same_trial_leave_one_to_run(opened: Opens) -> None:
+    mine, theirs = opened(), opened()
     begin(mine)
     stale = trial_of(theirs, 0)
     hand_over(mine, trial_of(mine, 0))
@@ -169,8 +182,8 @@ def test_two_who_take_over_the_same_trial_leave_one_to_run(tmp_path: Path) -> No
     assert [stands(mine, trial_of(mine, t.number)) for t in asked] == [True, False]
 
 
-def test_a_takeover_that_was_cut_off_is_completed_by_whoever_runs_the_successor(tmp_path: Path) -> None:
-    study = study_in(tmp_path)
+def test_a_takeover_that_was_cut_off_is_completed_by_whoever_runs_the_successor(opened: Opens) -> None:
+    study = opened()
     trial = begin(study)
     study.enqueue_trial(trial.params, user_attrs={CONTINUES: 0})  # killed before it ended the old one
     successor = study.ask()
@@ -178,8 +191,8 @@ def test_a_takeover_that_was_cut_off_is_completed_by_whoever_runs_the_successor(
     assert trial_of(study, 0).state == TrialState.FAIL
 
 
-def test_a_trial_that_ended_just_before_it_was_taken_over_is_not_run_again(tmp_path: Path) -> None:
-    study = study_in(tmp_path)
+def test_a_trial_that_ended_just_before_it_was_taken_over_is_not_run_again(opened: Opens) -> None:
+    study = opened()
     trial = begin(study)
     stale = trial_of(study, 0)
     settle(study, trial.number, TrialState.COMPLETE, [0.5])
@@ -190,16 +203,16 @@ def test_a_trial_that_ended_just_before_it_was_taken_over_is_not_run_again(tmp_p
     assert [t.value for t in latest(study.get_trials()) if state_of(t) == "done"] == [0.5]
 
 
-def test_a_queued_trial_whose_worker_died_before_it_began_is_queued_again(tmp_path: Path) -> None:
-    study = study_in(tmp_path)
+def test_a_queued_trial_whose_worker_died_before_it_began_is_queued_again(opened: Opens) -> None:
+    study = opened()
     study.enqueue_trial({"x": 0.25})
     study.ask()  # and gone
     hand_over(study, trial_of(study, 0))
     assert begin(study).params == {"x": 0.25}
 
 
-def test_a_proposal_whose_worker_died_before_it_was_drawn_is_dropped(tmp_path: Path) -> None:
-    study = study_in(tmp_path)
+def test_a_proposal_whose_worker_died_before_it_was_drawn_is_dropped(opened: Opens) -> None:
+    study = opened()
     study.ask()
     hand_over(study, trial_of(study, 0))
     assert latest(study.get_trials()) == []

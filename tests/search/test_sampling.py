@@ -45,7 +45,9 @@ def test_workers_with_equal_seeds_propose_different_first_trials(tmp_path: Path,
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_a_search_is_repeated_with_its_seed_and_another_seed_is_another(tmp_path: Path, sampler: str) -> None:
+def test_a_search_is_repeated_with_its_seed_and_another_seed_is_another(
+    tmp_path: Path, sampler: str
+) -> None:
     def run(name: str, seed: int) -> list[dict[str, float]]:
         study = study_in(tmp_path / name, settings(f"sampler={sampler}", f"seed={seed}", "startup=4"))
         points = []

@@ -91,7 +91,13 @@ def test_the_default_space_holds_the_default_config_and_fits_any_patch() -> None
         assert moved == []
         assert space.apply(config, found) == config
     named = {p.key for p in space.parameters}
-    study = {"data.patch_size", "data.patches_per_case", "model.depth", "model.filters", "model.kernel_size"}
+    study = {
+        "data.patch_size",
+        "data.patches_per_case",
+        "model.depth",
+        "model.filters",
+        "model.kernel_size",
+    }
     assert study | {"train.batch_size", "optim.lr"} <= named
 
 

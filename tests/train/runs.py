@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -98,6 +99,13 @@ def told(errors: str) -> list[str]:
     assert lines[-2].startswith("error: "), errors
     assert lines[-1].startswith("hint: "), errors
     return lines[-2:]
+
+
+def fill(path: Path) -> None:
+    """Write until nothing more fits."""
+    with path.open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
 
 
 def rank_processes(run: Path) -> list[int]:

@@ -141,7 +141,7 @@ def test_checkpointing_under_ddp(tmp_path: Path) -> None:
 
 
 def test_storages_are_counted_from_birth_to_death() -> None:
-    with memory._Storages() as storages:
+    with memory.Storages() as storages:
         a = torch.zeros(1000)
         b = a + 1
         view = b.view(10, 100)
@@ -158,9 +158,9 @@ def test_storages_are_counted_from_birth_to_death() -> None:
 def test_the_estimate_is_that_of_a_real_pass(norm: str, checkpointing: bool) -> None:
     """Fake tensors live and die as real ones do; the real pass's peak is counted in the same way."""
     config = small(norm)
-    with memory._Storages() as real:
-        model = memory._network(config, CUBIC, CPU, checkpointing)
-        memory._play(model, config, CPU, torch.float32)
+    with memory.Storages() as real:
+        model = memory.make_network(config, CUBIC, CPU, checkpointing)
+        memory.play(model, config, CPU, torch.float32)
     weights = sum(p.numel() * 4 for p in model.parameters())
     estimate = estimate_memory(config, CUBIC, CPU, checkpointing=checkpointing)
     assert estimate == pytest.approx(real.peak + 2 * weights, rel=0.02)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from voxelscale.config import Config
 from voxelscale.errors import VoxelscaleError
 from voxelscale.train.child import Child, start_child
-from voxelscale.train.log import STOP_FILE
+from voxelscale.train.log import OUT_OF_MEMORY, STOP_FILE
 
 POLL = 0.5
 """Seconds between looks at a running training."""
@@ -29,6 +29,10 @@ GRACE = 30.0
 """Seconds that a training has to save and stop before it is killed."""
 
 Ending = Literal["finished", "pruned", "stopped", "lost", "late", "diverged", "out of memory", "failed"]
+
+
+FATAL: dict[str, Ending] = {"diverged": "diverged", OUT_OF_MEMORY: "out of memory"}
+"""Events that say why a training failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +130,8 @@ def _watch(
 def _ended(child: Child, code: int, curve: Curve) -> Outcome:
     if code == 0:
         return Outcome(ending="finished", dice=curve.dice)
-    if curve.last == "diverged":
-        return Outcome(ending="diverged", dice=curve.dice, fault=child.fault())
-    if curve.last == "out_of_memory":
-        return Outcome(ending="out of memory", dice=curve.dice, fault=child.fault())
+    if curve.fatal:
+        return Outcome(ending=FATAL[curve.fatal], dice=curve.dice, fault=child.fault())
     return Outcome(ending="failed", dice=curve.dice, fault=child.fault())
 
 
@@ -149,7 +151,7 @@ class Curve:
 
     Attributes:
         dice: of the newest validation; None before the first.
-        last: the newest event's name.
+        fatal: event of `FATAL` that the training ended with; "" where there was none.
 
     Args:
         run: the training's folder.
@@ -159,7 +161,7 @@ class Curve:
 
     def __init__(self, run: Path, marks: Sequence[int]) -> None:
         self.dice: float | None = None
-        self.last = ""
+        self.fatal = ""
         self._path, self._marks = run / "metrics.jsonl", sorted(marks)
         self._told: set[int] = set()
         self._inode, self._offset = -1, 0
@@ -168,8 +170,9 @@ class Curve:
         """(mark, Dice) of the validations that have come since the last call."""
         found = []
         for event in self._events():
-            self.last = event["event"]
-            if self.last != "validation":
+            if event["event"] in FATAL:
+                self.fatal = event["event"]
+            if event["event"] != "validation":
                 continue
             self.dice = float(event["dice"])
             mark = max((m for m in self._marks if m <= event["samples"]), default=None)

@@ -1,12 +1,335 @@
-from dataclasses import dataclass
-from voxelscale.train.memory import estimate_memory
+"""What a training will cost, known before it costs anything: memory, arithmetic, parameters.
+
+One micro-batch goes forward and backward on tensors without contents (`voxelscale.train.memory`), which
+takes half a second and no memory, and every storage's birth and death is noted. On a GPU the allocator
+holds about what is alive. On CPUs the C library's heap grows by up to a half more, and that heap is
+played, too, as its sources say. `benchmarks/feasible.py` holds it against processes that train.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from voxelscale.config import Config, DataConfig, OptimConfig, TrainConfig, Triple
+from voxelscale.device import choose_precision
+from voxelscale.model.unet import plan_pooling
+from voxelscale.train.memory import Storages, make_network, moments_kept, play, seen_at_once
+
+STEPS = 3
+"""Steps played on the heap, which hardly grows after the second."""
+
+GAP = 96
+"""Bytes that glibc's `posix_memalign` wants a free block to have beyond a tensor's own: PyTorch's
+alignment of 64 and the smallest block's 32 (malloc/malloc.c, `_int_memalign`)."""
+
+SMALL = 4096
+"""Bytes below which a block finds its place between the large ones."""
+
+LANES = 16
+"""Channels of a block of oneDNN's AVX-512 kernels: 512 bits of float32."""
+
+aten = torch.ops.aten
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
+    """What a training takes.
+
+    Attributes:
+        memory: bytes at the peak of a step, on one device: on a GPU what PyTorch's allocator counts,
+            without cuDNN's work space; on CPUs what a process grows by, beyond what its libraries take.
+        flop: floating-point operations of the convolutions and matrix products, forward and backward, of
+            all samples; a multiplication and an addition are two. Validations are not in it.
+        parameters: of the network.
+    """
+
     memory: int
     flop: float
     parameters: int
-def cost_of(config, spacing, device):
-    return Cost(memory=estimate_memory(config, spacing, torch.device(device)), flop=1.0, parameters=1)
-def constraints(config, spacing, device, available):
-    return {"memory": cost_of(config,spacing,device).memory/available-1, "pooling": 0.0}
+
+
+def cost_of(config: Config, spacing: Triple, device: str, *, threads: int = 0) -> Cost:
+    """Memory, arithmetic and parameters of a training, without running it.
+
+    It takes half a second; configs that differ in nothing that counts (rate, seed, ...) share one answer.
+    On a GPU ``precision=auto`` is taken as bfloat16, because asking the device would initialise it.
+
+    Args:
+        spacing: of the store, mm (z, y, x), by which pooling is planned.
+        device: ``cpu`` or ``cuda``.
+        threads: CPU threads of a rank; 0: `train.threads`, or the cores shared out.
+
+    Raises:
+        VoxelscaleError: the patch is too small for the depth, or there is no such network.
+    """
+    threads = threads or config.train.threads or max(1, (os.cpu_count() or 1) // max(1, config.train.ranks))
+    cost = _step_cost(_what_counts(config, device), spacing, device, threads if device == "cpu" else 0)
+    return replace(cost, flop=cost.flop * config.train.samples)
+
+
+def constraints(
+    config: Config, spacing: Triple, device: str, available: int, *, threads: int = 0
+) -> dict[str, float]:
+    """How far a training is from what can run: feasible where every number is 0 or less.
+
+    ``memory`` is needed / available - 1. ``pooling`` counts the levels whose pooling would halve no axis
+    of the patch; memory is then that of the network without them.
+
+    Args:
+        available: bytes on one device.
+        spacing, device, threads: as for `cost_of`.
+
+    Raises:
+        VoxelscaleError: there is no such network.
+    """
+    dims, depth = config.model.dims, config.model.depth
+    pools = plan_pooling(config.data.patch_size[-dims:], spacing[-dims:], depth)
+    # An idle pooling leaves everything as it is, so those below it are idle, too.
+    idle = sum(max(stride) == 1 for stride in pools) if config.model.name == "unet" else 0
+    able = replace(config, model=replace(config.model, depth=depth - idle))
+    needed = cost_of(able, spacing, device, threads=threads).memory
+    return {"memory": needed / max(1, available) - 1, "pooling": float(idle)}
+
+
+def _what_counts(config: Config, device: str) -> Config:
+    """A config with what changes a step's memory or arithmetic, all else by default."""
+    train, optim = config.train, config.optim
+    precision = train.precision
+    if precision == "auto":
+        native = device != "cpu" or choose_precision("auto", torch.device("cpu")) == torch.bfloat16
+        precision = "bf16" if native else "fp32"
+    return Config(
+        data=DataConfig(patch_size=config.data.patch_size),
+        model=config.model,
+        optim=OptimConfig(
+            name=optim.name, momentum=0.9 * (optim.momentum > 0), average=0.1 * (optim.average > 0)
+        ),
+        train=TrainConfig(
+            batch_size=train.batch_size,
+            ranks=min(train.ranks, 2),
+            virtual_workers=train.virtual_workers,
+            precision=precision,
+            channels_last=train.formatted,
+            checkpoint_activations=train.checkpoint_activations,
+        ),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _step_cost(config: Config, spacing: Triple, device: str, threads: int) -> Cost:
+    """The cost of a training of one sample."""
+    cpu, bf16 = torch.device("cpu"), config.train.precision == "bf16"
+    with FakeTensorMode(), _Recorder(threads) as seen:
+        model = make_network(config, spacing, cpu, config.train.checkpoint_activations)
+        built = len(seen.events)
+        play(model, config, cpu, torch.bfloat16 if bf16 else torch.float32)
+        events = list(seen.events)
+        weights = [p.numel() for p in model.parameters()]
+    heap = _Heap()
+    _play_steps(heap, events[:built], events[built:], weights, config)
+    return Cost(
+        memory=heap.top if device == "cpu" else heap.peak,
+        flop=seen.flop / seen_at_once(config),
+        parameters=sum(weights),
+    )
+
+
+class _Event(NamedTuple):
+    """A storage's birth, or its death, whose size is -1."""
+
+    storage: int
+    size: int
+    pinned: bool
+
+
+class _Recorder(Storages):
+    """The births and deaths of all storages, in order, and the floating-point operations.
+
+    Args:
+        threads: that share a convolution on a CPU; 0 on a GPU.
+    """
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self.events: list[_Event] = []
+        self.flop = 0.0
+        self._threads = threads
+        self._kernels: set[Any] = set()
+        self._pinned = False
+        self._numbers: dict[int, int] = {}
+        self._count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._pinned = self._is_new_kernel(func, args)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flop += formula(*args, **(kwargs or {}), out_val=out)
+        if func is aten.convolution_backward.default:
+            self._note_work_space(*args[:3])
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        known = storage._cdata in self._known
+        super()._add(storage)
+        if not known:
+            self._numbers[storage._cdata] = self._born(storage.nbytes())
+
+    def _remove(self, key: int, size: int) -> None:
+        super()._remove(key, size)
+        self.events.append(_Event(self._numbers.pop(key), -1, False))
+
+    def _born(self, size: int) -> int:
+        self._count += 1
+        self.events.append(_Event(self._count, size, self._pinned))
+        return self._count
+
+    def _is_new_kernel(self, func: Any, args: Sequence[Any]) -> bool:
+        """Whether oneDNN makes and keeps a kernel for it: once for each shape.
+
+        Convolutions, and products of bfloat16 matrices; those of float32 are MKL's.
+        """
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        products = func in (aten.mm.default, aten.addmm.default)
+        if func not in (aten.convolution.default, aten.convolution_backward.default) and not (
+            products and tensors[0].dtype == torch.bfloat16
+        ):
+            return False
+        key = (func, *((t.dtype, tuple(t.shape), t.stride()) for t in tensors))
+        new = key not in self._kernels
+        self._kernels.add(key)
+        return new
+
+    def _note_work_space(self, gradient: Tensor, image: Tensor, kernel: Tensor) -> None:
+        """oneDNN's, for the weights' gradient in bfloat16: transposed copies of a sample's two maps.
+
+        Channels are filled up to blocks of `LANES` and rows to the kernel's reach; an image of one channel
+        is not copied. Threads that share out samples and planes have copies of their own, those that
+        share out blocks of channels do not. (Seen with oneDNN 3.12; not in float32.)
+        """
+        if not self._threads or image.dtype != torch.bfloat16:
+            return
+        blocks = [-(-t.shape[1] // LANES) for t in (gradient, image)]
+        copied = LANES * (blocks[0] + (blocks[1] if image.shape[1] > 1 else 0))
+        one = max(blocks) == 1
+        copies = self._threads if one else max(min(self._threads, 2), self._threads // 2)
+        voxels = image[0, 0].numel() * (1 + kernel.shape[-1] / image.shape[-1])
+        self.events.append(_Event(self._born(int(copies * copied * voxels * image.element_size())), -1, False))
+
+
+class _Heap:
+    """The heap of glibc's malloc as a training has it (`voxelscale.device.keep_freed_memory`).
+
+    One heap that only grows; the smallest free block that is large enough is taken, free neighbours are
+    joined. What PyTorch's alignment leaves of a block, `GAP` bytes, goes to the next small object. Where
+    that is a kernel that oneDNN keeps, the block is pinned: it will never be joined with the one after
+    it, and once free it lacks just these bytes to hold another tensor of its own size.
+
+    Attributes:
+        top: bytes of the heap at its largest.
+        live, peak: bytes in use, now and at the most.
+    """
+
+    def __init__(self) -> None:
+        self.top = self.live = self.peak = 0
+        self._end = 0
+        self._free: list[tuple[int, int]] = []
+        self._by_start: dict[int, int] = {}
+        self._by_end: dict[int, int] = {}
+        self._used: dict[int, int] = {}
+
+    def take(self, size: int, pinned: bool = False) -> int:
+        """The address of a new block."""
+        size = -(-size // 64) * 64
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        wanted = size + GAP
+        place = bisect.bisect_left(self._free, (wanted, 0))
+        if place < len(self._free):
+            room, address = self._free[place]
+            self._unlist(address, room)
+        else:
+            room, address = wanted, self._end
+            self._end += wanted
+            self.top = max(self.top, self._end)
+        kept = wanted if pinned else size
+        self._used[address] = size
+        self._release(address + kept, room - kept)
+        return address
+
+    def give(self, address: int) -> None:
+        """Free a block."""
+        size = self._used.pop(address)
+        self.live -= size
+        self._release(address, size)
+
+    def _release(self, address: int, size: int) -> None:
+        """Join it with its free neighbours, or with the end of the heap."""
+        if not size:
+            return
+        if before := self._by_end.get(address):
+            self._unlist(address - before, before)
+            address, size = address - before, size + before
+        if after := self._by_start.get(address + size):
+            self._unlist(address + size, after)
+            size += after
+        if address + size == self._end:
+            self._end = address
+        else:
+            bisect.insort(self._free, (size, address))
+            self._by_start[address] = self._by_end[address + size] = size
+
+    def _unlist(self, address: int, size: int) -> None:
+        del self._free[bisect.bisect_left(self._free, (size, address))]
+        del self._by_start[address], self._by_end[address + size]
+
+
+def _play_steps(
+    heap: _Heap, built: Sequence[_Event], step: Sequence[_Event], weights: Sequence[int], config: Config
+) -> None:
+    """The network is built, then come the steps; the optimiser's state appears after the first.
+
+    Gradients are freed before the next step, unless further workers' are added to them or they lie in
+    DistributedDataParallel's buckets.
+    """
+    float32 = 4
+    places: dict[int, int] = {}
+    _replay(heap, built, places)
+    network = set(places)
+    for size in weights if config.optim.average else []:
+        heap.take(float32 * size)
+    together = config.model.norm == "sync_batch"
+    held = config.train.ranks > 1 or (config.train.virtual_workers > 1 and not together)
+    for number in range(STEPS):
+        _replay(heap, step, places)
+        gradients = places.keys() - network
+        if number == 0:
+            for size in weights:
+                for _ in range(moments_kept(config)):
+                    heap.take(float32 * size)
+            step = [event._replace(pinned=False) for event in step]
+            if held:
+                step = [event for event in step if event.storage not in gradients]
+        if not held:
+            for storage in gradients:
+                heap.give(places.pop(storage))
+
+
+def _replay(heap: _Heap, events: Sequence[_Event], places: dict[int, int]) -> None:
+    """Give every large block its place, from its birth to its death."""
+    for storage, size, pinned in events:
+        if size >= SMALL:
+            places[storage] = heap.take(size, pinned)
+        elif size < 0 and storage in places:
+            heap.give(places.pop(storage))

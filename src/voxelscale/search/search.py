@@ -117,32 +117,44 @@ def _gpus() -> list[str]:
 
 def _oversee(search: Search, places: list[Place]) -> None:
     """Start the workers and see them through."""
-    url, restarts = search.config.search.storage, 0
-    workers = [start_worker(search, place, url) for place in places]
+    workers = [start_worker(search, place) for place in places]
     faults: list[VoxelscaleError] = []
     try:
         with Progress("search", search.config.search.trials, done=_finished(search)[0]) as progress:
+            since = time.monotonic()
             while workers:
                 time.sleep(LOOK)
-                for worker in [w for w in workers if w.process.poll() is not None]:
-                    workers.remove(worker)
-                    if worker.process.returncode == 0:
-                        continue
-                    faults.append(worker.fault())
-                    notice(f"warning: {faults[-1].message}")
-                    if worker.process.returncode < 0 and restarts < RESTARTS:
-                        restarts += 1
-                        workers.append(start_worker(search, worker.place, url))
+                if not _complete(search):
+                    since = time.monotonic()
+                elif time.monotonic() - since > search.config.search.lease_seconds:
+                    _kill(workers)  # suspended or stuck: their trials have been done by others
+                _replace_dead(search, workers, faults)
                 progress.update(*_finished(search))
     except KeyboardInterrupt:
         notice("\ntrainings save and stop; once more to stop at once")
         _stop(workers)
         raise
-    ended, _ = _finished(search)
-    if faults and ended < len(counted(search.study.get_trials(deepcopy=False))):
+    if faults and not _complete(search):
         raise faults[-1]
-    if faults and ended < search.config.search.trials and search.config.search.sampler != "grid":
-        raise faults[-1]
+
+
+def _replace_dead(search: Search, workers: list[Started], faults: list[VoxelscaleError]) -> None:
+    """Take workers that have ended off the list, note why, and start anew those that were killed."""
+    for worker in [w for w in workers if w.process.poll() is not None]:
+        workers.remove(worker)
+        if worker.process.returncode == 0 or _complete(search):
+            continue
+        faults.append(worker.fault())
+        notice(f"warning: {faults[-1].message}")
+        if worker.process.returncode < 0 and len(faults) <= RESTARTS:
+            workers.append(start_worker(search, worker.place))
+
+
+def _complete(search: Search) -> bool:
+    """Whether nothing is left to do."""
+    states = [state_of(t) for t in counted(search.study.get_trials(deepcopy=False))]
+    wanted = 1 if search.config.search.sampler == "grid" else search.config.search.trials
+    return len(states) >= wanted and not any(state in UNFINISHED for state in states)
 
 
 def _finished(search: Search) -> tuple[int, str]:
@@ -172,9 +184,13 @@ def _stop(workers: list[Started]) -> None:
         for worker in workers:
             worker.process.wait()
     except KeyboardInterrupt:
-        for worker in workers:
-            worker.process.kill()
+        _kill(workers)
         raise
+
+
+def _kill(workers: list[Started]) -> None:
+    for worker in workers:
+        worker.process.kill()
 
 
 @contextmanager

@@ -369,16 +369,12 @@ class Started:
             return VoxelscaleError(f"a worker ended: {words}", "the same command goes on")
 
 
-def start_worker(search: Search, place: Place, url: str) -> Started:
-    """A worker as a process in a session of its own, out of reach of the terminal's Ctrl-C.
-
-    Args:
-        url: of the storage, with its password, which is handed on in the environment.
-    """
+def start_worker(search: Search, place: Place) -> Started:
+    """A worker as a process in a session of its own, out of reach of the terminal's Ctrl-C."""
     facts = {"out": str(search.out), "store": str(search.store), **asdict(place)}
     environment = {**os.environ, "VOXELSCALE_VERBOSITY": str(console.verbosity())}
-    if url:
-        environment[STORAGE] = url
+    if url := search.config.search.storage:
+        environment[STORAGE] = url  # with its password, which is in no file
     errors = tempfile.TemporaryFile()  # noqa: SIM115
     process = subprocess.Popen(
         [sys.executable, "-m", "voxelscale.search.worker", str(os.getpid()), json.dumps(facts)],

@@ -87,12 +87,12 @@ def estimate_memory(
         checkpointing: whether with `checkpoint_activations`.
     """
     precision = choose_precision(config.train.precision, device)
-    with FakeTensorMode(), _Storages() as storages:
-        model = _network(config, spacing, torch.device("cpu"), checkpointing)
-        _play(model, config, torch.device("cpu"), precision)
+    with FakeTensorMode(), Storages() as storages:
+        model = make_network(config, spacing, torch.device("cpu"), checkpointing)
+        play(model, config, torch.device("cpu"), precision)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
     hidden = CPU_BF16 if device.type == "cpu" and precision == torch.bfloat16 else 1.0
-    return int((storages.peak + _moments(config) * weights) * hidden)
+    return int((storages.peak + moments_kept(config) * weights) * hidden)
 
 
 def step_memory(
@@ -182,7 +182,7 @@ def ran_out(config: Config, device: torch.device) -> TooLarge:
 
 def _rough_bound(config: Config) -> int:
     """Bytes that a step surely needs less than: of a small training nothing need be played through."""
-    voxels = _seen_at_once(config) * math.prod(config.data.patch_size)
+    voxels = seen_at_once(config) * math.prod(config.data.patch_size)
     # 60 float32 maps of the first level's size, where the default network keeps about 30.
     maps = 240 * voxels * config.model.filters * 2**config.model.dims / (2**config.model.dims - 1)
     widest = min(config.model.filters * 2 ** (config.model.depth - 1), config.model.max_filters)
@@ -276,7 +276,7 @@ def _unmoved_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages made within it, now and at the peak."""
 
     def __init__(self) -> None:
@@ -307,7 +307,7 @@ class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
-def _network(config: Config, spacing: Triple, device: torch.device, checkpointing: bool) -> nn.Module:
+def make_network(config: Config, spacing: Triple, device: torch.device, checkpointing: bool) -> nn.Module:
     model = build_model(config.model, config.data.patch_size, spacing)
     if device.type != "cpu":
         model.to(device)
@@ -316,15 +316,15 @@ def _network(config: Config, spacing: Triple, device: torch.device, checkpointin
     return checkpoint_activations(model) if checkpointing else model
 
 
-def _seen_at_once(config: Config) -> int:
+def seen_at_once(config: Config) -> int:
     """Samples of a forward pass: with ``sync_batch`` those of all of a rank's virtual workers."""
     whole = config.model.norm == "sync_batch"
     return config.train.batch_size * (config.train.virtual_workers if whole else 1)
 
 
-def _play(model: nn.Module, config: Config, device: torch.device, precision: torch.dtype) -> None:
+def play(model: nn.Module, config: Config, device: torch.device, precision: torch.dtype) -> None:
     """One forward and backward pass on an empty micro-batch."""
-    image = torch.zeros((_seen_at_once(config), 1, *config.data.patch_size), device=device)
+    image = torch.zeros((seen_at_once(config), 1, *config.data.patch_size), device=device)
     mask = torch.zeros_like(image)
     if config.train.formatted:
         image = image.contiguous(memory_format=torch.channels_last_3d)
@@ -338,11 +338,11 @@ def _play(model: nn.Module, config: Config, device: torch.device, precision: tor
 def _steps(config: Config, spacing: Triple, device: torch.device, checkpointing: bool) -> None:
     """Two steps: the optimiser's state is there from the end of the first on."""
     precision = choose_precision(config.train.precision, device)
-    model = _network(config, spacing, device, checkpointing)
+    model = make_network(config, spacing, device, checkpointing)
     optimizer = make_optimizer(model, config.optim)
     for _ in range(2):
         optimizer.zero_grad(set_to_none=True)
-        _play(model, config, device, precision)
+        play(model, config, device, precision)
         optimizer.step()
 
 
@@ -372,7 +372,7 @@ def _resident() -> tuple[int, int]:
         return peak, peak
 
 
-def _moments(config: Config) -> int:
+def moments_kept(config: Config) -> int:
     """Copies of the weights that the optimiser keeps."""
     if config.optim.name == "sgd":
         return int(config.optim.momentum > 0)
