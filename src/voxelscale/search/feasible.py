@@ -17,14 +17,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from voxelscale.config import Config, DataConfig, OptimConfig, TrainConfig, Triple
 from voxelscale.device import choose_precision
 from voxelscale.model.unet import plan_pooling
-from voxelscale.train.memory import Storages, make_network, moments_kept, play, seen_at_once
+from voxelscale.train.memory import (
+    Storages,
+    make_network,
+    moments_kept,
+    play,
+    seen_at_once,
+    without_contents,
+)
 
 STEPS = 3
 """Steps played on the heap, which hardly grows after the second."""
@@ -39,7 +44,12 @@ SMALL = 4096
 LANES = 16
 """Channels of a block of oneDNN's AVX-512 kernels: 512 bits of float32."""
 
+KEPT = {False: 40_000, True: 500_000}
+"""Bytes that oneDNN 3.12 keeps of a convolution's kernel and of a bfloat16 matrix product's; counted."""
+
 aten = torch.ops.aten
+CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+PRODUCTS = (aten.mm.default, aten.addmm.default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +140,7 @@ def _what_counts(config: Config, device: str) -> Config:
 def _step_cost(config: Config, spacing: Triple, device: str, threads: int) -> Cost:
     """The cost of a training of one sample."""
     cpu, bf16 = torch.device("cpu"), config.train.precision == "bf16"
-    with FakeTensorMode(), _Recorder(threads) as seen:
+    with without_contents(), _Recorder(threads) as seen:
         model = make_network(config, spacing, cpu, config.train.checkpoint_activations)
         built = len(seen.events)
         play(model, config, cpu, torch.bfloat16 if bf16 else torch.float32)
@@ -146,14 +156,14 @@ def _step_cost(config: Config, spacing: Triple, device: str, threads: int) -> Co
 
 
 class _Event(NamedTuple):
-    """A storage's birth, or its death, whose size is -1."""
+    """A storage's birth, with the bytes that oneDNN keeps from then on; or its death, whose size is -1."""
 
     storage: int
     size: int
-    pinned: bool
+    kept: int = 0
 
 
-class _Recorder(Storages):
+class _Recorder(Storages):  # type: ignore[no-untyped-call]
     """The births and deaths of all storages, in order, and the floating-point operations.
 
     Args:
@@ -166,18 +176,20 @@ class _Recorder(Storages):
         self.flop = 0.0
         self._threads = threads
         self._kernels: set[Any] = set()
-        self._pinned = False
+        self._kept = 0
         self._numbers: dict[int, int] = {}
         self._count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._pinned = self._is_new_kernel(func, args)
+        self._kept = self._new_kernel(func, args)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flop += formula(*args, **(kwargs or {}), out_val=out)
-        if func is aten.convolution_backward.default:
-            self._note_work_space(*args[:3])
+        if self._threads and func is aten.convolution.default:
+            self._note_work(args[1].nbytes)
+        if self._threads and func is aten.convolution_backward.default:
+            self._note_work(_work_of_gradient(args[0], args[1], args[2], self._threads))
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -188,44 +200,49 @@ class _Recorder(Storages):
 
     def _remove(self, key: int, size: int) -> None:
         super()._remove(key, size)
-        self.events.append(_Event(self._numbers.pop(key), -1, False))
+        self.events.append(_Event(self._numbers.pop(key), -1))
 
     def _born(self, size: int) -> int:
         self._count += 1
-        self.events.append(_Event(self._count, size, self._pinned))
+        self.events.append(_Event(self._count, size, self._kept))
         return self._count
 
-    def _is_new_kernel(self, func: Any, args: Sequence[Any]) -> bool:
-        """Whether oneDNN makes and keeps a kernel for it: once for each shape.
+    def _new_kernel(self, func: Any, args: Sequence[Any]) -> int:
+        """Bytes that oneDNN keeps of it: of each shape's first convolution or product of bfloat16 matrices.
 
-        Convolutions, and products of bfloat16 matrices; those of float32 are MKL's.
+        (Products of float32 matrices are MKL's.)
         """
         tensors = [a for a in args if isinstance(a, Tensor)]
-        products = func in (aten.mm.default, aten.addmm.default)
-        if func not in (aten.convolution.default, aten.convolution_backward.default) and not (
-            products and tensors[0].dtype == torch.bfloat16
-        ):
-            return False
+        product = func in PRODUCTS and tensors[0].dtype == torch.bfloat16
+        if not (product or func in CONVOLUTIONS):
+            return 0
         key = (func, *((t.dtype, tuple(t.shape), t.stride()) for t in tensors))
         new = key not in self._kernels
         self._kernels.add(key)
-        return new
+        return KEPT[product] if new else 0
 
-    def _note_work_space(self, gradient: Tensor, image: Tensor, kernel: Tensor) -> None:
-        """oneDNN's, for the weights' gradient in bfloat16: transposed copies of a sample's two maps.
+    def _note_work(self, size: float) -> None:
+        """Memory that an operation takes and frees again."""
+        self._kept = 0
+        self.events.append(_Event(self._born(int(size)), -1))
 
-        Channels are filled up to blocks of `LANES` and rows to the kernel's reach; an image of one channel
-        is not copied. Threads that share out samples and planes have copies of their own, those that
-        share out blocks of channels do not. (Seen with oneDNN 3.12; not in float32.)
-        """
-        if not self._threads or image.dtype != torch.bfloat16:
-            return
-        blocks = [-(-t.shape[1] // LANES) for t in (gradient, image)]
-        copied = LANES * (blocks[0] + (blocks[1] if image.shape[1] > 1 else 0))
-        one = max(blocks) == 1
-        copies = self._threads if one else max(min(self._threads, 2), self._threads // 2)
-        voxels = image[0, 0].numel() * (1 + kernel.shape[-1] / image.shape[-1])
-        self.events.append(_Event(self._born(int(copies * copied * voxels * image.element_size())), -1, False))
+
+def _work_of_gradient(gradient: Tensor, image: Tensor, kernel: Tensor, threads: int) -> float:
+    """Bytes of oneDNN's work space for the gradient of a convolution's weights.
+
+    They are reordered into blocks and back. In bfloat16 both maps of a sample are copied transposed, their
+    channels filled up to blocks of `LANES` and their rows to the kernel's reach, except an image of one
+    channel. Threads that share out samples and planes have copies of their own, those that share out
+    blocks of channels do not. (Counted with oneDNN 3.12, 1 to 64 threads.)
+    """
+    weights = 2 * kernel.nbytes
+    if image.dtype != torch.bfloat16:
+        return weights
+    blocks = [-(-t.shape[1] // LANES) for t in (gradient, image)]
+    copied = LANES * (blocks[0] + (blocks[1] if image.shape[1] > 1 else 0))
+    copies = threads if max(blocks) == 1 else max(min(threads, 2), threads // 2)
+    voxels = image[0, 0].numel() * (1 + kernel.shape[-1] / image.shape[-1])
+    return weights + copies * copied * voxels * image.element_size()
 
 
 class _Heap:
@@ -318,7 +335,7 @@ def _play_steps(
             for size in weights:
                 for _ in range(moments_kept(config)):
                     heap.take(float32 * size)
-            step = [event._replace(pinned=False) for event in step]
+            step = [event._replace(kept=0) for event in step]
             if held:
                 step = [event for event in step if event.storage not in gradients]
         if not held:
@@ -328,8 +345,10 @@ def _play_steps(
 
 def _replay(heap: _Heap, events: Sequence[_Event], places: dict[int, int]) -> None:
     """Give every large block its place, from its birth to its death."""
-    for storage, size, pinned in events:
+    for storage, size, kept in events:
         if size >= SMALL:
-            places[storage] = heap.take(size, pinned)
+            places[storage] = heap.take(size, pinned=kept > 0)
+            if kept:
+                heap.take(kept)
         elif size < 0 and storage in places:
             heap.give(places.pop(storage))

@@ -6,13 +6,14 @@ and no memory, and every storage's birth and death is counted; what a GPU really
 
 from __future__ import annotations
 
+import ctypes
 import math
 import multiprocessing
 import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,15 +21,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from voxelscale.config import Config, IntTriple, Triple
-from voxelscale.device import choose_precision, to_channels_last
+from voxelscale.device import choose_precision, keep_freed_memory, to_channels_last
 from voxelscale.errors import VoxelscaleError
+from voxelscale.model import norm as norm_layers
 from voxelscale.model.build import build_model
 from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.model.unet import UNetDecodeModel, UNetEncodeModel, plan_pooling
@@ -87,7 +89,7 @@ def estimate_memory(
         checkpointing: whether with `checkpoint_activations`.
     """
     precision = choose_precision(config.train.precision, device)
-    with FakeTensorMode(), Storages() as storages:
+    with without_contents(), Storages() as storages:
         model = make_network(config, spacing, torch.device("cpu"), checkpointing)
         play(model, config, torch.device("cpu"), precision)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -96,12 +98,13 @@ def estimate_memory(
 
 
 def step_memory(
-    config: Config, spacing: Triple, device: torch.device, *, checkpointing: bool = False
+    config: Config, spacing: Triple, device: torch.device, *, checkpointing: bool = False, steps: int = 2
 ) -> int:
-    """Bytes that two real training steps of `config` took at their peak, the memory of weights included.
+    """Bytes that real training steps of `config` took at their peak, the memory of weights included.
 
     On a GPU by its allocator's own count; on CPUs as the growth of the resident memory of a process
-    that does nothing else (it costs a start and two steps).
+    that does nothing else and keeps freed memory as a training does (it costs a start and the steps).
+    There it still grows by up to a tenth over the first ten steps.
 
     Raises:
         VoxelscaleError: it does not fit.
@@ -110,7 +113,7 @@ def step_memory(
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         try:
-            _steps(config, spacing, device, checkpointing)
+            _steps(config, spacing, device, checkpointing, steps)
             return torch.cuda.max_memory_allocated(device) - before
         except torch.OutOfMemoryError:
             raise _too_much(config, None, available_memory(device), checkpointing) from None
@@ -118,7 +121,7 @@ def step_memory(
             torch.cuda.empty_cache()
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    arguments = (theirs, config, spacing, checkpointing, torch.get_num_threads())
+    arguments = (theirs, config, spacing, checkpointing, steps, torch.get_num_threads())
     child = context.Process(target=_measure, args=arguments, daemon=True)
     child.start()
     theirs.close()
@@ -276,6 +279,30 @@ def _unmoved_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
+@contextmanager
+def without_contents() -> Iterator[None]:
+    """Within it tensors are made without contents, and norms leave out what makes no large ones.
+
+    A norm's many small operations, repeated for every sample, would take most of the time; and PyTorch's
+    formula for one of them claims a map that its kernel does not make.
+    """
+    parts: dict[str, Any] = {"_normalise": norm_layers._normalise, "_gradient": norm_layers._gradient}
+
+    def blank(function: Callable[..., Tensor], part: Tensor, *others: Any) -> Tensor:
+        if isinstance(part, FakeTensor):
+            return part.new_empty((2, part.shape[1]), dtype=torch.float32)
+        return function(part, *others)  # of a training beside it
+
+    with FakeTensorMode():
+        try:
+            for name, function in parts.items():
+                setattr(norm_layers, name, partial(blank, function))
+            yield
+        finally:
+            for name, function in parts.items():
+                setattr(norm_layers, name, function)
+
+
 class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages made within it, now and at the peak."""
 
@@ -308,6 +335,7 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def make_network(config: Config, spacing: Triple, device: torch.device, checkpointing: bool) -> nn.Module:
+    """The network as a training has it, in its memory format."""
     model = build_model(config.model, config.data.patch_size, spacing)
     if device.type != "cpu":
         model.to(device)
@@ -335,26 +363,38 @@ def play(model: nn.Module, config: Config, device: torch.device, precision: torc
     loss.backward()  # type: ignore[no-untyped-call]
 
 
-def _steps(config: Config, spacing: Triple, device: torch.device, checkpointing: bool) -> None:
-    """Two steps: the optimiser's state is there from the end of the first on."""
+def _steps(
+    config: Config, spacing: Triple, device: torch.device, checkpointing: bool, steps: int = 2
+) -> None:
+    """Steps, two or more: the optimiser's state is there from the end of the first on."""
     precision = choose_precision(config.train.precision, device)
     model = make_network(config, spacing, device, checkpointing)
     optimizer = make_optimizer(model, config.optim)
-    for _ in range(2):
+    for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
         play(model, config, device, precision)
         optimizer.step()
 
 
-def _measure(pipe: Any, config: Config, spacing: Triple, checkpointing: bool, threads: int) -> None:
-    """In a process of its own: send the growth of its peak resident memory over two steps."""
+def _measure(
+    pipe: Any, config: Config, spacing: Triple, checkpointing: bool, steps: int, threads: int
+) -> None:
+    """In a process of its own: send the growth of its peak resident memory over the steps."""
+    keep_freed_memory()
     torch.set_num_threads(threads)
     # A first tiny step loads the library's parts, whose memory belongs to no patch.
     smallest = next(_ladder(config, spacing, None), config.data.patch_size)
     _steps(with_patch(config, smallest), spacing, torch.device("cpu"), checkpointing)
+    _give_back()
     before, _ = _resident()
-    _steps(config, spacing, torch.device("cpu"), checkpointing)
+    _steps(config, spacing, torch.device("cpu"), checkpointing, steps)
     pipe.send(_resident()[1] - before)
+
+
+def _give_back() -> None:
+    """Let the C library give back what is free: the small step's memory would hide some of the large one's."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident() -> tuple[int, int]:
@@ -376,7 +416,7 @@ def moments_kept(config: Config) -> int:
     """Copies of the weights that the optimiser keeps."""
     if config.optim.name == "sgd":
         return int(config.optim.momentum > 0)
-    return 2
+    return 1 if config.optim.name in ("lars", "muon") else 2
 
 
 def _ladder(config: Config, spacing: Triple, limit: Sequence[int] | None) -> Iterator[IntTriple]:
