@@ -291,7 +291,7 @@ def status(
     voxelscale search status search/
     voxelscale search status search/ --follow
     """
-    from voxelscale.search.search import follow_status
+    from voxelscale.search.status import follow_status
 
     follow_status(out, forever=follow)
 

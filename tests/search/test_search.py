@@ -112,9 +112,21 @@ def test_a_warm_start_takes_comparable_trials_as_known(done: Path, store: Store,
 def test_what_cannot_run_is_not_run_and_does_not_count(store: Store, tiny: Config, tmp_path: Path) -> None:
     space = {"data.patch_size": {"int": [16, 144], "step": 64}, "model.depth": {"categorical": [2, 7]}}
     config = searched(tiny, space, trials=2, memory_gib=0.25, samples=8)
-    finish(command(config, store.path, tmp_path / "out"))
+    said = finish(command(config, store.path, tmp_path / "out"))
     results = results_in(tmp_path / "out")
-    assert sum(t.state == "done" for t in results.trials) == 1, "one point of the space can run"
+    assert [dict(t.params) for t in results.done] == [{"data.patch_size": 16, "model.depth": 2}]
+    notes = {t.note for t in results.trials if t.state == "infeasible"}
+    assert any("GiB are there" in note for note in notes), notes
+    assert any("pooled" in note for note in notes), notes
+    assert "nothing new in the space" in said
+    assert not (tmp_path / "out" / "trials" / "0001").exists()
+
+
+def test_a_space_in_which_nothing_can_run_is_told(store: Store, tiny: Config, tmp_path: Path) -> None:
+    config = searched(tiny, memory_gib=0.0001, samples=8)
+    told = finish(command(config, store.path, tmp_path / "out"), code=2)
+    assert "none of the first" in told
+    assert "search.memory_gib" in told
 
 
 def test_a_grid_is_run_once_each(store: Store, tiny: Config, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ MAXIMISED = {"dice": True, "time": False, "parameters": False}
 COUNTED: tuple[State, ...] = ("waiting", "running", "done", "pruned", "diverged", "failed")
 """What counts towards the number of trials that is wanted."""
 
+UNFINISHED: tuple[State, ...] = ("waiting", "running")
+
 ENOUGH = 8
 """Trials from which importances say anything."""
 

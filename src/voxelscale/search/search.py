@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,22 +12,17 @@ from pathlib import Path
 from voxelscale.config import Config, load
 from voxelscale.console import Progress, notice
 from voxelscale.errors import VoxelscaleError
-from voxelscale.search.definition import Search, begin, reopen, write_best
-from voxelscale.search.records import counted, read_results, state_of
-from voxelscale.search.report import status_table, write_report
+from voxelscale.search.definition import Search, begin, write_best
+from voxelscale.search.records import UNFINISHED, counted, read_results, state_of
+from voxelscale.search.report import write_report
 from voxelscale.search.results import SearchResults
 from voxelscale.search.worker import Place, Started, start_worker
 
 LOOK = 2.0
 """Seconds between looks at the workers."""
 
-REFRESH = 3.0
-"""Seconds between status tables."""
-
 RESTARTS = 3
 """How often a worker that was killed is started again in its place."""
-
-UNFINISHED = ("waiting", "running")
 
 
 def search(config: Config, store: Path, out: Path) -> SearchResults:
@@ -57,19 +51,6 @@ def write_results(search: Search) -> SearchResults:
         write_best(search, results.best)
     write_report(results, search.out / "search.html", time.time())
     return results
-
-
-def follow_status(out: Path, forever: bool) -> None:
-    """Print where a search stands, once or every few seconds until nothing waits or runs."""
-    found = reopen(out)
-    while True:
-        results = read_results(found.study, found.config, found.space)
-        clear = "\033[2J\033[H" if forever and sys.stdout.isatty() else ""
-        print(clear + status_table(results, time.time()), flush=True)
-        left = any(t.state in UNFINISHED for t in results.trials)
-        if not forever or not (left or len(results.done) == 0):
-            return
-        time.sleep(REFRESH)
 
 
 def retrain_best(out: Path, store: Path) -> int:
@@ -142,7 +123,11 @@ def _replace_dead(search: Search, workers: list[Started], faults: list[Voxelscal
     """Take workers that have ended off the list, note why, and start anew those that were killed."""
     for worker in [w for w in workers if w.process.poll() is not None]:
         workers.remove(worker)
-        if worker.process.returncode == 0 or _complete(search):
+        if worker.process.returncode == 0:
+            for line in worker.said():
+                notice(line)
+            continue
+        if _complete(search):
             continue
         faults.append(worker.fault())
         notice(f"warning: {faults[-1].message}")

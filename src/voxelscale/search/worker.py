@@ -105,7 +105,7 @@ class Worker:
         self.name = worker_name()
         self.watch = Watch(self.settings.lease_seconds)
         self.available = _available_memory(place, self.settings.memory_gib)
-        self._idle, self._failures = 0, 0
+        self._idle, self._why, self._failures = 0, "", 0
 
     def go(self) -> None:
         """Work until the search is done, or somebody wants it to stop.
@@ -121,6 +121,8 @@ class Worker:
             for trial in lost:
                 notice(f"trial {head_of(trials, trial)}: its worker is lost; it is taken over", level=2)
                 hand_over(self.study, trial)
+            if self._idle >= PATIENCE:
+                return self._give_up(trials)
             if lost or self._wanted(trials):
                 self._next()
             elif not running or any(self.watch.alive(t) for t in running):
@@ -141,12 +143,13 @@ class Worker:
         if reason := self._unwanted(trial, params):
             notice(f"trial {trial.number}: {reason}", level=2)
             settle(self.study, trial.number, TrialState.FAIL)
-            self._idle_once(reason)
+            self._idle, self._why = self._idle + 1, reason
             return
         try:
             config = trial_config(self.search, params, len(self.place.devices))
-            cost = cost_of(config, self.search.spacing, self.place.kind)
-            limits = constraints(config, self.search.spacing, self.place.kind, self.available)
+            how = (config, self.search.spacing, self.place.kind)
+            cost = cost_of(*how, threads=self.place.threads)
+            limits = constraints(*how, self.available, threads=self.place.threads)
         except VoxelscaleError as error:
             self._tell_infeasible(trial, dict.fromkeys(CONSTRAINTS, 1.0), None, error.message)
             return
@@ -279,7 +282,7 @@ class Worker:
         ended = time.time()
         values = self._values(trial, 0.0, cost, ended)
         self._settle(trial, "infeasible", TrialState.COMPLETE, values, limits, note, ended)
-        self._idle_once(note)
+        self._idle, self._why = self._idle + 1, note
 
     def _settle(
         self,
@@ -300,13 +303,15 @@ class Worker:
             return
         patiently(lambda: settle(self.study, trial.number, settled, values))
 
-    def _idle_once(self, reason: str) -> None:
-        self._idle += 1
-        if self._idle >= PATIENCE:
-            raise VoxelscaleError(
-                f"the last {PATIENCE} proposals could not be run; the last one: {reason}",
-                "widen the search's space, or give the trials more memory (search.memory_gib)",
-            )
+    def _give_up(self, trials: Sequence[FrozenTrial]) -> None:
+        """Leave a space in which nothing new can be run."""
+        if counted(trials):
+            notice(f"nothing new in the space: of the last {PATIENCE} proposals none was run ({self._why})")
+            return
+        raise VoxelscaleError(
+            f"none of the first {PATIENCE} proposals could be run; the last one: {self._why}",
+            "change the search's space, or give the trials more memory (search.memory_gib)",
+        )
 
 
 ENDINGS: dict[str, tuple[State, TrialState]] = {
@@ -354,10 +359,14 @@ class Started:
     place: Place
     errors: IO[bytes]
 
+    def said(self) -> list[str]:
+        """What it has written on stderr."""
+        self.errors.seek(0)
+        return self.errors.read().decode(errors="replace").strip().splitlines()
+
     def fault(self) -> VoxelscaleError:
         """Why it ended, where that was not well."""
-        self.errors.seek(0)
-        said = self.errors.read().decode(errors="replace").strip().splitlines()
+        said = self.said()
         if (code := self.process.returncode) < 0:
             how = f"a worker was killed by {signal.Signals(-code).name}"
             return VoxelscaleError(how, "the same command goes on")
