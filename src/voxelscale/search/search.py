@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from optuna.trial import FrozenTrial
+
 from voxelscale.config import Config, load
 from voxelscale.console import Progress, notice
 from voxelscale.errors import VoxelscaleError
@@ -16,6 +18,7 @@ from voxelscale.search.definition import Search, begin, write_best
 from voxelscale.search.records import UNFINISHED, counted, read_results, state_of
 from voxelscale.search.report import write_report
 from voxelscale.search.results import SearchResults
+from voxelscale.search.storage import patiently
 from voxelscale.search.worker import Place, Started, start_worker
 
 LOOK = 2.0
@@ -135,16 +138,20 @@ def _replace_dead(search: Search, workers: list[Started], faults: list[Voxelscal
             workers.append(start_worker(search, worker.place))
 
 
+def _trials(search: Search) -> list[FrozenTrial]:
+    return patiently(lambda: search.study.get_trials(deepcopy=False))
+
+
 def _complete(search: Search) -> bool:
     """Whether nothing is left to do."""
-    states = [state_of(t) for t in counted(search.study.get_trials(deepcopy=False))]
+    states = [state_of(t) for t in counted(_trials(search))]
     wanted = 1 if search.config.search.sampler == "grid" else search.config.search.trials
     return len(states) >= wanted and not any(state in UNFINISHED for state in states)
 
 
 def _finished(search: Search) -> tuple[int, str]:
     """How many trials have ended, and a few words on the best."""
-    trials = counted(search.study.get_trials(deepcopy=False))
+    trials = counted(_trials(search))
     ended = [t for t in trials if state_of(t) not in UNFINISHED]
     best = read_best(search)
     running = sum(state_of(t) == "running" for t in trials)
@@ -153,7 +160,7 @@ def _finished(search: Search) -> tuple[int, str]:
 
 def read_best(search: Search) -> str:
     """A few words on the best trial; "" while there is none."""
-    trials = [t for t in search.study.get_trials(deepcopy=False) if t.values and state_of(t) == "done"]
+    trials = [t for t in _trials(search) if t.values and state_of(t) == "done"]
     if not trials:
         return ""
     name = search.config.search.objectives[0]

@@ -392,7 +392,7 @@ def _measure(
 
 
 def _give_back() -> None:
-    """Let the C library give back what is free: the small step's memory would hide some of the large one's."""
+    """Let the C library give back what is free: a small step's would hide some of a large one's."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
