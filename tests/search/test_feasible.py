@@ -112,7 +112,8 @@ def test_memory_grows_with_what_is_kept(device: str) -> None:
     weights = 4 * cost_of(training(model={"filters": 16}), CUBIC, device).parameters
     assert memory(train={"batch_size": 4}) > 1.5 * base
     assert memory(train={"checkpoint_activations": True}) < base
-    assert memory(optim={"average": 0.1}) > base + 0.8 * weights
+    # On CPUs some of it finds holes in the heap.
+    assert memory(optim={"average": 0.1}) > base + (0.5 if device == "cpu" else 0.9) * weights
     assert memory(optim={"name": "sgd"}) < base
     assert memory(train={"virtual_workers": 2}) > base
     assert memory(train={"ranks": 2}) == memory(train={"virtual_workers": 2})

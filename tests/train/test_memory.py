@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,6 +165,33 @@ def test_the_estimate_is_that_of_a_real_pass(norm: str, checkpointing: bool) -> 
     weights = sum(p.numel() * 4 for p in model.parameters())
     estimate = estimate_memory(config, CUBIC, CPU, checkpointing=checkpointing)
     assert estimate == pytest.approx(real.peak + 2 * weights, rel=0.02)
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "group"])
+def test_the_estimate_of_large_maps_is_that_of_a_real_pass(norm: str) -> None:
+    """Large maps go through the norms' own way on CPUs, of which the play leaves out what is small."""
+    config = small(norm, (32, 48, 48))
+    config = replace(config, model=replace(config.model, depth=2, filters=8))
+    with memory.Storages() as real:
+        model = memory.make_network(config, CUBIC, CPU, False)
+        memory.play(model, config, CPU, torch.float32)
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert estimate_memory(config, CUBIC, CPU) == pytest.approx(real.peak + 2 * weights, rel=0.02)
+
+
+def test_a_training_beside_an_estimate_computes_as_ever() -> None:
+    config = small("instance", (32, 32, 32))
+    torch.manual_seed(0)
+    model = build_model(config.model, (32, 32, 32), CUBIC)
+    image = torch.randn(1, 1, 32, 32, 32).contiguous(memory_format=torch.channels_last_3d)
+    expected = backward(copy.deepcopy(model), image)
+    found: list[dict[str, Tensor]] = []
+    with memory.without_contents():
+        # The mode is this thread's alone.
+        beside = threading.Thread(target=lambda: found.append(backward(model, image)))
+        beside.start()
+        beside.join()
+    assert all(torch.equal(value, found[0][name]) for name, value in expected.items())
 
 
 def test_the_estimate_grows_with_batch_patch_and_moments() -> None:
