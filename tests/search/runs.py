@@ -73,7 +73,7 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[str] | None =
 
 def workers(out: Path) -> list[int]:
     """The worker processes of a search."""
-    return [pid for pid, words in processes() if "voxelscale.search.worker" in words and str(out) in words]
+    return [pid for pid, words in processes() if "voxelscale.search.process" in words and str(out) in words]
 
 
 def trainings(out: Path) -> list[int]:

@@ -18,6 +18,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from voxelscale.search.lease import (
     BEAT,
     CONTINUES,
+    FAULTS,
+    LOSSES,
     OWNER,
     Lease,
     Watch,
@@ -216,3 +218,13 @@ def test_a_proposal_whose_worker_died_before_it_was_drawn_is_dropped(opened: Ope
     study.ask()
     hand_over(study, trial_of(study, 0))
     assert latest(study.get_trials()) == []
+
+
+def test_losses_and_faults_are_counted_over_all_attempts(opened: Opens) -> None:
+    study = opened()
+    for count in (LOSSES, "", FAULTS, LOSSES):
+        begin(study)
+        running = next(t for t in study.get_trials() if t.state == TrialState.RUNNING)
+        hand_over(study, running, count=count)
+    last = begin(study)
+    assert (last.user_attrs[LOSSES], last.user_attrs[FAULTS]) == (2, 1)

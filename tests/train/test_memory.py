@@ -182,7 +182,7 @@ def test_the_estimate_of_large_maps_is_that_of_a_real_pass(norm: str) -> None:
 def test_a_training_beside_an_estimate_computes_as_ever() -> None:
     config = small("instance", (32, 32, 32))
     torch.manual_seed(0)
-    model = build_model(config.model, (32, 32, 32), CUBIC)
+    model = memory.make_network(config, CUBIC, CPU, False)
     image = torch.randn(1, 1, 32, 32, 32).contiguous(memory_format=torch.channels_last_3d)
     expected = backward(copy.deepcopy(model), image)
     found: list[dict[str, Tensor]] = []

@@ -191,10 +191,12 @@ class _Recorder(Storages):  # type: ignore[no-untyped-call]
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flop += formula(*args, **(kwargs or {}), out_val=out)
-        if self._threads and func is aten.convolution.default:
-            self._note_work(args[1].nbytes)
-        if self._threads and func is aten.convolution_backward.default:
-            self._note_work(_work_of_gradient(args[0], args[1], args[2], self._threads))
+        if self._threads and func in CONVOLUTIONS:
+            self._kept = 0
+            if func is aten.convolution.default:
+                self._died(self._born(args[1].nbytes))
+            else:
+                self._note_work(args[0], args[1], args[2])
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -205,7 +207,7 @@ class _Recorder(Storages):  # type: ignore[no-untyped-call]
 
     def _remove(self, key: int, size: int) -> None:
         super()._remove(key, size)
-        self.events.append(_Event(self._numbers.pop(key), -1))
+        self._died(self._numbers.pop(key))
 
     def _born(self, size: int) -> int:
         self._count += 1
@@ -226,28 +228,42 @@ class _Recorder(Storages):  # type: ignore[no-untyped-call]
         self._kernels.add(key)
         return KEPT[product] if new else 0
 
-    def _note_work(self, size: float) -> None:
-        """Memory that an operation takes and frees again."""
-        self._kept = 0
-        self.events.append(_Event(self._born(int(size)), -1))
+    def _note_work(self, gradient: Tensor, image: Tensor, kernel: Tensor) -> None:
+        """oneDNN's of a backward pass, in its order: the weights' own gradient is the last to find a place.
+
+        Weights are reordered into blocks for the image's gradient, and their gradient from blocks.
+        """
+        last = len(self.events) - 1
+        while last > 0 and self.events[last].size != kernel.nbytes:
+            last -= 1
+        result = self.events.pop(last)
+        self._died(self._born(kernel.nbytes))
+        blocked = self._born(kernel.nbytes)
+        self._died(self._born(_copies(gradient, image, kernel, self._threads)))
+        reordered = self._born(kernel.nbytes)
+        self.events.append(result)
+        self._died(reordered)
+        self._died(blocked)
+
+    def _died(self, number: int) -> None:
+        self.events.append(_Event(number, -1))
 
 
-def _work_of_gradient(gradient: Tensor, image: Tensor, kernel: Tensor, threads: int) -> float:
-    """Bytes of oneDNN's work space for the gradient of a convolution's weights.
+def _copies(gradient: Tensor, image: Tensor, kernel: Tensor, threads: int) -> int:
+    """Bytes of what oneDNN copies, in bfloat16 alone, for the gradient of a convolution's weights.
 
-    They are reordered into blocks and back. In bfloat16 both maps of a sample are copied transposed, their
-    channels filled up to blocks of `LANES` and their rows to the kernel's reach, except an image of one
-    channel. Threads that share out samples and planes have copies of their own, those that share out
-    blocks of channels do not. (Counted with oneDNN 3.12, 1 to 64 threads.)
+    Both maps of a sample are transposed, their channels filled up to blocks of `LANES` and their rows to
+    the kernel's reach; not so an image of one channel. Threads that share out samples and planes have
+    copies of their own, those that share out blocks of channels do not. (Counted with oneDNN 3.12, 1 to 64
+    threads.)
     """
-    weights = 2 * kernel.nbytes
     if image.dtype != torch.bfloat16:
-        return weights
+        return 0
     blocks = [-(-t.shape[1] // LANES) for t in (gradient, image)]
     copied = LANES * (blocks[0] + (blocks[1] if image.shape[1] > 1 else 0))
     copies = threads if max(blocks) == 1 else max(min(threads, 2), threads // 2)
     voxels = image[0, 0].numel() * (1 + kernel.shape[-1] / image.shape[-1])
-    return weights + copies * copied * voxels * image.element_size()
+    return int(copies * copied * voxels * image.element_size())
 
 
 class _Heap:

@@ -30,6 +30,9 @@ OWNER, BEAT, CONTINUES, EARLIER = "owner", "beat", "continues", "earlier"
 """Attributes of a trial: who works on it since when; its beats (count, seconds since the epoch); the
 number of the attempt before it; that one's and earlier ones' stretches of work."""
 
+LOSSES, FAULTS = "losses", "faults"
+"""Attributes: how often, over all attempts, its worker was lost and its training failed."""
+
 BEATS = 4
 """In a lease."""
 
@@ -133,7 +136,7 @@ def own(trial: Trial, worker: str, devices: Sequence[str]) -> None:
     )
 
 
-def hand_over(study: Study, trial: FrozenTrial, *, ended: float | None = None) -> None:
+def hand_over(study: Study, trial: FrozenTrial, *, ended: float | None = None, count: str = "") -> None:
     """Let whoever comes next go on with a running trial whose owner is lost or leaves.
 
     The successor is there before the old trial is ended: whoever is killed in between leaves one too
@@ -141,10 +144,12 @@ def hand_over(study: Study, trial: FrozenTrial, *, ended: float | None = None) -
 
     Args:
         ended: when the owner left, seconds since the epoch; None: at its last beat.
+        count: `LOSSES` or `FAULTS`, if this is one more.
     """
     params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
     if params and not _successors(study, trial.number):
-        attributes = {CONTINUES: trial.number, EARLIER: stretches_of(trial, ended)}
+        counts = {name: trial.user_attrs.get(name, 0) + (name == count) for name in (LOSSES, FAULTS)}
+        attributes = {**counts, CONTINUES: trial.number, EARLIER: stretches_of(trial, ended)}
         study.add_trial(
             create_trial(
                 state=TrialState.WAITING,

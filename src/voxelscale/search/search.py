@@ -15,11 +15,12 @@ from voxelscale.config import Config, load
 from voxelscale.console import Progress, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search.definition import Search, begin, write_best
+from voxelscale.search.process import Started, start_worker
 from voxelscale.search.records import UNFINISHED, counted, read_results, state_of
 from voxelscale.search.report import write_report
 from voxelscale.search.results import SearchResults
 from voxelscale.search.storage import patiently
-from voxelscale.search.worker import Place, Started, start_worker
+from voxelscale.search.worker import Place
 
 LOOK = 2.0
 """Seconds between looks at the workers."""

@@ -6,33 +6,30 @@ machine that sees it and the search's folder; there is no barrier between trials
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from voxelscale import console
 from voxelscale.config import Config
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search.attempt import Attempt, Outcome, copy_run, drop_checkpoints, run_attempt
-from voxelscale.search.definition import CONSTRAINTS, STORAGE, Search, marks_of, reopen, trial_config
+from voxelscale.search.definition import CONSTRAINTS, Search, marks_of, trial_config
 from voxelscale.search.feasible import Cost, constraints, cost_of
 from voxelscale.search.lease import (
     CONTINUES,
     EARLIER,
+    FAULTS,
+    LOSSES,
     Lease,
     Watch,
     hand_over,
@@ -45,7 +42,7 @@ from voxelscale.search.lease import (
 from voxelscale.search.records import COST, ENDED, NOTE, OUTCOME, counted, head_of, latest
 from voxelscale.search.results import State, Value
 from voxelscale.search.sampling import should_prune
-from voxelscale.search.storage import is_storage_trouble, patiently
+from voxelscale.search.storage import patiently
 
 PATIENCE = 100
 """Proposals in a row that cannot be run before a worker gives up."""
@@ -55,6 +52,9 @@ RETRIES = 1
 
 ROOM = 64 * 2**20
 """Bytes; with less left on the disk a failed training is the disk's fault and not its config's."""
+
+MOST_LOSSES = 5
+"""A trial whose worker was lost so often may be what kills them, as by taking all memory."""
 
 FAILURES = 3
 """Trainings in a row that fail on one worker before it gives up."""
@@ -90,6 +90,15 @@ class Place:
         return {"CUDA_VISIBLE_DEVICES": ",".join(self.devices)} if self.cuda else {}
 
 
+ENDINGS: dict[str, tuple[State, TrialState]] = {
+    "finished": ("done", TrialState.COMPLETE),
+    "pruned": ("pruned", TrialState.PRUNED),
+    "late": ("failed", TrialState.PRUNED),
+    "diverged": ("diverged", TrialState.COMPLETE),
+    "failed": ("failed", TrialState.PRUNED),
+}
+
+
 class Worker:
     """One worker's loop.
 
@@ -120,11 +129,12 @@ class Worker:
             lost = [t for t in running if self.watch.lost(t)]
             for trial in lost:
                 notice(f"trial {head_of(trials, trial)}: its worker is lost; it is taken over", level=2)
-                hand_over(self.study, trial)
+                hand_over(self.study, trial, count=LOSSES)
             if self._idle >= PATIENCE:
                 return self._give_up(trials)
             if lost or self._wanted(trials):
-                self._next()
+                # What is cut off half-way is taken over like any lost trial, after its lease.
+                patiently(self._next)
             elif not running or any(self.watch.alive(t) for t in running):
                 return  # done, or whoever is still at work will see to the rest
             else:
@@ -137,7 +147,7 @@ class Worker:
         return waiting or (not grid and len(counted(trials)) < self.settings.trials)
 
     def _next(self) -> None:
-        trial = patiently(self.study.ask)
+        trial = self.study.ask()
         own(trial, self.name, self.place.devices)
         params = self.search.space.suggest(trial)
         if reason := self._unwanted(trial, params):
@@ -156,6 +166,10 @@ class Worker:
         if any(value > 0 for value in limits.values()):
             self._tell_infeasible(trial, limits, cost, _why(limits, cost, self.available))
             return
+        if trial.user_attrs.get(LOSSES, 0) >= MOST_LOSSES:
+            note = f"its worker was lost {MOST_LOSSES} times"
+            self._settle(trial, "failed", TrialState.PRUNED, None, limits, note, time.time())
+            return
         self._idle = 0
         trial.set_user_attr(COST, asdict(cost))
         with Lease(trial, self.settings.lease_seconds) as lease:
@@ -166,10 +180,9 @@ class Worker:
     def _unwanted(self, trial: Trial, params: dict[str, Value]) -> str:
         """Why a proposal is dropped; "" where it is run."""
         trials = self.study.get_trials(deepcopy=False)
-        own = trials[trial.number]
-        if not stands(self.study, own):
+        if not stands(self.study, trials[trial.number]):
             return "continued by another already"
-        if CONTINUES in own.user_attrs:
+        if CONTINUES in trial.user_attrs:
             return ""
         gone = superseded(trials)
         same = [t for t in trials[: trial.number] if t.state != TrialState.FAIL or t.number in gone]
@@ -235,8 +248,8 @@ class Worker:
         ended = time.time()
         ending, number = outcome.ending, trial.number
         if ending == "stopped" or (ending == "failed" and self._again(trial, outcome)):
-            trial.set_user_attr(ENDED, ended)
-            hand_over(self.study, self.study.get_trials(deepcopy=False)[number], ended=ended)
+            frozen = self.study.get_trials(deepcopy=False)[number]
+            hand_over(self.study, frozen, ended=ended, count=FAULTS if ending == "failed" else "")
             return
         if ending == "out of memory":
             limits = {**limits, "memory": max(0.1, limits["memory"])}
@@ -266,7 +279,7 @@ class Worker:
         if shutil.disk_usage(self.search.out).free < ROOM and outcome.fault:
             hand_over(self.study, self.study.get_trials(deepcopy=False)[trial.number], ended=time.time())
             raise outcome.fault
-        return len(trial.user_attrs.get(EARLIER, [])) < RETRIES
+        return int(trial.user_attrs.get(FAULTS, 0)) < RETRIES
 
     def _values(self, trial: Trial, dice: float, cost: Cost | None, ended: float) -> list[float]:
         """Of the objectives."""
@@ -314,15 +327,6 @@ class Worker:
         )
 
 
-ENDINGS: dict[str, tuple[State, TrialState]] = {
-    "finished": ("done", TrialState.COMPLETE),
-    "pruned": ("pruned", TrialState.PRUNED),
-    "late": ("failed", TrialState.PRUNED),
-    "diverged": ("diverged", TrialState.COMPLETE),
-    "failed": ("failed", TrialState.PRUNED),
-}
-
-
 def _why(limits: dict[str, float], cost: Cost, available: int) -> str:
     if limits["memory"] > 0:
         return f"needs {cost.memory / 2**30:.2f} GiB; {available / 2**30:.2f} GiB are there"
@@ -349,79 +353,3 @@ def _available_memory(place: Place, limit_gib: float) -> int:
     from voxelscale.train.memory import available_memory
 
     return available_memory(torch.device("cpu")) // (place.sharers * len(place.devices))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Started:
-    """A worker's process."""
-
-    process: subprocess.Popen[bytes]
-    place: Place
-    errors: IO[bytes]
-
-    def said(self) -> list[str]:
-        """What it has written on stderr."""
-        self.errors.seek(0)
-        return self.errors.read().decode(errors="replace").strip().splitlines()
-
-    def fault(self) -> VoxelscaleError:
-        """Why it ended, where that was not well."""
-        said = self.said()
-        if (code := self.process.returncode) < 0:
-            how = f"a worker was killed by {signal.Signals(-code).name}"
-            return VoxelscaleError(how, "the same command goes on")
-        try:
-            told = json.loads(said[-1])
-            return VoxelscaleError(told["message"], told["hint"])
-        except (IndexError, ValueError, KeyError, TypeError):
-            words = said[-1] if said else f"exit code {code}"
-            return VoxelscaleError(f"a worker ended: {words}", "the same command goes on")
-
-
-def start_worker(search: Search, place: Place) -> Started:
-    """A worker as a process in a session of its own, out of reach of the terminal's Ctrl-C."""
-    facts = {"out": str(search.out), "store": str(search.store), **asdict(place)}
-    environment = {**os.environ, "VOXELSCALE_VERBOSITY": str(console.verbosity())}
-    if url := search.config.search.storage:
-        environment[STORAGE] = url  # with its password, which is in no file
-    errors = tempfile.TemporaryFile()  # noqa: SIM115
-    process = subprocess.Popen(
-        [sys.executable, "-m", "voxelscale.search.worker", str(os.getpid()), json.dumps(facts)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stderr=errors if console.verbosity() < 2 else None,
-        start_new_session=True,
-    )
-    return Started(process=process, place=place, errors=errors)
-
-
-def _main(parent: int, facts: dict[str, Any]) -> int:
-    """A worker's process; it stops on SIGTERM, SIGINT and when the command that started it is gone."""
-    console.set_verbosity(int(os.environ.get("VOXELSCALE_VERBOSITY", "1")))
-    asked = False
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        asked = True
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
-    place = Place(devices=tuple(facts["devices"]), cuda=facts["cuda"], sharers=facts["sharers"])
-    try:
-        search = reopen(Path(facts["out"]), Path(facts["store"]))
-        Worker(search, place, lambda: asked or os.getppid() != parent).go()
-    except VoxelscaleError as error:
-        print(json.dumps({"message": error.message, "hint": error.hint}), file=sys.stderr)
-        return 2
-    except Exception as error:
-        if not is_storage_trouble(error):
-            raise
-        problem = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        told = {"message": f"the storage is out of reach: {problem}", "hint": "the same command goes on"}
-        print(json.dumps(told), file=sys.stderr)
-        return 2
-    return 130 if asked else 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main(int(sys.argv[1]), json.loads(sys.argv[2])))
