@@ -14,6 +14,8 @@ from tests.train.runs import told
 
 from voxelscale.config import Config, load, to_dict
 from voxelscale.data.store import Store
+from voxelscale.search.definition import begin
+from voxelscale.search.lease import LOSSES, hand_over
 from voxelscale.search.results import utilisation
 
 
@@ -148,6 +150,20 @@ def test_a_trial_that_diverges_is_told_and_learned_from(store: Store, tiny: Conf
     assert all("diverged" in t.note for t in results.trials if t.state == "diverged")
     assert results.best is not None
     assert results.best.params["optim.lr"] == 1e-3
+
+
+def test_a_trial_that_kills_its_workers_is_given_up(store: Store, tiny: Config, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = searched(tiny, trials=1)
+    begun = begin(config, store.path, out)
+    for _ in range(5):
+        trial = begun.study.ask()
+        begun.space.suggest(trial)
+        hand_over(begun.study, begun.study.get_trials()[trial.number], count=LOSSES)
+    finish(command(config, store.path, out), code=2)
+    ended = [(t.state, t.note) for t in results_in(out).trials]
+    assert ended == [("failed", "its worker was lost 5 times")]
+    assert not (out / "trials").exists(), "it was not trained again"
 
 
 def test_several_objectives_have_a_front(store: Store, tiny: Config, tmp_path: Path) -> None:
