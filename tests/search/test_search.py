@@ -182,6 +182,7 @@ def test_several_objectives_have_a_front(store: Store, tiny: Config, tmp_path: P
         (["--set", "search.space={model.dept: {int: [1, 2]}}"], "model.dept", "model.depth"),
         (["--set", "search.sampler=tpee"], "search.sampler", "tpe"),
         (["--trials", "0"], "search.trials", "at least 1"),
+        (["--set", "train.ranks=2"], "train.ranks", "--devices-per-trial 2"),
     ],
 )
 def test_a_faulty_search_is_told_in_two_lines(

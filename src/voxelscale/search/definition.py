@@ -69,6 +69,10 @@ def begin(config: Config, store: Path, out: Path) -> Search:
     Raises:
         VoxelscaleError: the space is faulty, or folder or storage hold another search.
     """
+    ranks, each = config.train.ranks, config.search.devices_per_trial
+    if ranks not in (0, each):
+        hint = f"say --devices-per-trial {ranks}, or set train.ranks=0"
+        raise VoxelscaleError(f"config: train.ranks is {ranks}, but a trial has {each} devices", hint)
     space = read_space(config)
     opened = open_store(store)
     _claim(config, out)
@@ -127,8 +131,12 @@ def marks_of(config: Config) -> tuple[int, ...]:
 
 
 def best_config(search: Search, best: TrialResult) -> Config:
-    """What `voxelscale train` is to be given: the best trial's values and the full budget."""
-    config = search.space.apply(search.config, best.params)
+    """What `voxelscale train` is to be given: the best trial's values and the full budget.
+
+    With as many ranks as a trial had: more of them would be another global batch.
+    """
+    train = replace(search.config.train, ranks=search.config.search.devices_per_trial)
+    config = search.space.apply(replace(search.config, train=train), best.params)
     return replace(config, search=SearchConfig())
 
 
