@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from tests.search.runs import (
     until,
     workers,
 )
-from tests.train.runs import fill, told
+from tests.train.runs import fill, rank_processes, told
 
 from voxelscale.config import Config
 from voxelscale.data.store import Store
@@ -210,3 +211,33 @@ def test_a_database_that_restarts_is_waited_for(
     _, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     assert_whole(out, 3)
+
+
+def test_two_commands_that_start_at_once_share_one_search(
+    tiny: Config, store: Store, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = command(searched(tiny, samples=80, trials=5), store.path, out)
+    both = [start(arguments), start(arguments)]
+    for process in both:
+        _, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors
+    assert_whole(out, 5)
+    assert len({s.worker for t in results_in(out).trials for s in t.stretches}) == 2
+
+
+def test_a_hopeless_trial_is_pruned_with_all_its_ranks(tiny: Config, store: Store, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    space = {"optim.lr": {"categorical": [1e-2, 1e-9, 1e-8]}}
+    config = searched(
+        tiny, space, samples=2000, sampler="grid", pruner="asha", factor=5, devices_per_trial=2
+    )
+    config = replace(config, train=replace(config.train, ranks=0))
+    finish(command(config, store.path, out))
+    results = results_in(out)
+    assert [t.state for t in results.trials] == ["done", "pruned", "pruned"]
+    for trial in results.trials[1:]:
+        assert [samples for samples, _ in trial.curve] == [400]
+        run = out / "trials" / f"{trial.number:04d}"
+        assert events(run, "train")[-1]["samples"] < 2000
+        assert not rank_processes(run)
