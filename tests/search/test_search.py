@@ -124,6 +124,17 @@ def test_what_cannot_run_is_not_run_and_does_not_count(store: Store, tiny: Confi
     assert not (tmp_path / "out" / "trials" / "0001").exists()
 
 
+def test_a_trial_that_runs_out_of_memory_is_infeasible_and_not_a_failure(
+    store: Store, tiny: Config, tmp_path: Path
+) -> None:
+    """The search is told of more memory than there is; the training itself finds out."""
+    space = {"data.patch_size": {"categorical": [[16, 16, 16], [1600, 1600, 1600]]}}
+    config = searched(tiny, space, sampler="grid", memory_gib=1e6, samples=8)
+    finish(command(config, store.path, tmp_path / "out"))
+    states = [(t.state, t.note) for t in results_in(tmp_path / "out").trials]
+    assert states == [("done", ""), ("infeasible", "out of memory while it trained")]
+
+
 def test_a_space_in_which_nothing_can_run_is_told(store: Store, tiny: Config, tmp_path: Path) -> None:
     config = searched(tiny, memory_gib=0.0001, samples=8)
     told = finish(command(config, store.path, tmp_path / "out"), code=2)
