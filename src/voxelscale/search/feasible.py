@@ -47,13 +47,14 @@ LANES = 16
 KEPT = {False: 40_000, True: 500_000}
 """Bytes that oneDNN 3.12 keeps of a convolution's kernel and of a bfloat16 matrix product's; counted."""
 
-SLACK = 1.05
+SLACK = 1.06
 """Resident memory over the played heap: what the process's small objects keep apart besides. The one
 number here that was fitted, to eight configs none of which `benchmarks/feasible.py` has."""
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
 PRODUCTS = (aten.mm.default, aten.addmm.default)
+NORMS = (aten.native_batch_norm.default, aten.native_group_norm.default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +162,14 @@ def _step_cost(config: Config, spacing: Triple, device: str, threads: int) -> Co
 
 
 class _Event(NamedTuple):
-    """A storage's birth, with the bytes that oneDNN keeps from then on; or its death, whose size is -1."""
+    """A storage's birth or, with a size of -1, its death.
+
+    `pinned`: something small that stays is put behind it; `kept`: bytes that oneDNN keeps from then on.
+    """
 
     storage: int
     size: int
+    pinned: bool = False
     kept: int = 0
 
 
@@ -181,18 +186,20 @@ class _Recorder(Storages):  # type: ignore[no-untyped-call]
         self.flop = 0.0
         self._threads = threads
         self._kernels: set[Any] = set()
-        self._kept = 0
+        self._pinned, self._kept = False, 0
         self._numbers: dict[int, int] = {}
         self._count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._kept = self._new_kernel(func, args)
+        # The statistics of PyTorch's own norms stay until the backward pass.
+        self._pinned = self._kept > 0 or func in NORMS
         out = super().__torch_dispatch__(func, types, args, kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flop += formula(*args, **(kwargs or {}), out_val=out)
         if self._threads and func in CONVOLUTIONS:
-            self._kept = 0
+            self._pinned, self._kept = False, 0
             if func is aten.convolution.default:
                 self._died(self._born(args[1].nbytes))
             else:
@@ -211,7 +218,7 @@ class _Recorder(Storages):  # type: ignore[no-untyped-call]
 
     def _born(self, size: int) -> int:
         self._count += 1
-        self.events.append(_Event(self._count, size, self._kept))
+        self.events.append(_Event(self._count, size, self._pinned, self._kept))
         return self._count
 
     def _new_kernel(self, func: Any, args: Sequence[Any]) -> int:
@@ -270,9 +277,9 @@ class _Heap:
     """The heap of glibc's malloc as a training has it (`voxelscale.device.keep_freed_memory`).
 
     One heap that only grows; the smallest free block that is large enough is taken, free neighbours are
-    joined. What PyTorch's alignment leaves of a block, `GAP` bytes, goes to the next small object. Where
-    that is a kernel that oneDNN keeps, the block is pinned: it will never be joined with the one after
-    it, and once free it lacks just these bytes to hold another tensor of its own size.
+    joined. What PyTorch's alignment leaves behind a block, `GAP` bytes, goes to the next small object.
+    Where that stays, as part of a kernel that oneDNN keeps, the block is pinned: once free it will never
+    be joined with the one after it, and lacks just these bytes to hold another tensor of its own size.
 
     Attributes:
         top: bytes of the heap at its largest.
@@ -356,7 +363,7 @@ def _play_steps(
             for size in weights:
                 for _ in range(moments_kept(config)):
                     heap.take(float32 * size)
-            step = [event._replace(kept=0) for event in step]
+            step = [event._replace(pinned=False, kept=0) for event in step]
             if held:
                 step = [event for event in step if event.storage not in gradients]
         if not held:
@@ -366,9 +373,9 @@ def _play_steps(
 
 def _replay(heap: _Heap, events: Sequence[_Event], places: dict[int, int]) -> None:
     """Give every large block its place, from its birth to its death."""
-    for storage, size, kept in events:
+    for storage, size, pinned, kept in events:
         if size >= SMALL:
-            places[storage] = heap.take(size, pinned=kept > 0)
+            places[storage] = heap.take(size, pinned)
             if kept:
                 heap.take(kept)
         elif size < 0 and storage in places:
