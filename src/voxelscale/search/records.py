@@ -14,9 +14,9 @@ from voxelscale.search.lease import CONTINUES, OWNER, standing, stretches_of
 from voxelscale.search.results import SearchResults, State, Stretch, TrialResult
 from voxelscale.search.space import Space, keys_of
 
-OUTCOME, NOTE, ENDED, IMPORTED, RUN, COST = "outcome", "note", "ended", "imported", "run", "cost"
+OUTCOME, NOTE, ENDED, IMPORTED, COST, CURVE = "outcome", "note", "ended", "imported", "cost", "curve"
 """Attributes of a trial: how it ended (a `State`), in words, and when (seconds since the epoch); whether
-it comes from an earlier search; its folder; what it was thought to cost."""
+it comes from an earlier search; what it was thought to cost; with several objectives, (samples, Dice)."""
 
 MAXIMISED = {"dice": True, "time": False, "parameters": False}
 COUNTED: tuple[State, ...] = ("waiting", "running", "done", "pruned", "diverged", "failed")
@@ -92,10 +92,16 @@ def _result(trials: Sequence[FrozenTrial], trial: FrozenTrial, space: Space) -> 
         state=state,
         params=params,
         values=tuple(told) if told and whole else (),
-        curve=tuple(sorted(trial.intermediate_values.items())),
+        curve=tuple(sorted(_curve(trial).items())),
         stretches=tuple(_stretches(trial)),
         note=trial.user_attrs.get(NOTE, ""),
     )
+
+
+def _curve(trial: FrozenTrial) -> dict[int, float]:
+    return {
+        int(samples): dice for samples, dice in trial.user_attrs.get(CURVE, [])
+    } | trial.intermediate_values
 
 
 def _stretches(trial: FrozenTrial) -> list[Stretch]:

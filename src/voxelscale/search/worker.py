@@ -39,7 +39,7 @@ from voxelscale.search.lease import (
     superseded,
     worker_name,
 )
-from voxelscale.search.records import COST, ENDED, NOTE, OUTCOME, counted, head_of, latest
+from voxelscale.search.records import COST, CURVE, ENDED, NOTE, OUTCOME, counted, head_of, latest
 from voxelscale.search.results import State, Value
 from voxelscale.search.sampling import should_prune
 from voxelscale.search.storage import patiently
@@ -157,15 +157,14 @@ class Worker:
             return
         try:
             config = trial_config(self.search, params, len(self.place.devices))
-            how = (config, self.search.spacing, self.place.kind)
-            cost = cost_of(*how, threads=self.place.threads)
-            limits = constraints(*how, self.available, threads=self.place.threads)
+            limits = constraints(config, self.search.spacing, self.place.kind, self.available)
         except VoxelscaleError as error:
-            self._tell_infeasible(trial, dict.fromkeys(CONSTRAINTS, 1.0), None, error.message)
+            self._tell_infeasible(trial, dict.fromkeys(CONSTRAINTS, 1.0), error.message)
             return
         if any(value > 0 for value in limits.values()):
-            self._tell_infeasible(trial, limits, cost, _why(limits, cost, self.available))
+            self._tell_infeasible(trial, limits, _why(limits, self.available))
             return
+        cost = cost_of(config, self.search.spacing, self.place.kind)
         if trial.user_attrs.get(LOSSES, 0) >= MOST_LOSSES:
             note = f"its worker was lost {MOST_LOSSES} times"
             self._settle(trial, "failed", TrialState.PRUNED, None, limits, note, time.time())
@@ -234,8 +233,12 @@ class Worker:
             decided: whether an earlier attempt was let past this point already.
         """
         try:
+            if len(self.settings.objectives) > 1:  # for which Optuna takes no reports
+                curve = [*trial.user_attrs.get(CURVE, []), [samples, dice]]
+                patiently(lambda: trial.set_user_attr(CURVE, curve))
+                return False
             patiently(lambda: trial.report(dice, samples))
-            if len(self.settings.objectives) > 1 or samples >= self.search.samples:
+            if samples >= self.search.samples:
                 return False
             trials = self.study.get_trials(deepcopy=False)
             hopeless = should_prune(self.study, trials[trial.number], sorted(superseded(trials)))
@@ -253,7 +256,7 @@ class Worker:
             return
         if ending == "out of memory":
             limits = {**limits, "memory": max(0.1, limits["memory"])}
-            self._tell_infeasible(trial, limits, cost, "out of memory while it trained")
+            self._tell_infeasible(trial, limits, "out of memory while it trained")
             return
         self._failures = self._failures + 1 if ending == "failed" else 0
         state, settled = ENDINGS[ending]
@@ -288,12 +291,10 @@ class Worker:
         known = {"dice": dice, "time": seconds, "parameters": float(cost.parameters if cost else 0)}
         return [known[name] for name in self.settings.objectives]
 
-    def _tell_infeasible(
-        self, trial: Trial, limits: dict[str, float], cost: Cost | None, note: str
-    ) -> None:
+    def _tell_infeasible(self, trial: Trial, limits: dict[str, float], note: str) -> None:
         """What cannot run has the worst Dice and a broken constraint, from both of which samplers learn."""
         ended = time.time()
-        values = self._values(trial, 0.0, cost, ended)
+        values = self._values(trial, 0.0, None, ended)
         self._settle(trial, "infeasible", TrialState.COMPLETE, values, limits, note, ended)
         self._idle, self._why = self._idle + 1, note
 
@@ -327,10 +328,11 @@ class Worker:
         )
 
 
-def _why(limits: dict[str, float], cost: Cost, available: int) -> str:
-    if limits["memory"] > 0:
-        return f"needs {cost.memory / 2**30:.2f} GiB; {available / 2**30:.2f} GiB are there"
-    return "the patch cannot be pooled so often"
+def _why(limits: dict[str, float], available: int) -> str:
+    if limits["pooling"] > 0:
+        return "the patch cannot be pooled so often"
+    there = available / 2**30
+    return f"needs {(1 + limits['memory']) * there:.2f} GiB; {there:.2f} GiB are there"
 
 
 def _available_memory(place: Place, limit_gib: float) -> int:

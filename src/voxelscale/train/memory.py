@@ -14,23 +14,23 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 
 from voxelscale.config import Config, IntTriple, Triple
 from voxelscale.device import choose_precision, keep_freed_memory, to_channels_last
 from voxelscale.errors import VoxelscaleError
-from voxelscale.model import norm as norm_layers
 from voxelscale.model.build import build_model
 from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.model.unet import UNetDecodeModel, UNetEncodeModel, plan_pooling
@@ -42,9 +42,14 @@ HEADROOM = 0.1
 LARGEST = 8
 """A patch is made at most this many times as long as the configured one."""
 
-CPU_BF16 = 1.4
-"""Resident memory over the tensors' own in a bf16 step on CPUs, whose convolutions reorder copies; at
-least 1.32 to 1.38 was measured with the default network."""
+RESIDENT, FIXED = 1.32, 8 * 2**20
+"""What a process on CPUs grows by over the tensors that are alive at the peak, as a factor and in bytes:
+holes in the C library's heap, and the convolutions' own copies. Chosen on 8 networks and then within 15 %
+on 15 others, of fp32 and bf16, depth 2 to 5 and 23 to 1,032 MiB (`benchmarks/feasible.py`)."""
+
+
+MOST_PLAYED = 3
+"""Samples of a batch that is played through as it is."""
 
 
 class TooLarge(VoxelscaleError):
@@ -78,9 +83,8 @@ def estimate_memory(
     """Bytes at the peak of a training step of `config`, without running it.
 
     Counted are weights, gradients, the optimiser's state, the batch and every tensor of the forward and
-    backward pass. The library's own workspaces cannot be seen (for bf16 on CPUs `CPU_BF16` stands for
-    them), so that it is what a step needs at least: on CPUs a process has been seen to grow by 1.7 times
-    as much.
+    backward pass. On a GPU the allocator holds about that, beside cuDNN's work space; on CPUs a process
+    grows by more (`RESIDENT`).
 
     Args:
         config: its patch size, micro-batch, model, optimiser and precision count.
@@ -89,12 +93,58 @@ def estimate_memory(
         checkpointing: whether with `checkpoint_activations`.
     """
     precision = choose_precision(config.train.precision, device)
-    with without_contents(), Storages() as storages:
-        model = make_network(config, spacing, torch.device("cpu"), checkpointing)
-        play(model, config, torch.device("cpu"), precision)
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    hidden = CPU_BF16 if device.type == "cpu" and precision == torch.bfloat16 else 1.0
-    return int((storages.peak + moments_kept(config) * weights) * hidden)
+    return needed(play_through(config, spacing, precision, checkpointing=checkpointing), device.type)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Played:
+    """A training step that was played through on tensors without contents.
+
+    Attributes:
+        alive: bytes of all tensors at the peak, the optimiser's state among them.
+        flop: floating-point operations of convolutions and matrix products, forward and backward; a
+            multiplication and an addition are two.
+        parameters: of the network.
+    """
+
+    alive: int
+    flop: float
+    parameters: int
+
+
+def play_through(
+    config: Config, spacing: Triple, precision: torch.dtype, *, checkpointing: bool = False
+) -> Played:
+    """Play one training step; about a second, and no memory.
+
+    Everything but weights is proportional to the batch. A large one is told from two small ones, because
+    some operations are played sample by sample.
+    """
+    if (batch := config.train.batch_size) > MOST_PLAYED:
+        two, three = (
+            play_through(_with_batch(config, n), spacing, precision, checkpointing=checkpointing)
+            for n in (MOST_PLAYED - 1, MOST_PLAYED)
+        )
+        more = batch - MOST_PLAYED
+        alive, flop = three.alive + more * (three.alive - two.alive), three.flop * batch / MOST_PLAYED
+        return Played(alive=alive, flop=flop, parameters=three.parameters)
+    cpu = torch.device("cpu")
+    with FakeTensorMode(), Storages() as storages:
+        model = make_network(config, spacing, cpu, checkpointing)
+        play(model, config, cpu, precision)
+        weights = [(p.numel(), p.element_size()) for p in model.parameters()]
+    state = _moments(config) * sum(number * size for number, size in weights)
+    parameters = sum(number for number, _ in weights)
+    return Played(alive=storages.peak + state, flop=storages.flop, parameters=parameters)
+
+
+def _with_batch(config: Config, batch_size: int) -> Config:
+    return replace(config, train=replace(config.train, batch_size=batch_size))
+
+
+def needed(step: Played, device: str) -> int:
+    """Bytes that a device of this type (``cpu``, ``cuda``) must have for it."""
+    return int(RESIDENT * step.alive) + FIXED if device == "cpu" else step.alive
 
 
 def step_memory(
@@ -169,10 +219,10 @@ def require_memory(
     rough = _rough_bound(config)
     if rough < available:
         return rough
-    needed = estimate_memory(config, spacing, device, checkpointing=checkpointing)
-    if needed > available:
-        raise _too_much(config, needed, available, checkpointing)
-    return needed
+    step = estimate_memory(config, spacing, device, checkpointing=checkpointing)
+    if step > available:
+        raise _too_much(config, step, available, checkpointing)
+    return step
 
 
 def ran_out(config: Config, device: torch.device) -> TooLarge:
@@ -238,8 +288,8 @@ def fit_patch(
             return fitting[-1]
         fitting.pop()
     smallest = with_patch(config, ladder[0]) if ladder else config
-    needed = estimate_memory(smallest, spacing, device, checkpointing=checkpointing)
-    raise _too_much(smallest, needed, room, checkpointing)
+    least = estimate_memory(smallest, spacing, device, checkpointing=checkpointing)
+    raise _too_much(smallest, least, room, checkpointing)
 
 
 def with_patch(config: Config, patch: IntTriple) -> Config:
@@ -279,42 +329,21 @@ def _unmoved_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-@contextmanager
-def without_contents() -> Iterator[None]:
-    """Within it tensors are made without contents, and norms leave out what makes no large ones.
-
-    A norm's many small operations, repeated for every sample, would take most of the time; and PyTorch's
-    formula for one of them claims a map that its kernel does not make.
-    """
-    parts: dict[str, Any] = {"_normalise": norm_layers._normalise, "_gradient": norm_layers._gradient}
-
-    def blank(function: Callable[..., Tensor], part: Tensor, *others: Any) -> Tensor:
-        if isinstance(part, FakeTensor):
-            return part.new_empty((2, part.shape[1]), dtype=torch.float32)
-        return function(part, *others)  # of a training beside it
-
-    with FakeTensorMode():
-        try:
-            for name, function in parts.items():
-                setattr(norm_layers, name, partial(blank, function))
-            yield
-        finally:
-            for name, function in parts.items():
-                setattr(norm_layers, name, function)
-
-
 class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages made within it, now and at the peak."""
+    """Counts the bytes of all storages made within it, now and at the peak, and the arithmetic."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
+        self.flop = 0.0
         self._known: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flop += formula(*args, **(kwargs or {}), out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
@@ -412,7 +441,7 @@ def _resident() -> tuple[int, int]:
         return peak, peak
 
 
-def moments_kept(config: Config) -> int:
+def _moments(config: Config) -> int:
     """Copies of the weights that the optimiser keeps."""
     if config.optim.name == "sgd":
         return int(config.optim.momentum > 0)
