@@ -44,8 +44,8 @@ LARGEST = 8
 
 RESIDENT, FIXED = 1.32, 8 * 2**20
 """What a process on CPUs grows by over the tensors that are alive at the peak, as a factor and in bytes:
-holes in the C library's heap, and the convolutions' own copies. Chosen on 8 networks and then within 15 %
-on 15 others, of fp32 and bf16, depth 2 to 5 and 23 to 1,032 MiB (`benchmarks/feasible.py`)."""
+holes in the C library's heap, and the convolutions' own copies. Chosen on 23 networks of fp32 and bf16;
+on 16 others the estimate was 0.87 to 1.15 of what was measured (`benchmarks/feasible.py`)."""
 
 
 MOST_PLAYED = 3
