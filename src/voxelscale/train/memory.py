@@ -48,12 +48,23 @@ holes in the C library's heap, and the convolutions' own copies. Chosen on 23 ne
 on 16 others the estimate was 0.87 to 1.15 of what was measured (`benchmarks/feasible.py`)."""
 
 
+_META = torch.library.Library("aten", "IMPL")
+"""Of operations that PyTorch can play without contents only with this: it would take real memory for them."""
+
 MOST_PLAYED = 3
 """Samples of a batch that is played through as it is."""
 
 
 class TooLarge(VoxelscaleError):
     """A training step needs more memory than there is."""
+
+
+def _columns_stats(x: Tensor, mean: Tensor, variance: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[1], dtype=mean.dtype), x.new_empty(x.shape[1], dtype=mean.dtype)
+
+
+if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::batch_norm_update_stats", "Meta"):
+    _META.impl("batch_norm_update_stats", _columns_stats, "Meta")
 
 
 def checkpoint_activations(model: nn.Module) -> nn.Module:
