@@ -108,7 +108,7 @@ def test_memory_grows_with_what_is_kept(device: str) -> None:
     base = memory()
     assert memory(train={"batch_size": 4}) > 1.5 * base
     assert memory(train={"checkpoint_activations": True}) < base
-    assert memory(optim={"name": "sgd"}) < base
+    assert memory(optim={"name": "sgd"}) < base < memory(optim={"average": 0.1})
     assert memory(train={"virtual_workers": 2}) == base
     # Seen at once, they are one larger micro-batch.
     synced = memory(model={"norm": "sync_batch"}, train={"virtual_workers": 2})

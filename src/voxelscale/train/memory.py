@@ -45,11 +45,12 @@ LARGEST = 8
 RESIDENT, FIXED = 1.32, 8 * 2**20
 """What a process on CPUs grows by over the tensors that are alive at the peak, as a factor and in bytes:
 holes in the C library's heap, and the convolutions' own copies. Chosen on 23 networks of fp32 and bf16;
-on 16 others the estimate was 0.87 to 1.15 of what was measured (`benchmarks/feasible.py`)."""
+on 16 others the estimate was 0.87 to 1.15 of what was measured (`benchmarks/feasible.py`), with one thread.
+In bf16 oneDNN copies both maps for every thread: with 8 threads a small network took 1.3 times as much."""
 
 
-_META = torch.library.Library("aten", "IMPL")
-"""Of operations that PyTorch can play without contents only with this: it would take real memory for them."""
+_META = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+"""What PyTorch lacks to play some operations without contents: it would take real memory for them."""
 
 MOST_PLAYED = 3
 """Samples of a batch that is played through as it is."""
@@ -64,7 +65,7 @@ def _columns_stats(x: Tensor, mean: Tensor, variance: Tensor, momentum: float) -
 
 
 if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::batch_norm_update_stats", "Meta"):
-    _META.impl("batch_norm_update_stats", _columns_stats, "Meta")
+    _META.impl("batch_norm_update_stats", _columns_stats, "Meta")  # type: ignore[no-untyped-call]
 
 
 def checkpoint_activations(model: nn.Module) -> nn.Module:
@@ -144,7 +145,8 @@ def play_through(
         model = make_network(config, spacing, cpu, checkpointing)
         play(model, config, cpu, precision)
         weights = [(p.numel(), p.element_size()) for p in model.parameters()]
-    state = _moments(config) * sum(number * size for number, size in weights)
+    copies = _moments(config) + (config.optim.average > 0)
+    state = copies * sum(number * size for number, size in weights)
     parameters = sum(number for number, _ in weights)
     return Played(alive=storages.peak + state, flop=storages.flop, parameters=parameters)
 
