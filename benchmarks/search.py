@@ -140,6 +140,8 @@ def features(space: Space, params: dict[str, Value]) -> NDArray[np.float64]:
 
 def read_table(space: Space, marks: int) -> Measured:
     """The measured table."""
+    if not TABLE.is_file():
+        raise SystemExit(f"{TABLE} is not there: measure it with --measure DIR")
     with TABLE.open(newline="", encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
     points = [{p.key: _typed(p.distribution, row[p.key]) for p in space.parameters} for row in rows]
