@@ -21,7 +21,7 @@ test: install
 	$(RUN)/python -m pytest -m "not slow" -n 2
 
 test-slow: install
-	$(RUN)/python -m pytest -m slow
+	$(RUN)/python -m pytest -m slow -n 2
 
 lint: install
 	$(RUN)/ruff check .

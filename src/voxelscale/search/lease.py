@@ -70,7 +70,6 @@ class Watch:
     def __init__(self, lease_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease, self._clock = lease_seconds, clock
         self._seen: dict[int, tuple[object, float]] = {}
-        self._moving: set[int] = set()
 
     def lost(self, trial: FrozenTrial) -> bool:
         """Look at a running trial: whether it is to be taken over."""
@@ -79,15 +78,9 @@ class Watch:
             return True
         known = self._seen.get(trial.number)
         if known is None or known[0] != beat:
-            if known is not None:
-                self._moving.add(trial.number)
             self._seen[trial.number] = beat, now
             return False
         return now - known[1] > self._lease
-
-    def alive(self, trial: FrozenTrial) -> bool:
-        """Whether its owner was seen at work: its beat has moved before this watch's eyes."""
-        return trial.number in self._moving and not self.lost(trial)
 
 
 class Lease:

@@ -135,9 +135,9 @@ class Worker:
             if lost or self._wanted(trials):
                 # What is cut off half-way is taken over like any lost trial, after its lease.
                 patiently(self._next)
-            elif not running or any(self.watch.alive(t) for t in running):
-                return  # done, or whoever is still at work will see to the rest
-            else:
+            elif not running:
+                return
+            else:  # whoever is still at work may be lost yet
                 time.sleep(min(2.0, self.settings.lease_seconds / 4))
 
     def _wanted(self, trials: Sequence[FrozenTrial]) -> bool:
