@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,17 +169,6 @@ def test_a_journal_cut_in_mid_write_is_gone_on_with(tiny: Config, store: Store, 
     os.truncate(out / JOURNAL, (out / JOURNAL).stat().st_size - 5)
     finish(arguments)
     assert_whole(out, 2)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", folder], check=False)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk is not permitted")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(tiny: Config, store: Store, small_disk: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -301,17 +301,6 @@ def test_two_trainings_in_one_folder(tiny: Config, tmp_path: Path, monkeypatch: 
     (tmp_path / "checkpoints" / ".samples.9.part").touch()
     go(toy(), tiny, tmp_path)
     assert not list(tmp_path.rglob(".*.part"))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "none", folder], check=False)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk is not permitted")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -85,13 +85,11 @@ def read_results(study: Study, config: Config, space: Space) -> SearchResults:
 def _result(trials: Sequence[FrozenTrial], trial: FrozenTrial, space: Space) -> TrialResult:
     state = state_of(trial)
     params = space.active(trial.params or trial.system_attrs.get("fixed_params", {}))
-    told = trial.values if state in ("done", "pruned") else None
-    whole = told and len(told) == len(trial.values or ())
     return TrialResult(
         number=head_of(trials, trial),
         state=state,
         params=params,
-        values=tuple(told) if told and whole else (),
+        values=tuple(trial.values or ()) if state in ("done", "pruned") else (),
         curve=tuple(sorted(_curve(trial).items())),
         stretches=tuple(_stretches(trial)),
         note=trial.user_attrs.get(NOTE, ""),
@@ -129,8 +127,8 @@ def importances(study: Study) -> dict[str, float]:
     arbitrary subspaces", IJCAI 2023.) Over the trials that ran to their end; {} where there are fewer
     than `ENOUGH`.
     """
-    done = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
-    done = [t for t in done if state_of(t) == "done"]
+    trials = study.get_trials(deepcopy=False)
+    done = [t for t in trials if t.state == TrialState.COMPLETE and state_of(t) == "done"]
     if len(done) < ENOUGH:
         return {}
     view = optuna.create_study(directions=study.directions)

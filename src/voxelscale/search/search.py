@@ -16,7 +16,7 @@ from voxelscale.console import Progress, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search.definition import Search, begin, write_best
 from voxelscale.search.process import Started, start_worker
-from voxelscale.search.records import UNFINISHED, counted, read_results, state_of
+from voxelscale.search.records import MAXIMISED, UNFINISHED, counted, read_results, state_of
 from voxelscale.search.report import write_report
 from voxelscale.search.results import SearchResults
 from voxelscale.search.storage import patiently
@@ -152,20 +152,20 @@ def _complete(search: Search) -> bool:
 
 def _finished(search: Search) -> tuple[int, str]:
     """How many trials have ended, and a few words on the best."""
-    trials = counted(_trials(search))
-    ended = [t for t in trials if state_of(t) not in UNFINISHED]
-    best = read_best(search)
-    running = sum(state_of(t) == "running" for t in trials)
-    return len(ended), f"{running} running{best}"
+    trials = _trials(search)
+    states = [state_of(t) for t in counted(trials)]
+    ended = sum(state not in UNFINISHED for state in states)
+    return ended, f"{states.count('running')} running{_best(search, trials)}"
 
 
-def read_best(search: Search) -> str:
+def _best(search: Search, trials: list[FrozenTrial]) -> str:
     """A few words on the best trial; "" while there is none."""
-    trials = [t for t in _trials(search) if t.values and state_of(t) == "done"]
-    if not trials:
+    done = [t for t in trials if t.values and state_of(t) == "done"]
+    if not done:
         return ""
     name = search.config.search.objectives[0]
-    best = max(trials, key=lambda t: t.values[0] if name == "dice" else -t.values[0])
+    sign = 1.0 if MAXIMISED[name] else -1.0
+    best = max(done, key=lambda t: sign * t.values[0])
     return f", best {name} {best.values[0]:.4g} (trial {best.number})"
 
 
