@@ -18,10 +18,10 @@ quickstart: install
 	$(RUN)/voxelscale quickstart quickstart
 
 test: install
-	$(RUN)/python -m pytest -m "not slow" -n 2
+	$(RUN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
 test-slow: install
-	$(RUN)/python -m pytest -m slow -n 2
+	$(RUN)/python -m pytest -m slow -n 2 --dist loadgroup
 
 lint: install
 	$(RUN)/ruff check .

@@ -31,7 +31,7 @@ from voxelscale.data.store import Store
 from voxelscale.search.storage import JOURNAL
 
 pytestmark = pytest.mark.slow
-SAMPLES = 400
+SAMPLES = 240
 """Of a trial: seconds of training, so that it can be disturbed."""
 
 
@@ -147,7 +147,7 @@ def test_a_worker_that_was_suspended_past_its_lease_changes_nothing(
 
 def test_a_training_that_hangs_is_ended_after_its_time(tiny: Config, store: Store, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    config = searched(tiny, samples=SAMPLES, trials=2, trial_seconds=60)
+    config = searched(tiny, samples=SAMPLES, trials=2, trial_seconds=45)
     process = start(command(config, store.path, out))
     until(lambda: checkpointed(out), process)
     os.kill(trainings(out)[0], signal.SIGSTOP)
