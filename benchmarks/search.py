@@ -9,9 +9,10 @@
 
 The surrogate is a Gaussian process (squared exponential, one length a key) through the measured validation
 Dice at every rung and the measured seconds; its leave-one-out error is printed. In the simulation the clock
-is virtual: a trial takes the seconds that the surrogate says, a worker asks for the next as soon as it is
-free, and the synchronous baseline asks for a batch when the last trial of the one before has ended.
-Samplers and pruners are the search's own.
+is virtual: a proposal takes the seconds that it really took and a trial those that the surrogate says. A
+worker asks for the next as soon as it is free; the synchronous baseline asks for a batch when the last
+trial of the one before has ended. Samplers and pruners are the search's own. Workers count as busy while
+they train, until the last trial is handed out: after that there is nothing more to do.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+import torch
 from numpy.typing import NDArray
 from optuna.trial import TrialState
 from scipy.linalg import cho_factor, cho_solve
@@ -168,7 +171,7 @@ class Simulated:
 
     Attributes:
         best: (virtual seconds, true Dice of the trial that is best by then).
-        busy: share of the workers' time in which they trained.
+        busy: share of the workers' time, until the last trial was handed out, in which they trained.
         repeated: share of proposals that repeat an earlier one.
         asking: real seconds a proposal took, in the mean.
     """
@@ -197,11 +200,8 @@ def simulate(
     run = _Run(study, surrogate, [*rungs(settings, samples), samples], seed)
     events = run.synchronous(workers, trials) if "synchronous" in how else run.asynchronous(workers, trials)
     best = list(events)
-    end = best[-1][0]
     points = [tuple(t.params.items()) for t in study.trials]
-    return Simulated(
-        best, run.busy / (workers * end), 1 - len(set(points)) / len(points), run.asked / trials
-    )
+    return Simulated(best, run.busy(workers), 1 - len(set(points)) / len(points), run.asked / trials)
 
 
 class _Run:
@@ -210,22 +210,33 @@ class _Run:
     def __init__(self, study: optuna.Study, surrogate: Surrogate, marks: list[int], seed: int) -> None:
         self.study, self.surrogate, self.marks = study, surrogate, marks
         self.noise = np.random.default_rng(seed)
-        self.busy = self.asked = 0.0
+        self.asked = 0.0
+        self.spans: list[tuple[float, float]] = []
         self.top, self.true = -1.0, 0.0
 
-    def begin(self) -> tuple[optuna.Trial, list[float], list[float], float]:
-        """Ask: the trial, its Dice as it will be measured, its seconds at each mark, its true Dice."""
+    def busy(self, workers: int) -> float:
+        """Share of the time until the last trial began, from its batch on where there are batches."""
+        last = max(begun for begun, _ in self.spans)
+        spent = sum(max(0.0, min(ended, last) - begun) for begun, ended in self.spans)
+        return spent / (workers * last) if last else 1.0
+
+    def begin(self) -> tuple[optuna.Trial, list[float], list[float], float, float]:
+        """Ask: the trial, its Dice as it will be measured, its seconds at each mark, its true Dice; and how
+        long the proposal took.
+        """
         started = time.perf_counter()
         trial = self.study.ask()
         params = self.surrogate.space.suggest(trial)
-        self.asked += time.perf_counter() - started
+        asking = time.perf_counter() - started
+        self.asked += asking
         curve = self.surrogate.curve(params)
         noisy = [
             d + float(self.noise.normal(0, p.error))
             for d, p in zip(curve, self.surrogate.dice, strict=True)
         ]
         whole = max(1.0, self.surrogate.duration(params) - START)
-        return trial, noisy, [START + whole * mark / self.marks[-1] for mark in self.marks], curve[-1]
+        seconds = [START + whole * mark / self.marks[-1] for mark in self.marks]
+        return trial, noisy, seconds, curve[-1], asking
 
     def end(self, trial: optuna.Trial, dice: float, true: float) -> None:
         """Tell a trial that ran to its end."""
@@ -236,15 +247,18 @@ class _Run:
     def asynchronous(self, workers: int, trials: int) -> Iterator[tuple[float, float]]:
         """Each worker asks as soon as it is free; marks of all trials come in the order of time."""
         heap: list[tuple[float, int, int, float, Any]] = []
-        begun = 0
-        for now in [0.0] * workers:
-            if begun < trials:
-                job = self.begin()
-                heapq.heappush(heap, (now + job[2][0], begun, 0, now, job))
-                begun += 1
+
+        def hand_out(now: float, number: int) -> None:
+            job = self.begin()
+            start = now + job[4]
+            heapq.heappush(heap, (start + job[2][0], number, 0, start, job))
+
+        begun = min(workers, trials)
+        for number in range(begun):
+            hand_out(0.0, number)
         while heap:
             now, number, mark, start, job = heapq.heappop(heap)
-            trial, dice, seconds, true = job
+            trial, dice, seconds, true, _ = job
             last = mark == len(self.marks) - 1
             trial.report(dice[mark], self.marks[mark])
             frozen = self.study.get_trials(deepcopy=False)[trial.number]
@@ -255,11 +269,10 @@ class _Run:
                 self.end(trial, dice[mark], true)
             else:
                 self.study.tell(trial, state=TrialState.PRUNED)
-            self.busy += now - start
+            self.spans.append((start, now))
             yield now, self.true
             if begun < trials:
-                job = self.begin()
-                heapq.heappush(heap, (now + job[2][0], begun, 0, now, job))
+                hand_out(now, begun)
                 begun += 1
 
     def synchronous(self, workers: int, trials: int) -> Iterator[tuple[float, float]]:
@@ -267,9 +280,10 @@ class _Run:
         now = 0.0
         for first in range(0, trials, workers):
             jobs = [self.begin() for _ in range(min(workers, trials - first))]
-            for trial, dice, seconds, true in jobs:
+            now += sum(job[4] for job in jobs)
+            for trial, dice, seconds, true, _ in jobs:
                 self.end(trial, dice[-1], true)
-                self.busy += seconds[-1]
+                self.spans.append((now, now + seconds[-1]))
             now += max(job[2][-1] for job in jobs)
             yield now, self.true
 
@@ -290,17 +304,30 @@ def simulation(config: Config, space: Space, trials: int, seeds: int, out: Path)
     print(f"surrogate, leave-one-out: Dice {last.error:.3f} of a spread of {last.spread:.3f}; ", end="")
     print(f"log seconds {surrogate.seconds.error:.3f} of {surrogate.seconds.spread:.3f}\n")
     rows: list[dict[str, Any]] = []
-    for method in METHODS:
-        for workers in WORKERS:
-            runs = [simulate(config, surrogate, method, workers, trials, seed) for seed in range(seeds)]
-            rows.append(_row(method, workers, runs, surrogate, table))
-            print(_line(rows[-1]), flush=True)
+    with ProcessPoolExecutor(initializer=_begin_process) as pool:
+        # The slow sampler's long ones first.
+        jobs = {
+            (method, workers): [
+                pool.submit(simulate, config, surrogate, method, workers, trials, seed)
+                for seed in range(seeds)
+            ]
+            for method in sorted(METHODS, key=lambda name: name != "gp")
+            for workers in WORKERS
+        }
+        for method in METHODS:
+            for workers in WORKERS:
+                runs = [job.result() for job in jobs[method, workers]]
+                rows.append(_row(method, workers, runs, table))
+                print(_line(rows[-1]), flush=True)
     out.write_text(json.dumps({"trials": trials, "seeds": seeds, "rows": rows}, indent=1))
 
 
-def _row(
-    method: str, workers: int, runs: Sequence[Simulated], surrogate: Surrogate, table: Measured
-) -> dict[str, Any]:
+def _begin_process() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.set_num_threads(1)
+
+
+def _row(method: str, workers: int, runs: Sequence[Simulated], table: Measured) -> dict[str, Any]:
     mean = float(table.seconds.mean())
     finals = [run.best[-1][1] for run in runs]
     return {
