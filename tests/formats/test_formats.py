@@ -252,7 +252,7 @@ BAD: list[tuple[Callable[[Path], Path], str]] = [
     (missing_slice, "mm apart"),
     (single_slice, "single slice"),
     (empty_folder, "no DICOM series"),
-    (cut_dicom, "mm apart"),
+    (cut_dicom, "cut short or damaged"),
 ]
 
 

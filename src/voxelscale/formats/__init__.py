@@ -6,6 +6,8 @@ One file per family, each with ``matches(path, head)`` and ``read(path)``; `FAMI
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import dicom, meta, nifti, nrrd
-from voxelscale.formats._itk import not_finite
+from voxelscale.formats._voxels import check_affine, not_finite
 from voxelscale.geometry import Scan, reorient, to_itk
 
 FAMILIES = {"nifti": nifti, "metaimage": meta, "nrrd": nrrd, "dicom": dicom}
@@ -31,41 +33,65 @@ def detect_format(path: Path) -> str:
     """``nifti``, ``metaimage``, ``nrrd`` or ``dicom``.
 
     Raises:
-        VoxelscaleError: the path is missing, unreadable, empty, or none of these.
+        VoxelscaleError: the path is missing, unreadable, empty, none of these, or Analyze 7.5.
     """
-    if not path.exists():
-        raise VoxelscaleError(f"{path}: no such file or folder", "check the path")
-    if path.is_dir():
-        return "dicom"
-    try:
+    with _told(path):
+        if not path.exists():
+            raise VoxelscaleError(f"{path}: no such file or folder", "check the path")
+        if path.is_dir():
+            return "dicom"
+        if not path.is_file():  # a pipe or a device might never end
+            raise VoxelscaleError(f"{path}: neither a file nor a folder", "check the path")
         with path.open("rb") as handle:
             head = handle.read(1024)
-    except OSError as error:
-        raise VoxelscaleError(
-            f"{path}: cannot be read ({error.strerror})", "check its permissions"
-        ) from None
     if not head:
         raise VoxelscaleError(f"{path}: empty (0 bytes)", "copy or download it again")
     for name, family in FAMILIES.items():
         if family.matches(path, head):
             return name
+    if nifti.is_analyze(path, head):
+        hint = "convert it to NIfTI with what wrote it, and check left and right"
+        raise VoxelscaleError(f"{path}: Analyze 7.5, which does not say how it lies in the patient", hint)
+    header = path.with_suffix(".hdr")
+    if path.suffix.lower() == ".img" and header.is_file():
+        raise VoxelscaleError(f"{path}: voxels without their header", f"name {header.name} instead")
     hint = "give NIfTI, MetaImage, NRRD, or a folder with a DICOM series"
     raise VoxelscaleError(f"{path}: not a scan in a known format", hint)
 
 
-def read_scan(path: Path) -> Scan:
+def read_scan(path: Path, series: str = "", fill_gaps: int = 0) -> Scan:
     """A CT scan: HU as int16 where nothing is lost by it, else float32.
+
+    Args:
+        series: SeriesInstanceUID, for a DICOM folder that holds several.
+        fill_gaps: how many slices in a row a DICOM series may lack; they are interpolated.
 
     Raises:
         VoxelscaleError: it is not one whole, three-dimensional, finite scan.
     """
-    scan = FAMILIES[detect_format(path)].read(path)
-    array = scan.array
-    if array.dtype.kind == "f":
-        bad = int(array.size - np.isfinite(array).sum())
-        if bad:
-            raise not_finite(path, bad)
-    return Scan(_as_hu(array), scan.affine)
+    name = detect_format(path)
+    with _told(path):
+        scan = dicom.read(path, series, fill_gaps) if name == "dicom" else FAMILIES[name].read(path)
+        check_affine(path, scan.grid.shape, scan.affine)
+        array = _as_hu(scan.array)
+        bad = int(array.size - np.isfinite(array).sum()) if array.dtype.kind == "f" else 0
+    if bad:
+        raise not_finite(path, bad)
+    return Scan(array, scan.affine)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """A disk, or a memory, that does not give what is asked."""
+    try:
+        yield
+    except OSError as error:
+        raise VoxelscaleError(
+            f"{path}: cannot be read ({error.strerror or error})", "check its permissions"
+        ) from None
+    except MemoryError:
+        hint = "crop it first, or use a machine with more memory"
+        raise VoxelscaleError(f"{path}: does not fit into memory", hint) from None
 
 
 def read_label(path: Path) -> Scan:
@@ -82,18 +108,26 @@ def read_label(path: Path) -> Scan:
         raise VoxelscaleError(
             f"{path}: a mask with negative values", "is this the image rather than the mask?"
         )
+    if array.size and array.max() >= 2**31:
+        raise VoxelscaleError(f"{path}: a mask with values up to {array.max():g}", "is this a mask?")
     fits = array.size == 0 or array.max() <= 255
     return Scan(array.astype(np.uint8 if fits else np.int32), scan.affine)
 
 
 def read_pair(
-    image: Path, label: Path, allow_empty: bool = False, label_values: tuple[int, ...] | None = None
+    image: Path,
+    label: Path,
+    allow_empty: bool = False,
+    label_values: tuple[int, ...] | None = None,
+    series: str = "",
+    fill_gaps: int = 0,
 ) -> tuple[Scan, Scan]:
     """A scan and its mask, voxel on voxel.
 
     Args:
         allow_empty: whether a mask without foreground is a healthy case rather than a mistake.
         label_values: the class numbers that are the lesion; None: all above 0.
+        series, fill_gaps: of the image, as `read_scan` takes them.
 
     Returns:
         HU, and a mask uint8 of 0 and 1 on the same lattice; axes run as nearly as can be in LPS.
@@ -102,7 +136,7 @@ def read_pair(
         VoxelscaleError: one of them is unfit, they lie differently, or the mask is empty.
     """
     # Many converters flip axes; the same voxels in another order are the same lattice.
-    scan, mask = reorient(read_scan(image)), reorient(read_label(label))
+    scan, mask = reorient(read_scan(image, series, fill_gaps)), reorient(read_label(label))
     check_same_place(label, mask, image, scan)
     binary = mask.array > 0 if label_values is None else np.isin(mask.array, label_values)
     if not binary.any() and not allow_empty:
@@ -154,7 +188,9 @@ def _as_hu(array: NDArray[Any]) -> NDArray[Any]:
     """int16 where every value survives it, else float32."""
     if array.dtype == np.int16:
         return array
-    if array.size and (array.min() < -32768 or array.max() > 32767):
+    if array.size and array.min() >= -32768 and array.max() <= 32767:  # NaN is neither
+        short = array.astype(np.int16)
+        if np.array_equal(short, array):
+            return short
+    with np.errstate(over="ignore"):  # what is too large turns infinite, which is refused
         return array.astype(np.float32)
-    short = array.astype(np.int16)
-    return short if np.array_equal(short, array) else array.astype(np.float32)

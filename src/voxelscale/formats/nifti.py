@@ -1,137 +1,254 @@
-"""NIfTI-1 and NIfTI-2, single file, plain or gzipped."""
+"""NIfTI-1 and NIfTI-2, single file or a pair of .hdr and .img, plain or gzipped.
+
+Sources: nifti1.h and nifti2.h of the NIfTI Data Format Working Group. NIfTI's world is RAS+; ours LPS.
+"""
 
 from __future__ import annotations
 
-import gzip
 import math
-import os
 import struct
-import tempfile
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats._itk import check_header, gunzipped_head, not_finite, read_image
+from voxelscale.formats._voxels import (
+    GZIP,
+    MOST_SKIPPED,
+    TO_COPY,
+    TO_REWRITE,
+    Layout,
+    check_affine,
+    check_header,
+    data_file,
+    plain_head,
+    read_voxels,
+)
 from voxelscale.geometry import Scan
+
+DISAGREE_MM = 0.5
+"""How far apart qform and sform may put a corner: a quaternion of float32 near a half turn is that
+coarse over a body."""
+
+TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4"} | {
+    1024: "i8",
+    1280: "u8",
+}
+OTHERS = {1: "single bits", 32: "complex numbers", 1792: "complex numbers", 2048: "complex numbers"} | {
+    1536: "float128",
+    128: "colours (RGB)",
+    2304: "colours (RGBA)",
+}
+SECOND = (b"n+2\0", b"ni2\0")
+PAIRED = (b"ni1\0", b"ni2\0")
 
 
 def matches(path: Path, head: bytes) -> bool:
-    """Whether the header's size and magic are NIfTI's (nifti1.h, nifti2.h)."""
-    plain = gunzipped_head(path, head)
-    return plain[344:348] in (b"n+1\0", b"ni1\0") or plain[4:8] in (b"n+2\0", b"ni2\0")
+    """Whether the header's magic is NIfTI's."""
+    plain = plain_head(path, 540) if head.startswith(GZIP) else head
+    return plain[344:348] in (b"n+1\0", b"ni1\0") or plain[4:8] in SECOND
+
+
+def is_analyze(path: Path, head: bytes) -> bool:
+    """Whether it is the header of Analyze 7.5, NIfTI's forerunner, which has no magic."""
+    plain = plain_head(path, 348) if head.startswith(GZIP) else head[:348]
+    if len(plain) < 348 or matches(path, head):
+        return False
+    for order in "<>":
+        (size,) = struct.unpack_from(order + "i", plain)
+        dims = struct.unpack_from(order + "5h", plain, 40)
+        if size == 348 and 1 <= dims[0] <= 7 and min(dims[1:4]) >= 1:
+            return True
+    return False
 
 
 def read(path: Path) -> Scan:
-    """The scan of a file; slope and intercept applied.
+    """The scan of a file; slope and intercept applied, sform before qform.
 
     Raises:
-        VoxelscaleError: as `voxelscale.formats._itk.read_image`; or a spacing that is not above 0, a file
-            cut short, NaN or infinite voxels.
+        VoxelscaleError: its header contradicts itself or does not say where the voxels lie, or its
+            voxels cannot be read; see also `voxelscale.formats._voxels`.
     """
-    with path.open("rb") as handle:
-        raw = handle.read(1024)
-    head = gunzipped_head(path, raw)
-    zipped = raw.startswith(b"\x1f\x8b")
-    fields = _fields(head)
-    # ITK takes a negative or missing spacing for a positive one without a word.
-    if not np.isfinite(fields.spacing).all() or min(fields.spacing) <= 0:
-        shown = " x ".join(f"{s:g}" for s in fields.spacing)
-        raise VoxelscaleError(f"{path}: a spacing of {shown} mm", "write its header anew (pixdim)")
-    check_header(path, fields.size, fields.components)
-    if head[344:348] != b"ni1\0":
-        _check_length(path, fields, zipped)
-        if fields.float_type:
-            _check_finite(path, fields, zipped)
-    # ITK also goes by the name, which says nothing here.
-    extension = ".nii.gz" if zipped else ".nii"
-    if path.name.lower().endswith(extension) or head[344:348] == b"ni1\0":
-        return read_image(path, "NiftiImageIO")
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / f"scan{extension}"
-        link.symlink_to(path.resolve())
-        return read_image(path, "NiftiImageIO", link)
+    head = plain_head(path, 540)
+    header = _header(path, head)
+    check_header(path, header.size, header.components)
+    x, y, z = header.size[:3]
+    affine = _affine(path, header)
+    check_affine(path, (z, y, x), affine)
+    file, offset = path, int(header.offset)
+    if header.paired:
+        file = _image_file(path)
+    elif offset < len(header.raw):
+        raise VoxelscaleError(f"{path}: its voxels begin at byte {offset}, in its header", TO_REWRITE)
+    zipped = _is_zipped(file)
+    layout = Layout(
+        files=(file,),
+        encoding="deflate" if zipped else "raw",
+        offset=0 if zipped else offset,
+        skip=offset if zipped else 0,
+        dtype=header.dtype,
+        shape=(z, y, x),
+    )
+    return Scan(_scaled(path, read_voxels(path, layout), header.slope, header.intercept), affine)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Fields:
-    """Of the header: voxels along each axis, values a voxel; byte offset and length of the voxels;
-    spacing in mm; NumPy's name of their type if it is a float, else "".
+class _Header:
+    """What counts of a header.
+
+    Attributes:
+        raw: its bytes.
+        size: voxels along (x, y, z, t).
+        components: values a voxel.
+        offset: byte at which the voxels begin.
+        pixdim: qfac, then the spacing (x, y, z).
+        forms: codes of qform and sform, 0 where it is not given.
+        quaternion: b, c, d, then the offset (x, y, z), RAS mm.
+        rows: of the sform, twelve numbers.
+        units: code of the lengths' unit.
     """
 
+    raw: bytes
+    paired: bool
     size: tuple[int, ...]
     components: int
-    offset: int
-    length: int
-    spacing: tuple[float, ...]
-    float_type: str
+    dtype: np.dtype[Any]
+    offset: float
+    slope: float
+    intercept: float
+    pixdim: tuple[float, ...]
+    forms: tuple[int, int]
+    quaternion: tuple[float, ...]
+    rows: tuple[float, ...]
+    units: int
 
 
-def _fields(head: bytes) -> _Fields:
-    second = head[4:8] in (b"n+2\0", b"ni2\0")
-    order = "<" if struct.unpack_from("<i", head)[0] == (540 if second else 348) else ">"
-    if second:
-        datatype, bits = struct.unpack_from(order + "2h", head, 12)
-        dims = struct.unpack_from(order + "8q", head, 16)
-        spacing = struct.unpack_from(order + "3d", head, 112)
-        (offset,) = struct.unpack_from(order + "q", head, 168)
-    else:
-        dims = struct.unpack_from(order + "8h", head, 40)
-        datatype, bits = struct.unpack_from(order + "2h", head, 70)
-        spacing = struct.unpack_from(order + "3f", head, 80)
-        (offset,) = struct.unpack_from(order + "f", head, 108)
-    length = math.prod(dims[1 : dims[0] + 1]) * bits // 8
-    float_type = {16: order + "f4", 64: order + "f8"}.get(datatype, "")
-    # The fifth axis is that of vectors, as of colours.
-    return _Fields(
-        size=dims[1 : min(dims[0], 4) + 1],
-        components=dims[5] if dims[0] >= 5 else 1,
-        offset=int(offset),
-        length=length,
-        spacing=spacing,
-        float_type=float_type,
+def _header(path: Path, head: bytes) -> _Header:
+    second = head[4:8] in SECOND
+    length = 540 if second else 348
+    raw = head[:length]
+    order = next((o for o in "<>" if struct.unpack_from(o + "i", head)[0] == length), "")
+    if len(raw) < length or not order:
+        raise VoxelscaleError(f"{path}: its NIfTI header is cut short or damaged", TO_COPY)
+
+    def take(first: tuple[str, int], other: tuple[str, int]) -> tuple[Any, ...]:
+        code, start = other if second else first
+        return struct.unpack_from(order + code, raw, start)
+
+    dims = take(("8h", 40), ("8q", 16))
+    datatype, bits = take(("2h", 70), ("2h", 12))
+    (offset,) = take(("f", 108), ("q", 168))
+    slope, intercept = take(("2f", 112), ("2d", 176))
+    (units,) = take(("B", 123), ("i", 500))
+    if not 1 <= dims[0] <= 7:
+        raise VoxelscaleError(f"{path}: claims {dims[0]} dimensions", TO_REWRITE)
+    if not math.isfinite(offset) or not 0 <= offset <= MOST_SKIPPED:
+        raise VoxelscaleError(f"{path}: its voxels begin at byte {offset:g}", TO_REWRITE)
+    return _Header(
+        raw=raw,
+        paired=raw[4:8] in PAIRED if second else raw[344:348] in PAIRED,
+        size=tuple(dims[1 : min(dims[0], 4) + 1]),
+        components=math.prod(dims[5 : dims[0] + 1]),  # colours, vectors and the like
+        dtype=_dtype(path, datatype, bits, order),
+        offset=offset,
+        slope=slope,
+        intercept=intercept,
+        pixdim=take(("4f", 76), ("4d", 104)),
+        forms=take(("2h", 252), ("2i", 344)),
+        quaternion=take(("6f", 256), ("6d", 352)),
+        rows=take(("12f", 280), ("12d", 400)),
+        units=units & 7,
     )
 
 
-def _check_length(path: Path, fields: _Fields, zipped: bool) -> None:
-    """ITK fills up what is missing at a file's end with whatever is in memory; refuse it instead."""
-    needed = fields.offset + fields.length
-    size = path.stat().st_size
-    if zipped:
-        with path.open("rb") as handle:
-            handle.seek(-4, os.SEEK_END)
-            # gzip's last field is the plain length modulo 2**32 (RFC 1952).
-            if struct.unpack("<I", handle.read(4))[0] == needed % 2**32:
-                return
-        size = sum(map(len, _blocks(path, zipped)))
-    if size < needed:
-        problem = f"its voxels cannot be read: it is cut short or damaged ({size} of {needed} bytes)"
-        raise VoxelscaleError(f"{path}: {problem}", "copy or download it again")
+def _dtype(path: Path, datatype: int, bits: int, order: str) -> np.dtype[Any]:
+    if datatype not in TYPES:
+        known = OTHERS.get(datatype, f"an unknown type of voxels ({datatype})")
+        raise VoxelscaleError(f"{path}: holds {known}", "give a scan of one whole or real number a voxel")
+    dtype = np.dtype(order + TYPES[datatype])
+    if bits != 8 * dtype.itemsize:
+        raise VoxelscaleError(f"{path}: {bits} bits a voxel of type {dtype.name}", TO_REWRITE)
+    return dtype
 
 
-def _check_finite(path: Path, fields: _Fields, zipped: bool) -> None:
-    """ITK replaces NaN by 0, soft tissue's HU, without a word."""
-    bad, skip, left = 0, fields.offset, fields.length
-    for block in _blocks(path, zipped):
-        data = block[skip : skip + left]
-        skip, left = max(0, skip - len(block)), left - len(data)
-        if data:
-            bad += int(np.count_nonzero(~np.isfinite(np.frombuffer(data, fields.float_type))))
-    if bad:
-        raise not_finite(path, bad)
+def _affine(path: Path, header: _Header) -> NDArray[np.float64]:
+    """Voxel (z, y, x, 1) to LPS mm."""
+    spacing = np.asarray(header.pixdim[1:])
+    if not np.isfinite(spacing).all() or not min(spacing) > 0:
+        shown = " x ".join(f"{s:g}" for s in spacing)
+        raise VoxelscaleError(f"{path}: a spacing of {shown} mm", f"{TO_REWRITE} (pixdim)")
+    if header.units in (1, 3):
+        unit = "metres" if header.units == 1 else "micrometres"
+        raise VoxelscaleError(f"{path}: its lengths are {unit}", "write its header anew, in mm")
+    by_qform, by_sform = (code > 0 for code in header.forms)
+    if not by_qform and not by_sform:
+        hint = "set its sform, for instance with nibabel's set_sform(affine, 1)"
+        raise VoxelscaleError(f"{path}: does not say how it lies (qform and sform codes are 0)", hint)
+    ras = np.eye(4)
+    ras[:3] = np.reshape(header.rows, (3, 4)) if by_sform else _qform(path, header)
+    if by_sform and np.isfinite(ras).all():
+        far = np.asarray(header.size[:3]) - 1
+        apart = float(np.abs((np.sqrt((ras[:3, :3] ** 2).sum(axis=0)) - spacing) * far).max())
+        if by_qform and apart <= DISAGREE_MM:
+            corners = np.indices((2, 2, 2)).reshape(3, -1) * far[:, None]
+            other = _qform(path, header) - ras[:3]
+            apart = float(np.linalg.norm(other[:, :3] @ corners + other[:, 3:], axis=0).max())
+        if not apart <= DISAGREE_MM:
+            what = "its sform and qform" if by_qform else "its sform and pixdim"
+            hint = "set the code of the wrong one to 0, for instance with nibabel's set_qform(None, 0)"
+            raise VoxelscaleError(f"{path}: {what} lie {apart:.2f} mm apart", hint)
+    affine: NDArray[np.float64] = np.diag([-1.0, -1.0, 1.0, 1.0]) @ ras[:, [2, 1, 0, 3]]
+    return affine
 
 
-def _blocks(path: Path, zipped: bool) -> Iterator[bytes]:
-    """The plain content in pieces of whole voxels (352 bytes of header are), until it ends or breaks."""
-    with gzip.open(path) if zipped else path.open("rb") as handle:
-        while True:
-            try:
-                block = handle.read(1 << 22)
-            except (OSError, EOFError, zlib.error):
-                return
-            if not block:
-                return
-            yield block
+def _qform(path: Path, header: _Header) -> NDArray[np.float64]:
+    """The quaternion's (3, 4) matrix, voxel (x, y, z, 1) to RAS mm (nifti1.h, method 2)."""
+    b, c, d = header.quaternion[:3]
+    left = 1 - (b * b + c * c + d * d)
+    if not left > -1e-4:
+        raise VoxelscaleError(f"{path}: its qform is no rotation", TO_REWRITE)
+    if left < 1e-7:  # a half turn, rounded
+        size = math.sqrt(1 - left)
+        a, b, c, d = 0.0, b / size, c / size, d / size
+    else:
+        a = math.sqrt(left)
+    turn = [
+        [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+        [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+        [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
+    ]
+    steps = np.asarray(header.pixdim[1:])
+    steps[2] *= -1 if header.pixdim[0] < 0 else 1
+    return np.column_stack([np.asarray(turn) * steps, header.quaternion[3:]])
+
+
+def _scaled(path: Path, array: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
+    # A slope of 0 says that there is none; so, by custom, does NaN.
+    if slope == 0 or math.isnan(slope) or (slope, intercept) == (1, 0):
+        return array
+    if not (math.isfinite(slope) and math.isfinite(intercept)):
+        problem = f"its slope and intercept are {slope:g} and {intercept:g}"
+        raise VoxelscaleError(f"{path}: {problem}", f"{TO_REWRITE} (scl_slope, scl_inter)")
+    kind = np.float32 if array.dtype.itemsize <= 2 or array.dtype == np.float32 else np.float64
+    out: NDArray[Any] = array.astype(kind)
+    with np.errstate(over="ignore"):
+        np.multiply(out, slope, out=out)
+        np.add(out, intercept, out=out)
+    return out
+
+
+def _image_file(path: Path) -> Path:
+    """The .img that belongs to a .hdr."""
+    stem, dot, end = path.name.rpartition(".HDR" if ".HDR" in path.name else ".hdr")
+    name = f"{stem}{'.IMG' if dot == '.HDR' else '.img'}{end}" if dot else f"{path.name}.img"
+    zipped = f"{name}.gz"
+    return data_file(path, zipped if (path.parent / zipped).is_file() else name)
+
+
+def _is_zipped(path: Path) -> bool:
+    """Whether a file begins with gzip's magic."""
+    with path.open("rb") as handle:
+        return handle.read(2) == GZIP

@@ -1,15 +1,89 @@
-"""NRRD: .nrrd, or .nhdr with its data file."""
+"""NRRD: .nrrd, or .nhdr with its data file.
+
+Source: the definition of the NRRD file format (https://teem.sourceforge.net/nrrd/format.html).
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats._itk import check_data_file, read_image
+from voxelscale.formats._voxels import (
+    LONGEST_HEADER,
+    MOST_SKIPPED,
+    TO_REWRITE,
+    Encoding,
+    Layout,
+    check_affine,
+    check_header,
+    data_file,
+    data_files,
+    numbers,
+    read_voxels,
+    whole_numbers,
+)
 from voxelscale.geometry import Scan
+
+_INTEGERS = {
+    "1": "signed char, int8, int8_t",
+    "2": "short, short int, signed short, signed short int, int16, int16_t",
+    "4": "int, signed int, int32, int32_t",
+    "8": "longlong, long long, long long int, signed long long, signed long long int, int64, int64_t",
+}
+TYPES = {name: f"i{size}" for size, names in _INTEGERS.items() for name in names.split(", ")} | {
+    "uchar": "u1",
+    "unsigned char": "u1",
+    "uint8": "u1",
+    "uint8_t": "u1",
+    "ushort": "u2",
+    "unsigned short": "u2",
+    "unsigned short int": "u2",
+    "uint16": "u2",
+    "uint16_t": "u2",
+    "uint": "u4",
+    "unsigned int": "u4",
+    "uint32": "u4",
+    "uint32_t": "u4",
+    "ulonglong": "u8",
+    "unsigned long long": "u8",
+    "unsigned long long int": "u8",
+    "uint64": "u8",
+    "uint64_t": "u8",
+    "float": "f4",
+    "double": "f8",
+}
+ENCODINGS: dict[str, Encoding] = {
+    "raw": "raw",
+    "gzip": "deflate",
+    "gz": "deflate",
+    "bzip2": "bzip2",
+    "bz2": "bzip2",
+    "ascii": "text",
+    "text": "text",
+    "txt": "text",
+    "hex": "hex",
+}
+TO_LPS = {
+    "left-posterior-superior": (1, 1, 1),
+    "lps": (1, 1, 1),
+    "right-anterior-superior": (-1, -1, 1),
+    "ras": (-1, -1, 1),
+    "left-anterior-superior": (1, -1, 1),
+    "las": (1, -1, 1),
+}
+SYNONYMS = {
+    "datafile": "data file",
+    "lineskip": "line skip",
+    "byteskip": "byte skip",
+    "centers": "centerings",
+}
+
+MOST_LINES = 100
 
 
 def matches(path: Path, head: bytes) -> bool:
@@ -18,42 +92,152 @@ def matches(path: Path, head: bytes) -> bool:
 
 
 def read(path: Path) -> Scan:
-    """The scan of a file, in LPS whatever space it declares.
+    """The scan of a file, in LPS whichever anatomical space it declares.
 
     Raises:
-        VoxelscaleError: as `voxelscale.formats._itk.read_image`; or a spacing that is not above 0, or
-            a missing data file.
+        VoxelscaleError: its header is not one of a scan or does not say how it lies in the patient, or
+            its voxels cannot be read; see also `voxelscale.formats._voxels`.
     """
-    fields = _header(path)
-    if "spacings" in fields:
-        steps = [_number(word) for word in fields["spacings"].split()]
-        if any(step is not None and not step > 0 for step in steps):
-            raise VoxelscaleError(f"{path}: a spacing of {fields['spacings']} mm", "write its header anew")
-    for vector in re.findall(r"\(([^)]*)\)", fields.get("space directions", "")):
-        steps = [_number(word) for word in vector.split(",")]
-        if not np.linalg.norm([np.nan if s is None else s for s in steps]) > 0:
-            raise VoxelscaleError(f"{path}: a voxel axis of ({vector})", "write its header anew")
-    data = fields.get("data file", fields.get("datafile", ""))
-    if data and "%" not in data and data != "LIST":
-        check_data_file(path, data)
-    return read_image(path, "NrrdImageIO")
-
-
-def _header(path: Path) -> dict[str, str]:
     with path.open("rb") as handle:
-        text = handle.read(65536).decode("latin-1")
-    fields = {}
-    for line in text.splitlines()[1:]:
-        if not line.strip():
-            break
+        head = handle.read(LONGEST_HEADER)
+    fields, rest = _fields(path, head)
+    (dims,) = whole_numbers(path, "dimension", fields.get("dimension", ""), 1)
+    if not 1 <= dims <= 16:  # as the reference implementation has it
+        raise VoxelscaleError(f"{path}: claims {dims} dimensions", TO_REWRITE)
+    size = whole_numbers(path, "sizes", fields.get("sizes", ""), dims)
+    directions = _directions(path, fields, dims)
+    check_header(
+        path,
+        [n for n, direction in zip(size, directions, strict=True) if direction is not None],
+        math.prod(n for n, direction in zip(size, directions, strict=True) if direction is None),
+    )
+    x, y, z = (n for n, direction in zip(size, directions, strict=True) if direction is not None)
+    affine = _affine(path, fields, [d for d in directions if d is not None])
+    check_affine(path, (z, y, x), affine)
+    return Scan(read_voxels(path, _layout(path, fields, (z, y, x), head, rest)), affine)
+
+
+def _fields(path: Path, head: bytes) -> tuple[dict[str, str], int]:
+    """The header's fields (not its free key/value pairs), and where what follows it begins.
+
+    Raises:
+        VoxelscaleError: a field stands there twice, or the header has no end.
+    """
+    fields: dict[str, str] = {}
+    start = head.find(b"\n") + 1 or len(head)
+    while start < len(head):
+        end = head.find(b"\n", start)
+        end = len(head) if end < 0 else end
+        line = head[start:end].decode("latin-1").rstrip("\r")
+        start = end + 1
+        if not line:
+            return fields, start
         key, sign, value = line.partition(":")
-        if sign and not line.startswith("#"):
-            fields[key.strip().lower()] = value.lstrip("=").strip()
-    return fields
+        if not sign or value.startswith("=") or line.startswith("#"):
+            continue
+        name = SYNONYMS.get(key.strip().lower(), key.strip().lower())
+        if name in fields:
+            raise VoxelscaleError(f"{path}: says {name[:60]!r} twice", TO_REWRITE)
+        fields[name] = value.strip()
+        if name == "data file" and value.split()[:1] == ["LIST"]:
+            return fields, start
+    if len(head) == LONGEST_HEADER:
+        raise VoxelscaleError(f"{path}: its header has no end", TO_REWRITE)
+    return fields, start
 
 
-def _number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None
+def _directions(path: Path, fields: dict[str, str], dims: int) -> list[list[float] | None]:
+    """For each axis its step in space, or None where it is not one of space.
+
+    Raises:
+        VoxelscaleError: there is not one for each axis, or the space is not the patient's.
+    """
+    text = fields.get("space directions")
+    if text is None or fields.get("space", "").lower() not in TO_LPS:
+        if dims != 3:
+            check_header(path, whole_numbers(path, "sizes", fields["sizes"], dims), 1)
+        hint = "write its space into its header, as 'space: left-posterior-superior'"
+        named = f"(space: {fields['space'][:60]})" if "space" in fields else "(no space)"
+        raise VoxelscaleError(f"{path}: does not say how it lies in the patient {named}", hint)
+    words = re.findall(r"none|\([^()]*\)", text)
+    if len(words) != dims:
+        raise VoxelscaleError(f"{path}: {len(words)} space directions for {dims} axes", TO_REWRITE)
+    return [None if word == "none" else _vector(path, "space directions", word) for word in words]
+
+
+def _vector(path: Path, key: str, word: str) -> list[float]:
+    return numbers(path, key, word.strip().removeprefix("(").removesuffix(")").replace(",", " "), 3)
+
+
+def _affine(path: Path, fields: dict[str, str], steps: list[list[float]]) -> NDArray[np.float64]:
+    """Voxel (z, y, x, 1) to LPS mm."""
+    for step in steps:
+        if not np.linalg.norm(step) > 0:
+            shown = ", ".join(f"{s:g}" for s in step)
+            raise VoxelscaleError(f"{path}: a voxel axis of ({shown})", TO_REWRITE)
+    units = set(re.findall(r'"([^"]*)"', fields.get("space units", "")))
+    if not units <= {"mm", "", "millimeter", "millimeters"}:
+        shown = ", ".join(sorted(units))[:60]
+        raise VoxelscaleError(f"{path}: its lengths are {shown!r}", "write its header anew, in mm")
+    affine = np.eye(4)
+    affine[:3, :3] = np.asarray(steps)[::-1].T
+    affine[:3, 3] = _vector(path, "space origin", fields.get("space origin", ""))
+    turned: NDArray[np.float64] = np.diag([*TO_LPS[fields["space"].lower()], 1.0]) @ affine
+    return turned
+
+
+def _layout(
+    path: Path, fields: dict[str, str], shape: tuple[int, int, int], head: bytes, start: int
+) -> Layout:
+    kind, encoding = fields.get("type", "").lower(), fields.get("encoding", "").lower()
+    if kind not in TYPES:
+        hint = "give a scan of one whole or real number a voxel"
+        raise VoxelscaleError(f"{path}: an unknown type of voxels ({kind[:60]!r})", hint)
+    if encoding not in ENCODINGS:
+        raise VoxelscaleError(f"{path}: an unknown encoding ({encoding[:60]!r})", "write it anew, as gzip")
+    dtype, endian = np.dtype(TYPES[kind]), fields.get("endian", "").lower()
+    if endian not in ("little", "big") and dtype.itemsize > 1 and ENCODINGS[encoding] != "text":
+        raise VoxelscaleError(f"{path}: its endian is {endian[:60]!r}", TO_REWRITE)
+    files, offset = _files(path, fields, shape[0], head, start)
+    (skip,) = whole_numbers(path, "byte skip", fields.get("byte skip", "0"), 1)
+    (lines,) = whole_numbers(path, "line skip", fields.get("line skip", "0"), 1)
+    if not -1 <= skip <= MOST_SKIPPED:
+        raise VoxelscaleError(f"{path}: a byte skip of {skip}", TO_REWRITE)
+    if not 0 <= lines <= MOST_LINES:
+        raise VoxelscaleError(f"{path}: a line skip of {lines}", TO_REWRITE)
+    if lines:
+        offset = _after_lines(path, files[0], offset, lines)
+    return Layout(
+        files=files,
+        encoding=ENCODINGS[encoding],
+        offset=-1 if skip < 0 else offset,
+        skip=max(0, skip),
+        dtype=dtype.newbyteorder(">" if endian == "big" else "<"),
+        shape=shape,
+    )
+
+
+def _files(
+    path: Path, fields: dict[str, str], slices: int, head: bytes, start: int
+) -> tuple[tuple[Path, ...], int]:
+    """The files that hold the voxels, and where in them these begin."""
+    name = fields.get("data file")
+    if name is None:
+        return (path,), start
+    if name.split()[:1] == ["LIST"]:
+        names = [line.strip().decode("utf-8", "replace") for line in head[start:].splitlines()]
+        return data_files(path, [n for n in names if n], slices), 0
+    if "%" in name:
+        hint = "convert it to one file, for instance with SimpleITK"
+        raise VoxelscaleError(f"{path}: its data files are a pattern", hint)
+    return (data_file(path, name.encode("latin-1").decode("utf-8", "replace")),), 0
+
+
+def _after_lines(path: Path, file: Path, offset: int, lines: int) -> int:
+    with file.open("rb") as handle:
+        handle.seek(offset)
+        for _ in range(lines):
+            line = handle.readline(LONGEST_HEADER)
+            if not line.endswith(b"\n"):
+                raise VoxelscaleError(f"{path}: fewer than the {lines} lines to skip", TO_REWRITE)
+        return handle.tell()

@@ -1,0 +1,313 @@
+"""DICOM as it comes: folders nested at will, several patients and series, other objects among them.
+
+`header` reads what is needed of a file, `stack` finds the lattice of a series' slices, `voxels` (with
+`codec`) brings their values onto it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from voxelscale.console import notice
+from voxelscale.errors import VoxelscaleError
+from voxelscale.formats.dicom.header import (
+    MARKS,
+    DamagedError,
+    Frame,
+    Header,
+    is_dicom,
+    read_header,
+)
+from voxelscale.formats.dicom.stack import at_one_place, parallel, stack
+from voxelscale.formats.dicom.voxels import check_claims, read_voxels, slices_of
+from voxelscale.geometry import Scan
+
+
+@contextmanager
+def _pydicom_held() -> Iterator[None]:
+    """Within it pydicom's remarks on every odd attribute stay off the screen."""
+    log = logging.getLogger("pydicom")
+    level = log.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+
+
+KEPT = {"SEG", "RTSTRUCT"}
+"""Objects that `find_series` lists although they are no volumes."""
+
+LISTED = 4
+"""So many series a message names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """What belongs together in a study.
+
+    Attributes:
+        uid: SeriesInstanceUID.
+        patient: PatientID, or StudyInstanceUID where there is none: for grouping only, never shown.
+        study: StudyInstanceUID.
+        modality: "CT", "SEG", "RTSTRUCT", ...
+        files: of a volume in the order of its slices along their normal, else by name.
+        refers_to: SeriesInstanceUIDs that a SEG or RTSTRUCT belongs to.
+    """
+
+    uid: str
+    patient: str = field(repr=False)
+    study: str
+    modality: str
+    files: tuple[Path, ...]
+    refers_to: tuple[str, ...] = ()
+
+
+def matches(path: Path, head: bytes) -> bool:
+    """Whether a file's first bytes are DICOM's."""
+    return is_dicom(head)
+
+
+@_pydicom_held()
+def find_series(folder: Path) -> list[Series]:
+    """The volumes, SEG and RTSTRUCT in a folder, however deep, in the order of their first files.
+
+    What else is there (localizers, reports, dose sheets, single images, damaged files) is left out and
+    counted in a notice; files that are no DICOM are passed over.
+
+    Raises:
+        VoxelscaleError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise VoxelscaleError(f"{folder}: no such folder", "check the path")
+    headers, broken = _headers(_files_below(folder))
+    left_out = Counter("damaged or empty file" for _ in broken)
+    found = []
+    for group in _groups(headers):
+        first = group[0]
+        if first.modality in KEPT:
+            found.append(_series(group))
+            continue
+        if volume := _volume(group, left_out):
+            found.append(_series(volume))
+    _tell(folder, left_out, ())
+    return sorted(found, key=lambda series: min(series.files))
+
+
+@_pydicom_held()
+def read(path: Path, series: str = "", fill_gaps: int = 0) -> Scan:
+    """A series as one scan in HU, slices in the order of their places in the patient.
+
+    Doubled slices are dropped; a tilted gantry and uneven steps are resampled linearly onto an upright,
+    even lattice; a notice says so.
+
+    Args:
+        path: a folder, searched to any depth; or one file of the series, whose folder is searched.
+        series: SeriesInstanceUID; needed where a folder holds several.
+        fill_gaps: how many slices in a row may be missing; they are interpolated linearly.
+
+    Raises:
+        VoxelscaleError: there is no such series or more than one, slices are missing, contradict each
+            other or are damaged.
+    """
+    headers, broken = _headers(_files_below(path) if path.is_dir() else _files_beside(path))
+    if broken and not headers:
+        raise _damaged(broken[0])
+    left_out = Counter("damaged or empty file" for _ in broken)
+    group = _chosen(path, headers, series, left_out)
+    _check_whole(group, broken)
+    frames = [frame for header in group for frame in header.frames]
+    check_claims(frames)
+    ct = group[0].modality in ("CT", "")
+    frames, doubled = _without_doubles(path, frames, ct)
+    if len(frames) < 2:
+        raise VoxelscaleError(f"{path}: 2-D: a single slice", "give the folder with the whole series")
+    plan = stack(path, frames, fill_gaps)
+    array = read_voxels(plan, ct=ct)
+    told = [f"{doubled} doubled slice{'s' * (doubled > 1)} dropped"] if doubled else []
+    # A file is asked for by name: what lies beside it is not news.
+    _tell(path, left_out if path.is_dir() else Counter(), (*told, *plan.told))
+    return Scan(array, plan.grid.affine)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Every regular file, links followed, each folder once."""
+    seen: set[str] = set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(name)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(name, file) for file in sorted(files))
+
+
+def _files_beside(path: Path) -> Iterator[Path]:
+    yield from sorted(path.parent.iterdir())
+
+
+def _headers(files: Iterable[Path]) -> tuple[list[Header], list[Path]]:
+    """What is DICOM among the files, and what may be meant to be but is damaged or empty."""
+    headers, broken = [], []
+    for file in files:
+        try:
+            # A pipe would be waited for.
+            header = read_header(file) if file.is_file() else None
+        except DamagedError:
+            broken.append(file)
+            continue
+        if header is not None:
+            headers.append(header)
+        elif file.is_file() and file.stat().st_size == 0:
+            broken.append(file)
+    return headers, broken
+
+
+def _check_whole(group: Sequence[Header], broken: Sequence[Path]) -> None:
+    """A damaged file among the slices is one of them, as far as anyone can tell; at an end none would
+    be missed."""
+    folders = {header.path.parent for header in group}
+    names = {header.path.suffix for header in group}
+    for file in broken:
+        if file.parent in folders and (file.suffix in names or file.stat().st_size > 0):
+            raise _damaged(file)
+
+
+def _damaged(file: Path) -> VoxelscaleError:
+    hint = "copy or export it again, or remove it if it is no slice of this series"
+    return VoxelscaleError(f"{file}: damaged or empty, and may be a slice", hint)
+
+
+def _groups(headers: Iterable[Header]) -> list[list[Header]]:
+    groups: dict[tuple[str, str, str], list[Header]] = {}
+    for header in headers:
+        groups.setdefault((header.patient, header.study, header.series), []).append(header)
+    return list(groups.values())
+
+
+def _volume(group: Sequence[Header], left_out: Counter[str]) -> list[Header]:
+    """The files of a series that make up a volume, if they do; the others are counted."""
+    kept = [header for header in group if not header.left_out]
+    left_out.update(header.left_out for header in group if header.left_out)
+    frames = [frame for header in kept for frame in header.frames]
+    if len(frames) == 1:
+        left_out["single image"] += 1
+        return []
+    if 1 < len(frames) <= 3 and not parallel(frames):
+        left_out["localizer"] += len(kept)
+        return []
+    return kept
+
+
+def _series(group: Sequence[Header]) -> Series:
+    first = group[0]
+    files = [header.path for header in group]
+    if first.modality not in KEPT:
+        right, down = np.asarray(first.frames[0].orientation).reshape(2, 3)
+        normal = np.cross(right, down)
+        heights = [min(float(normal @ np.asarray(f.position)) for f in header.frames) for header in group]
+        files = [files[i] for i in np.argsort(heights, kind="stable")]
+    return Series(
+        uid=first.series,
+        patient=first.patient,
+        study=first.study,
+        modality=first.modality,
+        files=tuple(files),
+        refers_to=tuple(dict.fromkeys(uid for header in group for uid in header.refers_to)),
+    )
+
+
+def _chosen(path: Path, headers: Sequence[Header], series: str, left_out: Counter[str]) -> list[Header]:
+    """The files of the one series that is meant."""
+    groups = _groups(headers)
+    if not path.is_dir():
+        groups = [g for g in groups if path.name in {header.path.name for header in g}]
+        if not groups:
+            hint = "copy it again, or give the folder that holds the slices"
+            raise VoxelscaleError(f"{path}: not a readable DICOM image", hint)
+        series = series or groups[0][0].series
+    if series and not any(g[0].series == series for g in groups):
+        known = ", ".join(sorted({g[0].series for g in groups})[:LISTED])
+        raise VoxelscaleError(f"{path}: no series {series} there", f"it holds {known}" if known else "")
+    groups = [g for g in groups if not series or g[0].series == series]
+    volumes = [volume for g in groups if (volume := _volume(g, left_out))]
+    if len(volumes) == 1:
+        return volumes[0]
+    if volumes:
+        raise _several(path, volumes)
+    raise _none(path, [header for g in groups for header in g])
+
+
+def _several(path: Path, volumes: Sequence[Sequence[Header]]) -> VoxelscaleError:
+    each = [
+        f"{v[0].series} ({v[0].modality or 'unknown'}, {sum(len(h.frames) for h in v)} slices)"
+        for v in volumes[:LISTED]
+    ]
+    more = f" and {len(volumes) - LISTED} more" if len(volumes) > LISTED else ""
+    hint = "choose one by its UID (series), or name one of its files, or give it a folder of its own"
+    return VoxelscaleError(f"{path}: {len(volumes)} series in one folder: {', '.join(each)}{more}", hint)
+
+
+def _none(path: Path, headers: Sequence[Header]) -> VoxelscaleError:
+    reasons = {header.left_out for header in headers}
+    if not headers:
+        hint = "give the folder that holds the slices"
+        return VoxelscaleError(f"{path}: no DICOM series in this folder", hint)
+    if "" in reasons:
+        frames = [frame for header in headers if not header.left_out for frame in header.frames]
+        if len(frames) == 1:
+            return VoxelscaleError(f"{path}: 2-D: a single slice", "give the folder with the whole series")
+        return VoxelscaleError(f"{path}: only localizers there", "give the folder that holds the slices")
+    hint = "give the folder that holds the slices of a CT"
+    return VoxelscaleError(f"{path}: no volume there, but: {', '.join(sorted(reasons))}", hint)
+
+
+def _without_doubles(path: Path, frames: list[Frame], ct: bool) -> tuple[list[Frame], int]:
+    """One slice a place, and how many were dropped as the same slice twice.
+
+    Raises:
+        VoxelscaleError: slices at one place differ.
+    """
+    kept = []
+    for group in at_one_place(frames):
+        first = group[0]
+        kept.append(first)
+        for other in group[1:]:
+            if other.sop_uid and other.sop_uid == first.sop_uid and other.index == first.index:
+                continue
+            (_, picture), (_, another) = slices_of([first, other], ct=ct)
+            if not (np.allclose(first.position or 0, other.position or 0, atol=0.01)):
+                raise _contradict(path, first, other, "at one height, beside each other")
+            if not np.array_equal(picture, another):
+                raise _contradict(path, first, other, "at one place with different pixels")
+    return kept, len(frames) - len(kept)
+
+
+def _contradict(path: Path, first: Frame, other: Frame, how: str) -> VoxelscaleError:
+    names = " and ".join(dict.fromkeys(f"{f.pixels.path.name}" for f in (first, other)))
+    if first.pixels.path == other.pixels.path:
+        names += f", frames {first.index + 1} and {other.index + 1}"
+    ones, others = dict(first.marks), dict(other.marks)
+    differ = [name for name in MARKS if ones.get(name) != others.get(name)]
+    what = f" (they differ in {', '.join(differ)})" if differ else ""
+    hint = f"two reconstructions or time points in one series{what}: give each a folder of its own"
+    return VoxelscaleError(f"{path}: two slices {how}: {names}", hint)
+
+
+def _tell(path: Path, left_out: Counter[str], told: Sequence[str]) -> None:
+    counts = [f"{n} {what}{'s' * (n > 1)}" for what, n in sorted(left_out.items())]
+    parts = [*([f"left out: {', '.join(counts)}"] if counts else []), *told]
+    if parts:
+        notice(f"{path}: {'; '.join(parts)}")

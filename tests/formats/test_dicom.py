@@ -1,0 +1,763 @@
+"""DICOM as it comes, on files written by pydicom and SimpleITK, and on pydicom's own test files."""
+
+from __future__ import annotations
+
+import shutil
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sequence import Sequence as Items
+from pydicom.uid import (
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    EnhancedCTImageStorage,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+    SegmentationStorage,
+    generate_uid,
+)
+
+from voxelscale.console import set_verbosity
+from voxelscale.errors import VoxelscaleError
+from voxelscale.formats import read_scan
+from voxelscale.formats.dicom import find_series, header, read
+from voxelscale.geometry import Scan
+
+SECRET = "Jane^Doe-7731"
+SPACING = (2.0, 1.5)  # between rows, between columns
+AXIAL = np.eye(3)[:2]
+PLACE = np.array([-30.0, 12.0, -140.0])
+
+
+def turned(degrees: tuple[float, float, float]) -> NDArray[Any]:
+    """Directions of rows and columns, turned about x, y and z."""
+    a, b, c = np.radians(degrees)
+    x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
+    y = np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
+    z = np.array([[np.cos(c), -np.sin(c), 0], [np.sin(c), np.cos(c), 0], [0, 0, 1]])
+    return np.asarray((z @ y @ x)[:, :2].T)
+
+
+def noise(count: int, rows: int = 9, columns: int = 7, seed: int = 0) -> NDArray[np.int16]:
+    values = np.random.default_rng(seed).integers(-1000, 2000, (count, rows, columns))
+    return values.astype(np.int16)
+
+
+def new_file(sop_class: str, modality: str, **attributes: Any) -> FileDataset:
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = sop_class, generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality = sop_class, meta.MediaStorageSOPInstanceUID, modality
+    ds.PatientName = ds.PatientID = SECRET
+    for name, value in attributes.items():
+        setattr(ds, name, value)
+    return ds
+
+
+def set_pixels(ds: Dataset, stored: NDArray[Any]) -> None:
+    """16 bits a voxel, signed or not as the array is."""
+    ds.Rows, ds.Columns = stored.shape[-2:]
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
+    ds.PixelRepresentation = int(stored.dtype.kind == "i")
+    ds.PixelData = stored.astype(stored.dtype.newbyteorder("<")).tobytes()
+    ds["PixelData"].VR = "OW"
+
+
+def text(values: NDArray[Any] | Sequence[float]) -> list[str]:
+    """As scanners write: decimal text of at most 16 characters."""
+    return [f"{v:.9f}"[:16] for v in np.asarray(values, dtype=float).ravel()]
+
+
+def slices(
+    hu: NDArray[Any], places: NDArray[Any], axes: NDArray[Any] = AXIAL, **attributes: Any
+) -> list[FileDataset]:
+    """A CT series: one file a slice, at `places` (n, 3) in mm; unsigned with an intercept."""
+    fixed = {"StudyInstanceUID": generate_uid(), "SeriesInstanceUID": generate_uid(), **attributes}
+    made = []
+    for number, (values, place) in enumerate(zip(hu, places, strict=True), start=1):
+        ds = new_file(CTImageStorage, "CT", InstanceNumber=number)
+        ds.ImagePositionPatient, ds.ImageOrientationPatient = text(place), text(axes)
+        ds.PixelSpacing, ds.SliceThickness = text(SPACING), "2"
+        ds.RescaleSlope, ds.RescaleIntercept = "1", "-1024"
+        set_pixels(ds, (values.astype(np.int32) + 1024).astype(np.uint16))
+        for name, value in fixed.items():
+            setattr(ds, name, value)
+        made.append(ds)
+    return made
+
+
+def along(
+    steps: Sequence[float] | NDArray[Any], axes: NDArray[Any] = AXIAL, start: NDArray[Any] = PLACE
+) -> NDArray[Any]:
+    """Places of slices `steps` apart along the normal."""
+    heights = np.concatenate([[0.0], np.cumsum(steps)])
+    return np.asarray(start + heights[:, None] * np.cross(axes[0], axes[1]))
+
+
+def write(files: Sequence[Dataset], folder: Path, names: Sequence[str] | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, ds in enumerate(files):
+        pydicom.dcmwrite(
+            folder / (names[number] if names else f"{number:03d}"), ds, enforce_file_format=True
+        )
+    return folder
+
+
+def itk(folder: Path) -> sitk.Image:
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    return reader.Execute()
+
+
+def fails(path: Path, *words: str, **arguments: Any) -> VoxelscaleError:
+    with pytest.raises(VoxelscaleError) as caught:
+        read(path, **arguments)
+    message = caught.value.message + " " + caught.value.hint
+    for word in words:
+        assert word in message, message
+    assert "\n" not in message
+    assert "Doe" not in message
+    assert caught.value.hint
+    return caught.value
+
+
+@contextmanager
+def at_most(limit: int) -> Iterator[None]:
+    """Within it no more than so many bytes are allocated at a time."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    set_verbosity(1)
+    return lambda: capsys.readouterr().err
+
+
+# ---- one point, however it was scanned
+
+POINT = np.array([7.3, -11.9, -101.6])
+SIGMA = 7.0
+
+
+def blob(places: NDArray[Any], axes: NDArray[Any], rows: int = 44, columns: int = 56) -> NDArray[np.int16]:
+    """HU of a smooth ball about `POINT` in air, seen by slices at `places`."""
+    y, x = np.mgrid[:rows, :columns]
+    inside = x[..., None] * SPACING[1] * axes[0] + y[..., None] * SPACING[0] * axes[1]
+    away = ((places[:, None, None] + inside - POINT) ** 2).sum(-1)
+    return np.asarray(np.rint(3000 * np.exp(-away / (2 * SIGMA**2)) - 1024), dtype=np.int16)
+
+
+def around(axes: NDArray[Any], steps: Sequence[float] | NDArray[Any], lean: float = 0.0) -> NDArray[Any]:
+    """Places of slices about `POINT`; `lean`: mm along the columns a mm of height."""
+    normal = np.cross(axes[0], axes[1])
+    corner = POINT - axes[0] * 41.1 - axes[1] * 43.7 - normal * (np.sum(steps) / 2 + 0.4)
+    places = along(steps, axes, corner)
+    heights = (places - places[0]) @ normal
+    return np.asarray(places + (heights - heights.mean())[:, None] * lean * axes[1])
+
+
+def enhanced(
+    hu: NDArray[Any], places: NDArray[Any], axes: NDArray[Any], order: Sequence[int]
+) -> FileDataset:
+    """An enhanced CT: position and scale of each frame, the rest shared; frames in any order."""
+    ds = new_file(EnhancedCTImageStorage, "CT", StudyInstanceUID=generate_uid())
+    ds.SeriesInstanceUID, ds.NumberOfFrames = generate_uid(), len(hu)
+    shared, measures, plane = Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing, measures.SliceThickness = text(SPACING), "2"
+    plane.ImageOrientationPatient = text(axes)
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = Items([measures]), Items([plane])
+    ds.SharedFunctionalGroupsSequence = Items([shared])
+    each, stored = [], []
+    for place in order:
+        position, scale, frame = Dataset(), Dataset(), Dataset()
+        position.ImagePositionPatient = text(places[place])
+        # Frame by frame another intercept, as if each had been scaled to its own range.
+        scale.RescaleSlope, scale.RescaleIntercept, scale.RescaleType = "1", str(-1024 - place), "HU"
+        frame.PlanePositionSequence = Items([position])
+        frame.PixelValueTransformationSequence = Items([scale])
+        each.append(frame)
+        stored.append(hu[place].astype(np.int32) + 1024 + place)
+    ds.PerFrameFunctionalGroupsSequence = Items(each)
+    set_pixels(ds, np.asarray(stored).astype(np.uint16))
+    return ds
+
+
+OBLIQUE = turned((11.0, -17.0, 23.0))
+SAGITTAL = np.array([[0.0, 1.0, 0.0], [0.0, 0.0, -1.0]])
+EVEN, UNEVEN = [2.5] * 33, np.random.default_rng(3).uniform(1.6, 2.6, 40)
+SCANNED: dict[str, tuple[NDArray[Any], Any, float]] = {
+    "axial": (AXIAL, EVEN, 0.0),
+    "feet first": (np.array([[-1.0, 0, 0], [0, 1, 0]]), EVEN, 0.0),
+    "oblique": (OBLIQUE, EVEN, 0.0),
+    "sagittal": (SAGITTAL, EVEN, 0.0),
+    "tilted gantry": (turned((19.0, 0.0, 0.0)), EVEN, np.tan(np.radians(19.0))),
+    "tilted the other way": (AXIAL, EVEN, -0.3),
+    "variable spacing": (AXIAL, UNEVEN, 0.0),
+    "tilted and variable": (OBLIQUE, UNEVEN, 0.2),
+    "thick above": (AXIAL, [1.25] * 14 + [2.5] * 27, 0.0),
+}
+
+
+def centroid(scan: Scan) -> NDArray[Any]:
+    weights = scan.array.astype(np.float64) + 1024
+    index = np.array(
+        [(weights.sum(tuple({0, 1, 2} - {a})) * np.arange(n)).sum() for a, n in enumerate(weights.shape)]
+    )
+    return scan.grid.index_to_mm(index / weights.sum())
+
+
+# The enhanced CT shares one SliceThickness, so it cannot say that slices grow thicker by design.
+EACH = [(how, many) for many in (False, True) for how in SCANNED if not (many and how == "thick above")]
+
+
+@pytest.mark.parametrize(("how", "many"), EACH)
+def test_a_point_is_where_it_is(tmp_path: Path, how: str, many: bool) -> None:
+    axes, steps, lean = SCANNED[how]
+    places = around(axes, steps, lean)
+    hu = blob(places, axes)
+    if many:
+        order = np.random.default_rng(1).permutation(len(hu)).tolist()
+        write([enhanced(hu, places, axes, order)], tmp_path / "ct")
+    else:
+        files = slices(hu, places, axes)
+        if how == "thick above":
+            for ds, thick in zip(files, [1.25] * 15 + [2.5] * 27, strict=True):
+                ds.SliceThickness = str(thick)
+        write(files[::-1], tmp_path / "ct")
+    scan = read_scan(tmp_path / "ct")
+    assert np.linalg.norm(centroid(scan) - POINT) < 0.01
+    columns = scan.affine[:3, :3] / scan.spacing
+    assert np.allclose(columns.T @ columns, np.eye(3), atol=1e-6)  # upright, whatever came in
+    if lean == 0 and how not in ("variable spacing", "thick above"):
+        assert np.array_equal(scan.array, hu)  # nothing was resampled
+    assert scan.array.dtype == np.int16
+
+
+@pytest.mark.parametrize("how", ["axial", "feet first", "oblique", "sagittal"])
+def test_a_regular_series_is_simpleitks(tmp_path: Path, how: str) -> None:
+    axes, _, _ = SCANNED[how]
+    write(slices(noise(6), along([2.5] * 5, axes), axes), tmp_path / "ct")
+    scan, theirs = read_scan(tmp_path / "ct"), itk(tmp_path / "ct")
+    assert np.array_equal(scan.array, sitk.GetArrayFromImage(theirs))
+    for index in np.indices((2, 2, 2)).reshape(3, -1).T * (5, 8, 6):
+        there = theirs.TransformIndexToPhysicalPoint([int(i) for i in index[::-1]])
+        assert scan.grid.index_to_mm(index) == pytest.approx(there, abs=1e-4)
+
+
+# ---- what lies in a folder
+
+
+def small_series(seed: int = 0, **attributes: Any) -> list[FileDataset]:
+    return slices(noise(4, seed=seed), along([2.0] * 3), **attributes)
+
+
+def segmentation(of: str) -> FileDataset:
+    ds = new_file(SegmentationStorage, "SEG", SeriesInstanceUID=generate_uid(), StudyInstanceUID="1.2.3")
+    item = Dataset()
+    item.SeriesInstanceUID = of
+    ds.ReferencedSeriesSequence = Items([item])
+    set_pixels(ds, np.zeros((2, 4, 4), np.uint16))
+    ds.NumberOfFrames = 2
+    return ds
+
+
+def structures(of: str) -> FileDataset:
+    ds = pydicom.dcmread(get_testdata_file("rtstruct.dcm"), force=True)
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    series = (
+        ds.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0].RTReferencedSeriesSequence
+    )
+    series[0].SeriesInstanceUID = of
+    return ds
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> tuple[Path, list[str]]:
+    """Two patients, two CTs of one, and all that lies between them; the CTs' UIDs."""
+    folder = tmp_path / "archive"
+    first, second = small_series(1, StudyInstanceUID="1.2.3"), small_series(2, StudyInstanceUID="1.2.3")
+    third = small_series(3, PatientID="Other")
+    uids = [files[0].SeriesInstanceUID for files in (first, second, third)]
+    scout = slices(noise(2), along([2.0]), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    for ds in scout[:1]:
+        ds.SeriesInstanceUID = uids[0]  # a scout within the series itself
+    mixed = [*first, *second, *scout, segmentation(uids[0]), structures(uids[1])]
+    shuffled = np.random.default_rng(0).permutation(len(mixed))
+    write([mixed[i] for i in shuffled], folder / "A", [f"x{i:x}" for i in range(len(mixed))])
+    write(third, folder / "B" / "deep" / "deeper", ["IM1.jpg", "2", "III", "four.txt"])
+    for name in ("test-SR.dcm", "rtdose.dcm", "SC_rgb_small_odd.dcm", "dicomdirtests/DICOMDIR"):
+        shutil.copy(get_testdata_file(Path(name).name), folder / "B" / Path(name).name)
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "B" / "empty.dcm").touch()
+    (folder / "B" / "cut.dcm").write_bytes((folder / "A" / "x0").read_bytes()[:200])
+    (folder / "B" / "loop").symlink_to(folder)
+    return folder, uids
+
+
+def test_an_archive_is_sorted(archive: tuple[Path, list[str]], told: Callable[[], str]) -> None:
+    folder, uids = archive
+    found = find_series(folder)
+    assert sorted((s.modality, len(s.files)) for s in found) == [
+        ("CT", 4),
+        ("CT", 4),
+        ("CT", 4),
+        ("RTSTRUCT", 1),
+        ("SEG", 1),
+    ]
+    of = {s.uid: s for s in found}
+    assert {of[uid].patient for uid in uids[:2]} == {SECRET}
+    assert SECRET not in repr(found)
+    assert of[uids[2]].patient == "Other"
+    assert {s.modality: s.refers_to for s in found if s.refers_to} == {
+        "SEG": (uids[0],),
+        "RTSTRUCT": (uids[1],),
+    }
+    for uid in uids:
+        heights = [float(pydicom.dcmread(f).ImagePositionPatient[2]) for f in of[uid].files]
+        assert heights == sorted(heights)
+    line = told()
+    assert line.count("\n") == 1
+    for words in (
+        "2 localizers",
+        "1 SR object",
+        "1 RTDOSE object",
+        "1 colour image",
+        "2 damaged or empty files",
+    ):
+        assert words in line
+    assert "Doe" not in line
+
+
+def test_one_of_several_series(archive: tuple[Path, list[str]], told: Callable[[], str]) -> None:
+    folder, uids = archive
+    fails(folder, "3 series in one folder", *uids, "(CT, 4 slices)", "choose one")
+    fails(folder, "no series 1.2.9", series="1.2.9")
+    for seed, uid in enumerate(uids, start=1):
+        assert np.array_equal(read_scan(folder, uid).array, noise(4, seed=seed))
+    assert "Doe" not in told()
+    of = {s.uid: s for s in find_series(folder)}
+    one = of[uids[1]].files[2]
+    assert np.array_equal(read(one).array, noise(4, seed=2))
+    assert np.array_equal(read(folder / "B" / "deep").array, noise(4, seed=3))
+
+
+def test_a_folder_without_a_volume(tmp_path: Path) -> None:
+    for name in ("test-SR.dcm", "rtdose.dcm"):
+        shutil.copy(get_testdata_file(name), tmp_path)
+    fails(tmp_path, "no volume there, but: RTDOSE object, SR object")
+    scouts = slices(noise(1), along([])) + slices(noise(1), along([]), SAGITTAL)
+    for ds in scouts:
+        ds.SeriesInstanceUID, ds.StudyInstanceUID = "1.2.3", "1.2.4"  # not even called localizers
+    fails(write(scouts, tmp_path / "scouts"), "only localizers")
+    assert find_series(tmp_path / "scouts") == []
+
+
+def test_pydicoms_own_folder() -> None:
+    folder = Path(get_testdata_file("DICOMDIR")).parent
+    volumes = [s for s in find_series(folder / "98892001") if s.modality == "CT"]
+    assert [[f.name for f in s.files] for s in volumes] == [["3353", "3023", "2693", "2392", "2062"]]
+    scan = read_scan(folder / "98892001")
+    assert np.array_equal(scan.array, sitk.GetArrayFromImage(itk(folder / "98892001" / "CT5N")))
+    fails(folder / "77654033" / "CT2", "161 slices missing", "z = -99.48 and 103.02 mm", "202.500 mm apart")
+
+
+# ---- doubles, gaps, steps, tilt
+
+
+def test_doubled_slices_are_dropped(tmp_path: Path, told: Callable[[], str]) -> None:
+    files = small_series()
+    write(files, tmp_path / "ct")
+    write(files[:2], tmp_path / "ct" / "again")  # the same files
+    files[3].SOPInstanceUID = files[3].file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    write(files[3:], tmp_path / "ct" / "sent twice")  # the same pixels under another UID
+    assert np.array_equal(read(tmp_path / "ct").array, noise(4))
+    assert "3 doubled slices dropped" in told()
+
+
+def test_two_reconstructions_in_one_series_contradict(tmp_path: Path) -> None:
+    uid = generate_uid()
+    soft = small_series(0, SeriesInstanceUID=uid, StudyInstanceUID="1.2", ConvolutionKernel="B30f")
+    sharp = small_series(1, SeriesInstanceUID=uid, StudyInstanceUID="1.2", ConvolutionKernel="B70f")
+    folder = write([*soft, *sharp], tmp_path / "ct")
+    fails(folder, "at one place with different pixels: 000 and 004", "they differ in ConvolutionKernel")
+
+
+def test_missing_slices(tmp_path: Path, told: Callable[[], str]) -> None:
+    hu, places = noise(12), along([2.0] * 11)
+    kept = [i for i in range(12) if i not in (4, 8)]
+    folder = write(slices(hu[kept], places[kept]), tmp_path / "ct")
+    words = "2 slices missing: 1 between z = -134.00 and -130.00 mm, 1 between z = -126.00 and -122.00 mm"
+    fails(folder, words, "prepare.fill_gaps=1")
+    scan = read(folder, fill_gaps=1)
+    assert "2 missing slices interpolated" in told()
+    assert np.array_equal(scan.array[kept], hu[kept])
+    middle = (hu[3].astype(float) + hu[5]) / 2
+    assert np.abs(scan.array[4] - middle).max() <= 0.5
+    assert scan.grid.index_to_mm((11, 0, 0)) == pytest.approx(places[-1], abs=1e-6)
+    fewer = write(slices(hu[[0, 1, 2, 5, 6, 7, 8]], places[[0, 1, 2, 5, 6, 7, 8]]), tmp_path / "fewer")
+    fails(fewer, "2 slices missing: 2 between", "fill_gaps=2", fill_gaps=1)
+    assert read(fewer, fill_gaps=2).array.shape == (9, 9, 7)
+
+
+def test_uneven_steps_are_told(tmp_path: Path, told: Callable[[], str]) -> None:
+    steps = np.array([1.0, 1.4, 1.0, 1.3, 1.0, 1.0, 1.5])
+    hu = noise(8)
+    folder = write(slices(hu, along(steps)), tmp_path / "ct")
+    scan = read(folder)
+    assert "slices 1.000 to 1.500 mm apart, resampled to 1.000 mm" in told()
+    heights = np.concatenate([[0], np.cumsum(steps)])
+    for level, values in enumerate(scan.array):  # against numpy's interpolation, voxel by voxel
+        for y, x in ((0, 0), (4, 3), (8, 6)):
+            assert abs(values[y, x] - np.interp(level * 1.0, heights, hu[:, y, x].astype(float))) <= 0.51
+
+
+def test_slow_drift_is_not_taken_for_even(tmp_path: Path) -> None:
+    """Each step is within a twentieth of a millimetre of the next, their sum is not."""
+    steps = np.linspace(1.0, 1.4, 30)
+    places = along(steps)
+    scan = read(write(slices(noise(31, 2, 2), places), tmp_path / "ct"))
+    last = scan.grid.index_to_mm((scan.array.shape[0] - 1, 0, 0))
+    assert abs(last[2] - places[-1][2]) <= scan.spacing[0] / 2 + 1e-6
+    assert scan.spacing[0] < 1.1
+
+
+def test_positions_rounded_to_a_tenth_are_even(tmp_path: Path, told: Callable[[], str]) -> None:
+    places = np.round(along([0.625] * 19), 1)
+    scan = read(write(slices(noise(20), places), tmp_path / "ct"))
+    assert np.array_equal(scan.array, noise(20))
+    assert told() == ""
+
+
+def test_a_tilted_gantry_is_told(tmp_path: Path, told: Callable[[], str]) -> None:
+    places = along([2.0] * 7)
+    places[:, 1] += np.tan(np.radians(12.0)) * (places[:, 2] - places[0, 2])
+    hu = noise(8)
+    hu[...] = 50
+    scan = read(write(slices(hu, places), tmp_path / "ct"))
+    assert "gantry tilt of 12.0 degrees" in told()
+    assert scan.array.shape == (8, 9 + 2, 7)
+    assert set(np.unique(scan.array)) == {-1024, 50}  # no rim between the slice and the air about it
+    assert (scan.array == 50).sum(axis=1).min() == 9
+
+
+def test_slices_that_do_not_fit(tmp_path: Path) -> None:
+    hu, places = noise(4), along([2.0] * 3)
+
+    def spoilt(name: str, change: Callable[[list[FileDataset]], None]) -> Path:
+        files = slices(hu, places)
+        change(files)
+        return write(files, tmp_path / name)
+
+    def turn(files: list[FileDataset]) -> None:
+        files[2].ImageOrientationPatient = text(turned((0, 0, 3)))
+
+    def crop(files: list[FileDataset]) -> None:
+        set_pixels(files[1], np.zeros((5, 7), np.uint16))
+
+    def widen(files: list[FileDataset]) -> None:
+        files[1].PixelSpacing = ["2.5", "2"]
+
+    def skew(files: list[FileDataset]) -> None:
+        for ds in files:
+            ds.ImageOrientationPatient = [1, 0, 0, 0.5, 0.5, 0]
+
+    def aside(files: list[FileDataset]) -> None:
+        files[1].ImagePositionPatient = text(places[0] + (5, 0, 0))
+
+    fails(spoilt("turned", turn), "turned against each other")
+    fails(spoilt("cropped", crop), "different sizes (7 x 5 and 7 x 9)")
+    fails(spoilt("widened", widen), "different pixel sizes")
+    fails(spoilt("skewed", skew), "not at right angles")
+    fails(spoilt("aside", aside), "beside each other")
+
+
+# ---- values
+
+
+@pytest.mark.parametrize(
+    "syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless]
+)
+def test_transfer_syntaxes_of_pydicom(tmp_path: Path, syntax: str) -> None:
+    files = small_series()
+    for ds in files:
+        if syntax == RLELossless:
+            ds.compress(RLELossless)
+        ds.file_meta.TransferSyntaxUID = syntax
+        if syntax == ExplicitVRBigEndian:
+            ds.PixelData = np.frombuffer(ds.PixelData, "<u2").astype(">u2").tobytes()
+    folder = tmp_path / "ct"
+    folder.mkdir()
+    for number, ds in enumerate(files):
+        little, implicit = syntax != ExplicitVRBigEndian, syntax == ImplicitVRLittleEndian
+        encoding = {"little_endian": little, "implicit_vr": implicit, "force_encoding": True}
+        pydicom.dcmwrite(folder / str(number), ds, **encoding)
+    assert np.array_equal(read_scan(folder).array, noise(4))
+
+
+@pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000", "JPEGLS"])
+@pytest.mark.parametrize("kind", [np.int16, np.uint16])
+def test_transfer_syntaxes_of_simpleitk(tmp_path: Path, compressor: str, kind: type) -> None:
+    values = np.abs(noise(3, 16, 20)).astype(kind) if kind is np.uint16 else noise(3, 16, 20)
+    writer = sitk.ImageFileWriter()
+    writer.SetUseCompression(True)
+    writer.SetCompressor(compressor)
+    writer.SetKeepOriginalImageUID(True)
+    for number, plane in enumerate(values):
+        image = sitk.GetImageFromArray(plane[None])
+        image.SetOrigin((0, 0, 3.0 * number))
+        for key, value in {"0008|0060": "CT", "0020|000e": "1.2.3.4", "0020|000d": "1.2.3"}.items():
+            image.SetMetaData(key, value)
+        writer.SetFileName(str(tmp_path / f"{number}.dcm"))
+        writer.Execute(image)
+    ds = pydicom.dcmread(tmp_path / "0.dcm")
+    assert ds.file_meta.TransferSyntaxUID.is_compressed
+    assert np.array_equal(read_scan(tmp_path).array, values)
+
+
+MR = [
+    *("MR_small_RLE.dcm", "MR_small_bigendian.dcm", "MR_small_expb.dcm", "MR_small_implicit.dcm"),
+    *("MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm", "MR_small_padded.dcm"),
+]
+
+
+@pytest.mark.parametrize("name", MR)
+def test_pydicoms_files_of_one_picture(tmp_path: Path, name: str) -> None:
+    """pydicom ships one MR slice in many transfer syntaxes; two of it make a volume."""
+    for number in range(2):
+        ds = pydicom.dcmread(get_testdata_file(name))
+        ds.ImagePositionPatient = ["0", "0", str(5 * number)]
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        ds.save_as(tmp_path / str(number))
+    expected = pydicom.dcmread(get_testdata_file("MR_small.dcm")).pixel_array
+    scan = read_scan(tmp_path)
+    assert np.array_equal(scan.array[0], expected)
+    assert np.array_equal(scan.array[1], expected)
+
+
+def test_a_compressed_film_with_frames_in_any_order(tmp_path: Path) -> None:
+    hu, places = noise(6), along([2.5] * 5, OBLIQUE)
+    ds = enhanced(hu, places, OBLIQUE, [3, 1, 5, 0, 4, 2])
+    ds.compress(RLELossless)
+    scan = read_scan(write([ds], tmp_path / "ct") / "000")
+    assert np.array_equal(scan.array, hu)
+    assert scan.grid.index_to_mm((5, 0, 0)) == pytest.approx(places[5], abs=1e-5)
+
+
+def test_each_slice_has_its_own_scale(tmp_path: Path) -> None:
+    files = small_series()
+    stored = [np.frombuffer(ds.PixelData, "<u2").reshape(9, 7) for ds in files]
+    scales = [(1.0, -1024.0), (2.0, -1000.0), (0.5, -1024.5), (1.0, -30000.0)]
+    for ds, (slope, intercept) in zip(files, scales, strict=True):
+        ds.RescaleSlope, ds.RescaleIntercept = str(slope), str(intercept)
+    scan = read_scan(write(files, tmp_path / "ct"))
+    expected = np.stack([s * k + c for s, (k, c) in zip(stored, scales, strict=True)])
+    assert scan.array.dtype == np.float32
+    assert np.array_equal(scan.array, expected)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_bits_beyond_the_stored_ones_are_not_values(tmp_path: Path, signed: bool) -> None:
+    files = small_series()
+    hu = np.clip(noise(4), -1024, 1023)
+    for ds, values in zip(files, hu, strict=True):
+        twelve = values.astype(np.int32) + (0 if signed else 1024)
+        set_pixels(ds, ((twelve & 0xFFF) | 0x5000).astype(np.uint16))  # an old overlay in the top bits
+        ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 12, 11, int(signed)
+        ds.RescaleIntercept = "0" if signed else "-1024"
+    assert np.array_equal(read_scan(write(files, tmp_path / "ct")).array, hu)
+
+
+def test_padding_is_air(tmp_path: Path) -> None:
+    files = small_series()
+    for ds in files:
+        stored = np.frombuffer(ds.PixelData, "<u2").astype(np.int16).reshape(9, 7).copy()
+        stored[:2] = -2000
+        set_pixels(ds, stored)
+        # As LIDC's: signed pixels, and the padding's sign lost on the way.
+        ds.add_new("PixelPaddingValue", "US", 65536 - 2000)
+    scan = read_scan(write(files, tmp_path / "ct"))
+    assert (scan.array[:, :2] == -1024).all()
+    assert np.array_equal(scan.array[:, 2:], noise(4)[:, 2:])
+
+
+def test_padding_that_tissue_has_too_is_air_only_at_the_edge(tmp_path: Path) -> None:
+    files = small_series()
+    for ds in files:
+        stored = np.full((9, 7), 40, np.int16)
+        stored[:, :2] = stored[4, 4] = 0
+        set_pixels(ds, stored)
+        ds.RescaleIntercept = "0"
+        ds.add_new("PixelPaddingValue", "SS", 0)
+    scan = read_scan(write(files, tmp_path / "ct"))
+    assert (scan.array[:, :, :2] == -1024).all()
+    assert (scan.array[:, 4, 4] == 0).all()
+
+
+# ---- files that lie
+
+
+def test_absurd_claims_cost_nothing(tmp_path: Path) -> None:
+    def claims(name: str, **attributes: Any) -> Path:
+        files = small_series()
+        for ds in files:
+            for key, value in attributes.items():
+                setattr(ds, key, value)
+        return write(files, tmp_path / name)
+
+    film = enhanced(noise(4), along([2.0] * 3), AXIAL, [0, 1, 2, 3])
+    film.NumberOfFrames = 10**9
+    coded = small_series()
+    for ds in coded:
+        ds.compress(RLELossless)
+        ds.Rows = ds.Columns = 16000
+    with at_most(2**26):
+        fails(claims("rows", Rows=65535, Columns=65535), "cut short or damaged")
+        fails(claims("rows within bounds", Rows=9000, Columns=9000), "cut short or damaged")
+        fails(write([film], tmp_path / "film"), "damaged")
+        fails(write(coded, tmp_path / "coded"), "claims 1024000000 voxels")
+        fails(claims("position", ImagePositionPatient=["1e300", "0", "0"]), "without a position")
+        fails(claims("bits", BitsAllocated=12), "bits a voxel")
+
+
+def test_a_picture_of_another_size_is_refused(tmp_path: Path) -> None:
+    """A decoder takes memory by what the code claims, not by what the header says."""
+    for number in range(2):
+        ds = pydicom.dcmread(get_testdata_file("MR_small_jpeg_ls_lossless.dcm"))
+        code = bytearray(ds.PixelData)
+        place = code.index(b"\xff\xf7")
+        code[place + 5 : place + 9] = b"\xff\xff\xff\xff"
+        ds.PixelData, ds.SOPInstanceUID = bytes(code), generate_uid()
+        ds.ImagePositionPatient = ["0", "0", str(5 * number)]
+        ds.save_as(tmp_path / str(number))
+    fails(tmp_path, "a picture of 65535 x 65535 voxels")
+
+
+def test_a_deflated_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    files = small_series()
+    for ds in files:
+        ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    folder = write(files, tmp_path / "ct")
+    engine = zlib.compressobj(9, zlib.DEFLATED, -15)
+    private = b"\x09\x00\x10\x10OB\x00\x00" + (200_000_000).to_bytes(4, "little")
+    code = engine.compress(private) + engine.compress(b"\0" * 200_000_000) + engine.flush()
+    whole = (folder / "000").read_bytes()
+    start = 132 + 12 + int.from_bytes(whole[140:144], "little")
+    (folder / "bomb").write_bytes(whole[:start] + code)
+    with at_most(10**8):
+        fails(folder, "bomb: damaged")
+
+
+def test_a_header_without_an_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(small_series(), tmp_path / "ct")
+    (folder / "zeros").write_bytes((folder / "000").read_bytes()[:400] + bytes(80_000))
+    monkeypatch.setattr(header, "MOST_READS", 2000)
+    assert len(find_series(folder)[0].files) == 4
+    fails(folder, "zeros: damaged")
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_cut_pixels_are_told(tmp_path: Path, coded: bool) -> None:
+    files = small_series()
+    for ds in files:
+        if coded:
+            ds.compress(RLELossless)
+    folder = write(files, tmp_path / "ct")
+    victim = folder / "002"
+    victim.write_bytes(victim.read_bytes()[:-60])
+    error = fails(folder, "cut short or damaged")
+    assert str(victim) in error.message
+
+
+@pytest.mark.parametrize("left", [0, 150, 420, -9 * 7 * 2 - 12])
+def test_a_damaged_end_slice_is_not_passed_over(tmp_path: Path, left: int) -> None:
+    """Nothing would be missing between the others."""
+    folder = write(small_series(), tmp_path / "ct")
+    victim = folder / "003"
+    victim.write_bytes(victim.read_bytes()[:left])
+    error = fails(folder, "damaged or empty")
+    assert str(victim) in error.message
+    victim.rename(folder / "elsewhere.txt")
+    (folder / "elsewhere.txt").write_bytes(b"")
+    assert read(folder).array.shape == (3, 9, 7)
+
+
+def test_an_unknown_code_names_its_syntax(tmp_path: Path) -> None:
+    files = small_series()
+    for ds in files:
+        ds.compress(RLELossless)
+        ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.201"  # HTJ2K
+    fails(write(files, tmp_path / "ct"), "1.2.840.10008.1.2.4.201", "decompress")
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_order_any_names_any_doubles(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    count = data.draw(st.integers(3, 6))
+    order = data.draw(st.permutations(range(count)))
+    again = data.draw(st.lists(st.sampled_from(range(count)), max_size=3))
+    axes = turned(tuple(data.draw(st.integers(-80, 80)) for _ in range(3)))  # type: ignore[arg-type]
+    step = data.draw(st.floats(0.3, 8.0))
+    places = along([step] * (count - 1), axes)
+    files = slices(noise(count, 3, 4), places, axes)
+    chosen = [files[i] for i in [*order, *again]]
+    folder = write(chosen, tmp_path_factory.mktemp("any") / "ct")
+    scan = read(folder)
+    assert np.array_equal(scan.array, noise(count, 3, 4))
+    assert scan.grid.index_to_mm((count - 1, 0, 0)) == pytest.approx(places[-1], abs=1e-4)
+
+
+def in_memory(ds: Dataset) -> bytes:
+    buffer = BytesIO()
+    pydicom.dcmwrite(buffer, ds, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+WHOLE = [in_memory(ds) for ds in small_series()]
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**32 - 1), length=st.integers(0, 3000))
+def test_garbled_files_are_told_or_read(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, length: int
+) -> None:
+    """Bytes changed at random, or the end cut off: a scan or one line, nothing else."""
+    generator = np.random.default_rng(seed)
+    folder = tmp_path_factory.mktemp("garbled")
+    for number, whole in enumerate(WHOLE):
+        (folder / str(number)).write_bytes(whole)
+    victim = folder / "1"
+    data = bytearray(WHOLE[1])
+    for place in generator.integers(132, len(data) - 150, 12):
+        data[place] = generator.integers(256)
+    victim.write_bytes(data[: max(140, len(data) - length)] if length < len(data) else data)
+    caught = None
+    try:
+        read(folder)
+    except VoxelscaleError as error:
+        caught = error
+    assert caught is None or not ("\n" in caught.message or "Doe" in caught.message)
