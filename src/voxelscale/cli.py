@@ -35,6 +35,14 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="One config key, as train.samples=4000; repeatable."),
 ]
 
+Layout = Annotated[
+    str, typer.Option(help="How the data set is laid out: csv, folders, msd, nnunet, lidc, luna16, dicom.")
+]
+Annotations = Annotated[
+    Path | None,
+    typer.Option(help="Where XML, tables, SEG or RTSTRUCT lie, if elsewhere."),
+]
+
 
 def main() -> None:
     """Entry point; --quiet and --verbose may stand anywhere."""
@@ -116,6 +124,7 @@ def common(
     """From a folder of CT scans to a model that finds lesions.
 
     \b
+    voxelscale inspect scans/ scans.html              what is there, and what is wrong with it
     voxelscale prepare scans/ store/                  check, resample and store scans and masks
     voxelscale train store/ run/                      train a U-Net; Ctrl-C saves, again goes on
     voxelscale search store/ search/                  find better settings, on all devices at once
@@ -155,8 +164,10 @@ def phantom(
 
 @verb
 def prepare(
-    data: Annotated[Path, typer.Argument(help="CSV with the columns image,label, or a folder of both.")],
+    data: Annotated[Path, typer.Argument(help="CSV with the columns image,label, or a data set's folder.")],
     store: Annotated[Path, typer.Argument(help="Folder of the training store to write.")],
+    layout: Layout = "auto",
+    annotations: Annotations = None,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> int:
@@ -167,19 +178,67 @@ def prepare(
     voxelscale prepare cases.csv store/ --set prepare.spacing=[2,1,1] --set prepare.split=[1,0,0]
     voxelscale prepare Task06_Lung/ store/
 
-    DATA is a CSV (image,label and optionally case,patient; paths from the CSV's folder) or a folder
-    with images/ and labels/ (or imagesTr/ and labelsTr/). NIfTI, MetaImage, NRRD and DICOM folders.
+    DATA is a CSV (image,label and optionally case,patient; paths from the CSV's folder), a folder with
+    images/ and labels/, or a data set as the Medical Segmentation Decathlon, nnU-Net, LIDC-IDRI or LUNA16
+    deliver it, or any tree of DICOM series with SEG or RTSTRUCT. What was recognised is said. Images:
+    NIfTI, MetaImage, NRRD, DICOM; labels: masks, SEG, RTSTRUCT, LIDC's XML, LUNA16's tables.
+
+    DICOM cases are called by a keyed hash (prepare.names); the key lies in store/names.key.
     A case that cannot be used is named with its fault and the others go on; the exit code is then 2.
+    Patch, depth and batch are planned into store/plan.yaml, for voxelscale train --config.
     """
     from voxelscale.data.listing import list_sources
+    from voxelscale.data.names import names_of
     from voxelscale.data.prepare import prepare as run_prepare
 
-    outcome = run_prepare(list_sources(data), store, read_config(config, set_).prepare)
+    settings = read_config(config, set_)
+    sources = list_sources(data, layout, annotations, names_of(settings.prepare, store))
+    outcome = run_prepare(sources, store, settings.prepare)
     code = tell_failed(outcome.failed, "prepared")
     parts = [f"{sum(c.split == split for c in outcome.done)} {split}" for split in ("train", "val", "test")]
     kept = f", {outcome.kept} of them kept from before" if outcome.kept else ""
     print(f"{len(outcome.done)} cases in {store} ({', '.join(parts)}){kept}")
+    if settings.prepare.plan:
+        from voxelscale.data.plan import tell_plan
+
+        tell_plan(settings, store, unchanged=outcome.kept == len(outcome.done))
     return code
+
+
+@verb
+def inspect(
+    data: Annotated[Path, typer.Argument(help="A data set as for prepare, or a store.")],
+    out: Annotated[Path | None, typer.Argument(help="HTML page to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    layout: Layout = "auto",
+    annotations: Annotations = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> None:
+    """Look at a data set: what is there, and what is wrong with it.
+
+    \b
+    voxelscale inspect scans/
+    voxelscale inspect scans/ scans.html
+    voxelscale inspect store/ --json
+
+    Nothing is changed. Problems are listed by severity and the exit code is 0 all the same.
+    """
+    from voxelscale.data.inspect import inspect as run_inspect
+    from voxelscale.report.dataset import headline, text_table, write_dataset_page
+
+    found = run_inspect(data, read_config(config, set_).prepare, layout, annotations)
+    if out is not None:
+        write_dataset_page(found, data.absolute().name, out)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    print("\n".join(text_table(found.cases)))
+    for problem in found.problems:
+        print(f"{problem.severity}: {problem.case}: {problem.text}")
+    print(", ".join(headline(found)))
+    if out is not None:
+        print(f"page in {out}")
 
 
 @verb
@@ -365,6 +424,7 @@ def predict(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     store: Annotated[Path | None, typer.Option(help="Look only at cases of this store's --split.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    layout: Layout = "auto",
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> int:
@@ -379,18 +439,21 @@ def predict(
     mm), <case>/findings.json (volume, diameters, mean HU, too) and findings.csv of all cases.
     """
     from voxelscale.data.listing import list_scans
+    from voxelscale.data.names import names_of
     from voxelscale.data.store import open_store
     from voxelscale.predict.bundle import read_bundle
     from voxelscale.predict.predict import predict as run_predict
 
-    sources = list_scans(scans)
+    bundle = read_bundle(model)
+    settings = read_config(config, set_, bundle.config)
+    names = names_of(settings.prepare, store or out)
+    sources = list_scans(scans, layout, names)
+    names.keep_in(out)
     if store is not None:
         wanted = {info.case for info in open_store(store).split(split)}
         sources = [source for source in sources if source.case in wanted]
         if not sources:
             raise VoxelscaleError(f"{scans}: no case of the split {split} of {store}", "check --split")
-    bundle = read_bundle(model)
-    settings = read_config(config, set_, bundle.config)
     outcome = run_predict(sources, bundle, settings.predict, out)
     code = tell_failed(outcome.failed, "predicted")
     for case, findings in outcome.findings.items():
@@ -411,6 +474,8 @@ def evaluate(
     predictions: Annotated[Path, typer.Argument(help="What voxelscale predict wrote.")],
     data: Annotated[Path, typer.Argument(help="The data set with the true masks, as for prepare.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; PREDICTIONS where not said.")] = None,
+    layout: Layout = "auto",
+    annotations: Annotations = None,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> int:
@@ -423,8 +488,8 @@ def evaluate(
     """
     from voxelscale.evaluate.evaluate import evaluate_folder
 
-    values = read_config(config, set_).prepare.labels
-    summary = evaluate_folder(predictions, data, out or predictions, values)
+    settings = read_config(config, set_).prepare
+    summary = evaluate_folder(predictions, data, out or predictions, settings, layout, annotations)
     dice, found = summary["dice"], summary["sensitivity_at_1_fp"]
     print(f"{summary['scans']} scans, {summary['lesion_count']} lesions")
     print(
@@ -444,6 +509,10 @@ def report(
     evaluation: Annotated[Path | None, typer.Option(help="Where evaluation.json is, if elsewhere.")] = None,
     run: Annotated[Path | None, typer.Option(help="The training's folder, for its curves.")] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    layout: Layout = "auto",
+    annotations: Annotations = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
 ) -> None:
     """Write one self-contained HTML page.
 
@@ -452,7 +521,8 @@ def report(
     """
     from voxelscale.report.report import write_report
 
-    write_report(evaluation or predictions, predictions, data, out, run)
+    settings = read_config(config, set_).prepare
+    write_report(evaluation or predictions, predictions, data, out, run, settings, layout, annotations)
     print(f"report in {out}")
 
 

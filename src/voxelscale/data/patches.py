@@ -118,7 +118,8 @@ class PatchSource:
         pick, lesion, voxel = random.random(3)
         if not foreground:
             info = cases[int(pick * len(cases))]
-            return info, random.integers(0, info.shape)
+            start, shape = info.lungs or ((0, 0, 0), info.shape)
+            return info, start + random.integers(0, shape)
         info = with_lesions[int(pick * len(with_lesions))]
         # By lesion first, so that a small one is seen as often as a large one.
         lesions = self._reader.lesions(info.case)

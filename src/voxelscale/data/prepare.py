@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from voxelscale.config import PrepareConfig
 from voxelscale.console import notice
 from voxelscale.data.listing import Source
+from voxelscale.data.plan import target_spacing
+from voxelscale.data.reading import read_case, read_image
 from voxelscale.data.store import (
     AIR_HU,
     VOXELS_PER_LESION,
@@ -24,12 +27,14 @@ from voxelscale.data.store import (
     write_table,
 )
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import digest_of
-from voxelscale.geometry import Scan, Triple, reorient, resample
+from voxelscale.files import digest_of, write_csv
+from voxelscale.geometry import Grid, IntTriple, Scan, Triple, reorient, resample
 from voxelscale.parallel import map_processes
 
 Made = TypeVar("Made")
 SPLITS = ("train", "val", "test")
+FINDINGS = "findings.csv"
+"""Beside the store's table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +65,16 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outc
         VoxelscaleError: no case could be prepared at all.
     """
     failed: dict[str, tuple[str, str]] = {}
-    surveyed = [] if config.spacing else _each(sources, survey, "survey", config, failed)
+    surveyed = (
+        [] if config.spacing else _each(sources, partial(survey, config=config), "survey", config, failed)
+    )
     good = [source for source in sources if source.case not in failed]
     if not good:
         raise _none_prepared(failed)
-    spacing = config.spacing or median_spacing(surveyed)
+    spacing, why = config.spacing, "as prepare.spacing says"
+    if spacing is None:
+        spacing, why = target_spacing([s.spacing for s in surveyed], [s.shape for s in surveyed])
+    notice(f"spacing {' x '.join(f'{s:g}' for s in spacing)} mm (z, y, x): {why}")
     kept = {s.case: info for s in good if (info := _kept(s, out, config, spacing))}
     todo = [source for source in good if source.case not in kept]
     work = partial(prepare_case, config=config, out=out, spacing=spacing)
@@ -73,12 +83,27 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outc
     for info in infos:
         size, count = " x ".join(map(str, info.shape)), len(info.lesion_volumes_mm3)
         notice(f"{info.case}: {size} voxels, {count} lesions{', kept' * (info.case in kept)}", level=2)
+        if config.lungs and info.lungs is None:
+            notice(f"{info.case}: no lungs found; patches are drawn from the whole scan")
     failures = tuple((case, *failed[case]) for case in sorted(failed))
     if not infos:
         raise _none_prepared(failed)
     infos = assign_splits(infos, config.split, config.seed)
-    write_table(out, spacing, fingerprint(infos), infos)
+    facts = fingerprint(infos) | {"orientations": dict(sorted(Counter(s.axes for s in surveyed).items()))}
+    write_csv(out / FINDINGS, _finding_rows(infos))
+    write_table(out, spacing, facts, infos)
     return Outcome(done=tuple(infos), kept=len(kept), failed=failures)
+
+
+def _finding_rows(infos: Sequence[CaseInfo]) -> list[list[object]]:
+    """What the labels said beyond the masks: readers, small nodules, non-nodules, excluded findings."""
+    rows: list[list[object]] = [["case", "kind", "x", "y", "z", "diameter_mm", "readers"]]
+    for info in infos:
+        for one in info.findings:
+            size = "" if one["diameter_mm"] is None else round(one["diameter_mm"], 3)
+            place = [round(v, 3) for v in one["centre"]]
+            rows.append([info.case, one["kind"], *place, size, one["readers"]])
+    return rows
 
 
 def _none_prepared(failed: dict[str, tuple[str, str]]) -> VoxelscaleError:
@@ -87,17 +112,35 @@ def _none_prepared(failed: dict[str, tuple[str, str]]) -> VoxelscaleError:
     return VoxelscaleError(f"no case could be prepared; {case}: {message}{more}", hint)
 
 
-def survey(source: Source) -> Triple:
-    """The spacing (z, y, x) in mm of a case's image once turned to LPS."""
-    from voxelscale.formats import read_scan
+@dataclass(frozen=True, kw_only=True)
+class Surveyed:
+    """A scan's lattice.
 
-    return reorient(read_scan(source.image)).spacing
+    Attributes:
+        spacing, shape: mm and voxels (z, y, x), once turned to LPS.
+        axes: where the file's own x, y and z axis point, as ``LPS`` or ``RAS``.
+    """
+
+    spacing: Triple
+    shape: IntTriple
+    axes: str
 
 
-def median_spacing(spacings: Sequence[Triple]) -> Triple:
-    """The data set's median along each axis, mm, to the hundredth."""
-    z, y, x = (round(float(v), 2) for v in np.median(np.asarray(spacings), axis=0))
-    return z, y, x
+def survey(source: Source, config: PrepareConfig) -> Surveyed:
+    """Lattice and orientation of a case's image."""
+    image = read_image(source, config.fill_gaps)
+    grid = reorient(image).grid
+    return Surveyed(spacing=grid.spacing, shape=grid.shape, axes=axis_codes(image.grid))
+
+
+def axis_codes(grid: Grid) -> str:
+    """Where the x, y and z index axis point, to the nearest direction of the patient; as ``LPS``."""
+    letters = ("RL", "AP", "IS")
+    codes = ""
+    for column in grid.direction.T:
+        world = int(np.argmax(np.abs(column)))
+        codes += letters[world][int(column[world] > 0)]
+    return codes
 
 
 def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Triple) -> CaseInfo:
@@ -109,7 +152,8 @@ def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Trip
     Raises:
         VoxelscaleError: the image or the mask is unfit; the message names the file.
     """
-    image, mask = _read(source, config)
+    image, labels = read_case(source, config)
+    mask = labels.mask
     hu = resample_hu(image, spacing)
     target = hu.grid
     label = resample(mask, target, "nearest").array
@@ -127,10 +171,20 @@ def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Trip
         lesion_volumes_mm3=tuple(round(len(flat) * voxel, 3) for flat in lesions),
         intensities=_intensities(hu.array[label > 0]),
         key=source_key(source, config, spacing),
+        lungs=_lungs(hu) if config.lungs else None,
+        findings=tuple(asdict(finding) for finding in labels.findings),
     )
     thinned = [_thin(flat) for flat in lesions]
     write_case(out, info, hu.array, label, thinned, config.chunk)
     return info
+
+
+def _lungs(hu: Scan) -> tuple[IntTriple, IntTriple] | None:
+    """The box around the lungs in voxels of the store, or None where none are found."""
+    from voxelscale.data.lungs import lung_field
+
+    lungs = lung_field(hu)
+    return lungs.box if lungs.ok else None
 
 
 def resample_hu(image: Scan, spacing: Triple) -> Scan:
@@ -140,18 +194,6 @@ def resample_hu(image: Scan, spacing: Triple) -> Scan:
     # Padding outside the scanner's circle comes as -2048 or -3024: air, too.
     hu = np.clip(np.rint(resampled.array), AIR_HU, 32767).astype(np.int16)
     return Scan(hu, resampled.affine)
-
-
-def _read(source: Source, config: PrepareConfig) -> tuple[Scan, Scan]:
-    from voxelscale.formats import read_pair, read_scan
-
-    if source.label is not None:
-        return read_pair(source.image, source.label, config.allow_empty, config.labels)
-    if not config.allow_empty:
-        hint = "add its mask, or say prepare.allow_empty=true where scans without one are healthy"
-        raise VoxelscaleError(f"{source.image}: has no mask", hint)
-    image = reorient(read_scan(source.image))
-    return image, Scan(np.zeros(image.array.shape, np.uint8), image.affine)
 
 
 def lesion_voxels(mask: NDArray[np.uint8]) -> list[NDArray[np.int64]]:
@@ -193,12 +235,15 @@ def fingerprint(cases: Sequence[CaseInfo]) -> dict[str, Any]:
 
     ``lesion_hu``: mean, std and percentiles of the lesions' HU, pooled over cases weighted by their
     voxels (percentiles: the least and greatest of the cases', so that none is clipped);
-    ``lesion_volume_mm3``: count and quartiles; ``source_spacing``: least, median and greatest
-    (z, y, x); ``digest``: of all cases' keys, by which a resumed run knows its data.
+    ``lesion_volume_mm3``: count and quartiles; ``lesion_diameter_mm`` (of the sphere of the same volume)
+    and ``lesions_per_case``: quartiles; ``source_spacing`` and ``extent_mm``: least, median and greatest
+    (z, y, x) of the scans as they came and of what they cover; ``digest``: of all cases' keys,
+    by which a resumed run knows its data.
     """
     used = [c for c in cases if c.split == "train"] or list(cases)
     volumes = [v for c in used for v in c.lesion_volumes_mm3]
     spacings = np.asarray([c.source_spacing for c in used])
+    extents = np.asarray([np.multiply(c.shape, c.grid.spacing) for c in used])
     digest = hashlib.sha256("\n".join(f"{c.case} {c.split} {c.key}" for c in cases).encode()).hexdigest()
     return {
         "cases": {name: sum(c.split == name for c in cases) for name in SPLITS},
@@ -206,15 +251,30 @@ def fingerprint(cases: Sequence[CaseInfo]) -> dict[str, Any]:
         "lesion_hu": _pooled([c.intensities for c in used if c.intensities]),
         "lesion_volume_mm3": {
             "count": len(volumes),
-            "quartiles": [round(float(q), 1) for q in np.percentile(volumes, [0, 25, 50, 75, 100])]
-            if volumes
-            else [],
+            "quartiles": _quartiles(volumes),
         },
-        "source_spacing": {
-            name: [round(float(v), 4) for v in pick(spacings, axis=0)]
-            for name, pick in (("least", np.min), ("median", np.median), ("greatest", np.max))
-        },
+        "lesion_diameter_mm": _quartiles([sphere_diameter(volume) for volume in volumes]),
+        "lesions_per_case": _quartiles([len(c.lesion_volumes_mm3) for c in used]),
+        "source_spacing": _range(spacings, 4),
+        "extent_mm": _range(extents, 1),
         "digest": digest[:16],
+    }
+
+
+def sphere_diameter(volume: float) -> float:
+    """Diameter, mm, of the sphere of a volume in mm3."""
+    return float((6 * volume / np.pi) ** (1 / 3))
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    """Least, quartiles and greatest; [] of nothing."""
+    return [round(float(q), 1) for q in np.percentile(values, [0, 25, 50, 75, 100])] if values else []
+
+
+def _range(values: NDArray[np.float64], digits: int) -> dict[str, list[float]]:
+    return {
+        name: [round(float(v), digits) for v in pick(values, axis=0)]
+        for name, pick in (("least", np.min), ("median", np.median), ("greatest", np.max))
     }
 
 
@@ -255,15 +315,23 @@ def assign_splits(cases: Sequence[CaseInfo], shares: Triple, seed: int) -> list[
 
 def source_key(source: Source, config: PrepareConfig, spacing: Triple) -> str:
     """A digest of what shapes a stored case: the files' names, sizes and times, and the preparation."""
-    shaping = asdict(replace(config, split=(1, 0, 0), seed=0, workers=0))
-    files = [source_stamp(path) for path in (source.image, source.label) if path is not None]
-    return digest_of([files, source.patient, list(spacing), shaping])[:16]
+    shaping = asdict(replace(config, split=(1, 0, 0), seed=0, workers=0, plan=False, memory_gib=0))
+    shaping |= {"names": "", "name_key": ""}
+    files = [source_stamp(source), _stamps([source.label] if source.label else [])]
+    return digest_of([files, source.patient, source.series, source.values, list(spacing), shaping])[:16]
 
 
-def source_stamp(path: Path) -> list[list[Any]]:
-    """Name, size and time of a scan's files, by which a changed one is known."""
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.exists()]
+def source_stamp(source: Source) -> list[list[Any]]:
+    """Name, size and time of an image's files, by which a changed one is known."""
+    if source.files:
+        return _stamps(source.files)
+    path = source.image
+    return _stamps(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
+
+
+def _stamps(files: Sequence[Path]) -> list[list[Any]]:
+    found = [(path.name, path.stat()) for path in files if path.exists()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
 
 
 def _kept(source: Source, out: Path, config: PrepareConfig, spacing: Triple) -> CaseInfo | None:

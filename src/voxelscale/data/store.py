@@ -51,6 +51,9 @@ class CaseInfo:
         lesion_volumes_mm3: one a lesion (26-connected component), largest first.
         intensities: moments of the lesions' HU: count, mean, std, and percentiles 0.5, 50, 99.5.
         key: changes when the source files or the preparation do.
+        findings: what the labels said of each mark (`voxelscale.labels.Finding`); none of a mere mask.
+        lungs: first voxel and shape (z, y, x) in the store of the box around the lungs; None where they
+            were not looked for, or not found.
     """
 
     case: str
@@ -62,6 +65,8 @@ class CaseInfo:
     lesion_volumes_mm3: tuple[float, ...]
     intensities: dict[str, float]
     key: str
+    lungs: tuple[IntTriple, IntTriple] | None = None
+    findings: tuple[dict[str, Any], ...] = ()
 
     @property
     def grid(self) -> Grid:
@@ -266,9 +271,13 @@ def open_store(path: Path) -> Store:
         if table["format"] != FORMAT:
             hint = "prepare the data set again with this version"
             raise VoxelscaleError(f"{table_path}: format {table['format']}, not {FORMAT}", hint)
-        z, y, x = table["spacing"]
+        z, y, x = (float(step) for step in table["spacing"])
+        if not (min(z, y, x) > 0 and sum((z, y, x)) < float("inf")):
+            raise ValueError(f"a spacing of {z}, {y}, {x} mm")
+        if not isinstance(table["fingerprint"], dict):
+            raise ValueError("no fingerprint")
         cases = tuple(_info(entry) for entry in table["cases"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         hint = "name the folder that voxelscale prepare wrote with --out"
         problem = "not there" if isinstance(error, FileNotFoundError) else f"not a store's table ({error})"
         raise VoxelscaleError(f"{table_path}: {problem}", hint) from None
@@ -278,12 +287,20 @@ def open_store(path: Path) -> Store:
 def _info(entry: dict[str, Any]) -> CaseInfo:
     z, y, x = entry["shape"]
     sz, sy, sx = entry["source_spacing"]
-    return CaseInfo(
+    box = entry.get("lungs")
+    info = CaseInfo(
         **{
             **entry,
             "shape": (z, y, x),
             "source_spacing": (sz, sy, sx),
             "affine": tuple(tuple(row) for row in entry["affine"]),
             "lesion_volumes_mm3": tuple(entry["lesion_volumes_mm3"]),
+            "findings": tuple(entry.get("findings", ())),
+            "lungs": tuple(tuple(side) for side in box) if box else None,
         }
     )
+    sizes = (*info.shape, *info.source_spacing)
+    if Path(info.case).name != info.case or not min(sizes) > 0 or not sum(info.lesion_volumes_mm3) >= 0:
+        raise ValueError(f"an entry that is no case's: {info.case[:60]!r}")
+    _ = info.grid  # raises a ValueError where there is none
+    return info

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from voxelscale.config import PrepareConfig
 from voxelscale.console import Progress
 from voxelscale.data.listing import Source, list_sources
+from voxelscale.data.names import names_of
+from voxelscale.data.reading import read_truth
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match
 from voxelscale.evaluate.overlap import Overlap, overlap
@@ -58,7 +61,12 @@ def evaluate_case(case: str, truth: Scan, prediction: Scan, findings: Sequence[F
 
 
 def evaluate_folder(
-    predictions: Path, data: Path, out: Path, values: tuple[int, ...] | None = None
+    predictions: Path,
+    data: Path,
+    out: Path,
+    config: PrepareConfig | None = None,
+    layout: str = "auto",
+    annotations: Path | None = None,
 ) -> dict[str, Any]:
     """Score every case of a data set that has a prediction; write ``evaluation.json`` and ``cases.csv``.
 
@@ -66,7 +74,8 @@ def evaluate_folder(
         predictions: what `voxelscale predict` wrote: ``<case>/mask.nii.gz`` and ``findings.json``.
         data: the data set, as `voxelscale.data.listing.list_sources` takes it.
         out: where the tables go.
-        values: mask values that are the lesion; None: all above 0.
+        config: what in the labels is the lesion, and what cases are called after; None: the defaults.
+        layout, annotations: as of `list_sources`.
 
     Returns:
         the content of ``evaluation.json``; see `summarise`.
@@ -74,14 +83,14 @@ def evaluate_folder(
     Raises:
         VoxelscaleError: no case has both a mask and a prediction that can be read.
     """
-    sources = [
-        s for s in list_sources(data) if s.label and (predictions / s.case / "mask.nii.gz").is_file()
-    ]
+    config = config or PrepareConfig()
+    listed = list_sources(data, layout, annotations, names_of(config, predictions))
+    sources = [s for s in listed if s.label and (predictions / s.case / "mask.nii.gz").is_file()]
     results, failed = [], []
     with Progress("evaluate", len(sources)) as progress:
         for done, source in enumerate(sources, start=1):
             try:
-                results.append(_read_and_score(source, predictions / source.case, values))
+                results.append(_read_and_score(source, predictions / source.case, config))
             except VoxelscaleError as error:
                 failed.append({"case": source.case, "error": error.message, "hint": error.hint})
             progress.update(done, source.case)
@@ -98,13 +107,10 @@ def evaluate_folder(
     return summary
 
 
-def _read_and_score(source: Source, prediction: Path, values: tuple[int, ...] | None) -> CaseResult:
-    assert source.label is not None  # noqa: S101 - the caller keeps only cases with one
-    truth, mask = reorient(read_label(source.label)), reorient(read_label(prediction / "mask.nii.gz"))
-    check_same_place(prediction / "mask.nii.gz", mask, source.label, truth)
-    wanted = truth.array > 0 if values is None else np.isin(truth.array, values)
-    findings = read_findings(prediction / "findings.json")
-    return evaluate_case(source.case, Scan(wanted.astype(np.uint8), truth.affine), mask, findings)
+def _read_and_score(source: Source, prediction: Path, config: PrepareConfig) -> CaseResult:
+    truth, mask = read_truth(source, config), reorient(read_label(prediction / "mask.nii.gz"))
+    check_same_place(prediction / "mask.nii.gz", mask, source.label or source.image, truth)
+    return evaluate_case(source.case, truth, mask, read_findings(prediction / "findings.json"))
 
 
 def summarise(results: Sequence[CaseResult]) -> dict[str, Any]:

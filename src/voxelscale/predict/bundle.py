@@ -82,7 +82,9 @@ def read_bundle(path: Path) -> Bundle:
     try:
         if content["format"] != FORMAT:
             raise VoxelscaleError(f"{path}: format {content['format']}, not {FORMAT}", "train again")
-        z, y, x = content["spacing"]
+        z, y, x = (float(step) for step in content["spacing"])
+        if not all(isinstance(weight, torch.Tensor) for weight in content["weights"].values()):
+            raise TypeError("its weights are none")
         return Bundle(
             config=from_dict(content["config"], str(path)),
             weights=content["weights"],
@@ -91,7 +93,7 @@ def read_bundle(path: Path) -> Bundle:
             trained=content["trained"],
             digest=seal_of(path),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise VoxelscaleError(f"{path}: not a model bundle ({error})", "name a model.vxs") from None
 
 

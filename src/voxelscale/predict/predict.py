@@ -16,11 +16,13 @@ from torch import nn
 from voxelscale.config import PredictConfig
 from voxelscale.console import Progress, notice
 from voxelscale.data.listing import Source
+from voxelscale.data.lungs import lung_field
 from voxelscale.data.prepare import resample_hu, source_stamp
+from voxelscale.data.reading import read_image
 from voxelscale.device import choose_precision, default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
-from voxelscale.formats import read_scan, write_scan
+from voxelscale.formats import write_scan
 from voxelscale.geometry import Scan, reorient, resample
 from voxelscale.predict.bundle import Bundle
 from voxelscale.predict.findings import Finding, find_lesions, read_findings, write_findings
@@ -62,7 +64,11 @@ class Predictor:
         """Lesion probability in [0, 1] at every voxel of a scan in HU, on the scan's own grid."""
         volume = resample_hu(reorient(image), self._bundle.spacing)
         config = self._config
-        hu = torch.from_numpy(volume.array).to(self._device)
+        box = tuple(slice(0, n) for n in volume.array.shape)
+        if config.lungs:
+            start, shape = lung_field(volume).box  # the whole scan where no lungs were found
+            box = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
+        hu = torch.from_numpy(np.ascontiguousarray(volume.array[box])).to(self._device)
         probability = predict_volume(
             self._network,
             self._bundle.normalisation(hu),
@@ -72,7 +78,9 @@ class Predictor:
             flips=config.flips,
             precision=self._precision,
         )
-        coarse = Scan(probability.cpu().numpy(), volume.affine)
+        whole = np.zeros(volume.array.shape, np.float32)
+        whole[box] = probability.cpu().numpy()
+        coarse = Scan(whole, volume.affine)
         return np.asarray(resample(coarse, image.grid, "linear", fill=0.0).array, np.float32)
 
     def look(self, case: str, image: Scan) -> tuple[list[Finding], Scan]:
@@ -132,7 +140,7 @@ def make_predictor(bundle: Bundle, config: PredictConfig) -> Predictor:
 
 def _predict_case(predictor: Predictor, source: Source, folder: Path, key: str) -> list[Finding]:
     started = time.monotonic()
-    image = read_scan(source.image)
+    image = read_image(source)
     findings, mask = predictor.look(source.case, image)
     write_scan(mask, folder / "mask.nii.gz")
     write_findings(findings, folder / "findings.csv", folder / "findings.json")
@@ -144,7 +152,7 @@ def _predict_case(predictor: Predictor, source: Source, folder: Path, key: str) 
 
 
 def _key(source: Source, bundle: Bundle, config: PredictConfig) -> str:
-    return digest_of([source_stamp(source.image), bundle.digest, asdict(config)])[:16]
+    return digest_of([source_stamp(source), bundle.digest, asdict(config)])[:16]
 
 
 def _done(folder: Path, key: str) -> bool:

@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from voxelscale.config import PrepareConfig
 from voxelscale.console import notice
 from voxelscale.data.listing import Source, list_sources
+from voxelscale.data.names import names_of
+from voxelscale.data.reading import read_image, read_truth
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import OPERATING_POINTS
 from voxelscale.files import write_atomic
-from voxelscale.formats import read_label, read_scan
+from voxelscale.formats import read_label
 from voxelscale.geometry import Scan
 from voxelscale.report.charts import Line, line_chart
 from voxelscale.report.overlays import overlay_views
@@ -28,7 +31,14 @@ SIZE_BINS = ((0.0, 6.0), (6.0, 10.0), (10.0, 20.0), (20.0, np.inf))
 
 
 def write_report(
-    evaluation: Path, predictions: Path, data: Path, out: Path, run: Path | None = None
+    evaluation: Path,
+    predictions: Path,
+    data: Path,
+    out: Path,
+    run: Path | None = None,
+    config: PrepareConfig | None = None,
+    layout: str = "auto",
+    annotations: Path | None = None,
 ) -> None:
     """Write one self-contained HTML page.
 
@@ -38,11 +48,14 @@ def write_report(
         data: the data set with images and masks.
         out: the page.
         run: the training's folder, for its curves and config; None: without them.
+        config, layout, annotations: as for the evaluation.
 
     Raises:
         VoxelscaleError: there is no evaluation.
     """
     summary = read_evaluation(evaluation)
+    config = config or PrepareConfig()
+    sources = list_sources(data, layout, annotations, names_of(config, predictions))
     events = read_events(run) if run else []
     sections = [
         _head(summary, run),
@@ -50,7 +63,7 @@ def write_report(
         _warnings(summary),
         "<h2>Curves</h2>",
         _charts(summary, events),
-        _overlays(summary, predictions, {s.case: s for s in list_sources(data)}),
+        _overlays(summary, predictions, {s.case: s for s in sources}, config),
         "<h2>Lesions by size</h2>",
         _sizes(summary["lesions"]),
         "<h2>Cases</h2>",
@@ -162,7 +175,9 @@ def _smooth(events: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float,
     return [(e["samples"], mean) for e, mean in zip(events, means, strict=True)]
 
 
-def _overlays(summary: Mapping[str, Any], predictions: Path, sources: Mapping[str, Source]) -> str:
+def _overlays(
+    summary: Mapping[str, Any], predictions: Path, sources: Mapping[str, Source], config: PrepareConfig
+) -> str:
     ordered = sorted(summary["cases"], key=lambda row: -row["dice"])
     chosen = {0: "best", len(ordered) - 1: "worst"}
     chosen.setdefault(len(ordered) // 2, "median")
@@ -176,7 +191,7 @@ def _overlays(summary: Mapping[str, Any], predictions: Path, sources: Mapping[st
         row = ordered[number]
         title = f"{chosen[number].capitalize()} case: Dice {row['dice']:.3f}"
         try:
-            views = _views(predictions / row["case"] / "mask.nii.gz", sources[row["case"]])
+            views = _views(predictions / row["case"] / "mask.nii.gz", sources[row["case"]], config)
         except (VoxelscaleError, KeyError) as error:
             notice(f"warning: no overlay of {row['case']}: {error}")
             continue
@@ -188,10 +203,11 @@ def _overlays(summary: Mapping[str, Any], predictions: Path, sources: Mapping[st
     return "".join(blocks)
 
 
-def _views(mask: Path, source: Source) -> list[tuple[str, str]]:
+def _views(mask: Path, source: Source, config: PrepareConfig) -> list[tuple[str, str]]:
     prediction = read_label(mask)
-    truth = read_label(source.label) if source.label else Scan(0 * prediction.array, prediction.affine)
-    return overlay_views(read_scan(source.image), truth, prediction)
+    empty = Scan(0 * prediction.array, prediction.affine)
+    truth = read_truth(source, config) if source.label else empty
+    return overlay_views(read_image(source, config.fill_gaps), truth, prediction)
 
 
 def _sizes(lesions: Sequence[Mapping[str, Any]]) -> str:

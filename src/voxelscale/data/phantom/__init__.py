@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from voxelscale.config import PhantomConfig
 from voxelscale.data.phantom import anatomy
 from voxelscale.data.phantom.canvas import Canvas, Field
-from voxelscale.data.phantom.nodules import Nodule, draw_nodules, nodule_shares
+from voxelscale.data.phantom.contours import open_library
+from voxelscale.data.phantom.nodules import Nodule, draw_nodules, nodule_shares, with_outline
 from voxelscale.data.phantom.vessels import Tree, grow
 from voxelscale.data.randomness import generator
 from voxelscale.errors import VoxelscaleError
@@ -65,6 +67,9 @@ def make_phantom(config: PhantomConfig, case: int) -> Phantom:
     count = int(lesions.integers(config.nodules[0], config.nodules[1], endpoint=True))
     label = np.zeros(canvas.grid.shape, np.uint8)
     drawn = draw_nodules(lesions, canvas, lung, trees, count, config.diameter_mm)
+    if config.shapes:
+        library = open_library(Path(config.shapes))
+        drawn = [with_outline(nodule, library) for nodule in drawn]
     nodules = [nodule for nodule in drawn if _paint_nodule(canvas, lung, nodule, label, texture)]
 
     hu = _scan(canvas, body, config.noise_hu, generator(config.seed, case, NOISE))
@@ -84,7 +89,7 @@ def write_phantoms(config: PhantomConfig, out: Path, workers: int = 0) -> Path:
     Raises:
         VoxelscaleError: the folder holds phantoms of another config, or cannot be written.
     """
-    shaping = json.dumps(asdict(replace(config, cases=1)), indent=1)
+    shaping = json.dumps(shaping_of(config), indent=1)
     stamp = out / "phantom.json"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") != shaping:
         raise VoxelscaleError(
@@ -103,10 +108,18 @@ def write_phantoms(config: PhantomConfig, out: Path, workers: int = 0) -> Path:
     rows = [[name, name, *paths] for name, paths in zip(names, files, strict=True)]
     truths = [json.loads(_truth_path(out, case).read_text("utf-8")) for case in range(config.cases)]
     columns = ["case", "x", "y", "z", "diameter_mm", "kind", "margin", "place", "hu"]
+    columns += ["shape"] * bool(config.shapes)
     lines = [[row[c] for c in columns] for truth in truths for row in truth]
     write_csv(out / "nodules.csv", [columns, *lines])
     write_csv(out / "dataset.csv", [["case", "patient", "image", "label"], *rows])
     return out / "dataset.csv"
+
+
+def shaping_of(config: PhantomConfig) -> dict[str, Any]:
+    """The config as far as it shapes a phantom; a database of outlines by its content, not its place."""
+    shaping = asdict(replace(config, cases=1))
+    del shaping["shapes"]
+    return shaping | ({"shapes": open_library(Path(config.shapes)).digest} if config.shapes else {})
 
 
 def case_name(case: int) -> str:
@@ -129,6 +142,7 @@ def _write_case(config: PhantomConfig, out: Path, case: int) -> None:
             "margin": nodule.margin,
             "place": nodule.place,
             "hu": round(nodule.hu, 1),
+            **({} if nodule.posed is None else {"shape": nodule.posed.shape.name}),
         }
         for nodule in phantom.nodules
     ]

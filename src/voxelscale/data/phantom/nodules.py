@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.data.phantom.canvas import Canvas, Field, Point
+from voxelscale.data.phantom.contours import Library, Posed, choose, pose, read_outlines, shape_of
 from voxelscale.data.phantom.vessels import Tree
 
 KINDS = ("solid", "part-solid", "ground-glass")
@@ -26,9 +27,10 @@ class Nodule:
     Attributes:
         centre: (x, y, z), LPS mm.
         diameter_mm: of the sphere of its volume, before the lung's surface cuts it.
-        kind, margin, place: one of `KINDS`, `MARGINS`, `PLACES`.
+        kind, margin, place: one of `KINDS`, `MARGINS` (or ``contour``), `PLACES`.
         hu: of its solid part, or of the ground glass where it has none.
         shape: its outline's own random numbers.
+        posed: a reader's outline, of which `centre` is the centroid, instead of a drawn one.
     """
 
     centre: Point
@@ -38,6 +40,13 @@ class Nodule:
     place: str
     hu: float
     shape: NDArray[np.float64]
+    posed: Posed | None = None
+
+    @property
+    def reach_mm(self) -> float:
+        """No point of it is farther from its centre, mm."""
+        drawn = 1.1 * self.diameter_mm
+        return drawn if self.posed is None else max(drawn, self.posed.scale * self.posed.shape.reach_mm)
 
 
 def draw_nodules(
@@ -118,10 +127,10 @@ def nodule_shares(
     canvas: Canvas, lung: Field, nodule: Nodule
 ) -> tuple[tuple[slice, slice, slice], Field, Field]:
     """The box of a nodule, and in it the part of each voxel that is nodule, and that is solid core."""
-    reach = 1.1 * nodule.diameter_mm + 4
+    reach = nodule.reach_mm + 4
     box = canvas.box(nodule.centre - reach, nodule.centre + reach)
     offsets = canvas.offsets(box, nodule.centre)
-    depth = _outline(nodule, offsets)
+    depth = outline(nodule, offsets)
     # At the pleura the nodule flattens against the chest wall.
     whole = canvas.share(np.minimum(depth, lung[box] + 0.5))
     if nodule.kind == "part-solid":
@@ -131,8 +140,21 @@ def nodule_shares(
     return box, whole, core
 
 
-def _outline(nodule: Nodule, offsets: tuple[Field, Field, Field]) -> Field:
-    """Distance inward from the surface: an ellipsoid, with lobes or spicules where it has them."""
+def with_outline(nodule: Nodule, library: Library) -> Nodule:
+    """The same nodule with a reader's outline of about its size, chosen and turned by its own numbers."""
+    row = choose(library, nodule.diameter_mm, nodule.shape[23, 3])
+    shape = shape_of(read_outlines(library, row))
+    posed = pose(shape, nodule.diameter_mm, nodule.shape[22])
+    return replace(nodule, margin="contour", posed=posed)
+
+
+def outline(nodule: Nodule, offsets: tuple[Field, Field, Field]) -> Field:
+    """Distance inward from the surface (mm) at x, y and z in mm from the centre.
+
+    A reader's outline, or an ellipsoid, with lobes or spicules where it has them.
+    """
+    if nodule.posed is not None:
+        return nodule.posed.depth(offsets)
     radius, draws = nodule.diameter_mm / 2, nodule.shape
     stretch = 0.85 + 0.3 * draws[0, :3]
     stretch /= np.cbrt(stretch.prod())

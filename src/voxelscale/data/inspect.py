@@ -1,0 +1,360 @@
+"""A look at a data set before anything is made of it: what is there, and what is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelscale.config import PrepareConfig
+from voxelscale.data.listing import Source, list_sources
+from voxelscale.data.lungs import lung_field
+from voxelscale.data.plan import target_spacing
+from voxelscale.data.prepare import axis_codes, lesion_voxels, sphere_diameter
+from voxelscale.data.reading import labels_of, read_image
+from voxelscale.data.store import CaseInfo, Store, open_store
+from voxelscale.errors import VoxelscaleError
+from voxelscale.geometry import Grid, IntTriple, Scan, Triple, reorient
+from voxelscale.parallel import map_processes
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+HU_EDGES = tuple(range(-1200, 1801, 50))
+"""Of the histogram; what lies outside counts to the first and last bin."""
+ANISOTROPIC = 5.0
+"""Longest over shortest voxel edge above which small lesions are a slice or two thick."""
+THUMBNAIL = 224
+"""Pixels along the longer edge, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something that a person should look at.
+
+    Attributes:
+        severity: ``error``: prepare refuses it, or what is learnt from it is wrong; ``warning``: likely
+            a mistake; ``note``: good to know.
+        case: whose; "" of the data set as a whole.
+        text: what, without the case's name.
+    """
+
+    severity: Severity
+    case: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Thumbnail:
+    """The axial slice that has most of the largest lesion, small.
+
+    Attributes:
+        pixels: HU (rows, columns).
+        mask: uint8 of the same shape, every lesion in the slice.
+        spacing: mm between rows, and between columns.
+    """
+
+    pixels: NDArray[np.int16]
+    mask: NDArray[np.uint8]
+    spacing: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What one case is.
+
+    Attributes:
+        case, patient: as the listing has them; the patient is for grouping only and shown nowhere.
+        shape, spacing: voxels and mm (z, y, x), once turned to LPS.
+        axes: where the file's own x, y and z axis point, as ``LPS``.
+        hu: least, 1st percentile, median, 99th percentile and greatest.
+        labelled: whether there is a mask.
+        lesions_mm3: volumes, largest first.
+        lungs_ml: volume of the lungs, or None where they were not found.
+        digest: of the voxels' values, whatever the file or format.
+        histogram: counts between `HU_EDGES`.
+        problems: of this case alone.
+        thumbnail: None where the case has no lesion.
+    """
+
+    case: str
+    patient: str
+    shape: IntTriple
+    spacing: Triple
+    axes: str
+    hu: tuple[float, float, float, float, float]
+    labelled: bool
+    lesions_mm3: tuple[float, ...]
+    lungs_ml: float | None
+    digest: str
+    histogram: tuple[int, ...] = field(repr=False)
+    problems: tuple[Problem, ...]
+    thumbnail: Thumbnail | None = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a data set is.
+
+    Attributes:
+        kind: ``data set`` or ``store``.
+        cases: those that could be read, by name.
+        problems: the most severe first.
+    """
+
+    kind: str
+    cases: tuple[Facts, ...]
+    problems: tuple[Problem, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without pictures and patients."""
+        hidden = ("patient", "thumbnail", "problems", "histogram")
+        cases = [{f: v for f, v in _plain(facts).items() if f not in hidden} for facts in self.cases]
+        return {"kind": self.kind, "cases": cases, "problems": [asdict(p) for p in self.problems]}
+
+
+def inspect(
+    data: Path, config: PrepareConfig, layout: str = "auto", annotations: Path | None = None
+) -> Inspection:
+    """Look at every case, in parallel; a broken one becomes a problem and stops nothing.
+
+    Args:
+        data: a data set as `list_sources` takes it, or a store that `prepare` wrote.
+        config: its `labels`, `consensus`, `fill_gaps` and `workers` count.
+        layout, annotations: as of `list_sources`.
+
+    Raises:
+        VoxelscaleError: there is no data set.
+    """
+    facts: list[Facts] = []
+    problems: list[Problem] = []
+    if (data / "dataset.json").is_file() and (data / "cases").is_dir():
+        store = open_store(data)
+        kind, splits = (
+            "store",
+            {name: [c.case for c in store.split(name)] for name in ("train", "val", "test")},
+        )
+        results = _gather(
+            partial(look_at_stored, store), store.cases, lambda info: info.case, config.workers
+        )
+    else:
+        kind, splits = "data set", declared_split(data)
+        sources = list_sources(data, layout, annotations)
+        results = _gather(
+            partial(look_at, config=config), sources, lambda source: source.case, config.workers
+        )
+    for name, result in results:
+        if isinstance(result, VoxelscaleError):
+            problems.append(Problem(severity="error", case=name, text=result.message))
+        else:
+            facts.append(result)
+            problems += result.problems
+    facts.sort(key=lambda one: one.case)
+    problems += [*duplicates(facts), *across_splits(facts, splits), *_vanishing(facts)]
+    problems.sort(key=lambda p: (SEVERITIES.index(p.severity), p.case, p.text))
+    return Inspection(kind=kind, cases=tuple(facts), problems=tuple(problems))
+
+
+def look_at(source: Source, config: PrepareConfig) -> Facts:
+    """Read one case of a data set.
+
+    Raises:
+        VoxelscaleError: its image is unfit; a fault of its mask becomes a problem.
+    """
+    raw = read_image(source, config.fill_gaps)
+    image, problems = reorient(raw), []
+    mask = None
+    if source.label is None:
+        problems.append(Problem(severity="note", case=source.case, text="has no mask"))
+    else:
+        try:
+            mask = labels_of(source, image, config).mask.array
+        except VoxelscaleError as error:
+            problems.append(Problem(severity="error", case=source.case, text=error.message))
+    names = (source.case, source.patient, axis_codes(raw.grid))
+    return describe(names, image, mask, problems, labelled=source.label is not None)
+
+
+def look_at_stored(store: Store, info: CaseInfo) -> Facts:
+    """Read one case of a store."""
+    hu, mask = store.read(info.case)
+    image = Scan(hu, info.grid.affine)
+    return describe((info.case, info.patient, axis_codes(info.grid)), image, mask, [], labelled=True)
+
+
+def describe(
+    names: tuple[str, str, str],
+    image: Scan,
+    mask: NDArray[np.uint8] | None,
+    problems: Iterable[Problem],
+    *,
+    labelled: bool,
+) -> Facts:
+    """The facts of a case and what is wrong with it.
+
+    Args:
+        names: case, patient, and the axes' codes.
+        image: HU, turned to LPS.
+        mask: 0 and 1 on the image's voxels, or None.
+        problems: known already.
+    """
+    case, patient, axes = names
+    lesions = lesion_voxels(mask) if mask is not None and mask.any() else []
+    voxel = image.grid.voxel_mm3
+    lungs = lung_field(image)
+    low, one, mid, most, high = (float(v) for v in np.percentile(image.array, [0, 1, 50, 99, 100]))
+    found = [*implausible_hu(low, mid, high), *_geometry(image.grid), *_of_mask(mask, lesions)]
+    if lungs.ok and lesions:
+        flat = lungs.mask.ravel()
+        outside = sum(not flat[voxels].any() for voxels in lesions)
+        if outside:
+            found.append(("warning", f"{outside} of {len(lesions)} lesions lie outside the lungs"))
+    if not lungs.ok:
+        found.append(("note", f"no lungs found: {lungs.problem}"))
+    counts, _ = np.histogram(np.clip(image.array, HU_EDGES[0], HU_EDGES[-1]), HU_EDGES)
+    return Facts(
+        case=case,
+        patient=patient,
+        shape=image.grid.shape,
+        spacing=image.spacing,
+        axes=axes,
+        hu=(low, one, mid, most, high),
+        labelled=labelled,
+        lesions_mm3=tuple(round(len(voxels) * voxel, 3) for voxels in lesions),
+        lungs_ml=round(lungs.volume_ml, 1) if lungs.ok else None,
+        digest=_digest(image.array),
+        histogram=tuple(int(n) for n in counts),
+        problems=(*problems, *(Problem(severity=s, case=case, text=t) for s, t in found)),
+        thumbnail=_thumbnail(image, mask, lesions[0]) if mask is not None and lesions else None,
+    )
+
+
+def implausible_hu(low: float, middle: float, high: float) -> list[tuple[Severity, str]]:
+    """What the least, median and greatest value say against Hounsfield units."""
+    reach = f"values from {low:g} to {high:g}"
+    if low == high:
+        return [("error", f"every voxel is {low:g}")]
+    if low >= 0 and high <= 255:
+        return [("error", f"{reach}: a picture in grey levels rather than HU")]
+    if low >= 0:
+        return [("error", f"{reach}: none below 0, as if the rescale intercept were missing")]
+    if low > -200:
+        return [("warning", f"{reach}: no air")]
+    if high < -200 or middle > 300:
+        return [("warning", f"{reach}, median {middle:g}: hardly a body in HU")]
+    return []
+
+
+def _geometry(grid: Grid) -> list[tuple[Severity, str]]:
+    ratio = max(grid.spacing) / min(grid.spacing)
+    found: list[tuple[Severity, str]] = []
+    if ratio > ANISOTROPIC:
+        found.append(("note", f"voxels {ratio:.1f} times as long as wide"))
+    if min(np.multiply(grid.shape, grid.spacing)) < 30:
+        found.append(("note", "covers less than 30 mm along an axis"))
+    return found
+
+
+def _of_mask(
+    mask: NDArray[np.uint8] | None, lesions: Sequence[NDArray[np.int64]]
+) -> list[tuple[Severity, str]]:
+    if mask is None:
+        return []
+    if not lesions:
+        return [("warning", "an empty mask: no voxel of a lesion")]
+    single = sum(len(voxels) == 1 for voxels in lesions)
+    return [("warning", f"{single} of {len(lesions)} lesions are a single voxel")] if single else []
+
+
+def duplicates(facts: Sequence[Facts]) -> list[Problem]:
+    """Cases that hold the very same voxels under several names."""
+    same: dict[str, list[str]] = defaultdict(list)
+    for one in facts:
+        same[one.digest].append(one.case)
+    return [
+        Problem(severity="error", case=cases[0], text=f"has the same voxels as {', '.join(cases[1:])}")
+        for cases in same.values()
+        if len(cases) > 1
+    ]
+
+
+def across_splits(facts: Sequence[Facts], splits: Mapping[str, Sequence[str]]) -> list[Problem]:
+    """Patients, and copies of scans, on several sides of a split: what is measured is then too good."""
+    side_of = {case: name for name, cases in splits.items() for case in cases}
+    found = []
+    for key, what in (("patient", "one patient"), ("digest", "the same voxels")):
+        groups: dict[str, list[str]] = defaultdict(list)
+        for one in facts:
+            if one.case in side_of:
+                groups[getattr(one, key)].append(one.case)
+        for cases in groups.values():
+            if len({side_of[case] for case in cases}) > 1:
+                where = ", ".join(f"{case} ({side_of[case]})" for case in cases)
+                text = f"{what} on several sides of the split: {where}"
+                found.append(Problem(severity="error", case=cases[0], text=text))
+    return found
+
+
+def declared_split(data: Path) -> dict[str, list[str]]:
+    """The first fold of nnU-Net's ``splits_final.json`` in the data set's folder, if it is there."""
+    path = (data if data.is_dir() else data.parent) / "splits_final.json"
+    try:
+        if path.stat().st_size > 2**26:
+            return {}
+        fold = json.loads(path.read_text(encoding="utf-8"))[0]
+        return {str(name): [str(case) for case in cases] for name, cases in fold.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def _vanishing(facts: Sequence[Facts]) -> list[Problem]:
+    """Lesions that take less than a voxel of the spacing that `prepare` would choose."""
+    if not facts:
+        return []
+    spacing, _ = target_spacing([f.spacing for f in facts], [f.shape for f in facts])
+    voxel = float(np.prod(spacing))
+    found = []
+    for one in facts:
+        if small := sum(volume < 0.999 * voxel for volume in one.lesions_mm3):
+            words = " x ".join(f"{s:g}" for s in spacing)
+            text = f"{small} lesions smaller than a voxel of {words} mm, the data set's planned spacing"
+            found.append(Problem(severity="warning", case=one.case, text=text))
+    return found
+
+
+def _thumbnail(image: Scan, mask: NDArray[np.uint8], largest: NDArray[np.int64]) -> Thumbnail:
+    depth, rows, columns = image.array.shape
+    z = int(np.argmax(np.bincount(largest // (rows * columns), minlength=depth)))
+    step = max(1, -(-max(rows, columns) // THUMBNAIL))
+    there = mask[z]
+    missing = [(0, -n % step) for n in there.shape]
+    blocks = np.pad(there, missing).reshape(-(-rows // step), step, -(-columns // step), step)
+    pixels = np.clip(image.array[z, ::step, ::step], -2000, 3000).astype(np.int16)
+    # The greatest of a block: a lesion of one voxel must not slip through.
+    spacing = (image.spacing[1] * step, image.spacing[2] * step)
+    return Thumbnail(pixels=pixels, mask=blocks.max(axis=(1, 3)), spacing=spacing)
+
+
+def _digest(array: NDArray[Any]) -> str:
+    """Of values and shape; the same for float32 and int16 where the values are."""
+    whole = np.ascontiguousarray(array, np.float32)
+    return hashlib.sha256(repr(whole.shape).encode() + whole.tobytes()).hexdigest()[:16]
+
+
+def _gather(
+    work: Callable[[Any], Facts], items: Sequence[Any], name: Callable[[Any], str], workers: int
+) -> list[tuple[str, Facts | VoxelscaleError]]:
+    done = map_processes(work, items, label="inspect", name=name, workers=workers)
+    return [(name(item), result) for item, result in done]
+
+
+def _plain(facts: Facts) -> dict[str, Any]:
+    values = {name: getattr(facts, name) for name in Facts.__dataclass_fields__}
+    return values | {"diameters_mm": [round(sphere_diameter(v), 2) for v in facts.lesions_mm3]}

@@ -1,0 +1,163 @@
+"""A case as it comes, and what its name is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from voxelscale.data.names import Names
+from voxelscale.errors import VoxelscaleError
+
+LARGEST_TABLE = 2**26
+"""Bytes of a CSV or JSON that says what a data set holds; a line a case, so some 100,000 of them."""
+
+LONGEST_NAME = 120
+"""Characters of a case's name; file systems allow 255 bytes with everything that is added."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One case as it comes.
+
+    Attributes:
+        case: its name, unique, fit for a file name.
+        patient: whose it is; cases of one patient stay on one side of a split. Of DICOM a keyed hash.
+        image: file or DICOM folder.
+        label: what says where the lesions are (a mask, DICOM SEG or RTSTRUCT, LIDC's XML, a CSV of
+            spheres), or None where there is nothing.
+        series: SeriesInstanceUID, where it is known.
+        files: those of the image, where it is a series among others.
+        values: mask values that are the lesion, where the data set says so; None: every value above 0.
+        fault: why the case cannot be used, where that is known before it is read.
+    """
+
+    case: str
+    patient: str
+    image: Path
+    label: Path | None
+    series: str = ""
+    files: tuple[Path, ...] = field(default=(), repr=False)
+    values: tuple[int, ...] | None = None
+    fault: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a layout's reader found.
+
+    Attributes:
+        sources: the cases that are meant for training.
+        tests: scans that the data set keeps apart, without labels.
+        remarks: what a person should know, one line each.
+    """
+
+    sources: Sequence[Source]
+    tests: Sequence[Source] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def case_name(path: Path) -> str:
+    """A file's name without the extensions of scan formats; a folder's name as it is."""
+    if path.is_dir():
+        return path.name
+    return re.sub(r"\.(nii\.gz|nii|mha|mhd|raw|nrrd|nhdr|dcm)$", "", path.name, flags=re.IGNORECASE)
+
+
+def safe_name(name: str) -> str:
+    """The name with every character that could mean something to a path replaced, and not too long."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".") or "case"
+    if len(safe) <= LONGEST_NAME:
+        return safe
+    return f"{safe[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def visible(folder: Path) -> list[Path]:
+    """What lies in a folder, hidden entries aside, by name."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        hint = "check the path and its permissions"
+        raise VoxelscaleError(f"{folder}: cannot be read ({error.strerror})", hint) from None
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every visible file in a folder, however deep, in the order of names."""
+    for name, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        yield from (Path(name, file) for file in sorted(files) if not file.startswith("."))
+
+
+def read_table(path: Path) -> bytes:
+    """The bytes of a CSV or JSON file.
+
+    Raises:
+        VoxelscaleError: it cannot be read, or is beyond `LARGEST_TABLE`.
+    """
+    try:
+        if not path.is_file():  # a pipe might never end
+            raise VoxelscaleError(f"{path}: no such file", "check the path")
+        with path.open("rb") as handle:
+            content = handle.read(LARGEST_TABLE + 1)
+    except OSError as error:
+        raise VoxelscaleError(
+            f"{path}: cannot be read ({error.strerror})", "check its permissions"
+        ) from None
+    if len(content) > LARGEST_TABLE:
+        raise VoxelscaleError(f"{path}: larger than {LARGEST_TABLE >> 20} MiB", "is this the right file?")
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        VoxelscaleError: it cannot be read, or is no such JSON.
+    """
+    try:
+        content = json.loads(read_table(path))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise VoxelscaleError(f"{path}: not readable as JSON ({reason})", "copy it again") from None
+    if not isinstance(content, dict):
+        raise VoxelscaleError(f"{path}: holds no JSON object", "copy it again")
+    return content
+
+
+def with_patients(sources: Sequence[Source], names: Names) -> list[Source]:
+    """Sources of tables and folders with what the headers of DICOM images say: whose they are.
+
+    Where one image of the data set is DICOM all patients are hashed, so that two cases of one patient
+    still agree.
+    """
+    headers = [identity(source.image) for source in sources]
+    if not any(headers):
+        return list(sources)
+    known = []
+    for source, header in zip(sources, headers, strict=True):
+        patient, series = header or ("", "")
+        said = source.patient != source.case
+        whose = source.patient if said or not patient else patient
+        known.append(replace(source, patient=names.patient(whose), series=series))
+    return known
+
+
+def identity(path: Path) -> tuple[str, str] | None:
+    """Patient and SeriesInstanceUID of a DICOM file, or of the first one in a folder; None: no DICOM."""
+    from voxelscale.formats.dicom.header import DamagedError, read_header
+
+    for file in files_below(path) if path.is_dir() else (path,):
+        try:
+            header = read_header(file) if file.is_file() else None
+        except (DamagedError, OSError):
+            continue
+        if header is not None:
+            return header.patient, header.series
+        if not path.is_dir():
+            return None
+    return None

@@ -1,0 +1,80 @@
+"""A case's image and the truth about it, whatever they are kept in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from voxelscale.config import PrepareConfig
+from voxelscale.data.listing import Source
+from voxelscale.errors import VoxelscaleError
+from voxelscale.geometry import Scan, reorient
+from voxelscale.labels import Labels, kind_of, read_labels
+
+
+def read_image(source: Source, fill_gaps: int = 0) -> Scan:
+    """The scan in HU, axes as in its files.
+
+    Raises:
+        VoxelscaleError: the case is known to be unfit, or the image is.
+    """
+    from voxelscale.formats import read_scan
+
+    if source.fault:
+        raise VoxelscaleError(
+            f"{source.image}: {source.fault}", "leave the right one there, or name it in a CSV"
+        )
+    # A folder that a table names is to hold one series; which of a tree's is meant, the listing knows.
+    return read_scan(source.image, source.series if source.files else "", fill_gaps)
+
+
+def read_case(source: Source, config: PrepareConfig) -> tuple[Scan, Labels]:
+    """The scan (LPS order) and its lesions on the same voxels.
+
+    Raises:
+        VoxelscaleError: one of them is unfit, they do not belong together, or there is no lesion where
+            `prepare.allow_empty` does not allow it.
+    """
+    image = reorient(read_image(source, config.fill_gaps))
+    if source.label is None:
+        if not config.allow_empty:
+            hint = "add its mask, or say prepare.allow_empty=true where scans without one are healthy"
+            raise VoxelscaleError(f"{source.image}: has no mask", hint)
+        return image, Labels(mask=Scan(np.zeros(image.array.shape, np.uint8), image.affine))
+    labels = labels_of(source, image, config)
+    if not labels.mask.array.any() and not config.allow_empty:
+        hint = "check the mask, or say prepare.allow_empty=true where healthy scans are meant to be there"
+        raise VoxelscaleError(f"{source.label}: an empty mask: no voxel of a lesion", hint)
+    return image, labels
+
+
+def read_truth(source: Source, config: PrepareConfig) -> Scan:
+    """The mask alone, uint8 of 0 and 1 (LPS order); the image is read only where the label needs it.
+
+    Raises:
+        VoxelscaleError: as `read_case`; an empty mask is none.
+    """
+    from voxelscale.formats import read_label
+
+    if source.label is None:
+        raise VoxelscaleError(f"{source.image}: has no mask", "add its mask")
+    if kind_of(source.label) == "mask":
+        mask = reorient(read_label(source.label))
+        values = config.labels or source.values
+        wanted = mask.array > 0 if values is None else np.isin(mask.array, values)
+        return Scan(wanted.astype(np.uint8), mask.affine)
+    return read_case(source, replace(config, allow_empty=True))[1].mask
+
+
+def labels_of(source: Source, image: Scan, config: PrepareConfig) -> Labels:
+    """The lesions of an image that has been read (LPS order)."""
+    assert source.label is not None  # noqa: S101 - the callers have seen to it
+    return read_labels(
+        source.label,
+        image,
+        image_path=source.image,
+        series=source.series,
+        values=config.labels or source.values,
+        consensus=config.consensus,
+    )

@@ -1,0 +1,128 @@
+"""Where the lesions are: masks, DICOM SEG and RTSTRUCT, LIDC's readings, LUNA16's spheres.
+
+What a file is is found by content. Everything ends as one mask on the scan's own voxels, and as findings in
+patient mm where the source has more to say than a mask can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from voxelscale.errors import VoxelscaleError
+from voxelscale.geometry import Scan
+
+HEAD = 4096
+"""Bytes by which the kind of a file is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One mark of the source.
+
+    Attributes:
+        kind: ``nodule`` (at least 3 mm, in the mask); ``small`` (a nodule below 3 mm), ``non-nodule``
+            and ``excluded`` (LUNA16: neither a hit nor a false positive), which are not in the mask.
+        centre: LPS mm (x, y, z).
+        diameter_mm: of a sphere of the same volume; None where the source has only a point.
+        readers: how many marked it.
+    """
+
+    kind: Literal["nodule", "small", "non-nodule", "excluded"]
+    centre: tuple[float, float, float]
+    diameter_mm: float | None
+    readers: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Labels:
+    """The truth about a scan.
+
+    Attributes:
+        mask: uint8, 0 or 1, on the scan's own voxels.
+        findings: empty where the source is only a mask.
+    """
+
+    mask: Scan
+    findings: tuple[Finding, ...] = ()
+
+
+def read_labels(
+    path: Path,
+    image: Scan,
+    *,
+    image_path: Path | None = None,
+    series: str = "",
+    values: tuple[int, ...] | None = None,
+    consensus: float = 0.5,
+) -> Labels:
+    """The lesions of a scan.
+
+    Args:
+        path: a mask in any format that scans have, a DICOM SEG or RTSTRUCT, LIDC's XML, or a CSV with
+            LUNA16's columns.
+        image: the scan that they belong to.
+        image_path: where it came from, to be named in a fault.
+        series: its SeriesInstanceUID; it picks the rows of a CSV.
+        values: what is the lesion: values of a mask, numbers of segments or of regions of interest;
+            None: all of a mask or a SEG, and of an RTSTRUCT what is named or typed as a tumour.
+        consensus: of LIDC, the share of a nodule's readers who must have outlined a voxel.
+
+    Raises:
+        VoxelscaleError: the file is unfit, or does not lie on the image.
+    """
+    from voxelscale.labels import lidc, rtstruct, seg, spheres
+
+    kind = kind_of(path)
+    if kind == "SEG":
+        return Labels(mask=seg.read(path, image, values))
+    if kind == "RTSTRUCT":
+        return Labels(mask=rtstruct.read(path, image, values))
+    if kind == "LIDC":
+        return lidc.read(path, image, consensus, series)
+    if kind == "spheres":
+        return spheres.read(path, image, series)
+    return Labels(mask=_read_mask(path, image, image_path or path, values))
+
+
+def kind_of(path: Path) -> Literal["SEG", "RTSTRUCT", "LIDC", "spheres", "mask"]:
+    """What a label file is, by its first bytes; what is none of the others is tried as a mask."""
+    head = b""
+    if path.is_file():
+        with path.open("rb") as handle:
+            head = handle.read(HEAD)
+    if head[128:132] == b"DICM":
+        return _dicom_kind(path)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if text.startswith(b"<") and b"LidcReadMessage" in text:
+        return "LIDC"
+    first = text.split(b"\n", 1)[0].lower()
+    if b"seriesuid" in first and b"coordx" in first:
+        return "spheres"
+    return "mask"
+
+
+def _dicom_kind(path: Path) -> Literal["SEG", "RTSTRUCT", "mask"]:
+    from voxelscale.labels.dicom import read_dataset
+
+    modality = str(read_dataset(path, ["Modality"]).get("Modality", ""))
+    return "SEG" if modality == "SEG" else "RTSTRUCT" if modality == "RTSTRUCT" else "mask"
+
+
+def _read_mask(path: Path, image: Scan, image_path: Path, values: tuple[int, ...] | None) -> Scan:
+    from voxelscale.formats import check_same_place, read_label
+    from voxelscale.geometry import reorient, resample
+
+    mask, turned = reorient(read_label(path)), reorient(image)
+    check_same_place(path, mask, image_path, turned)
+    binary = mask.array > 0 if values is None else np.isin(mask.array, values)
+    if values is not None and mask.array.any() and not binary.any():
+        found = ", ".join(map(str, np.unique(mask.array)[:10]))
+        hint = "choose other prepare.labels, or leave them out for all"
+        raise VoxelscaleError(f"{path}: no voxel of the values {values} (it holds {found})", hint)
+    # The same lattice, perhaps in another order of voxels: the nearest is the very voxel.
+    placed = Scan(binary.astype(np.uint8), turned.affine)
+    return resample(placed, image.grid, "nearest")

@@ -1,0 +1,306 @@
+"""LIDC-IDRI's readings: up to four radiologists' outlines of nodules, and their marks of other things.
+
+Armato et al., "The Lung Image Database Consortium (LIDC) and Image Database Resource Initiative (IDRI)",
+Medical Physics 38 (2011). An outline runs through the first pixels outside a nodule, not part of it.
+Which readers' outlines are one nodule, and which voxels are its consensus, is as in pylidc (Hancock and
+Magnan, Journal of Medical Imaging 3 (2016)): outlines belong together that come as near as the distance of
+two slices, counted in voxels; where more than four come together the distance is shortened by tenths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelscale.console import notice
+from voxelscale.errors import VoxelscaleError
+from voxelscale.geometry import Grid, Scan
+from voxelscale.labels import Finding, Labels
+from voxelscale.labels.contours import inside
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
+
+LARGEST = 2**26
+"""Bytes of an XML; the largest of LIDC has 2 MB."""
+
+READERS = 4
+SHRINK, LEAST = 0.9, 0.1
+"""By what, and down to what, the distance is shortened where more than four outlines come together."""
+
+SAME_MM = 3.0
+"""How near two readers' points are that mark one thing: it is smaller than that."""
+
+FARTHEST = 10_000
+"""Slices from the scan's first to any outline; farther ones are damage."""
+
+OFF_SLICE = 0.25
+"""Of the distance of two slices, that an outline's position may differ from its slice's."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """One contour.
+
+    Attributes:
+        z_mm: of its slice.
+        points: (n, 2) whole pixels, (row, column).
+        inclusion: whether it bounds the nodule rather than a hole in it.
+    """
+
+    z_mm: float
+    points: NDArray[np.int64]
+    inclusion: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What one reader said of one place: a nodule's outlines, or a point (one outline of one point)."""
+
+    outlines: tuple[Outline, ...]
+    nodule: bool
+
+    @property
+    def outlined(self) -> bool:
+        """Whether it is a nodule of at least 3 mm: smaller ones and non-nodules are one point."""
+        return self.nodule and any(len(outline.points) > 1 for outline in self.outlines)
+
+
+def read(path: Path, image: Scan, consensus: float, series: str = "") -> Labels:
+    """The nodules of at least 3 mm as a mask; these, smaller ones and non-nodules as findings.
+
+    A scan that is only a part of what was read keeps of each nodule what lies in it; who agrees with whom
+    is settled on the whole, and so are centre and diameter.
+
+    Raises:
+        VoxelscaleError: the XML is damaged or of another series, or the scan's pixels are not LIDC's.
+    """
+    if not np.allclose(image.grid.direction, np.eye(3), atol=1e-3):
+        hint = "give the slices as LIDC-IDRI has them"
+        raise VoxelscaleError(f"{path}: outlines in pixels of an axial scan, and this one is turned", hint)
+    said, readings = read_xml(path)
+    if series and said and series != said:
+        hint = "give each scan the XML that names its SeriesInstanceUID"
+        raise VoxelscaleError(f"{path}: the readings of another series", hint)
+    _check_places(path, readings, image.grid)
+    mask = np.zeros(image.array.shape, np.uint8)
+    findings, outside = [], 0
+    for group in cluster([reading for reading in readings if reading.outlined], image.grid):
+        agreed, corner = agree(group, image.grid, consensus)
+        nodule = _nodule(agreed, corner, group, image.grid)
+        if _put(mask, agreed, corner) or (not agreed.any() and _lies_in(nodule, image.grid)):
+            findings.append(nodule)
+        else:
+            outside += 1
+    for mark in _marks([reading for reading in readings if not reading.outlined], image.grid):
+        if _lies_in(mark, image.grid):
+            findings.append(mark)
+        else:
+            outside += 1
+    if outside:
+        notice(f"{path}: {outside} findings on slices that are not in the scan")
+    return Labels(mask=Scan(mask, image.affine), findings=tuple(findings))
+
+
+def _put(mask: NDArray[np.uint8], agreed: NDArray[np.bool_], corner: tuple[int, int, int]) -> bool:
+    """Set what of the voxels lies in the scan; whether anything does."""
+    low = max(0, corner[0])
+    high = min(mask.shape[0], corner[0] + agreed.shape[0])
+    there = agreed[max(0, low - corner[0]) : max(0, high - corner[0])]
+    if not there.any():
+        return False
+    box = tuple(slice(c, c + n) for c, n in zip((low, *corner[1:]), there.shape, strict=True))
+    mask[box] |= there
+    return True
+
+
+def _lies_in(finding: Finding, grid: Grid) -> bool:
+    """Whether its centre does, by slices: in-plane everything does."""
+    return bool(-0.5 <= grid.mm_to_index(finding.centre)[0] <= grid.shape[0] - 0.5)
+
+
+def read_xml(path: Path) -> tuple[str, list[Reading]]:
+    """The SeriesInstanceUID ("" where it is not said), and everything that the readers said.
+
+    Raises:
+        VoxelscaleError: the file is damaged or declares entities.
+    """
+    from xml.etree.ElementTree import ParseError
+
+    from defusedxml import DefusedXmlException
+    from defusedxml.ElementTree import fromstring
+
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"larger than {LARGEST >> 20} MiB")
+        root = fromstring(path.read_bytes(), forbid_dtd=True)
+        series, readings = "", []
+        for element in root.iter():
+            name = _local(element)
+            if name.lower() == "seriesinstanceuid":
+                series = series or (element.text or "").strip()
+            elif name == "unblindedReadNodule":
+                readings.append(_nodule_of(element))
+            elif name == "nonNodule":
+                readings.append(_point_of(element))
+        return series, readings
+    except (OSError, ParseError, DefusedXmlException, ValueError, RecursionError) as error:
+        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise VoxelscaleError(f"{path}: not readable as LIDC's XML ({problem})", "copy it again") from None
+
+
+def _local(element: Element) -> str:
+    return str(element.tag).rpartition("}")[2]
+
+
+def _text(element: Element, name: str) -> str:
+    for child in element:
+        if _local(child) == name:
+            return (child.text or "").strip()
+    raise ValueError(f"{_local(element)} without {name}")
+
+
+def _pixel(element: Element) -> tuple[int, int]:
+    return int(_text(element, "yCoord")), int(_text(element, "xCoord"))
+
+
+def _nodule_of(element: Element) -> Reading:
+    outlines = []
+    for roi in element:
+        if _local(roi) == "roi":
+            points = np.array([_pixel(edge) for edge in roi if _local(edge) == "edgeMap"], np.int64)
+            if not len(points):
+                raise ValueError("an outline without points")
+            inclusion = _text(roi, "inclusion").upper() == "TRUE"
+            outlines.append(Outline(_finite(_text(roi, "imageZposition")), points, inclusion))
+    return Reading(tuple(outlines), nodule=True)
+
+
+def _point_of(element: Element) -> Reading:
+    for locus in element:
+        if _local(locus) == "locus":
+            points = np.array([_pixel(locus)], np.int64)
+            return Reading(
+                (Outline(_finite(_text(element, "imageZposition")), points, True),), nodule=False
+            )
+    raise ValueError("a non-nodule without a place")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not np.isfinite(number):
+        raise ValueError("a position that is not finite")
+    return number
+
+
+def _check_places(path: Path, readings: Sequence[Reading], grid: Grid) -> None:
+    """Raise a VoxelscaleError where outlines cannot be of this scan's pixels and slices."""
+    hint = "give the slices as LIDC-IDRI has them, neither cropped nor resampled"
+    for outline in (outline for reading in readings for outline in reading.outlines):
+        place = (outline.z_mm - grid.origin[2]) / grid.spacing[0]
+        if abs(place - round(place)) > OFF_SLICE or abs(place) > FARTHEST:
+            raise VoxelscaleError(f"{path}: an outline at {outline.z_mm:g} mm, between the slices", hint)
+        if (outline.points < 0).any() or (outline.points >= grid.shape[1:]).any():
+            raise VoxelscaleError(f"{path}: an outline beyond the scan's rows and columns", hint)
+
+
+def slice_of(outline: Outline, grid: Grid) -> int:
+    """The slice that an outline lies on."""
+    return round((outline.z_mm - grid.origin[2]) / grid.spacing[0])
+
+
+def cluster(readings: Sequence[Reading], grid: Grid) -> list[list[Reading]]:
+    """The readings by nodule, from the feet up."""
+    from scipy.sparse.csgraph import connected_components
+    from scipy.spatial.distance import cdist
+
+    if not readings:
+        return []
+    clouds = [_points(reading, grid) for reading in readings]
+    apart = np.array([[cdist(a, b).min() for b in clouds] for a in clouds])
+    tolerance = grid.spacing[0]
+    while True:
+        count, owner = connected_components(apart <= tolerance, directed=False)
+        if np.bincount(owner).max() <= READERS or tolerance * SHRINK < LEAST:
+            break
+        tolerance *= SHRINK
+    groups = [[r for r, o in zip(readings, owner, strict=True) if o == k] for k in range(count)]
+    return sorted(groups, key=lambda group: float(np.mean([_points(r, grid)[:, 0].mean() for r in group])))
+
+
+def _points(reading: Reading, grid: Grid) -> NDArray[np.float64]:
+    """(n, 3) voxels (z, y, x) of all its outlines."""
+    return np.concatenate(
+        [np.insert(o.points.astype(np.float64), 0, slice_of(o, grid), axis=1) for o in reading.outlines]
+    )
+
+
+def agree(
+    group: Sequence[Reading], grid: Grid, consensus: float
+) -> tuple[NDArray[np.bool_], tuple[int, int, int]]:
+    """The voxels that at least this share of the readers outlined, and the first voxel of their box."""
+    points = np.concatenate([_points(reading, grid) for reading in group])
+    low, high = points.min(axis=0).astype(int), points.max(axis=0).astype(int)
+    votes = np.mean([fill(reading, grid, low, high) for reading in group], axis=0)
+    return votes >= consensus, (int(low[0]), int(low[1]), int(low[2]))
+
+
+def fill(
+    reading: Reading, grid: Grid, low: NDArray[np.int64], high: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """The voxels (z, y, x) between two corners, both included, that one reader outlined."""
+    mask = np.zeros(tuple(high - low + 1), np.bool_)
+    for outline in sorted(reading.outlines, key=lambda o: not o.inclusion):
+        z = slice_of(outline, grid) - int(low[0])
+        points = outline.points - low[1:]
+        filled = inside(points, (mask.shape[1], mask.shape[2]))
+        if outline.inclusion:
+            mask[z] |= filled
+        else:
+            mask[z] &= ~filled
+        mask[z, points[:, 0], points[:, 1]] = False
+    return mask
+
+
+def _nodule(
+    agreed: NDArray[np.bool_], corner: tuple[int, int, int], group: Sequence[Reading], grid: Grid
+) -> Finding:
+    """Centre of the consensus, or where it is empty of the outlines."""
+    voxels = np.argwhere(agreed) + corner
+    places = voxels if len(voxels) else np.concatenate([_points(reading, grid) for reading in group])
+    volume = len(voxels) * grid.voxel_mm3
+    diameter = (6 * volume / np.pi) ** (1 / 3) if volume else None
+    return Finding(
+        kind="nodule", centre=_mm(places.mean(axis=0), grid), diameter_mm=diameter, readers=len(group)
+    )
+
+
+def _marks(points: Sequence[Reading], grid: Grid) -> list[Finding]:
+    """Small nodules and non-nodules; marks of one kind within `SAME_MM` are of one thing."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+
+    found: list[Finding] = []
+    kinds: tuple[Literal["small", "non-nodule"], ...] = ("small", "non-nodule")
+    for kind in kinds:
+        places = np.array(
+            [_mm(_points(r, grid).mean(axis=0), grid) for r in points if r.nodule == (kind == "small")]
+        )
+        if not len(places):
+            continue
+        owner = np.ones(1, int) if len(places) == 1 else fcluster(linkage(places), SAME_MM, "distance")
+        for group in np.unique(owner):
+            x, y, z = places[owner == group].mean(axis=0)
+            count = min(READERS, int((owner == group).sum()))
+            centre = (float(x), float(y), float(z))
+            found.append(Finding(kind=kind, centre=centre, diameter_mm=None, readers=count))
+    return found
+
+
+def _mm(index: NDArray[np.float64], grid: Grid) -> tuple[float, float, float]:
+    x, y, z = grid.index_to_mm(index)
+    return float(x), float(y), float(z)

@@ -1,0 +1,103 @@
+"""DICOM RT Structure Sets: closed planar contours (PS3.3 C.8.8.6)."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelscale.errors import VoxelscaleError
+from voxelscale.geometry import Scan
+from voxelscale.labels.contours import inside
+from voxelscale.labels.dicom import read_dataset
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+TUMOUR = re.compile(r"gtv|nodul|lesion|tumou?r|metasta", re.IGNORECASE)
+"""What regions of interest are called that are lesions."""
+
+Contours = dict[int, list[NDArray[np.float64]]]
+
+
+def read(path: Path, image: Scan, values: tuple[int, ...] | None) -> Scan:
+    """The regions as one mask: the pixels whose centre lies inside, on the nearest slice.
+
+    Several contours of a region on one slice cut holes into each other (PS3.3 C.8.8.6.3: XOR).
+
+    Args:
+        values: numbers of regions; None: the only one, or those that are named or typed as a tumour.
+
+    Raises:
+        VoxelscaleError: it is damaged, drawn on other planes, or it is unclear which region is meant.
+    """
+    data = read_dataset(path)
+    try:
+        regions = _regions(data)
+        chosen = _chosen(path, data, regions, values)
+        mask = np.zeros(image.array.shape, np.uint8)
+        for number in chosen:
+            _paint(path, regions[number], image, mask)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise VoxelscaleError(f"{path}: a damaged structure set ({error})", "export it again") from None
+    return Scan(mask, image.affine)
+
+
+def _regions(data: Dataset) -> Contours:
+    """Each region's contours, (n, 3) LPS mm."""
+    regions: Contours = {}
+    for region in data.get("ROIContourSequence") or []:
+        contours = []
+        for contour in region.get("ContourSequence") or []:
+            if str(contour.get("ContourGeometricType", "")).startswith("CLOSED_PLANAR"):
+                points = np.asarray(contour.ContourData, np.float64).reshape(-1, 3)
+                if not np.isfinite(points).all():
+                    raise ValueError("a point that is not finite")
+                contours.append(points)
+        regions[int(region.ReferencedROINumber)] = contours
+    return {number: contours for number, contours in regions.items() if contours}
+
+
+def _chosen(path: Path, data: Dataset, regions: Contours, values: tuple[int, ...] | None) -> list[int]:
+    names = {int(r.ROINumber): str(r.get("ROIName", "")) for r in data.get("StructureSetROISequence") or []}
+    types = {
+        int(o.ReferencedROINumber): str(o.get("RTROIInterpretedType", ""))
+        for o in data.get("RTROIObservationsSequence") or []
+    }
+    if values is not None:
+        chosen = [number for number in regions if number in values]
+    elif len(regions) == 1:
+        chosen = list(regions)
+    else:
+        chosen = [n for n in regions if types.get(n) == "GTV" or TUMOUR.search(names.get(n, ""))]
+    if not chosen:
+        held = ", ".join(f"{n} {names.get(n, '')}".strip() for n in sorted(regions)) or "none"
+        hint = "say which regions are the lesion, as prepare.labels=[1]"
+        raise VoxelscaleError(f"{path}: which of its regions is the lesion? It holds: {held}", hint)
+    return chosen
+
+
+def _paint(path: Path, contours: list[NDArray[np.float64]], image: Scan, mask: NDArray[np.uint8]) -> None:
+    drawn = [image.grid.mm_to_index(points) for points in contours]
+    spread = np.max([np.ptp(points, axis=0) for points in drawn], axis=0)
+    axis = int(np.argmin(spread))
+    if spread[axis] > 0.5:
+        hint = "export it on the planes of this scan"
+        raise VoxelscaleError(f"{path}: its contours do not lie in the scan's planes", hint)
+    others = [a for a in range(3) if a != axis]
+    planes: dict[int, NDArray[np.bool_]] = defaultdict(
+        lambda: np.zeros((mask.shape[others[0]], mask.shape[others[1]]), np.bool_)
+    )
+    for points in drawn:
+        plane = int(np.rint(points[:, axis].mean()))
+        if not 0 <= plane < mask.shape[axis]:
+            hint = "check that the pair belongs together"
+            raise VoxelscaleError(f"{path}: a contour outside the scan", hint)
+        planes[plane] ^= inside(points[:, others], planes[plane].shape)
+    for plane, filled in planes.items():
+        view = np.moveaxis(mask, axis, 0)[plane]
+        view |= filled

@@ -1,0 +1,193 @@
+"""The page and the table of `voxelscale inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+from voxelscale.data.inspect import HU_EDGES, SEVERITIES, Facts, Inspection, Problem
+from voxelscale.data.prepare import sphere_diameter
+from voxelscale.files import write_atomic
+from voxelscale.report.charts import BOTTOM, Frame, draw_axes
+from voxelscale.report.overlays import Slice, draw_slice
+
+MOST_THUMBNAILS = 200
+"""About 20 kB each."""
+COLOURS = {"error": "var(--bad)", "warning": "#ff9f1c", "note": "var(--soft)"}
+COLUMNS = (
+    "Case",
+    "Voxels",
+    "Spacing, mm",
+    "Axes",
+    "HU",
+    "Lesions",
+    "Largest, mm",
+    "Lesions, ml",
+    "Lungs, l",
+)
+
+
+def write_dataset_page(found: Inspection, name: str, out: Path) -> None:
+    """Write one self-contained HTML page.
+
+    Args:
+        name: of the data set, for the head.
+        out: the page.
+
+    Raises:
+        VoxelscaleError: the file cannot be written.
+    """
+    sections = [
+        f'<h1>{escape(name)}</h1><p class="lead">{escape(" · ".join(headline(found)))}</p>',
+        "<h2>Problems</h2>",
+        _problems(found.problems),
+        "<h2>Distributions</h2>",
+        _histograms(found.cases),
+        "<h2>Cases</h2>",
+        _table(found.cases),
+        _thumbnails(found.cases),
+        "<footer>Spacing and voxels in the order z, y, x. Diameters are those of spheres of the same "
+        "volume; lesions are 26-connected components of the mask. Lungs.</footer>",
+    ]
+    page = resources.files("voxelscale.report").joinpath("page.html").read_text(encoding="utf-8")
+    title = escape(f"Voxelscale: {name}")
+    write_atomic(out, Template(page).substitute(title=title, body="\n".join(sections)))
+
+
+def headline(found: Inspection) -> list[str]:
+    """The data set in a few words."""
+    lesions = sum(len(one.lesions_mm3) for one in found.cases)
+    counts = Counter(problem.severity for problem in found.problems)
+    told = [f"{counts[severity]} {severity}s" for severity in SEVERITIES]
+    return [f"{found.kind} of {len(found.cases)} readable cases", f"{lesions} lesions", *told]
+
+
+def text_table(cases: Sequence[Facts]) -> list[str]:
+    """The cases as lines of text, columns aligned."""
+    rows = [COLUMNS, *([text for text, _ in _row(one)] for one in cases)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+
+
+def _row(one: Facts) -> list[tuple[str, str]]:
+    """Each column's text, and what it is sorted by."""
+    largest = sphere_diameter(one.lesions_mm3[0]) if one.lesions_mm3 else 0.0
+    volume = sum(one.lesions_mm3) / 1000
+    lungs = one.lungs_ml
+    return [
+        (one.case, one.case),
+        (" x ".join(map(str, one.shape)), f"{np.prod(one.shape)}"),
+        (" x ".join(f"{s:.3g}" for s in one.spacing), f"{max(one.spacing):.6f}"),
+        (one.axes, str(sum(ord(c) << 8 * i for i, c in enumerate(one.axes)))),
+        (f"{one.hu[0]:.0f} to {one.hu[4]:.0f}", f"{one.hu[0]:.3f}"),
+        (str(len(one.lesions_mm3)) if one.labelled else "no mask", str(len(one.lesions_mm3))),
+        (f"{largest:.1f}" if one.lesions_mm3 else "", f"{largest:.3f}"),
+        (f"{volume:.2f}" if one.lesions_mm3 else "", f"{volume:.6f}"),
+        ("not found" if lungs is None else f"{lungs / 1000:.2f}", f"{lungs or 0}"),
+    ]
+
+
+def _table(cases: Sequence[Facts]) -> str:
+    head = "".join(f'<th><button type="button">{name}</button></th>' for name in COLUMNS)
+    rows = []
+    for one in cases:
+        cells = [
+            f'<td data-value="{escape(key, quote=True)}">{escape(text)}</td>' for text, key in _row(one)
+        ]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="wide"><table class="sortable">{body}</table></div>'
+
+
+def _problems(problems: Sequence[Problem]) -> str:
+    if not problems:
+        return "<p>None found.</p>"
+    blocks = []
+    for severity in SEVERITIES:
+        lines = [f"<div>{_said(p)}</div>" for p in problems if p.severity == severity]
+        if lines:
+            colour = COLOURS[severity]
+            blocks.append(
+                f'<div class="warn" style="border-color:{colour}"><b>{severity.capitalize()}s '
+                f"({len(lines)})</b>{''.join(lines)}</div>"
+            )
+    return "".join(blocks)
+
+
+def _said(problem: Problem) -> str:
+    return escape(f"{problem.case}: {problem.text}" if problem.case else problem.text)
+
+
+def _histograms(cases: Sequence[Facts]) -> str:
+    if not cases:
+        return "<p>No case could be read.</p>"
+    diameters = [sphere_diameter(volume) for one in cases for volume in one.lesions_mm3]
+    charts = [
+        _of_values([one.spacing[0] for one in cases], "spacing along z, mm"),
+        _of_values([one.spacing[2] for one in cases], "spacing along x, mm"),
+        _histogram(
+            np.sum([one.histogram for one in cases], axis=0), np.asarray(HU_EDGES), "HU, all voxels"
+        ),
+    ]
+    if diameters:
+        charts.append(_of_values(diameters, "lesion diameter, mm"))
+    counts = np.bincount([len(one.lesions_mm3) for one in cases])
+    charts.append(_histogram(counts, np.arange(len(counts) + 1) - 0.5, "lesions per case"))
+    return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _of_values(values: Sequence[float], label: str) -> str:
+    low, high = min(values), max(values)
+    # A data set of one spacing is one bar, not an empty range.
+    spread = (low - 0.5, high + 0.5) if high - low < 1e-3 else (low, high)
+    counts, edges = np.histogram(values, bins=min(24, max(5, round(2 * len(values) ** 0.5))), range=spread)
+    return _histogram(counts, edges, label)
+
+
+def _histogram(counts: np.ndarray, edges: np.ndarray, label: str) -> str:
+    """Counts between edges, as an SVG figure."""
+    frame = Frame(x=(float(edges[0]), float(edges[-1])), y=(0.0, 1.05 * max(1.0, float(counts.max()))))
+    bars = ""
+    for count, left, right in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        if count:
+            x, y = frame.place(left, count)
+            width = frame.place(right, count)[0] - x
+            bars += (
+                f'<rect class="dot s0" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
+                f'height="{frame.height - BOTTOM - y:.1f}">'
+                f"<title>{left:g} to {right:g}: {count:,}</title></rect>"
+            )
+    axes = draw_axes(frame, x_label=label)
+    head = f'viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(label)}"'
+    return f'<figure><svg class="chart" {head}>{axes}{bars}</svg></figure>'
+
+
+def _thumbnails(cases: Sequence[Facts]) -> str:
+    shown = [one for one in cases if one.thumbnail is not None]
+    if not shown:
+        return ""
+    left = len(shown) - MOST_THUMBNAILS
+    more = f" <small>the first {MOST_THUMBNAILS}; {left} more are not shown</small>" if left > 0 else ""
+    drawn = []
+    for one in shown[:MOST_THUMBNAILS]:
+        if (small := one.thumbnail) is not None:
+            cut = Slice(small.pixels, small.mask, np.zeros_like(small.mask), small.spacing)
+            caption = (
+                f"{one.case}: {len(one.lesions_mm3)}, largest {sphere_diameter(one.lesions_mm3[0]):.1f} mm"
+            )
+            drawn.append(
+                f"<figure>{draw_slice(cut, 50)}<figcaption>{escape(caption)}</figcaption></figure>"
+            )
+    grid = 'class="charts" style="grid-template-columns:repeat(auto-fill,minmax(200px,1fr))"'
+    return f"<h2>Largest lesions{more}</h2><div {grid}>{''.join(drawn)}</div>"

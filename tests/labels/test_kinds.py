@@ -1,0 +1,222 @@
+"""One nodule through every kind of label, on straight, flipped and oblique lattices."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import highdicom as hd
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from highdicom.sr.coding import CodedConcept
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
+from tests.conftest import SHARED
+from tests.formats.test_formats import write_series
+
+from voxelscale.errors import VoxelscaleError
+from voxelscale.formats import read_scan
+from voxelscale.geometry import Scan, affine_from_itk, to_itk
+from voxelscale.labels import kind_of, read_labels
+
+TURN = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, 1.0]])
+LATTICES = {"straight": np.eye(3), "oblique": TURN, "flipped": np.diag([-1.0, 1.0, -1.0])}
+
+
+def truth(turn: np.ndarray) -> Scan:
+    """An ellipsoid with a hole."""
+    affine = affine_from_itk((-120.5, 33.25, 900.0), (0.75, 0.75, 2.5), turn)
+    z, y, x = np.indices((8, 24, 26))
+    body = ((z - 4) / 2.5) ** 2 + ((y - 11) / 6) ** 2 + ((x - 14) / 8) ** 2 <= 1
+    hole = (np.abs(y - 11) <= 1) & (np.abs(x - 14) <= 1) & (z == 4)
+    return Scan((body & ~hole).astype(np.uint8), affine)
+
+
+@pytest.fixture(params=LATTICES)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Scan, Scan, Path]:
+    """A DICOM series as it is read, the truth on its lattice, and the series' folder."""
+    mask = truth(LATTICES[request.param])
+    write_series(tmp_path / "ct", Scan(mask.array.astype(np.int16) * 100, mask.affine))
+    image = read_scan(tmp_path / "ct")
+    on_image = sitk.Resample(to_itk(mask), to_itk(image), sitk.Transform(), sitk.sitkNearestNeighbor)
+    return image, Scan(sitk.GetArrayFromImage(on_image), image.affine), tmp_path
+
+
+def slices(folder: Path) -> list[Dataset]:
+    read = [pydicom.dcmread(path) for path in folder.iterdir()]
+    for data in read:  # what highdicom copies into its object
+        data.PatientName, data.PatientBirthDate, data.PatientSex = "", "", ""
+        data.StudyDate = data.StudyTime = data.AccessionNumber = data.StudyID = ""
+        data.ReferringPhysicianName = ""
+    return sorted(read, key=lambda data: int(data.InstanceNumber))
+
+
+def write_seg(path: Path, mask: Scan, image: Scan, ct: Path, kind: str) -> None:
+    """By highdicom, on the slices as they are in their files."""
+    sources = slices(ct)
+    planes = [
+        mask.array[round(float(image.grid.mm_to_index(np.asarray(s.ImagePositionPatient, float))[0]))]
+        for s in sources
+    ]
+    lesion = CodedConcept("4147007", "SCT", "Mass")
+    segment = hd.seg.SegmentDescription(
+        segment_number=3,
+        segment_label="lesion",
+        segmented_property_category=CodedConcept("49755003", "SCT", "Morphologically abnormal structure"),
+        segmented_property_type=lesion,
+        algorithm_type=hd.seg.SegmentAlgorithmTypeValues.MANUAL,
+    )
+    segment.SegmentNumber = 1
+    hd.seg.Segmentation(
+        source_images=sources,
+        pixel_array=np.stack(planes).astype(np.float32 if kind == "FRACTIONAL" else np.uint8),
+        segmentation_type=kind,
+        segment_descriptions=[segment],
+        series_instance_uid=generate_uid(),
+        series_number=2,
+        sop_instance_uid=generate_uid(),
+        instance_number=1,
+        manufacturer="test",
+        manufacturer_model_name="test",
+        software_versions="1",
+        device_serial_number="1",
+    ).save_as(path)
+
+
+def write_rtstruct(path: Path, contours: dict[str, list[np.ndarray]]) -> None:
+    """By pydicom; contours in mm by the name of their region."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = RTStructureSetStorage, generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data = Dataset()
+    data.file_meta, data.Modality = meta, "RTSTRUCT"
+    data.SOPClassUID, data.SOPInstanceUID = RTStructureSetStorage, meta.MediaStorageSOPInstanceUID
+    data.StructureSetROISequence, data.ROIContourSequence = [], []
+    for number, (name, outlines) in enumerate(contours.items(), start=1):
+        region, drawn = Dataset(), Dataset()
+        region.ROINumber, region.ROIName = number, name
+        drawn.ReferencedROINumber, drawn.ContourSequence = number, []
+        for points in outlines:
+            contour = Dataset()
+            contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", len(points)
+            contour.ContourData = [f"{v:.4f}" for v in points.ravel()]
+            drawn.ContourSequence.append(contour)
+        data.StructureSetROISequence.append(region)
+        data.ROIContourSequence.append(drawn)
+    pydicom.dcmwrite(path, data, enforce_file_format=True)
+
+
+def boundaries(mask: Scan) -> list[np.ndarray]:
+    """Outlines (mm) between the voxels' centres, holes included: the level line of one half."""
+    import contourpy
+
+    found = []
+    for z, plane in enumerate(mask.array):
+        padded = np.pad(plane.astype(float), 1)
+        for line in contourpy.contour_generator(z=padded).lines(0.5):
+            index = np.column_stack([np.full(len(line), z), line[:, 1] - 1, line[:, 0] - 1])
+            found.append(mask.grid.index_to_mm(index))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL"])
+def test_a_segmentation_object(case: tuple[Scan, Scan, Path], kind: str) -> None:
+    image, mask, folder = case
+    write_seg(folder / "seg.dcm", mask, image, folder / "ct", kind)
+    assert kind_of(folder / "seg.dcm") == "SEG"
+    found = read_labels(folder / "seg.dcm", image)
+    assert np.array_equal(found.mask.array, mask.array)
+    assert found.findings == ()
+    with pytest.raises(VoxelscaleError, match="no segment"):
+        read_labels(folder / "seg.dcm", image, values=(7,))
+
+
+def test_a_structure_set_with_a_hole(case: tuple[Scan, Scan, Path]) -> None:
+    image, mask, folder = case
+    box = np.array([[0, 0, 0], [0, 23, 0], [0, 23, 25], [0, 0, 25]])
+    regions = {"BODY": [image.grid.index_to_mm(box)], "Nodule 1": boundaries(mask)}
+    write_rtstruct(folder / "rt.dcm", regions)
+    assert kind_of(folder / "rt.dcm") == "RTSTRUCT"
+    assert np.array_equal(read_labels(folder / "rt.dcm", image).mask.array, mask.array)
+    body = read_labels(folder / "rt.dcm", image, values=(1,)).mask.array
+    assert body[0].sum() > 22 * 24
+    assert not body[1:].any()
+    write_rtstruct(folder / "rt.dcm", {"A": boundaries(mask), "B": boundaries(mask)})
+    with pytest.raises(VoxelscaleError, match="which of its regions is the lesion"):
+        read_labels(folder / "rt.dcm", image)
+
+
+@pytest.mark.parametrize("extension", ["nii.gz", "mha", "nrrd"])
+def test_a_mask_file_in_any_order_of_axes(case: tuple[Scan, Scan, Path], extension: str) -> None:
+    image, mask, folder = case
+    path = folder / f"mask.{extension}"
+    if extension == "nii.gz":
+        ras = np.diag([-1.0, -1.0, 1.0, 1.0]) @ mask.affine[:, [2, 1, 0, 3]]
+        theirs = nibabel.Nifti1Image(mask.array.T, ras)
+        nibabel.save(nibabel.as_closest_canonical(theirs), path)
+    else:
+        sitk.WriteImage(sitk.Flip(to_itk(mask), [True, False, True]), str(path))
+    found = read_labels(path, image)
+    assert np.array_equal(found.mask.array, mask.array)
+    assert found.mask.grid.same_as(image.grid)
+
+
+def test_what_lies_elsewhere_is_refused(case: tuple[Scan, Scan, Path]) -> None:
+    image, mask, folder = case
+    write_seg(folder / "seg.dcm", mask, image, folder / "ct", "BINARY")
+    moved = image.affine.copy()
+    moved[:3, 3] += 0.3
+    with pytest.raises(VoxelscaleError, match="do not lie on the scan's voxels"):
+        read_labels(folder / "seg.dcm", Scan(image.array, moved))
+    write_rtstruct(folder / "rt.dcm", {"GTV": boundaries(mask)})
+    far = image.affine.copy()
+    far[2, 3] += 500
+    with pytest.raises(VoxelscaleError, match="outside the scan"):
+        read_labels(folder / "rt.dcm", Scan(image.array, far))
+
+
+@pytest.mark.parametrize("turn", LATTICES)
+def test_spheres(tmp_path: Path, turn: str) -> None:
+    image = Scan(
+        np.zeros((20, 40, 44), np.int16), affine_from_itk((3, 4, 5), (0.7, 0.8, 1.25), LATTICES[turn])
+    )
+    centre = image.grid.index_to_mm((10.3, 20.4, 21.2))
+    tiny = image.grid.index_to_mm((4.4, 5.4, 6.4))
+    write_table(
+        tmp_path / "annotations.csv", [("1.2.3", *centre, 9.0), ("1.2.3", *tiny, 0.1), ("9", 0, 0, 0, 5)]
+    )
+    write_table(tmp_path / "annotations_excluded.csv", [("1.2.3", *centre, -1), ("9", 1, 2, 3, 4)])
+    assert kind_of(tmp_path / "annotations.csv") == "spheres"
+    labels = read_labels(tmp_path / "annotations.csv", image, series="1.2.3")
+    places = image.grid.index_to_mm(np.moveaxis(np.indices(image.array.shape), 0, -1))
+    ball = np.linalg.norm(places - centre, axis=-1) <= 4.5
+    assert labels.mask.array.sum() == ball.sum() + 1
+    assert np.array_equal(
+        labels.mask.array > 0, ball | (np.indices(image.array.shape).T == (4, 5, 6)).all(-1).T
+    )
+    assert [f.kind for f in labels.findings] == ["nodule", "nodule", "excluded"]
+    assert labels.findings[2].diameter_mm is None
+    with pytest.raises(VoxelscaleError, match="not known"):
+        read_labels(tmp_path / "annotations.csv", image)
+
+
+def write_table(path: Path, rows: list[tuple[object, ...]]) -> None:
+    with path.open("w", newline="") as handle:
+        csv.writer(handle).writerows([("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"), *rows])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real tables are not here")
+def test_lunas_own_tables() -> None:
+    table = SHARED / "luna16" / "annotations.csv"
+    uid = "1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192"  # LIDC-IDRI-0001
+    image = read_scan(SHARED / "lidc" / "LIDC-IDRI-0001" / "ct")
+    labels = read_labels(table, image, series=uid)
+    (nodule,) = (f for f in labels.findings if f.kind == "nodule")
+    centre = image.grid.index_to_mm(np.argwhere(labels.mask.array).mean(axis=0))
+    assert np.linalg.norm(centre - nodule.centre) < 0.5
+    with table.with_name("annotations_excluded.csv").open() as handle:
+        excluded = sum(line.startswith(uid) for line in handle)
+    assert sum(f.kind == "excluded" for f in labels.findings) == excluded > 0
