@@ -11,12 +11,14 @@ import SimpleITK as sitk
 import torch
 from hypothesis import settings
 
-from voxelscale.config import Config, from_dict
+from voxelscale.config import Config, PrepareConfig, from_dict
 from voxelscale.console import set_verbosity
-from voxelscale.data.listing import list_sources
+from voxelscale.data.listing import Source, list_sources
 from voxelscale.data.phantom import write_phantoms
 from voxelscale.data.prepare import prepare
+from voxelscale.data.reading import read_case
 from voxelscale.data.store import Store, open_store
+from voxelscale.geometry import Scan
 
 # A busy machine makes any deadline a coin toss.
 settings.register_profile("patient", deadline=None)
@@ -32,6 +34,13 @@ def assert_same_place(mask: sitk.Image, scan: sitk.Image) -> None:
     assert mask.GetOrigin() == pytest.approx(scan.GetOrigin(), abs=1e-4)
     assert mask.GetSpacing() == pytest.approx(scan.GetSpacing(), abs=1e-4)
     assert mask.GetDirection() == pytest.approx(scan.GetDirection(), abs=1e-4)
+
+
+def read_pair(image: Path, label: Path, values: tuple[int, ...] | None = None) -> tuple[Scan, Scan]:
+    """A scan and its mask, as `prepare` reads them."""
+    source = Source(case="case", patient="case", image=image, label=label)
+    scan, labels = read_case(source, PrepareConfig(labels=values))
+    return scan, labels.mask
 
 
 @pytest.fixture(autouse=True)

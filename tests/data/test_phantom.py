@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import ndimage
+from tests.conftest import read_pair
 
 from voxelscale.config import Config, PhantomConfig
 from voxelscale.data.phantom import make_phantom, write_phantoms
 from voxelscale.data.phantom.vessels import grow
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats import read_label, read_pair
+from voxelscale.formats import read_label
 
 
 def test_a_phantom_is_a_pure_function_of_seed_and_case(tiny: Config) -> None:

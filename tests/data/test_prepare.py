@@ -10,13 +10,14 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.conftest import read_pair
 
 from voxelscale.config import Config
 from voxelscale.data.listing import Source, list_scans, list_sources
 from voxelscale.data.prepare import assign_splits, prepare
 from voxelscale.data.store import CaseInfo, Reader, Store, open_store
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats import read_pair, write_scan
+from voxelscale.formats import write_scan
 from voxelscale.geometry import Scan, to_itk
 
 

@@ -12,9 +12,10 @@ import pytest
 import SimpleITK as sitk
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from tests.conftest import read_pair
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats import detect_format, read_label, read_pair, read_scan, write_scan
+from voxelscale.formats import detect_format, read_label, read_scan, write_scan
 from voxelscale.geometry import Scan, affine_from_itk, to_itk
 
 TURN = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, 1.0]])
@@ -299,10 +300,10 @@ def test_masks_that_do_not_fit(tmp_path: Path, name: str) -> None:
 def test_chosen_label_values(tmp_path: Path) -> None:
     write_scan(volume(), tmp_path / "image.nii.gz")
     write_scan(Scan(mask().array * 7, AFFINE), tmp_path / "label.nii.gz")
-    _, label = read_pair(tmp_path / "image.nii.gz", tmp_path / "label.nii.gz", label_values=(7,))
+    _, label = read_pair(tmp_path / "image.nii.gz", tmp_path / "label.nii.gz", values=(7,))
     assert np.array_equal(label.array, mask().array)
     with pytest.raises(VoxelscaleError, match="it holds 0, 7"):
-        read_pair(tmp_path / "image.nii.gz", tmp_path / "label.nii.gz", label_values=(3,))
+        read_pair(tmp_path / "image.nii.gz", tmp_path / "label.nii.gz", values=(3,))
 
 
 def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path) -> None:

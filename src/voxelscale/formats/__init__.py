@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import dicom, meta, nifti, nrrd
 from voxelscale.formats._voxels import check_affine, not_finite
-from voxelscale.geometry import Scan, reorient, to_itk
+from voxelscale.geometry import Scan, to_itk
 
 FAMILIES = {"nifti": nifti, "metaimage": meta, "nrrd": nrrd, "dicom": dicom}
 
@@ -112,39 +112,6 @@ def read_label(path: Path) -> Scan:
         raise VoxelscaleError(f"{path}: a mask with values up to {array.max():g}", "is this a mask?")
     fits = array.size == 0 or array.max() <= 255
     return Scan(array.astype(np.uint8 if fits else np.int32), scan.affine)
-
-
-def read_pair(
-    image: Path,
-    label: Path,
-    allow_empty: bool = False,
-    label_values: tuple[int, ...] | None = None,
-    series: str = "",
-    fill_gaps: int = 0,
-) -> tuple[Scan, Scan]:
-    """A scan and its mask, voxel on voxel.
-
-    Args:
-        allow_empty: whether a mask without foreground is a healthy case rather than a mistake.
-        label_values: the class numbers that are the lesion; None: all above 0.
-        series, fill_gaps: of the image, as `read_scan` takes them.
-
-    Returns:
-        HU, and a mask uint8 of 0 and 1 on the same lattice; axes run as nearly as can be in LPS.
-
-    Raises:
-        VoxelscaleError: one of them is unfit, they lie differently, or the mask is empty.
-    """
-    # Many converters flip axes; the same voxels in another order are the same lattice.
-    scan, mask = reorient(read_scan(image, series, fill_gaps)), reorient(read_label(label))
-    check_same_place(label, mask, image, scan)
-    binary = mask.array > 0 if label_values is None else np.isin(mask.array, label_values)
-    if not binary.any() and not allow_empty:
-        found = ", ".join(map(str, np.unique(mask.array)[:10]))
-        wanted = "" if label_values is None else f" of the values {label_values}"
-        hint = "check the mask, or say prepare.allow_empty=true where healthy scans are meant to be there"
-        raise VoxelscaleError(f"{label}: an empty mask: no voxel{wanted} (it holds {found})", hint)
-    return scan, Scan(binary.astype(np.uint8), scan.affine)
 
 
 def check_same_place(label: Path, mask: Scan, image: Path, scan: Scan) -> None:

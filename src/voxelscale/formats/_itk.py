@@ -1,4 +1,4 @@
-"""SimpleITK's images as scans, with every fault of a file told as one line."""
+"""SimpleITK with every fault of a file told as one line."""
 
 from __future__ import annotations
 
@@ -7,33 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats._voxels import MOST_VOXELS as MOST_VOXELS
-from voxelscale.formats._voxels import check_affine
-from voxelscale.formats._voxels import check_header as check_header
-from voxelscale.formats._voxels import not_finite as not_finite
-from voxelscale.geometry import Scan, affine_from_itk
-
-if TYPE_CHECKING:
-    import SimpleITK as sitk
-
-
-def to_scan(path: Path, image: sitk.Image) -> Scan:
-    """An image of 3-D, or 4-D with one volume, as a scan.
-
-    Raises:
-        VoxelscaleError: spacing, origin or directions do not describe voxels in space.
-    """
-    import SimpleITK as sitk
-
-    while image.GetDimension() > 3:
-        image = image[..., 0]
-    affine = affine_from_itk(image.GetOrigin(), image.GetSpacing(), image.GetDirection())
-    x, y, z = image.GetSize()
-    check_affine(path, (z, y, x), affine)
-    return Scan(sitk.GetArrayFromImage(image), affine)
 
 
 @contextmanager

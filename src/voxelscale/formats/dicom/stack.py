@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats._itk import check_header
+from voxelscale.formats._voxels import check_header
 from voxelscale.formats.dicom.header import Frame
 from voxelscale.geometry import Grid
 

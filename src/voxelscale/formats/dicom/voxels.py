@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats._itk import MOST_VOXELS
+from voxelscale.formats._voxels import MOST_VOXELS
 from voxelscale.formats.dicom import codec
 from voxelscale.formats.dicom.header import NATIVE, UNDEFINED, Frame, Pixels, inflate
 from voxelscale.formats.dicom.stack import Stack
