@@ -1,6 +1,7 @@
 """Searching: many asynchronous workers on a surrogate of real trainings, and one real search.
 
-    python benchmarks/search.py                       the simulation, minutes; prints a table, writes JSON
+    python benchmarks/search.py                       the simulation, an hour for the Gaussian process alone
+                                                      (--methods leaves it out); prints a table, writes JSON
     python benchmarks/search.py --quick               fewer trials and seeds
     python benchmarks/search.py --real DIR            a real search of 30 trials on 2 cores, and whether its
                                                       best beats the default config, over 5 seeds each
@@ -8,8 +9,9 @@
                                                       search_table.csv, which the simulation is made from
 
 The surrogate is a Gaussian process (squared exponential, one length a key) through the measured validation
-Dice at every rung and the measured seconds; its leave-one-out error is printed. In the simulation the clock
-is virtual: a proposal takes the seconds that it really took and a trial those that the surrogate says. A
+Dice at every rung and the measured seconds; its leave-one-out error is printed. A trial's Dice is the
+surrogate's with the noise that its fit found; what is told of the best trial is without. The clock is
+virtual: a proposal takes the seconds that it really took and a trial those that the surrogate says. A
 worker asks for the next as soon as it is free; the synchronous baseline asks for a batch when the last
 trial of the one before has ended. Samplers and pruners are the search's own. Workers count as busy while
 they train, until the last trial is handed out: after that there is nothing more to do.
@@ -72,7 +74,8 @@ class Process:
     """A Gaussian process with a length of its own for every column of x, fitted by marginal likelihood.
 
     Attributes:
-        error: root mean square of the leave-one-out residuals; `spread`: standard deviation of y.
+        error: root mean square of the leave-one-out residuals; `spread`: standard deviation of y; `noise`:
+            that of repetitions at one point, as the fit has it.
     """
 
     def __init__(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> None:
@@ -87,6 +90,7 @@ class Process:
         self._weights = inverse @ z
         residuals = self._weights / np.diag(inverse) * self._scale
         self.error, self.spread = float(np.sqrt(np.mean(residuals**2))), float(y.std())
+        self.noise = float(np.exp(found.x[-1] / 2)) * self._scale
 
     def __call__(self, x: NDArray[np.float64]) -> float:
         """The mean at one point."""
@@ -231,7 +235,7 @@ class _Run:
         self.asked += asking
         curve = self.surrogate.curve(params)
         noisy = [
-            d + float(self.noise.normal(0, p.error))
+            d + float(self.noise.normal(0, p.noise))
             for d, p in zip(curve, self.surrogate.dice, strict=True)
         ]
         whole = max(1.0, self.surrogate.duration(params) - START)
@@ -293,7 +297,9 @@ def reached(best: Sequence[tuple[float, float]], seconds: float) -> float:
     return max((dice for when, dice in best if when <= seconds), default=0.0)
 
 
-def simulation(config: Config, space: Space, trials: int, seeds: int, out: Path) -> None:
+def simulation(
+    config: Config, space: Space, methods: Sequence[str], trials: int, seeds: int, out: Path
+) -> None:
     """All methods at all numbers of workers: a table and JSON."""
     marks = len(rungs(config.search, config.train.samples)) + 1
     table = read_table(space, marks)
@@ -301,20 +307,20 @@ def simulation(config: Config, space: Space, trials: int, seeds: int, out: Path)
     last = surrogate.dice[-1]
     final = table.dice[:, -1]
     print(f"{len(final)} measured configs; Dice {final.mean():.3f} in the mean, {final.max():.3f} at best")
-    print(f"surrogate, leave-one-out: Dice {last.error:.3f} of a spread of {last.spread:.3f}; ", end="")
+    print(f"surrogate, leave-one-out: Dice {last.error:.3f} of a spread of {last.spread:.3f}, ", end="")
+    print(f"of which noise {last.noise:.3f}; ", end="")
     print(f"log seconds {surrogate.seconds.error:.3f} of {surrogate.seconds.spread:.3f}\n")
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(initializer=_begin_process) as pool:
-        # The slow sampler's long ones first.
         jobs = {
             (method, workers): [
                 pool.submit(simulate, config, surrogate, method, workers, trials, seed)
                 for seed in range(seeds)
             ]
-            for method in sorted(METHODS, key=lambda name: name != "gp")
+            for method in methods
             for workers in WORKERS
         }
-        for method in METHODS:
+        for method in methods:
             for workers in WORKERS:
                 runs = [job.result() for job in jobs[method, workers]]
                 rows.append(_row(method, workers, runs, table))
@@ -430,6 +436,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="48 trials, 2 seeds")
     parser.add_argument("--trials", type=int, default=0, help="of each simulated or real search")
     parser.add_argument("--seeds", type=int, default=0, help="of each simulated search, or to confirm with")
+    parser.add_argument("--methods", default=";".join(METHODS), help="of the simulation, as 'tpe;gp'")
     parser.add_argument("--json", type=Path, default=Path("search.json"), help="file to write")
     parser.add_argument("--real", type=Path, metavar="DIR", help="a real search in this folder")
     parser.add_argument("--measure", type=Path, metavar="DIR", help="measure the table anew in this folder")
@@ -442,7 +449,12 @@ def main() -> None:
     else:
         trials, seeds = (48, 2) if arguments.quick else (192, 5)
         simulation(
-            config, read_space(config), arguments.trials or trials, arguments.seeds or seeds, arguments.json
+            config,
+            read_space(config),
+            arguments.methods.split(";"),
+            arguments.trials or trials,
+            arguments.seeds or seeds,
+            arguments.json,
         )
 
 
