@@ -453,7 +453,8 @@ def predict(
         wanted = {info.case for info in open_store(store).split(split)}
         sources = [source for source in sources if source.case in wanted]
         if not sources:
-            raise VoxelscaleError(f"{scans}: no case of the split {split} of {store}", "check --split")
+            hint = "check --split, and that prepare.names is as it was for prepare"
+            raise VoxelscaleError(f"{scans}: no case of the split {split} of {store}", hint)
     outcome = run_predict(sources, bundle, settings.predict, out)
     code = tell_failed(outcome.failed, "predicted")
     for case, findings in outcome.findings.items():

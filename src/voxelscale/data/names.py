@@ -58,9 +58,15 @@ class Names:
         return "patient-" + self._hash("patient", identifier)
 
     def keep_in(self, folder: Path) -> None:
-        """Keep the key there, too, if it is one that was made and has been used."""
-        if self._key and self.folder is not None and not self.key_file and VARIABLE not in os.environ:
-            _keep(folder / KEY_FILE, self._key)
+        """Keep the key there, too, if it is one that was made and has been used.
+
+        Raises:
+            VoxelscaleError: another key is there: the folder's cases would lose their names.
+        """
+        made = self._key and self.folder is not None and not self.key_file and VARIABLE not in os.environ
+        if made and _keep(folder / KEY_FILE, self._key) != self._key:
+            hint = "choose another folder: the cases in this one are called after that key"
+            raise VoxelscaleError(f"{folder / KEY_FILE}: another key", hint)
 
     def _hash(self, kind: str, text: str) -> str:
         if not self._key:

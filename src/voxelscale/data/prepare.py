@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from voxelscale.data.store import (
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_csv
 from voxelscale.geometry import Grid, IntTriple, Scan, Triple, reorient, resample
+from voxelscale.labels.spheres import EXCLUDED
 from voxelscale.parallel import map_processes
 
 Made = TypeVar("Made")
@@ -88,11 +89,20 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outc
     failures = tuple((case, *failed[case]) for case in sorted(failed))
     if not infos:
         raise _none_prepared(failed)
-    infos = assign_splits(infos, config.split, config.seed)
+    infos = assign_splits(infos, config.split, config.seed, _order(sources))
     facts = fingerprint(infos) | {"orientations": dict(sorted(Counter(s.axes for s in surveyed).items()))}
     write_csv(out / FINDINGS, _finding_rows(infos))
     write_table(out, spacing, facts, infos)
     return Outcome(done=tuple(infos), kept=len(kept), failed=failures)
+
+
+def _order(sources: Sequence[Source]) -> dict[str, str]:
+    """What patients are sorted by: hashed names are another for another key, series UIDs are not."""
+    order: dict[str, str] = {}
+    for source in sources:
+        own = source.series or source.patient
+        order[source.patient] = min(own, order.get(source.patient, own))
+    return order
 
 
 def _finding_rows(infos: Sequence[CaseInfo]) -> list[list[object]]:
@@ -294,14 +304,20 @@ def _pooled(each: Sequence[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def assign_splits(cases: Sequence[CaseInfo], shares: Triple, seed: int) -> list[CaseInfo]:
+def assign_splits(
+    cases: Sequence[CaseInfo], shares: Triple, seed: int, order: Mapping[str, str] | None = None
+) -> list[CaseInfo]:
     """The cases with their split: patients shuffled by `seed`, then dealt out by `shares`.
 
     Every split with a share above 0 gets at least one patient while there are enough of them,
     training first.
+
+    Args:
+        order: what to sort the patients by before they are shuffled, where it is not their name.
     """
-    patients = sorted({info.patient for info in cases})
-    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(patients))
+    order = order or {}
+    patients = sorted({info.patient for info in cases}, key=lambda patient: order.get(patient, patient))
+    shuffled = np.random.Generator(np.random.Philox(key=seed)).permutation(len(patients))
     wanted = np.asarray(shares) / sum(shares)
     counts = np.floor(wanted * len(patients)).astype(int)
     while counts.sum() < len(patients):
@@ -309,7 +325,7 @@ def assign_splits(cases: Sequence[CaseInfo], shares: Triple, seed: int) -> list[
         short = wanted * len(patients) - counts
         counts[unserved[0] if unserved else int(np.argmax(short))] += 1
     names = np.repeat(SPLITS, counts)
-    split_of = {patients[i]: str(name) for i, name in zip(order, names, strict=True)}
+    split_of = {patients[i]: str(name) for i, name in zip(shuffled, names, strict=True)}
     return [replace(info, split=split_of[info.patient]) for info in cases]
 
 
@@ -317,7 +333,8 @@ def source_key(source: Source, config: PrepareConfig, spacing: Triple) -> str:
     """A digest of what shapes a stored case: the files' names, sizes and times, and the preparation."""
     shaping = asdict(replace(config, split=(1, 0, 0), seed=0, workers=0, plan=False, memory_gib=0))
     shaping |= {"names": "", "name_key": ""}
-    files = [source_stamp(source), _stamps([source.label] if source.label else [])]
+    labels = [source.label, source.label.with_name(EXCLUDED)] if source.label else []
+    files = [source_stamp(source), _stamps(labels)]
     return digest_of([files, source.patient, source.series, source.values, list(spacing), shaping])[:16]
 
 

@@ -43,7 +43,9 @@ def read_case(source: Source, config: PrepareConfig) -> tuple[Scan, Labels]:
             raise VoxelscaleError(f"{source.image}: has no mask", hint)
         return image, Labels(mask=Scan(np.zeros(image.array.shape, np.uint8), image.affine))
     labels = labels_of(source, image, config)
-    if not labels.mask.array.any() and not config.allow_empty:
+    # A reading that found nothing is an answer; a mask without a voxel is more likely a mistake.
+    reading = kind_of(source.label) in ("LIDC", "spheres")
+    if not (labels.mask.array.any() or reading or config.allow_empty):
         hint = "check the mask, or say prepare.allow_empty=true where healthy scans are meant to be there"
         raise VoxelscaleError(f"{source.label}: an empty mask: no voxel of a lesion", hint)
     return image, labels

