@@ -5,10 +5,10 @@
     python benchmarks/prepare.py [--scan IMAGE MASK] [--rounds 3] [--out prepare.json]
 
 Every preparation is a process of its own on one thread, which reads the two files, resamples them to the
-same spacing and writes its store; the contenders take turns. Time is that of the preparation without the
-interpreter's start and imports; memory the process's greatest resident set less what it had before. nnU-Net
-resamples images by cubic splines (its default); a second entry of it is given the linear interpolation that
-ours uses. Voxels are those of the scan as it comes.
+same spacing and writes its store; the contenders take turns. Time is processor time, of which other work
+on the machine takes little, without the interpreter's start and imports; memory the process's greatest
+resident set less what it had before. nnU-Net resamples images by cubic splines (its default); a second
+entry of it is given the linear interpolation that ours uses. Voxels are those of the scan as it comes.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def one(name: str, image: Path, mask: Path, spacing: list[float], out: Path) -> 
     else:
         work = nnunet(image, mask, spacing, out, order=1 if "linear" in name else 3)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    started = time.perf_counter()
+    started = time.process_time()
     work()
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return {"seconds": seconds, "peak_mib": (peak - before) / 2**20, "disk_mib": size / 2**20}

@@ -3,9 +3,9 @@
     python benchmarks/store.py [--out store.json] [--scan FILE]
 
 Every contender holds the same volume (HU and mask) and is read at the same places, interleaved in one run,
-one thread each, from the page cache; a patch is checked against the volume before timing. nnU-Net keeps
-float32 images and int16 masks in two files, with the chunks and blocks that it computes (it must be
-installed: benchmarks/prepare.py says how); all others int16 in one.
+one thread each, from the page cache, in processor time; a patch is checked against the volume first.
+nnU-Net keeps float32 images and int16 masks in two files, with the chunks and blocks that it computes
+(it must be installed: benchmarks/prepare.py says how); all others int16 in one.
 """
 
 from __future__ import annotations
@@ -157,10 +157,10 @@ def measure(data: NDArray[np.int16], folder: Path) -> list[dict[str, Any]]:
         for _ in range(ROUNDS):
             starts = places(data.shape, patch, count, random)
             for name, read in readers.items():
-                started = time.perf_counter()
+                started = time.process_time()
                 for start in starts:
                     read(start, patch)
-                times[name].append((time.perf_counter() - started) / count * 1e3)
+                times[name].append((time.process_time() - started) / count * 1e3)
         rows += [_row(name, patch, t, times, folder, data.size // 2) for name, t in times.items()]
     return rows
 
