@@ -5,8 +5,8 @@
 Both kinds become voxels of 0.7 mm, on a lattice shifted at random. Of each: diameter of the sphere of its
 volume; sphericity (surface of that sphere over its own); surface over volume; elongation (longest over
 shortest principal axis of its second moments). Diameters are as each source has them, within the phantoms'
-range: log-uniform there, LIDC-IDRI's own here. So surface over volume differs by size alone; sphericity
-and elongation hardly depend on it, but a small body's depend on its voxels.
+range: log-uniform there, LIDC-IDRI's own here. So surface over volume would differ even between equal
+shapes; sphericity and elongation hardly depend on size, except that a small body's depend on its voxels.
 
 The surface is Crofton's, from crossings along 13 directions with the weights of Ohser and Muecklich,
 Statistical Analysis of Microstructures (2000); its bias on spheres is measured and printed. Outlines are
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def procedural(count: int, random: np.random.Generator) -> list[dict[str, float]
             hu=40.0,
             shape=random.random((24, 4)),
         )
-        found.append(measure(voxels(lambda o, n=nodule: outline(n, o), nodule.reach_mm, random)))
+        found.append(measure(voxels(partial(outline, nodule), nodule.reach_mm, random)))
     return found
 
 

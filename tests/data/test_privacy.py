@@ -1,4 +1,4 @@
-"""Who the patient is goes nowhere: planted identifiers are looked for in every byte that a pipeline writes."""
+"""Planted identifiers of patients are looked for in every byte that a pipeline writes."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -158,6 +158,8 @@ def inspect(
             problems += result.problems
     facts.sort(key=lambda one: one.case)
     problems += [*duplicates(facts), *across_splits(facts, splits), *_vanishing(facts)]
+    # The page may be passed on; where the data lie on this machine is nobody's business.
+    problems = [replace(problem, text=problem.text.replace(f"{data}/", "")) for problem in problems]
     problems.sort(key=lambda p: (SEVERITIES.index(p.severity), p.case, p.text))
     return Inspection(kind=kind, cases=tuple(facts), problems=tuple(problems))
 

@@ -52,7 +52,7 @@ class Lungs:
 
 
 def lung_field(scan: Scan) -> Lungs:
-    """The lungs in a chest CT, whole or cropped; a 512 x 512 x 300 scan takes about two seconds.
+    """The lungs in a chest CT, whole or cropped; 512 x 512 x 300 voxels took 0.9 s of one core.
 
     Tumours wider than the closing that grow out of a lung are only partly in it: the mask bounds where to
     search, it does not measure lungs.

