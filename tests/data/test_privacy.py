@@ -15,7 +15,7 @@ from tests.formats.test_formats import write_series
 from tests.labels.test_kinds import boundaries, write_rtstruct
 
 from voxelscale.config import Config, dump
-from voxelscale.data.store import open_store
+from voxelscale.data.store import open_store, read_info
 from voxelscale.geometry import Scan, affine_from_itk
 
 PLANTED = {
@@ -112,15 +112,19 @@ def pipeline(
     return out, said
 
 
-def test_no_identifier_is_in_any_output(pipeline: tuple[Path, str]) -> None:
+def test_no_identifier_is_in_any_output(pipeline: tuple[Path, str], archive: Path) -> None:
     out, said = pipeline
     everything = {"what was said": said.encode()}
+    for case in open_store(out / "store").cases:  # its file keeps them compressed
+        everything[f"the metadata of {case.case}"] = repr(read_info(out / "store", case.case)).encode()
     for path in out.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
             everything[str(path)] = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
             everything[f"the name {path}"] = str(path).encode()
-    assert len(everything) > 6
+    assert len(everything) > 9
+    taken = b"".join(path.read_bytes() for path in archive.rglob("*.dcm"))
+    assert all(text.encode() in taken for text in PLANTED.values()), "what is looked for can be found"
     for where, content in everything.items():
         for text in PLANTED.values():
             parts = {text, *text.split("^")}
