@@ -27,7 +27,18 @@ from voxelscale.geometry import from_itk, to_itk
 pytestmark = pytest.mark.xdist_group("cli")
 """One process: they share a fixture that takes long to make."""
 
-VERBS = ["phantom", "inspect", "prepare", "train", "scale", "predict", "evaluate", "report", "quickstart", "config"]
+VERBS = [
+    "phantom",
+    "inspect",
+    "prepare",
+    "train",
+    "scale",
+    "predict",
+    "evaluate",
+    "report",
+    "quickstart",
+    "config",
+]
 Command = Callable[..., tuple[int, str, str]]
 
 

@@ -149,6 +149,14 @@ def test_a_structure_set_with_a_hole(case: tuple[Scan, Scan, Path]) -> None:
         read_labels(folder / "rt.dcm", image)
 
 
+def test_contours_on_finer_slices_do_not_cancel(case: tuple[Scan, Scan, Path]) -> None:
+    image, mask, folder = case
+    outlines = boundaries(mask)
+    step = image.grid.affine[:3, 0] * 0.3
+    write_rtstruct(folder / "rt.dcm", {"GTV": [*outlines, *(o + step for o in outlines)]})
+    assert np.array_equal(read_labels(folder / "rt.dcm", image).mask.array, mask.array)
+
+
 @pytest.mark.parametrize("extension", ["nii.gz", "mha", "nrrd"])
 def test_a_mask_file_in_any_order_of_axes(case: tuple[Scan, Scan, Path], extension: str) -> None:
     image, mask, folder = case

@@ -83,21 +83,23 @@ def _chosen(path: Path, data: Dataset, regions: Contours, values: tuple[int, ...
 
 def _paint(path: Path, contours: list[NDArray[np.float64]], image: Scan, mask: NDArray[np.uint8]) -> None:
     drawn = [image.grid.mm_to_index(points) for points in contours]
+    region = np.zeros_like(mask)
     spread = np.max([np.ptp(points, axis=0) for points in drawn], axis=0)
     axis = int(np.argmin(spread))
     if spread[axis] > 0.5:
         hint = "export it on the planes of this scan"
         raise VoxelscaleError(f"{path}: its contours do not lie in the scan's planes", hint)
     others = [a for a in range(3) if a != axis]
-    planes: dict[int, NDArray[np.bool_]] = defaultdict(
-        lambda: np.zeros((mask.shape[others[0]], mask.shape[others[1]]), np.bool_)
-    )
+    shape = (mask.shape[others[0]], mask.shape[others[1]])
+    planes: dict[float, NDArray[np.bool_]] = defaultdict(lambda: np.zeros(shape, np.bool_))
     for points in drawn:
-        plane = int(np.rint(points[:, axis].mean()))
-        if not 0 <= plane < mask.shape[axis]:
+        place = float(points[:, axis].mean())
+        if not -0.5 <= place <= mask.shape[axis] - 0.5:
             hint = "check that the pair belongs together"
             raise VoxelscaleError(f"{path}: a contour outside the scan", hint)
-        planes[plane] ^= inside(points[:, others], planes[plane].shape)
-    for plane, filled in planes.items():
-        view = np.moveaxis(mask, axis, 0)[plane]
-        view |= filled
+        planes[round(place, 2)] ^= inside(points[:, others], shape)
+    # Drawn on finer slices than the scan's, several planes are near one slice: the nearest is its.
+    for place in sorted(planes, key=lambda p: -abs(p - np.rint(p))):
+        view = np.moveaxis(region, axis, 0)
+        view[int(np.clip(np.rint(place), 0, mask.shape[axis] - 1))] = planes[place]
+    mask |= region
