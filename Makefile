@@ -18,10 +18,10 @@ quickstart: install
 	$(RUN)/voxelscale quickstart quickstart
 
 test: install
-	$(RUN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(RUN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: install
-	$(RUN)/python -m pytest -m slow -n 2 --dist loadgroup
+	$(RUN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: install
 	$(RUN)/ruff check .

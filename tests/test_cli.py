@@ -24,9 +24,6 @@ from voxelscale.data.listing import list_sources
 from voxelscale.data.phantom import write_phantoms
 from voxelscale.geometry import from_itk, to_itk
 
-pytestmark = pytest.mark.xdist_group("cli")
-"""One process: they share a fixture that takes long to make."""
-
 VERBS = [
     "phantom",
     "inspect",

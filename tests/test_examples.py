@@ -14,9 +14,6 @@ from torch import Tensor
 from tests.train.runs import apart
 from voxelscale.train import load_weights
 
-pytestmark = pytest.mark.xdist_group("examples")
-"""One process: they share a fixture that takes long to make."""
-
 ROOT = Path(__file__).parents[1]
 SIZES = ["--samples", "12", "--width", "4"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -18,10 +18,7 @@ from tests.conftest import SHARED, assert_same_place
 from voxelscale.formats import read_scan
 from voxelscale.geometry import reorient
 
-pytestmark = [
-    pytest.mark.skipif(not SHARED.is_dir(), reason="the real scans are not here"),
-    pytest.mark.xdist_group("real"),
-]
+pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the real scans are not here")
 
 LUNG1 = SHARED / "lung_tumour" / "lung1_image.nrrd"
 LUNG1_LABEL = SHARED / "lung_tumour" / "lung1_label.nrrd"

@@ -18,9 +18,6 @@ from voxelscale.search.definition import begin
 from voxelscale.search.lease import LOSSES, hand_over
 from voxelscale.search.results import utilisation
 
-pytestmark = pytest.mark.xdist_group("search")
-"""One process: they share a fixture that takes long to make."""
-
 
 def cli(*words: str | Path) -> subprocess.CompletedProcess[str]:
     base = [sys.executable, "-m", "voxelscale.cli"]

@@ -34,9 +34,6 @@ from voxelscale.predict.bundle import read_bundle
 from voxelscale.train.launch import start
 from voxelscale.train.log import read_events
 
-pytestmark = pytest.mark.xdist_group("resume")
-"""One process: they share a fixture that takes long to make."""
-
 
 @pytest.fixture(scope="module")
 def whole(config: Config, store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
