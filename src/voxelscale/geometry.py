@@ -139,6 +139,11 @@ class Scan:
         return self.grid.spacing
 
 
+def sphere_diameter(volume: float) -> float:
+    """Diameter, mm, of the sphere of a volume in mm3."""
+    return float((6 * volume / np.pi) ** (1 / 3))
+
+
 def affine_from_itk(
     origin: Sequence[float], spacing: Sequence[float], direction: ArrayLike
 ) -> NDArray[np.float64]:

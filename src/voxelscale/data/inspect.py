@@ -18,11 +18,11 @@ from voxelscale.config import PrepareConfig
 from voxelscale.data.listing import Source, list_sources
 from voxelscale.data.lungs import lung_field
 from voxelscale.data.plan import target_spacing
-from voxelscale.data.prepare import axis_codes, lesion_voxels, sphere_diameter
+from voxelscale.data.prepare import axis_codes, lesion_voxels
 from voxelscale.data.reading import labels_of, read_image
 from voxelscale.data.store import CaseInfo, Store, open_store
 from voxelscale.errors import VoxelscaleError
-from voxelscale.geometry import Grid, IntTriple, Scan, Triple, reorient
+from voxelscale.geometry import Grid, IntTriple, Scan, Triple, reorient, sphere_diameter
 from voxelscale.parallel import map_processes
 
 Severity = Literal["error", "warning", "note"]

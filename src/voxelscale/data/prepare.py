@@ -28,7 +28,7 @@ from voxelscale.data.store import (
 )
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_csv
-from voxelscale.geometry import Grid, IntTriple, Scan, Triple, reorient, resample
+from voxelscale.geometry import Grid, IntTriple, Scan, Triple, reorient, resample, sphere_diameter
 from voxelscale.labels.spheres import EXCLUDED
 from voxelscale.parallel import map_processes
 
@@ -269,11 +269,6 @@ def fingerprint(cases: Sequence[CaseInfo]) -> dict[str, Any]:
         "extent_mm": _range(extents, 1),
         "digest": digest[:16],
     }
-
-
-def sphere_diameter(volume: float) -> float:
-    """Diameter, mm, of the sphere of a volume in mm3."""
-    return float((6 * volume / np.pi) ** (1 / 3))
 
 
 def _quartiles(values: Sequence[float]) -> list[float]:

@@ -10,7 +10,7 @@ from voxelscale.config import PrepareConfig
 from voxelscale.data.listing import Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Scan, reorient
-from voxelscale.labels import Labels, kind_of, read_labels
+from voxelscale.labels import Labels, kind_of, lesion_in, read_labels
 
 
 def read_image(source: Source, fill_gaps: int = 0) -> Scan:
@@ -63,9 +63,7 @@ def read_truth(source: Source, config: PrepareConfig) -> Scan:
         raise VoxelscaleError(f"{source.image}: has no mask", "add its mask")
     if kind_of(source.label) == "mask":
         mask = reorient(read_label(source.label))
-        values = config.labels or source.values
-        wanted = mask.array > 0 if values is None else np.isin(mask.array, values)
-        return Scan(wanted.astype(np.uint8), mask.affine)
+        return Scan(lesion_in(mask, _values(source, config)).astype(np.uint8), mask.affine)
     return read_case(source, replace(config, allow_empty=True))[1].mask
 
 
@@ -77,6 +75,11 @@ def labels_of(source: Source, image: Scan, config: PrepareConfig) -> Labels:
         image,
         image_path=source.image,
         series=source.series,
-        values=config.labels or source.values,
+        values=_values(source, config),
         consensus=config.consensus,
     )
+
+
+def _values(source: Source, config: PrepareConfig) -> tuple[int, ...] | None:
+    """What the user calls the lesion, or else the data set."""
+    return config.labels or source.values

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Scan
@@ -88,6 +89,11 @@ def read_labels(
     return Labels(mask=_read_mask(path, image, image_path or path, values))
 
 
+def lesion_in(mask: Scan, values: tuple[int, ...] | None) -> NDArray[np.bool_]:
+    """Where a mask has one of these values; None: any above 0."""
+    return np.asarray(mask.array > 0 if values is None else np.isin(mask.array, values))
+
+
 def kind_of(path: Path) -> Literal["SEG", "RTSTRUCT", "LIDC", "spheres", "mask"]:
     """What a label file is, by its first bytes; what is none of the others is tried as a mask."""
     head = b""
@@ -118,7 +124,7 @@ def _read_mask(path: Path, image: Scan, image_path: Path, values: tuple[int, ...
 
     mask, turned = reorient(read_label(path)), reorient(image)
     check_same_place(path, mask, image_path, turned)
-    binary = mask.array > 0 if values is None else np.isin(mask.array, values)
+    binary = lesion_in(mask, values)
     if values is not None and mask.array.any() and not binary.any():
         found = ", ".join(map(str, np.unique(mask.array)[:10]))
         hint = "choose other prepare.labels, or leave them out for all"

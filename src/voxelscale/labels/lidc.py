@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
-from voxelscale.geometry import Grid, Scan
+from voxelscale.geometry import Grid, Scan, sphere_diameter
 from voxelscale.labels import Finding, Labels
 from voxelscale.labels.contours import inside
 
@@ -274,7 +274,7 @@ def _nodule(
     voxels = np.argwhere(agreed) + corner
     places = voxels if len(voxels) else np.concatenate([_points(reading, grid) for reading in group])
     volume = len(voxels) * grid.voxel_mm3
-    diameter = (6 * volume / np.pi) ** (1 / 3) if volume else None
+    diameter = sphere_diameter(volume) if volume else None
     return Finding(
         kind="nodule", centre=_mm(places.mean(axis=0), grid), diameter_mm=diameter, readers=len(group)
     )

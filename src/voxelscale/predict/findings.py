@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic, write_csv
-from voxelscale.geometry import Grid, Triple
+from voxelscale.geometry import Grid, Triple, sphere_diameter
 
 LEAST_NODULE_MM3 = 14.0
 """Volume of a 3 mm sphere; what is smaller is no nodule (Fleischner Society, Hansell et al. 2008)."""
@@ -132,7 +132,7 @@ def _describe(
         y=y,
         z=z,
         index=(float(centre[0]), float(centre[1]), float(centre[2])),
-        diameter_mm=(6 * volume / np.pi) ** (1 / 3),
+        diameter_mm=sphere_diameter(volume),
         axial_diameter_mm=_axial_diameter(voxels, grid),
         volume_mm3=volume,
         mean_hu=None if image is None else float(image[tuple(voxels.T)].mean(dtype=np.float64)),

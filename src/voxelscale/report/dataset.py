@@ -12,8 +12,8 @@ from string import Template
 import numpy as np
 
 from voxelscale.data.inspect import HU_EDGES, SEVERITIES, Facts, Inspection, Problem
-from voxelscale.data.prepare import sphere_diameter
 from voxelscale.files import write_atomic
+from voxelscale.geometry import sphere_diameter
 from voxelscale.report.charts import BOTTOM, Frame, draw_axes
 from voxelscale.report.overlays import Slice, draw_slice
 
