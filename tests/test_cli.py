@@ -194,6 +194,7 @@ def test_an_oblique_flipped_scan_is_found_at_the_same_place(
     ("arguments", "words"),
     [
         (["prepare", "nowhere", "store"], "nowhere"),
+        (["prepare", "no\nwhere\x1b[2J\udcff", "store"], r"no\nwhere\x1b[2J\udcff"),
         (["train", "nowhere", "run"], "nowhere"),
         (["predict", "nowhere", "scans", "out"], "nowhere"),
         (["evaluate", "nowhere", "scans"], "scans"),

@@ -11,15 +11,19 @@ class VoxelscaleError(Exception):
         hint: the mend, as one sentence.
 
     The CLI prints it as two lines, ``error: ...`` and ``hint: ...``, and exits with 2. A programming
-    error is never one of these: it keeps its traceback.
+    error is never one of these: it keeps its traceback. What is quoted from a file may hold line breaks
+    or a terminal's control codes: they are shown as escapes.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = _printable(message), _printable(hint)
+        super().__init__(self.message)
 
     def __reduce__(self) -> tuple[type[VoxelscaleError], tuple[str, str]]:
         # Exceptions cross process boundaries when `prepare` works in parallel; the default
         # pickling would lose the hint.
         return type(self), (self.message, self.hint)
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

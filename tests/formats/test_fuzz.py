@@ -1,6 +1,7 @@
 """Mutated files: no reader crashes, hangs, raises anything of its own, or takes memory for them.
 
-Every input is a function of (seed, number), and a fault is told with both. This repeats a run::
+Every input is a function of (seed, number), and a fault is told with both. The seed is fixed, so that a
+run says something about the change at hand; this looks elsewhere, or repeats a run that did::
 
     VOXELSCALE_FUZZ_SEED=7 pytest -m slow tests/formats/test_fuzz.py
 """
@@ -64,5 +65,5 @@ def test_mutants_for_a_moment(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_mutants_for_a_minute(tmp_path: Path) -> None:
-    seed = int(os.environ.get("VOXELSCALE_FUZZ_SEED", time.time_ns() % 2**32))
+    seed = int(os.environ.get("VOXELSCALE_FUZZ_SEED", 2))
     check(tmp_path, seed, seconds=60)
