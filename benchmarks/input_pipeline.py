@@ -61,7 +61,7 @@ from voxelscale.data import augment
 from voxelscale.data.augment import Normalisation, make_batch
 from voxelscale.data.listing import Source, list_sources
 from voxelscale.data.patches import PatchSource, read_ahead
-from voxelscale.data.phantom import write_phantoms
+from voxelscale.data.phantom.dataset import write_phantoms
 from voxelscale.data.prepare import prepare
 from voxelscale.data.store import Store, open_store
 

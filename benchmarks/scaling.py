@@ -14,7 +14,7 @@ from pathlib import Path
 
 from voxelscale.config import load
 from voxelscale.data.listing import list_sources
-from voxelscale.data.phantom import write_phantoms
+from voxelscale.data.phantom.dataset import write_phantoms
 from voxelscale.data.prepare import prepare
 from voxelscale.scale.report import table
 from voxelscale.scale.scale import scale

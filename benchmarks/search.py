@@ -41,7 +41,7 @@ from scipy.optimize import minimize
 
 from voxelscale.config import Config, SearchConfig, load
 from voxelscale.data.listing import list_sources
-from voxelscale.data.phantom import write_phantoms
+from voxelscale.data.phantom.dataset import write_phantoms
 from voxelscale.data.prepare import prepare
 from voxelscale.files import write_csv
 from voxelscale.scale.study import interval

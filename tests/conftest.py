@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ import SimpleITK as sitk
 import torch
 from hypothesis import settings
 
+from voxelscale import cli
 from voxelscale.config import Config, PrepareConfig, from_dict
 from voxelscale.console import set_verbosity
 from voxelscale.data.listing import Source, list_sources
-from voxelscale.data.phantom import write_phantoms
+from voxelscale.data.phantom.dataset import write_phantoms
 from voxelscale.data.prepare import prepare
 from voxelscale.data.reading import read_case
 from voxelscale.data.store import Store, open_store
@@ -26,6 +28,10 @@ settings.load_profile("patient")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 """Real scans beside the checkout, where there are any."""
+
+
+Command = Callable[..., tuple[int, str, str]]
+"""Runs a command: exit code, stdout, stderr."""
 
 
 def assert_same_place(mask: sitk.Image, scan: sitk.Image) -> None:
@@ -41,6 +47,21 @@ def read_pair(image: Path, label: Path, values: tuple[int, ...] | None = None) -
     source = Source(case="case", patient="case", image=image, label=label)
     scan, labels = read_case(source, PrepareConfig(labels=values))
     return scan, labels.mask
+
+
+@pytest.fixture
+def voxelscale(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["voxelscale", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +16,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from tests.conftest import assert_same_place
-from voxelscale import __version__, cli
+from tests.conftest import Command, assert_same_place
+from voxelscale import __version__
 from voxelscale.config import Config, dump
 from voxelscale.data.listing import list_sources
-from voxelscale.data.phantom import write_phantoms
+from voxelscale.data.phantom.dataset import write_phantoms
 from voxelscale.geometry import from_itk, to_itk
 
 VERBS = [
@@ -36,7 +35,6 @@ VERBS = [
     "quickstart",
     "config",
 ]
-Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +42,6 @@ def config_file(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(dump(tiny))
     return path
-
-
-@pytest.fixture
-def voxelscale(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run a command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["voxelscale", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

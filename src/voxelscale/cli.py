@@ -143,23 +143,45 @@ def common(
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write: images/, labels/, dataset.csv.")],
     cases: Annotated[int | None, typer.Option(help="How many scans (phantom.cases).")] = None,
+    into: Annotated[
+        list[Path] | None, typer.Option(help="A real scan, or a data set of them, to put nodules into.")
+    ] = None,
+    copies: Annotated[int, typer.Option(min=1, help="With --into: how many of each scan.")] = 1,
+    originals: Annotated[bool, typer.Option(help="With --into: list the scans as they are, too.")] = False,
+    layout: Layout = "auto",
+    annotations: Annotations = None,
     config: ConfigFile = None,
     set_: Sets = None,
-) -> None:
-    """Make synthetic chest CTs with nodules.
+) -> int:
+    """Make synthetic chest CTs with nodules, or put nodules into real ones.
 
     \b
     voxelscale phantom scans/ --cases 20
     voxelscale phantom scans/ --cases 5 --set phantom.seed=7 --set phantom.diameter_mm=[3,10]
+    voxelscale phantom more/ --into scan.nii.gz --into LIDC-IDRI/ --copies 3
 
     Case c is a pure function of (phantom.seed, c). Run again with more --cases it adds to the folder.
+
+    With --into each copy of a scan gets phantom.nodules nodules in its lungs, clear of the lesions it has;
+    its mask holds both, nodules.csv says where the new ones are, how large and of which kind. Everywhere
+    else the copy is the scan, voxel by voxel. All copies keep the scan's patient. Use them as more
+    training data, or to measure which nodules a model finds.
     """
-    from voxelscale.data.phantom import write_phantoms
+    from voxelscale.data.phantom import dataset
 
     sets = [*(set_ or []), *([f"phantom.cases={cases}"] if cases is not None else [])]
     settings = read_config(config, sets)
-    table = write_phantoms(settings.phantom, out, settings.prepare.workers)
-    print(f"{settings.phantom.cases} phantoms in {table}")
+    if not into:
+        table = dataset.write_phantoms(settings.phantom, out, settings.prepare.workers)
+        print(f"{settings.phantom.cases} phantoms in {table}")
+        return 0
+    from voxelscale.data.names import names_of
+
+    sources = dataset.sources_into(into, layout, annotations, names_of(settings.prepare, out))
+    made = dataset.write_copies(sources, settings, out, copies, originals)
+    code = tell_failed(made.failed, "copied")
+    print(f"{made.done} scans with {made.nodules} nodules put in: {made.table}")
+    return code
 
 
 @verb

@@ -45,7 +45,7 @@ def quickstart(folder: Path, config: Config) -> QuickstartResult:
         VoxelscaleError: a step failed, or the training was asked to stop.
     """
     from voxelscale.data.listing import list_sources
-    from voxelscale.data.phantom import write_phantoms
+    from voxelscale.data.phantom.dataset import write_phantoms
     from voxelscale.data.prepare import prepare
     from voxelscale.evaluate.evaluate import evaluate_folder
     from voxelscale.report.report import write_report

@@ -10,7 +10,8 @@ from scipy import ndimage
 from tests.conftest import read_pair
 
 from voxelscale.config import Config, PhantomConfig
-from voxelscale.data.phantom import make_phantom, write_phantoms
+from voxelscale.data.phantom import make_phantom
+from voxelscale.data.phantom.dataset import write_phantoms
 from voxelscale.data.phantom.vessels import grow
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import read_label

@@ -11,7 +11,7 @@ from scipy import ndimage
 from tests.conftest import SHARED
 
 from voxelscale.config import PhantomConfig
-from voxelscale.data.phantom import Phantom, make_phantom, write_phantoms
+from voxelscale.data.phantom import Phantom, make_phantom
 from voxelscale.data.phantom.contours import (
     Library,
     Outlines,
@@ -23,6 +23,7 @@ from voxelscale.data.phantom.contours import (
     read_outlines,
     shape_of,
 )
+from voxelscale.data.phantom.dataset import write_phantoms
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Grid
 from voxelscale.labels.lidc import Outline, Reading, fill

@@ -328,8 +328,7 @@ def source_key(source: Source, config: PrepareConfig, spacing: Triple) -> str:
     """A digest of what shapes a stored case: the files' names, sizes and times, and the preparation."""
     shaping = asdict(replace(config, split=(1, 0, 0), seed=0, workers=0, plan=False, memory_gib=0))
     shaping |= {"names": "", "name_key": ""}
-    labels = [source.label, source.label.with_name(EXCLUDED)] if source.label else []
-    files = [source_stamp(source), _stamps(labels)]
+    files = [source_stamp(source), label_stamp(source)]
     return digest_of([files, source.patient, source.series, source.values, list(spacing), shaping])[:16]
 
 
@@ -339,6 +338,11 @@ def source_stamp(source: Source) -> list[list[Any]]:
         return _stamps(source.files)
     path = source.image
     return _stamps(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
+
+
+def label_stamp(source: Source) -> list[list[Any]]:
+    """The same of what says where its lesions are."""
+    return _stamps([source.label, source.label.with_name(EXCLUDED)] if source.label else [])
 
 
 def _stamps(files: Sequence[Path]) -> list[list[Any]]:

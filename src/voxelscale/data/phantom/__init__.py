@@ -1,16 +1,14 @@
 """Synthetic chest CTs that are hard in the ways real ones are.
 
-A case is a pure function of (seed, case): the same numbers on any machine, in any order. They are
-written as ordinary CT files, so that everything after takes the path of real scans.
+A case is a pure function of (seed, case): the same numbers on any machine, in any order. `dataset`
+writes them as ordinary CT files, so that everything after takes the path of real scans; `insertion`
+puts their nodules into real scans.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +21,7 @@ from voxelscale.data.phantom.nodules import Nodule, draw_nodules, nodule_shares,
 from voxelscale.data.phantom.vessels import Tree, grow
 from voxelscale.data.randomness import generator
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import write_atomic, write_csv
 from voxelscale.geometry import Grid, Scan
-from voxelscale.parallel import map_processes
 from voxelscale.predict.findings import components
 
 ANATOMY, VESSELS, LESIONS, NOISE = 0, 1, 2, 3
@@ -75,83 +71,6 @@ def make_phantom(config: PhantomConfig, case: int) -> Phantom:
     hu = _scan(canvas, body, config.noise_hu, generator(config.seed, case, NOISE))
     affine = canvas.grid.affine
     return Phantom(Scan(hu, affine), Scan(label, affine), tuple(nodules))
-
-
-def write_phantoms(config: PhantomConfig, out: Path, workers: int = 0) -> Path:
-    """Write a data set of `config.cases` phantoms, in parallel; those that are there are kept.
-
-    ``images/``, ``labels/``, ``dataset.csv`` (what `prepare` reads), ``nodules.csv`` (the truth about
-    every nodule) and ``phantom.json`` (the config).
-
-    Returns:
-        the path of ``dataset.csv``.
-
-    Raises:
-        VoxelscaleError: the folder holds phantoms of another config, or cannot be written.
-    """
-    shaping = json.dumps(shaping_of(config), indent=1)
-    stamp = out / "phantom.json"
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") != shaping:
-        raise VoxelscaleError(
-            f"{out}: holds phantoms of another config", "choose another folder with --out"
-        )
-    if out.is_dir() and not stamp.is_file() and any(out.iterdir()):
-        raise VoxelscaleError(f"{out}: holds other files", "choose an empty or new folder with --out")
-    write_atomic(stamp, shaping)
-    todo = [case for case in range(config.cases) if not _truth_path(out, case).is_file()]
-    work = partial(_write_case, config, out)
-    for _, made in map_processes(work, todo, label="phantom", name=case_name, workers=workers):
-        if isinstance(made, VoxelscaleError):
-            raise made
-    names = [case_name(case) for case in range(config.cases)]
-    files = [(f"images/{name}.{config.format}", f"labels/{name}.{config.format}") for name in names]
-    rows = [[name, name, *paths] for name, paths in zip(names, files, strict=True)]
-    truths = [json.loads(_truth_path(out, case).read_text("utf-8")) for case in range(config.cases)]
-    columns = ["case", "x", "y", "z", "diameter_mm", "kind", "margin", "place", "hu"]
-    columns += ["shape"] * bool(config.shapes)
-    lines = [[row[c] for c in columns] for truth in truths for row in truth]
-    write_csv(out / "nodules.csv", [columns, *lines])
-    write_csv(out / "dataset.csv", [["case", "patient", "image", "label"], *rows])
-    return out / "dataset.csv"
-
-
-def shaping_of(config: PhantomConfig) -> dict[str, Any]:
-    """The config as far as it shapes a phantom; a database of outlines by its content, not its place."""
-    shaping = asdict(replace(config, cases=1))
-    del shaping["shapes"]
-    return shaping | ({"shapes": open_library(Path(config.shapes)).digest} if config.shapes else {})
-
-
-def case_name(case: int) -> str:
-    """What a phantom's files are called."""
-    return f"phantom_{case:04d}"
-
-
-def _write_case(config: PhantomConfig, out: Path, case: int) -> None:
-    from voxelscale.formats import write_scan
-
-    phantom, name = make_phantom(config, case), case_name(case)
-    write_scan(phantom.image, out / "images" / f"{name}.{config.format}")
-    write_scan(phantom.label, out / "labels" / f"{name}.{config.format}")
-    rows = [
-        {
-            "case": name,
-            **{axis: round(float(v), 3) for axis, v in zip("xyz", nodule.centre, strict=True)},
-            "diameter_mm": round(nodule.diameter_mm, 3),
-            "kind": nodule.kind,
-            "margin": nodule.margin,
-            "place": nodule.place,
-            "hu": round(nodule.hu, 1),
-            **({} if nodule.posed is None else {"shape": nodule.posed.shape.name}),
-        }
-        for nodule in phantom.nodules
-    ]
-    # Last, so that its being there says that the case is whole.
-    write_atomic(_truth_path(out, case), json.dumps(rows))
-
-
-def _truth_path(out: Path, case: int) -> Path:
-    return out / "truth" / f"{case_name(case)}.json"
 
 
 def _grid(config: PhantomConfig, random: np.random.Generator) -> Grid:

@@ -48,6 +48,10 @@ class Nodule:
         drawn = 1.1 * self.diameter_mm
         return drawn if self.posed is None else max(drawn, self.posed.scale * self.posed.shape.reach_mm)
 
+    def at(self, centre: Point) -> Nodule:
+        """The same nodule elsewhere."""
+        return replace(self, centre=np.asarray(centre, np.float64))
+
 
 def draw_nodules(
     random: np.random.Generator,
@@ -67,12 +71,13 @@ def draw_nodules(
         for where in (place, "free"):
             centre = _find_place(random, canvas, lung, trees, diameter / 2, where, nodules)
             if centre is not None:
-                nodules.append(_draw_nodule(random, centre, diameter, where))
+                nodules.append(draw_nodule(random, centre, diameter, where))
                 break
     return nodules
 
 
-def _draw_nodule(random: np.random.Generator, centre: Point, diameter: float, place: str) -> Nodule:
+def draw_nodule(random: np.random.Generator, centre: Point, diameter: float, place: str) -> Nodule:
+    """A nodule of this size and place: its kind, margin, density and outline."""
     # Below 5 mm nobody sees lobes or spicules, and ground glass is below what CT shows.
     small = diameter < 5
     kind = "solid" if small else str(random.choice(KINDS, p=KIND_SHARES))
@@ -107,7 +112,7 @@ def _find_place(
         candidates = np.concatenate(
             [t.points[(t.radii > 0.6) & (t.radii < max(0.8 * radius, 0.8))] for t in trees]
         )
-        candidates = candidates + radius * 0.8 * _directions(random, len(candidates))
+        candidates = candidates + radius * 0.8 * directions(random, len(candidates))
         depths = _depth_at(canvas, lung, candidates)
         candidates = candidates[depths > radius + 1]
     else:
@@ -183,7 +188,8 @@ def _direction(draw: NDArray[np.float64]) -> Point:
     return np.array([r * np.cos(angle), r * np.sin(angle), z])
 
 
-def _directions(random: np.random.Generator, count: int) -> NDArray[np.float64]:
+def directions(random: np.random.Generator, count: int) -> NDArray[np.float64]:
+    """Unit vectors (count, 3), all directions equally likely."""
     vectors = random.normal(size=(count, 3))
     unit: NDArray[np.float64] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return unit
