@@ -526,6 +526,43 @@ def evaluate(
 
 
 @verb
+def froc(
+    submission: Annotated[Path, typer.Argument(help="CSV: seriesuid,coordX,coordY,coordZ,probability.")],
+    annotations: Annotated[Path, typer.Option(help="CSV of the nodules, with diameter_mm.")],
+    series: Annotated[Path, typer.Option(help="The scans, a SeriesInstanceUID a line.")],
+    excluded: Annotated[
+        Path | None, typer.Option(help="CSV of findings that neither count nor hurt.")
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="Another submission, to compare with.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, too.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the bootstrap.")] = 0,
+) -> None:
+    """Score a submission to LUNA16 as the challenge does.
+
+    \b
+    voxelscale froc findings.csv --annotations annotations.csv --excluded annotations_excluded.csv \\
+        --series seriesuids.csv
+    voxelscale froc a.csv --against b.csv --annotations annotations.csv --series seriesuids.csv --json
+
+    Sensitivity at 1/8 to 8 false positives per scan, their mean (CPM) and the challenge's counts, with
+    95 % intervals by bootstrap over scans. --against adds the difference of CPM, its interval and p.
+    """
+    from voxelscale.evaluate.luna16 import score_submission, text_table
+
+    result = score_submission(
+        submission,
+        annotations=annotations,
+        series=series,
+        excluded=excluded,
+        against=against,
+        out=out,
+        seed=seed,
+    )
+    print(json.dumps(result) if as_json else "\n".join(text_table(result)))
+
+
+@verb
 def report(
     predictions: Annotated[Path, typer.Argument(help="What voxelscale predict wrote.")],
     data: Annotated[Path, typer.Argument(help="The data set with images and true masks.")],

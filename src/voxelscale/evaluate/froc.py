@@ -1,9 +1,10 @@
 """Lesions found against false positives, by LUNA16's rules.
 
-A finding hits a lesion when its centre lies within the lesion's radius of the lesion's centre. Of
-several hits on one lesion the most confident counts and the others are neither right nor wrong.
-Findings that hit nothing are false positives (Setio et al., "Validation, comparison, and combination
-of algorithms for automatic detection of pulmonary nodules in CT: the LUNA16 challenge", 2017).
+A mark hits a lesion when it lies nearer to the lesion's centre than the lesion's radius. Of several hits
+on one lesion the most confident counts and the others are neither right nor wrong. Nor is a mark that
+hits no lesion but an excluded finding. Every other mark is a false positive (Setio et al., "Validation,
+comparison, and combination of algorithms for automatic detection of pulmonary nodules in CT: the LUNA16
+challenge", 2017, and the challenge's own script). `docs/measures.md` tells it for readers of figures.
 """
 
 from __future__ import annotations
@@ -19,18 +20,25 @@ from voxelscale.predict.findings import Finding
 OPERATING_POINTS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """False positives per scan at which LUNA16 reads the sensitivity."""
 
+LEAST_DIAMETER_MM = 3.0
+"""A true mask's lesion counts as at least so large in `match`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Matches:
-    """One scan's findings held against its lesions.
+    """One scan's marks held against its lesions.
 
     Attributes:
         hits: for each lesion the confidence of its best hit, NaN where it was missed.
-        false_positives: confidences of findings that hit nothing.
+        false_positives: confidences of marks that hit nothing.
+        doubles: hits beyond the best one of each lesion.
+        on_excluded: marks that hit no lesion but an excluded finding.
     """
 
     hits: tuple[float, ...]
     false_positives: tuple[float, ...]
+    doubles: int = 0
+    on_excluded: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +56,12 @@ class Froc:
     thresholds: NDArray[np.float64]
 
     def sensitivity_at(self, fp_per_scan: float) -> float:
-        """The greatest sensitivity reached with at most this many false positives per scan."""
-        allowed = self.fp_per_scan <= fp_per_scan + 1e-12
-        return float(self.sensitivity[allowed].max(initial=0.0))
+        """The curve's height at so many false positives per scan.
+
+        Where the curve steps up it is the top of the step; between points that marks of equal confidence
+        set apart it is linear; beyond the last point it stays.
+        """
+        return float(np.interp(fp_per_scan, self.fp_per_scan, self.sensitivity))
 
     @property
     def cpm(self) -> float:
@@ -58,38 +69,139 @@ class Froc:
         return float(np.mean([self.sensitivity_at(point) for point in OPERATING_POINTS]))
 
 
-def match(lesions: Sequence[Finding], findings: Sequence[Finding]) -> Matches:
-    """Hold one scan's findings against its lesions, all in LPS mm.
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """The marks of all scans that count, most confident first: what curves are summed from.
+
+    Attributes:
+        confidence: (n,) falling.
+        found: (n,) whether the mark found a lesion; else it is a false positive.
+        scan: (n,) number of its scan.
+        ends: the last mark of each distinct confidence.
+        lesions: (scans,) how many lesions each scan has.
+    """
+
+    confidence: NDArray[np.float64]
+    found: NDArray[np.bool_]
+    scan: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    lesions: NDArray[np.int64]
+
+
+def match(
+    lesions: Sequence[Finding], findings: Sequence[Finding], excluded: Sequence[Finding] = ()
+) -> Matches:
+    """Hold one scan's findings against the lesions of its true mask, all in LPS mm.
 
     A lesion of one or two voxels has a radius below the voxel's own size, within which no centroid can
-    be told apart; its radius counts as at least that of a 3 mm nodule.
+    be told apart; its radius counts as at least that of a 3 mm nodule. LUNA16's tables have no such rule.
+
+    Args:
+        excluded: findings that neither count nor hurt.
     """
-    best = [float("nan")] * len(lesions)
-    false_positives = []
-    centres = np.asarray([(lesion.x, lesion.y, lesion.z) for lesion in lesions]).reshape(-1, 3)
-    radii = np.asarray([max(lesion.diameter_mm, 3.0) / 2 for lesion in lesions])
-    for finding in findings:
-        apart = np.linalg.norm(centres - (finding.x, finding.y, finding.z), axis=1)
-        hit = np.flatnonzero(apart < radii)
-        if not len(hit):
-            false_positives.append(finding.probability)
-        for number in hit:
-            best[number] = float(np.fmax(best[number], finding.probability))
-    return Matches(hits=tuple(best), false_positives=tuple(false_positives))
+    return match_marks(
+        np.asarray([(f.x, f.y, f.z, f.probability) for f in findings]),
+        _spheres(lesions),
+        _spheres(excluded),
+    )
+
+
+def _spheres(findings: Sequence[Finding]) -> NDArray[np.float64]:
+    return np.asarray([(f.x, f.y, f.z, max(f.diameter_mm, LEAST_DIAMETER_MM)) for f in findings])
+
+
+def match_marks(
+    marks: NDArray[np.float64], lesions: NDArray[np.float64], excluded: NDArray[np.float64]
+) -> Matches:
+    """Hold one scan's marks against its lesions; a mark within two lesions finds both.
+
+    Args:
+        marks: (n, 4) x, y, z in mm and confidence; or empty, as the others.
+        lesions: (m, 4) x, y, z and diameter in mm.
+        excluded: (k, 4) likewise, what neither counts nor hurts.
+    """
+    marks = marks.reshape(-1, 4)
+    hit, ignored = _within(marks, lesions), _within(marks, excluded).any(axis=0)
+    best = np.where(hit, marks[:, 3], -np.inf).max(axis=1, initial=-np.inf)
+    missed, free = ~hit.any(axis=1), ~hit.any(axis=0)
+    return Matches(
+        hits=tuple(np.where(missed, np.nan, best).tolist()),
+        false_positives=tuple(marks[free & ~ignored, 3].tolist()),
+        doubles=int(hit.sum() - (~missed).sum()),
+        on_excluded=int((free & ignored).sum()),
+    )
+
+
+def _within(marks: NDArray[np.float64], spheres: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(spheres, marks) bool: which marks lie inside which spheres; on the surface is outside."""
+    spheres = spheres.reshape(-1, 4)
+    apart = spheres[:, None, :3] - marks[None, :, :3]
+    with np.errstate(over="ignore"):  # absurdly far is infinitely far
+        inside: NDArray[np.bool_] = np.square(apart).sum(axis=-1) < np.square(spheres[:, 3:] / 2)
+    return inside
+
+
+def pool(matches: Sequence[Matches]) -> Pool:
+    """All scans' marks in one row."""
+    hits = np.asarray([p for m in matches for p in m.hits], np.float64)
+    wrong = np.asarray([p for m in matches for p in m.false_positives], np.float64)
+    lesions = np.asarray([len(m.hits) for m in matches], np.int64)
+    scans = np.arange(len(matches))
+    of_hit = np.repeat(scans, lesions)[~np.isnan(hits)]
+    of_wrong = np.repeat(scans, [len(m.false_positives) for m in matches])
+    confidence = np.concatenate([hits[~np.isnan(hits)], wrong])
+    order = np.argsort(-confidence, kind="stable")
+    confidence = confidence[order]
+    last = np.ones(len(confidence), np.bool_)
+    last[:-1] = confidence[1:] != confidence[:-1]
+    return Pool(
+        confidence=confidence,
+        found=(np.arange(len(confidence)) < len(of_hit))[order],
+        scan=np.concatenate([of_hit, of_wrong])[order],
+        ends=np.flatnonzero(last),
+        lesions=lesions,
+    )
 
 
 def froc(matches: Sequence[Matches]) -> Froc:
     """The curve over all scans; a threshold at every distinct confidence, and one above all."""
-    hits = np.asarray([h for m in matches for h in m.hits], dtype=np.float64)
-    wrong = np.asarray([p for m in matches for p in m.false_positives], dtype=np.float64)
-    lesions, scans = len(hits), max(len(matches), 1)
-    found = np.sort(hits[~np.isnan(hits)])
-    wrong = np.sort(wrong)
-    thresholds = np.concatenate([[np.inf], np.unique(np.concatenate([found, wrong]))[::-1]])
-    above_found = len(found) - np.searchsorted(found, thresholds, side="left")
-    above_wrong = len(wrong) - np.searchsorted(wrong, thresholds, side="left")
+    marks = pool(matches)
+    fp_per_scan, sensitivity = _curve(marks, np.ones(len(matches), np.int64))
     return Froc(
-        fp_per_scan=above_wrong / scans,
-        sensitivity=above_found / lesions if lesions else np.zeros(len(thresholds)),
-        thresholds=thresholds,
+        fp_per_scan=fp_per_scan,
+        sensitivity=sensitivity,
+        thresholds=np.concatenate([[np.inf], marks.confidence[marks.ends]]),
     )
+
+
+def resampled(pools: Sequence[Pool], resamples: int, seed: int = 0) -> NDArray[np.float64]:
+    """Sensitivities of bootstrap samples of scans (Efron 1979): as many as there are, with replacement.
+
+    Args:
+        pools: of the same scans in the same order; each sees the same samples, so that they can be
+            compared in pairs.
+
+    Returns:
+        (pools, resamples, 7) at `OPERATING_POINTS`; NaN where a sample holds no lesion.
+    """
+    scans = len(pools[0].lesions)
+    random = np.random.Generator(np.random.Philox(key=seed))
+    read = np.full((len(pools), resamples, len(OPERATING_POINTS)), np.nan)
+    for number in range(resamples):
+        times = np.bincount(random.integers(0, scans, scans), minlength=scans)
+        for which, marks in enumerate(pools):
+            if times @ marks.lesions:
+                read[which, number] = np.interp(OPERATING_POINTS, *_curve(marks, times))
+    return read
+
+
+def _curve(marks: Pool, times: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """False positives per scan and sensitivity at each threshold, scan s being there times[s] times."""
+    weight = times[marks.scan]
+    found = np.append(0, np.cumsum(weight * marks.found)[marks.ends])
+    wrong = np.append(0, np.cumsum(weight * ~marks.found)[marks.ends])
+    # The challenge has its counts from rates. The rounding on that way decides whether a step that lies
+    # just on an operating point falls before or after it, and so must be the same here.
+    total = max(int(wrong[-1]), 1)
+    fp_per_scan = wrong / total * total / max(int(times.sum()), 1)
+    return fp_per_scan, found / max(int(times @ marks.lesions), 1)
