@@ -21,6 +21,7 @@ from voxelscale import __version__
 from voxelscale.config import Config, dump
 from voxelscale.data.listing import list_sources
 from voxelscale.data.phantom.dataset import write_phantoms
+from voxelscale.evaluate.text import size_name
 from voxelscale.geometry import from_itk, to_itk
 
 VERBS = [
@@ -30,7 +31,10 @@ VERBS = [
     "train",
     "scale",
     "predict",
+    "calibrate",
     "evaluate",
+    "compare",
+    "froc",
     "report",
     "quickstart",
     "config",
@@ -113,6 +117,16 @@ def test_evaluate_and_report(voxelscale: Command, job: Path, tmp_path: Path) -> 
     assert code == 0
     summary = json.loads((job / "predictions" / "evaluation.json").read_text())
     assert f"Dice {summary['dice']['mean']:.3f}" in out
+    assert f"surface Dice {summary['surface_dice'][0]['mean']:.3f} within 1 mm" in out
+    found = {row["value"]: row["lesions"] for row in summary["nodules"]["kind"]}
+    assert sum(found.values()) == summary["lesion_count"]
+    assert all(f"kind {kind}" in out for kind in found)
+    assert sum(row["lesions"] for row in summary["sizes"]) == summary["lesion_count"]
+    with (job / "predictions" / "cases.csv").open() as handle:
+        assert "surface_dice_1mm" in next(csv.DictReader(handle))
+    code, out, _ = voxelscale("compare", *[job / "predictions"] * 2, job / "scans", "--json")
+    same = json.loads(out)["measures"]["dice"]
+    assert (code, same["a"], same["difference"], same["p"]) == (0, summary["dice"]["mean"], 0, 1)
     page = tmp_path / "report.html"
     code, out, _ = voxelscale(
         "report", job / "predictions", job / "scans", "--run", job / "run", "--out", page
@@ -120,6 +134,9 @@ def test_evaluate_and_report(voxelscale: Command, job: Path, tmp_path: Path) -> 
     assert (code, out) == (0, f"report in {page}\n")
     html = page.read_text()
     assert f"{summary['dice']['mean']:.3f}" in html
+    assert f"HD95 {summary['hd95_mm']['median']:.1f} mm" in html
+    for row in summary["sizes"]:
+        assert (f"<td>{size_name(row)}</td>" in html) == (row["lesions"] > 0)
     assert html.count('<svg class="slice"') == 4
     assert html.count('<svg class="chart"') == 3
 
@@ -136,6 +153,31 @@ def test_the_same_command_keeps_what_is_done(voxelscale: Command, job: Path, con
     assert (code, "5 of them kept" in out) == (0, True)
     code, out, _ = voxelscale("train", job / "store", job / "run")
     assert (code, out) == (0, f"model in {job / 'run' / 'model.vxs'}\n")
+
+
+def test_ranks_share_the_scans_out(
+    voxelscale: Command, job: Path, config_file: Path, tmp_path: Path
+) -> None:
+    what = [job / "run", job / "scans"]
+    more = ["--config", config_file, "--store", job / "store", "--split", "train", "--quiet"]
+    assert voxelscale("predict", *what, tmp_path / "alone", *more)[0] == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "voxelscale.cli", "predict", *what, tmp_path / "shared", *more]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("masks and findings in") == 1
+    cases = sorted(p.name for p in (tmp_path / "alone").iterdir() if p.is_dir())
+    assert len(cases) == 3
+    for case in cases:
+        alone, shared = (
+            sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / how / case / "mask.nii.gz")))
+            for how in ("alone", "shared")
+        )
+        assert np.array_equal(alone, shared)
+    tables = [list(csv.reader((tmp_path / how / "findings.csv").open())) for how in ("alone", "shared")]
+    assert [row[0] for row in tables[0]] == [row[0] for row in tables[1]]
+    alone, shared = (np.asarray([row[1:] for row in table[1:]], float) for table in tables)
+    assert np.allclose(alone, shared, atol=1e-3)
 
 
 def test_a_broken_scan_does_not_stop_the_others(voxelscale: Command, job: Path, tmp_path: Path) -> None:
@@ -181,6 +223,7 @@ def test_an_oblique_flipped_scan_is_found_at_the_same_place(
         (["train", "nowhere", "run"], "nowhere"),
         (["predict", "nowhere", "scans", "out"], "nowhere"),
         (["evaluate", "nowhere", "scans"], "scans"),
+        (["compare", "nowhere", "neither", "scans"], "scans"),
         (["report", "nowhere", "scans"], "evaluation"),
         (["phantom", "out", "--set", "phantom.cases=0"], "phantom.cases is 0"),
         (["phantom", "out", "--config", "no.yaml"], "no.yaml"),

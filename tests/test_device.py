@@ -11,6 +11,7 @@ from voxelscale.device import (
     Arithmetic,
     bf16_agrees,
     choose_arithmetic,
+    choose_inference,
     keep_freed_memory,
     to_channels_last,
 )
@@ -63,6 +64,22 @@ def test_what_the_user_decided_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> 
     assert found == Arithmetic(precision="fp32", channels_last=False, compile=True)
     choose_arithmetic(tiny, SHAPE, CPU, precision="bf16", channels_last=True)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_processor_that_is_slower_in_bf16_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "choose_precision", lambda wanted, device: torch.bfloat16)
+    for faster, wanted in (([5.0, 3.0, 5.0, 3.0], "fp32"), ([3.0, 5.0, 3.0, 5.0], "bf16")):
+        seconds = iter(faster)
+        monkeypatch.setattr(room, "seconds_of", lambda step, device, seconds=seconds: next(seconds))
+        found = choose_arithmetic(tiny, SHAPE, CPU, precision="auto", channels_last=True)
+        assert found.precision == wanted
+    # Of inference float32 is timed first.
+    for faster, dtype in (([3.0, 5.0, 3.0, 5.0], torch.float32), ([5.0, 3.0, 5.0, 3.0], torch.bfloat16)):
+        seconds = iter(faster)
+        monkeypatch.setattr(room, "seconds_of", lambda step, device, seconds=seconds: next(seconds))
+        assert choose_inference(tiny().eval(), SHAPE, CPU, "auto") == dtype
+    monkeypatch.setattr(room, "seconds_of", lambda step, device: pytest.fail("timed"))
+    assert choose_inference(tiny().eval(), SHAPE, CPU, "bf16") == torch.bfloat16
 
 
 def test_the_record_comes_back() -> None:

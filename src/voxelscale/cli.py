@@ -130,7 +130,10 @@ def common(
     voxelscale search store/ search/                  find better settings, on all devices at once
     voxelscale scale store/ study/                    what N workers do to time and Dice
     voxelscale predict run/ new_scans/ predictions/   masks and findings in patient mm
-    voxelscale evaluate predictions/ scans/           Dice, sensitivity, FROC
+    voxelscale evaluate predictions/ scans/           Dice, surfaces, sensitivity, FROC
+    voxelscale compare predictions/ others/ scans/    whether one model is better than another
+    voxelscale froc findings.csv --annotations ...    a submission scored as LUNA16 does
+    voxelscale calibrate run/ val/ scans/             confidence that means what it says
     voxelscale report predictions/ scans/ --run run/  one HTML page
 
     No scans at hand: voxelscale phantom scans/ makes synthetic ones, and voxelscale quickstart does
@@ -456,6 +459,7 @@ def predict(
     voxelscale predict run/ patient.nii.gz predictions/
     voxelscale predict model.vxs dicom_folder/ predictions/ --set predict.flips=true
     voxelscale predict run/ scans/ predictions/ --store store/ --split test
+    torchrun --nproc-per-node 4 -m voxelscale.cli predict run/ scans/ predictions/
 
     Writes <case>/mask.nii.gz (voxel on voxel on the scan), <case>/findings.csv (LUNA16's columns, LPS
     mm), <case>/findings.json (volume, diameters, mean HU, too) and findings.csv of all cases.
@@ -478,6 +482,8 @@ def predict(
             hint = "check --split, and that prepare.names is as it was for prepare"
             raise VoxelscaleError(f"{scans}: no case of the split {split} of {store}", hint)
     outcome = run_predict(sources, bundle, settings.predict, out)
+    if outcome.rank:
+        return 0
     code = tell_failed(outcome.failed, "predicted")
     for case, findings in outcome.findings.items():
         print(f"{case}: {len(findings)} finding{'' if len(findings) == 1 else 's'}")
@@ -502,27 +508,95 @@ def evaluate(
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> int:
-    """Score predictions: Dice, sensitivity, FROC.
+    """Score predictions: Dice, surfaces, sensitivity, FROC.
 
     \b
     voxelscale evaluate predictions/ scans/
 
+    Dice, surface Dice and HD95 of each case; lesions by size, and synthetic ones by kind, margin and place;
+    FROC by LUNA16's rule; components matched by IoU. docs/measures.md says how each is counted.
     Writes evaluation.json and cases.csv. Cases without a true mask are left out.
     """
     from voxelscale.evaluate.evaluate import evaluate_folder
+    from voxelscale.evaluate.text import text_summary
 
     settings = read_config(config, set_).prepare
     summary = evaluate_folder(predictions, data, out or predictions, settings, layout, annotations)
-    dice, found = summary["dice"], summary["sensitivity_at_1_fp"]
-    print(f"{summary['scans']} scans, {summary['lesion_count']} lesions")
-    print(
-        f"Dice {dice['mean']:.3f} (95 % {dice['interval'][0]:.3f} to {dice['interval'][1]:.3f}), ", end=""
-    )
-    print(f"median {dice['median']:.3f}, least {dice['least']:.3f}, pooled {summary['dice_pooled']:.3f}")
-    low, high = summary["sensitivity_at_1_fp_interval"]
-    print(f"sensitivity at 1 FP/scan {found:.3f} (95 % {low:.3f} to {high:.3f})", end="")
-    print(f", CPM {summary['froc']['cpm']:.3f}")
+    print("\n".join(text_summary(summary)))
     return tell_failed([(f["case"], f["error"], f["hint"]) for f in summary["failed"]], "evaluated")
+
+
+@verb
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="A run's folder, or a model.vxs.")],
+    predictions: Annotated[Path, typer.Argument(help="What voxelscale predict wrote with it.")],
+    data: Annotated[Path, typer.Argument(help="The data set with the true masks, as for prepare.")],
+    layout: Layout = "auto",
+    annotations: Annotations = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> int:
+    """Make a model's confidence mean what it says.
+
+    \b
+    voxelscale predict run/ scans/ val/ --store store/ --split val
+    voxelscale calibrate run/ val/ scans/
+
+    Fits a rising map from a finding's score to the share of such findings that are lesions, and writes it
+    into model.vxs; from then on predict gives it as the confidence. Which finding goes before which, and
+    so the FROC, stays as it is. Use scans that the model was not trained on. Beside the model
+    calibration.json and calibration.svg (reliability diagram) are written.
+    """
+    from voxelscale.predict.calibrate import calibrate_run
+
+    settings = read_config(config, set_).prepare
+    summary = calibrate_run(model, predictions, data, settings, layout, annotations)
+    print(f"{summary['findings']} findings of {summary['scans']} scans, {summary['hits']} of them lesions")
+    print(
+        f"ECE {summary['ece_before']:.3f} before, {summary['ece_after']:.3f} after "
+        f"({summary['method']}, cross-validated by scans)"
+    )
+    print(f"calibrated model in {model}, reliability diagram in calibration.svg beside it")
+    return tell_failed([(f["case"], f["error"], f["hint"]) for f in summary["failed"]], "read")
+
+
+@verb
+def compare(
+    predictions_a: Annotated[Path, typer.Argument(help="What voxelscale predict wrote.")],
+    predictions_b: Annotated[Path, typer.Argument(help="The same of another model.")],
+    data: Annotated[Path, typer.Argument(help="The data set with the true masks, as for prepare.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, too.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the bootstrap.")] = 0,
+    layout: Layout = "auto",
+    annotations: Annotations = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> int:
+    """Say whether one model is better than another.
+
+    \b
+    voxelscale compare predictions/ other_predictions/ scans/
+    voxelscale compare predictions/ other_predictions/ scans/ --json
+
+    On the cases that both predicted: the difference of mean Dice, of CPM and of sensitivity at 1 FP/scan,
+    A less B, with 95 % intervals and two-sided p-values by paired bootstrap over scans; of Dice by
+    Wilcoxon's signed ranks, too.
+    """
+    from voxelscale.evaluate.compare import compare_folders, text_table
+
+    result = compare_folders(
+        predictions_a,
+        predictions_b,
+        data,
+        config=read_config(config, set_).prepare,
+        layout=layout,
+        annotations=annotations,
+        out=out,
+        seed=seed,
+    )
+    print(json.dumps(result) if as_json else "\n".join(text_table(result)))
+    return tell_failed([(f["case"], f["error"], f["hint"]) for f in result["failed"]], "compared")
 
 
 @verb

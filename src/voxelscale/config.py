@@ -284,15 +284,22 @@ class PredictConfig:
     batch_size: int = 4
     """Windows per forward pass."""
     threshold: float = 0.5
-    """Lesion probability at which a voxel counts as lesion."""
+    """Lesion probability that a finding reaches somewhere."""
+    low: float | None = None
+    """Lesion probability down to which the voxels that hang together with such a one belong to the finding
+    and its mask; null: the threshold itself."""
     candidates: float = 0.2
     """Lesion probability above which a component is listed as a doubtful finding, outside the mask."""
+    merge_mm: float = 0.0
+    """Findings whose surfaces are at most so many mm apart are one; doubtful ones likewise; 0: off."""
     min_volume_mm3: float = 10.0
     """Smaller components are dropped; a 3 mm sphere has 14 mm3."""
     flips: bool = False
     """Average over mirrored copies."""
     lungs: bool = False
     """Whether to look only in the box around the lungs, where they are found; elsewhere nothing is."""
+    skip_air: bool = True
+    """Whether to leave out windows that hold nothing but air around the patient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -639,6 +646,12 @@ def _check(config: Config) -> None:
         ("predict.overlap", 0 <= c.predict.overlap < 1, "at least 0 and below 1"),
         ("predict.batch_size", c.predict.batch_size >= 1, "at least 1"),
         ("predict.threshold", 0 < c.predict.threshold < 1, "between 0 and 1"),
+        (
+            "predict.low",
+            c.predict.low is None or 0 < c.predict.low <= c.predict.threshold,
+            "above 0 and at most predict.threshold, or null",
+        ),
+        ("predict.merge_mm", 0 <= c.predict.merge_mm < float("inf"), "at least 0 mm"),
     ]
     for key, right, wanted in rules:
         if not right:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,13 @@ from pydicom.uid import generate_uid
 from tests.formats.test_formats import write_series
 from tests.labels.test_kinds import boundaries, write_rtstruct
 
-from voxelscale.config import Config, dump
+from voxelscale.config import Config, PrepareConfig, dump
+from voxelscale.data.listing import list_sources
+from voxelscale.data.names import names_of
+from voxelscale.data.reading import read_image
 from voxelscale.data.store import open_store, read_info
+from voxelscale.evaluate.evaluate import evaluate_folder
+from voxelscale.formats import write_scan
 from voxelscale.geometry import Scan, affine_from_itk
 
 PLANTED = {
@@ -26,6 +33,10 @@ PLANTED = {
     "InstitutionName": "Hopital Sanssouci-Nord",
     "ReferringPhysicianName": "Drxqz^Ottokar",
 }
+
+
+FOLDER = "DOE^JOHN_19500101"
+"""Of a patient's files, with a number; archives call folders so."""
 
 
 def volume(seed: int) -> tuple[Scan, Scan]:
@@ -47,11 +58,11 @@ def plant(path: Path, patient: int) -> pydicom.Dataset:
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four patients with an RTSTRUCT each, one series broken; folders that say nothing of them."""
+    """Four patients with an RTSTRUCT each, one series broken, in folders called after them."""
     folder = tmp_path_factory.mktemp("archive")
     for patient in range(4):
         scan, mask = volume(patient)
-        uid, place = generate_uid(), folder / f"d{patient}"
+        uid, place = generate_uid(), folder / f"{FOLDER}{patient}"
         write_series(place / "ct", scan, uid=uid, drop=7 if patient == 3 else None)
         for path in (place / "ct").iterdir():
             plant(path, patient).save_as(path)
@@ -70,8 +81,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["auto", "series", "hash"])
 def pipeline(
     request: pytest.FixtureRequest, tiny: Config, archive: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, str]:
-    """Everything that the commands wrote into files, and what they said."""
+) -> tuple[Path, str, str]:
+    """Everything that the commands wrote into files, and what they said on stdout and on stderr."""
     out = tmp_path_factory.mktemp("out")
     (out / "config.yaml").write_text(dump(tiny))
     sets = [
@@ -82,6 +93,7 @@ def pipeline(
     ]
     steps: list[tuple[int, list[object]]] = [
         (0, ["inspect", archive, out / "page.html"]),
+        (0, ["inspect", archive, "--json"]),
         (2, ["prepare", archive, out / "store"]),
         (0, ["train", out / "store", out / "run"]),
         (
@@ -101,20 +113,21 @@ def pipeline(
         (0, ["report", out / "predictions", archive, "--out", out / "report.html"]),
     ]
     if request.param != "auto":
-        steps = steps[1:2]
-    said = ""
+        steps = steps[1:3]
+    said, told = "", ""
     for code, step in steps:
         command = [sys.executable, "-m", "voxelscale.cli", "--verbose", *map(str, step)]
         command += ["--config", str(out / "config.yaml"), *(w for s in sets for w in ("--set", s))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
-        said += done.stdout + done.stderr
-    return out, said
+        said += done.stdout
+        told += done.stderr
+    return out, said, told
 
 
-def test_no_identifier_is_in_any_output(pipeline: tuple[Path, str], archive: Path) -> None:
-    out, said = pipeline
-    everything = {"what was said": said.encode()}
+def everything_written(out: Path, said: str) -> dict[str, bytes]:
+    """Every byte of files, of their names, and of stdout, by where it is."""
+    everything = {"stdout": said.encode()}
     for case in open_store(out / "store").cases:  # its file keeps them compressed
         everything[f"the metadata of {case.case}"] = repr(read_info(out / "store", case.case)).encode()
     for path in out.rglob("*"):
@@ -123,6 +136,12 @@ def test_no_identifier_is_in_any_output(pipeline: tuple[Path, str], archive: Pat
             everything[str(path)] = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
             everything[f"the name {path}"] = str(path).encode()
     assert len(everything) > 9
+    return everything
+
+
+def test_no_identifier_is_in_any_output(pipeline: tuple[Path, str, str], archive: Path) -> None:
+    out, said, told = pipeline
+    everything = everything_written(out, said) | {"stderr": told.encode()}
     taken = b"".join(path.read_bytes() for path in archive.rglob("*.dcm"))
     assert all(text.encode() in taken for text in PLANTED.values()), "what is looked for can be found"
     for where, content in everything.items():
@@ -133,12 +152,23 @@ def test_no_identifier_is_in_any_output(pipeline: tuple[Path, str], archive: Pat
                     assert form.lower() not in content.lower(), (where, part)
 
 
-def test_the_names_agree_from_command_to_command(pipeline: tuple[Path, str]) -> None:
-    out, said = pipeline
+def test_no_folders_name_is_in_any_output(pipeline: tuple[Path, str, str], archive: Path) -> None:
+    """But in errors on stderr: who is to mend a file must be told where it is."""
+    out, said, told = pipeline
+    assert (archive / f"{FOLDER}0").is_dir()
+    for where, content in everything_written(out, said).items():
+        for form in (FOLDER, "DOE", "19500101", FOLDER.replace("^", "_"), FOLDER.encode().hex()):
+            assert form.lower().encode() not in content.lower(), (where, form)
+    kept = [line for line in told.splitlines() if not line.startswith("error: ")]
+    assert not any("DOE" in line for line in kept)
+
+
+def test_the_names_agree_from_command_to_command(pipeline: tuple[Path, str, str]) -> None:
+    out, _, told = pipeline
     store = open_store(out / "store")
     assert len(store.cases) == 3
     assert all(case.patient.startswith("patient-") for case in store.cases)
-    assert "missing" in said, "the broken series is told"
+    assert "missing" in told, "the broken series is told"
     if (out / "predictions").is_dir():
         (case,) = (case.case for case in store.split("test"))
         assert (out / "predictions" / case / "mask.nii.gz").is_file()
@@ -147,3 +177,25 @@ def test_the_names_agree_from_command_to_command(pipeline: tuple[Path, str]) -> 
             out / "predictions" / "names.key"
         ).read_bytes()
         assert (out / "store" / "names.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_an_evaluation_keeps_of_a_fault_names_the_case(archive: Path, tmp_path: Path) -> None:
+    data, predictions = tmp_path / "data", tmp_path / "predictions"
+    shutil.copytree(archive, data, ignore=shutil.ignore_patterns(f"{FOLDER}3"))
+    (tmp_path / "key").write_text("of this test alone")
+    config = PrepareConfig(names="hash", name_key=str(tmp_path / "key"))
+    sources = list_sources(data, names=names_of(config, None))
+    for source in sources:
+        image = read_image(source)
+        # The first one's mask lies elsewhere.
+        shift = np.zeros((4, 4))
+        shift[0, 3] = 50.0 * (source is sources[0])
+        empty = Scan(np.zeros(image.array.shape, np.uint8), image.affine + shift)
+        write_scan(empty, predictions / source.case / "mask.nii.gz")
+        (predictions / source.case / "findings.json").write_text("[]")
+    summary = evaluate_folder(predictions, data, tmp_path / "out", config)
+    (fault,) = summary["failed"]
+    assert FOLDER in fault["error"], "who mends it now is told the file"
+    kept = (tmp_path / "out" / "evaluation.json").read_text()
+    assert sources[0].case in json.loads(kept)["failed"][0]["error"]
+    assert "DOE" not in kept

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import struct
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +36,14 @@ from pydicom.uid import (
 )
 
 from voxelscale.console import set_verbosity
+from voxelscale.data.listing import list_scans
+from voxelscale.data.reading import read_image
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats import read_scan
-from voxelscale.formats.dicom import find_series, header, read
+from voxelscale.formats import dicom, read_scan
+from voxelscale.formats.dicom import find_series, header, read, thickness_of
+from voxelscale.formats.dicom.elements import LONG_VR
 from voxelscale.geometry import Scan
+from voxelscale.labels import read_labels
 
 SECRET = "Jane^Doe-7731"
 SPACING = (2.0, 1.5)  # between rows, between columns
@@ -364,6 +370,55 @@ def test_one_of_several_series(archive: tuple[Path, list[str]], told: Callable[[
     assert np.array_equal(read(folder / "B" / "deep").array, noise(4, seed=3))
 
 
+def test_the_series_of_a_flat_folder_are_read_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each header once for the listing and once for its own series, however many there are."""
+    for seed in range(5):
+        write(small_series(seed), tmp_path / "flat", [f"{seed}-{i}" for i in range(4)])
+    opened: dict[Path, int] = {}
+
+    def counted(path: Path) -> header.Header | None:
+        opened[path] = opened.get(path, 0) + 1
+        return header.read_header(path)
+
+    monkeypatch.setattr(dicom, "read_header", counted)
+    sources = list_scans(tmp_path / "flat")
+    seeds = [int(source.files[0].name[0]) for source in sources]
+    assert sorted(seeds) == list(range(5))
+    for seed, source in zip(seeds, sources, strict=True):
+        assert np.array_equal(read_image(source).array, noise(4, seed=seed))
+    assert len(opened) == 20
+    assert max(opened.values()) <= 2
+
+
+def test_a_listed_slice_that_is_damaged_or_gone_is_told(tmp_path: Path) -> None:
+    """The end slice, which would not be missed: by whole series as by what the listing knows of them."""
+    folder = write(small_series(1), tmp_path / "flat", [f"a{i}" for i in range(4)])
+    write(small_series(2), folder, [f"b{i}" for i in range(4)])
+    whole = list_scans(folder)
+    victim = folder / "a3"
+    content = victim.read_bytes()
+    victim.write_bytes(content[:300])
+    for source in list_scans(folder):
+        with pytest.raises(VoxelscaleError, match="a3: damaged or empty, and may be a slice"):
+            read_image(source)
+    victim.unlink()
+    first, second = sorted(whole, key=lambda source: source.files[0].name)
+    with pytest.raises(VoxelscaleError, match="a3: no such file, and is a slice"):
+        read_image(first)
+    assert np.array_equal(read_image(second).array, noise(4, seed=2))
+
+
+def test_the_thickness_of_slices_is_what_they_say(archive: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, uids = archive
+    of = {s.uid: s for s in find_series(folder)}
+    assert thickness_of(of[uids[2]].files[1]) == 2.0
+    assert thickness_of(folder / "B" / "deep") == 2.0
+    assert thickness_of(write(small_series(SliceThickness=None), tmp_path / "ct")) is None
+    assert thickness_of(folder / "notes.txt") is None
+
+
 def test_a_folder_without_a_volume(tmp_path: Path) -> None:
     for name in ("test-SR.dcm", "rtdose.dcm"):
         shutil.copy(get_testdata_file(name), tmp_path)
@@ -668,6 +723,192 @@ def test_a_deflated_bomb_is_not_unpacked(tmp_path: Path) -> None:
     (folder / "bomb").write_bytes(whole[:start] + code)
     with at_most(10**8):
         fails(folder, "bomb: damaged")
+
+
+def element(tag: int, vr: bytes, value: bytes, length: int | None = None) -> bytes:
+    """Explicit little endian, with a length of four bytes."""
+    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF) + vr + b"\0\0"
+    return head + struct.pack("<I", len(value) if length is None else length) + value
+
+
+def with_element(whole: bytes, tag: int, code: bytes) -> bytes:
+    """A file with an element put where it belongs by its tag."""
+    place = 132
+    while place < len(whole):
+        group, number = struct.unpack("<HH", whole[place : place + 4])
+        if group > 2 and group << 16 | number > tag:
+            break
+        long = whole[place + 4 : place + 6] in LONG_VR
+        (length,) = struct.unpack_from("<I" if long else "<H", whole, place + (8 if long else 6))
+        place += length + (12 if long else 8)
+    return whole[:place] + code + whole[place:]
+
+
+ITEM, ITEM_END, SEQUENCE_END = (
+    b"\xfe\xff\x00\xe0",
+    b"\xfe\xff\x0d\xe0" + bytes(4),
+    b"\xfe\xff\xdd\xe0" + bytes(4),
+)
+ENDLESS = 0xFFFFFFFF
+PRIVATE, REFERENCED, PER_FRAME = 0x00091010, 0x00081115, 0x52009230
+MANY = {
+    "unknown": (PRIVATE, ITEM + bytes(4), True),
+    "known": (REFERENCED, ITEM + bytes(4), True),
+    "of known length": (PER_FRAME, ITEM + bytes(4), False),
+    "items without a length": (PRIVATE, ITEM + b"\xff" * 4 + ITEM_END, True),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_a_hundred_thousand_empty_items_cost_little(tmp_path: Path, name: str) -> None:
+    tag, item, endless = MANY[name]
+    items = item * 100_000
+    code = element(tag, b"SQ", items + SEQUENCE_END, ENDLESS) if endless else element(tag, b"SQ", items)
+    hu = noise(6)
+    folder = write(slices(hu, along([2.0] * 5)), tmp_path / "ct")
+    for path in folder.iterdir():
+        path.write_bytes(with_element(path.read_bytes(), tag, code))
+    start = time.process_time()
+    scan = read(folder)
+    assert time.process_time() - start < 2
+    assert np.array_equal(scan.array, hu)
+
+
+DEEP = 50
+WRONG_SEQUENCES = {
+    "deeper than any": element(PRIVATE, b"SQ", ITEM + b"\xff" * 4, ENDLESS) * DEEP
+    + (ITEM_END + SEQUENCE_END) * DEEP,
+    "an item beyond it": element(REFERENCED, b"SQ", ITEM + struct.pack("<I", 64) + bytes(8)),
+    "an element beyond its item": element(
+        REFERENCED, b"SQ", ITEM + struct.pack("<I", 12) + element(PRIVATE, b"OB", b"", 64)
+    ),
+    "no items": element(REFERENCED, b"SQ", bytes(16)),
+    "without an end": element(PRIVATE, b"SQ", ITEM + bytes(4), ENDLESS),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SEQUENCES)
+def test_wrong_sequences_are_told(tmp_path: Path, name: str) -> None:
+    folder = write(small_series(), tmp_path / "ct")
+    victim, code = folder / "001", WRONG_SEQUENCES[name]
+    tag = REFERENCED if code.startswith(b"\x08\x00") else PRIVATE
+    victim.write_bytes(with_element(victim.read_bytes(), tag, code))
+    fails(folder, "001: damaged")
+
+
+def test_a_sequence_that_a_program_did_not_know_is_read(tmp_path: Path) -> None:
+    """Functional groups as UN, which are implicit in an explicit file (PS3.5, 6.2.2)."""
+    hu, places = noise(4), along([2.0] * 3)
+    film = enhanced(hu, places, AXIAL, [2, 0, 3, 1])
+    implicit = tmp_path / "implicit"
+    film.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    pydicom.dcmwrite(implicit, film, implicit_vr=True, little_endian=True, force_encoding=True)
+    code = pydicom.dcmread(implicit).get_item(PER_FRAME).value
+    film.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    del film[PER_FRAME]
+    path = write([film], tmp_path / "ct") / "000"
+    path.write_bytes(with_element(path.read_bytes(), PER_FRAME, element(PER_FRAME, b"UN", code)))
+    assert np.array_equal(read(path).array, hu)
+
+
+@pytest.mark.filterwarnings("ignore:Expected explicit VR")
+def test_headers_are_as_pydicom_reads_them() -> None:
+    """The files that pydicom ships for its own tests, in all encodings, and not all of them sound.
+
+    A third of them have no pixels or no SOP class, and are none of ours.
+    """
+    compared = 0
+    for path in sorted(Path(get_testdata_file("DICOMDIR")).parents[1].rglob("*")):
+        try:
+            found, theirs = header.read_header(path), pydicom.dcmread(path, stop_before_pixels=True)
+            rows, place = theirs.get("Rows", 0), theirs.get("ImagePositionPatient")
+        except Exception:
+            continue  # what either refuses cannot be compared
+        if found is None:
+            continue
+        compared += 1
+        assert found.series == str(theirs.get("SeriesInstanceUID", "")), path
+        assert found.modality == str(theirs.get("Modality", "")), path
+        for frame in found.frames[:1]:
+            assert frame.pixels.rows == rows, path
+            if place and frame.pixels.frames == 1:
+                assert frame.position == tuple(map(float, place)), path
+    assert compared > 90
+
+
+BOMB = 300_000_000
+"""Bytes; more than may be inflated of a label."""
+
+
+@pytest.mark.parametrize("modality", ["SEG", "RTSTRUCT", "CT"])
+def test_a_deflated_bomb_among_labels_is_not_unpacked(tmp_path: Path, modality: str) -> None:
+    ds = small_series()[0]
+    ds.Modality, ds.file_meta.TransferSyntaxUID = modality, DeflatedExplicitVRLittleEndian
+    path = write([ds], tmp_path, ["label"]) / "label"
+    whole = path.read_bytes()
+    start = 132 + 12 + int.from_bytes(whole[140:144], "little")
+    inflated = zlib.decompress(whole[start:], -zlib.MAX_WBITS)
+    engine = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+    code = engine.compress(inflated + element(0x7FE10010, b"OB", b"", BOMB))
+    code += b"".join(engine.compress(bytes(10**7)) for _ in range(BOMB // 10**7)) + engine.flush()
+    path.write_bytes(whole[:start] + code)
+    image = Scan(noise(4), np.eye(4)[[2, 1, 0, 3]])
+    with at_most(10**8), pytest.raises(VoxelscaleError, match="label: larger than 256 MiB when inflated"):
+        read_labels(path, image)
+    path.write_bytes(whole[:start] + b"\xff" + whole[start:])
+    with pytest.raises(VoxelscaleError, match="label: not readable as DICOM"):
+        read_labels(path, image)
+
+
+def binary(mask: NDArray[Any], uid: str = "1.2.3") -> FileDataset:
+    """A SEG of one segment in frames, bit by bit, on voxels of 1 mm from the origin."""
+    ds = segmentation(uid)
+    set_pixels(ds, mask.astype(np.uint16))
+    ds.NumberOfFrames, ds.SegmentationType = len(mask), "BINARY"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 1, 1, 0
+    code = np.packbits(mask.astype(bool).ravel(), bitorder="little").tobytes()
+    ds.PixelData = code + b"\0" * (len(code) % 2)
+    segment, shared, plane, measures, identity = (Dataset() for _ in range(5))
+    segment.SegmentNumber = identity.ReferencedSegmentNumber = 1
+    plane.ImageOrientationPatient, measures.PixelSpacing = text(AXIAL), ["1", "1"]
+    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = Items([plane]), Items([measures])
+    shared.SegmentIdentificationSequence = Items([identity])
+    each = []
+    for z in range(len(mask)):
+        frame, position = Dataset(), Dataset()
+        position.ImagePositionPatient = text([0.0, 0.0, z])
+        frame.PlanePositionSequence = Items([position])
+        each.append(frame)
+    ds.SegmentSequence, ds.SharedFunctionalGroupsSequence = Items([segment]), Items([shared])
+    ds.PerFrameFunctionalGroupsSequence = Items(each)
+    return ds
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian])
+def test_frames_of_bits_need_not_begin_with_a_byte(tmp_path: Path, syntax: str) -> None:
+    mask = np.random.default_rng(0).random((5, 9, 7)) > 0.6
+    ds = binary(mask)
+    ds.file_meta.TransferSyntaxUID = syntax
+    path = write([ds], tmp_path, ["label"]) / "label"
+    image = Scan(np.zeros(mask.shape, np.int16), np.eye(4)[[2, 1, 0, 3]])
+    assert np.array_equal(read_labels(path, image).mask.array, mask)
+    ds.PixelData = ds.PixelData[:-4]
+    with pytest.raises(VoxelscaleError, match="label: a damaged segmentation"):
+        read_labels(write([ds], tmp_path, ["label"]) / "label", image)
+
+
+def test_a_segmentation_is_unpacked_frame_by_frame(tmp_path: Path) -> None:
+    """A small file may hold many frames, and each of their bits becomes a byte."""
+    mask = np.zeros((100, 512, 512), np.bool_)
+    mask[40:50, 100:120, 100:140] = True
+    ds = binary(mask)
+    ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    path = write([ds], tmp_path, ["label"]) / "label"
+    assert path.stat().st_size < mask.size / 1000
+    image = Scan(np.zeros(mask.shape, np.int16), np.eye(4)[[2, 1, 0, 3]])
+    with at_most(2 * mask.size):
+        read = read_labels(path, image).mask.array
+    assert np.array_equal(read, mask)
 
 
 def test_a_header_without_an_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

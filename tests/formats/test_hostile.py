@@ -26,7 +26,8 @@ def assert_told(outcome: Outcome, path: Path, words: str) -> None:
     assert outcome.seconds < SECONDS, outcome
     assert outcome.grown_mib < MIB, outcome
     if words:
-        assert path.name[:50] in outcome.message, outcome
+        shown = path.name.replace("\0", r"\x00")
+        assert shown[:50] in outcome.message, outcome
         assert outcome.hint, outcome
         assert "\n" not in outcome.message + outcome.hint, outcome
         assert len(outcome.message) < len(str(path)) + 300, outcome

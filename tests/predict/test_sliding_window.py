@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise, product
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from voxelscale.config import IntTriple
 from voxelscale.model.unet import UNet
-from voxelscale.predict.sliding_window import flip_axes, predict_volume, window_starts
+from voxelscale.predict.sliding_window import Windows, flip_axes, predict_volume, window_starts
 
 
 class Identity(nn.Module):
@@ -30,7 +32,9 @@ def test_a_network_that_looks_at_one_voxel_is_reproduced(
 ) -> None:
     torch.manual_seed(0)
     volume = torch.randn(size)
-    probability = predict_volume(Identity(), volume, patch, overlap=overlap, batch_size=batch)
+    probability = predict_volume(
+        Identity(), volume, Windows(patch=patch, overlap=overlap, batch_size=batch)
+    )
     assert probability.shape == volume.shape
     assert torch.allclose(probability, volume.sigmoid(), atol=1e-5)
 
@@ -61,7 +65,7 @@ def test_logits_are_averaged_with_gaussian_weights() -> None:
         with torch.inference_mode():
             total[box] += weight * model(volume[box][None, None])[0, 0]
         weights[box] += weight
-    ours = predict_volume(model, volume, patch, overlap=overlap)
+    ours = predict_volume(model, volume, Windows(patch=patch, overlap=overlap))
     assert torch.allclose(ours, (total / weights).sigmoid(), atol=1e-5)
 
 
@@ -69,7 +73,7 @@ def test_a_row_of_windows_is_monais() -> None:
     torch.manual_seed(0)
     model = UNet(dims=3, depth=2, filters=4).eval()
     volume, patch = torch.randn(16, 16, 40), (16, 16, 16)
-    ours = predict_volume(model, volume, patch, overlap=0.5)
+    ours = predict_volume(model, volume, Windows(patch=patch))
     with torch.inference_mode():
         theirs = sliding_window_inference(
             volume[None, None], patch, 2, model, overlap=0.5, mode="gaussian", sigma_scale=0.125
@@ -84,9 +88,9 @@ def test_the_batch_does_not_matter_and_neither_does_precision_much() -> None:
     torch.manual_seed(0)
     model = UNet(dims=3, depth=2, filters=4).eval()
     volume = torch.randn(20, 30, 25)
-    one = predict_volume(model, volume, (16, 16, 16), batch_size=1)
-    five = predict_volume(model, volume, (16, 16, 16), batch_size=5)
-    half = predict_volume(model, volume, (16, 16, 16), precision=torch.bfloat16)
+    one = predict_volume(model, volume, Windows(patch=(16, 16, 16), batch_size=1))
+    five = predict_volume(model, volume, Windows(patch=(16, 16, 16), batch_size=5))
+    half = predict_volume(model, volume, Windows(patch=(16, 16, 16), precision=torch.bfloat16))
     assert torch.allclose(one, five, atol=1e-5)
     assert (one - half).abs().max() < 0.02
 
@@ -95,11 +99,11 @@ def test_mirrored_copies_make_the_prediction_symmetric() -> None:
     torch.manual_seed(0)
     model = UNet(dims=3, depth=2, filters=4).eval()
     volume = torch.randn(16, 16, 16)
-    plain = predict_volume(model, volume, (16, 16, 16))
-    mirrored = predict_volume(model, volume.flip(2), (16, 16, 16)).flip(2)
+    plain = predict_volume(model, volume, Windows(patch=(16, 16, 16)))
+    mirrored = predict_volume(model, volume.flip(2), Windows(patch=(16, 16, 16))).flip(2)
     assert (plain - mirrored).abs().max() > 1e-3
-    first = predict_volume(model, volume, (16, 16, 16), flips=True)
-    second = predict_volume(model, volume.flip(2), (16, 16, 16), flips=True).flip(2)
+    first = predict_volume(model, volume, Windows(patch=(16, 16, 16), flips=True))
+    second = predict_volume(model, volume.flip(2), Windows(patch=(16, 16, 16), flips=True)).flip(2)
     assert torch.allclose(first, second, atol=1e-5)
     assert len(flip_axes((16, 16, 16))) == 8
     assert len(flip_axes((1, 16, 16))) == 4
@@ -108,7 +112,7 @@ def test_mirrored_copies_make_the_prediction_symmetric() -> None:
 def test_two_dimensional_windows() -> None:
     model = UNet(dims=2, depth=2, filters=4).eval()
     volume = torch.randn(5, 40, 33)
-    ours = predict_volume(model, volume, (1, 40, 33))
+    ours = predict_volume(model, volume, Windows(patch=(1, 40, 33)))
     with torch.inference_mode():
         assert torch.allclose(ours, model(volume[:, None])[:, 0].sigmoid(), atol=1e-5)
 
@@ -122,7 +126,79 @@ def test_volumes_smaller_than_the_window_are_padded_with_air() -> None:
             seen.append(x.clone())
             return x
 
-    predict_volume(Spy(), volume, (8, 8, 8))
+    predict_volume(Spy(), volume, Windows(patch=(8, 8, 8)))
     padded = torch.full((8, 8, 8), float(volume.min()))
     padded[2:5, 2:6, 1:6] = volume
     assert torch.equal(seen[0][0, 0], padded)
+
+
+@settings(max_examples=15)
+@given(
+    st.tuples(*[st.integers(4, 30)] * 3),
+    st.tuples(*[st.integers(3, 12)] * 3),
+    st.floats(0, 0.8),
+    st.integers(1, 3),
+    st.integers(2, 4),
+    st.integers(0, 2**31),
+)
+def test_what_is_within_is_as_without_the_mask(
+    size: IntTriple, patch: IntTriple, overlap: float, batch: int, threads: int, seed: int
+) -> None:
+    """Threads and left-out windows change nothing where it counts; elsewhere there is nothing."""
+    random = torch.Generator().manual_seed(seed)
+    model = nn.Conv3d(1, 1, 3, padding=1)
+    volume = torch.randint(-1000, 400, size, generator=random, dtype=torch.int16)
+    within = torch.zeros(size, dtype=torch.bool)
+    corner = [int(torch.randint(n, (1,), generator=random)) for n in size]
+    within[tuple(slice(c, c + 5) for c in corner)] = True
+    windows = Windows(patch=patch, overlap=overlap, batch_size=batch)
+
+    def prepare(hu: Tensor) -> Tensor:
+        return hu.float() / 500
+
+    whole = predict_volume(model, volume, windows, prepare=prepare)
+    several = replace(windows, threads=threads)
+    part = predict_volume(model, volume, several, prepare=prepare, within=within)
+    assert torch.allclose(part[within], whole[within], atol=1e-6)
+    assert not part[~within].any()
+
+
+def test_windows_without_anything_within_are_not_looked_at() -> None:
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return x
+
+    within = torch.zeros(32, 32, 32, dtype=torch.bool)
+    within[28:, :4, :4] = True
+    predict_volume(Spy(), torch.randn(32, 32, 32), Windows(patch=(8, 8, 8), overlap=0.5), within=within)
+    assert sum(seen) == 1
+    seen.clear()
+    nowhere = torch.zeros_like(within)
+    empty = predict_volume(Spy(), torch.randn(32, 32, 32), Windows(patch=(8, 8, 8)), within=nowhere)
+    assert not seen
+    assert not empty.any()
+
+
+def test_half_the_memory_is_nearly_as_exact_and_threads_are_given_back() -> None:
+    torch.manual_seed(0)
+    model = UNet(dims=3, depth=2, filters=4).eval()
+    volume = torch.randn(40, 30, 25)
+    windows = Windows(patch=(16, 16, 16), threads=3, batch_size=1)
+    before = torch.get_num_threads()
+    exact = predict_volume(model, volume, windows)
+    half = predict_volume(model, volume, windows, dtype=torch.float16)
+    assert torch.get_num_threads() == before
+    assert half.dtype == torch.float16
+    assert (exact - half.float()).abs().max() < 5e-4
+
+
+def test_a_fault_of_the_network_comes_out_of_the_threads() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        predict_volume(Broken(), torch.randn(20, 20, 20), Windows(patch=(8, 8, 8), threads=2))

@@ -135,6 +135,7 @@ def inspect(
     """
     facts: list[Facts] = []
     problems: list[Problem] = []
+    sources: Sequence[Source] = ()
     if (data / "dataset.json").is_file() and (data / "cases").is_dir():
         store = open_store(data)
         kind, splits = (
@@ -159,9 +160,29 @@ def inspect(
     facts.sort(key=lambda one: one.case)
     problems += [*duplicates(facts), *across_splits(facts, splits), *_vanishing(facts)]
     # The page may be passed on; where the data lie on this machine is nobody's business.
-    problems = [replace(problem, text=problem.text.replace(f"{data}/", "")) for problem in problems]
+    problems = _without_places(problems, data, sources)
     problems.sort(key=lambda p: (SEVERITIES.index(p.severity), p.case, p.text))
     return Inspection(kind=kind, cases=tuple(facts), problems=tuple(problems))
+
+
+def _without_places(problems: Sequence[Problem], data: Path, sources: Sequence[Source]) -> list[Problem]:
+    """The problems with files as the data set calls them; of hashed cases not even that.
+
+    Folders of DICOM archives are often called after the patient: such a case is called by its hash only.
+    """
+    hashed = {s.case: s for s in sources if s.files and s.case.startswith("case-")}
+    bare = []
+    for problem in problems:
+        text, source = problem.text, hashed.get(problem.case)
+        if source is not None:
+            places = {file: f"file {n} of {source.case}" for n, file in enumerate(source.files, start=1)}
+            places[source.image] = source.case
+            if source.label is not None:
+                places[source.label] = f"the label of {source.case}"
+            for place in sorted(places, key=lambda path: -len(str(path))):  # one may begin another
+                text = text.replace(str(place), places[place])
+        bare.append(replace(problem, text=text.replace(f"{data}/", "")))
+    return bare
 
 
 def look_at(source: Source, config: PrepareConfig) -> Facts:

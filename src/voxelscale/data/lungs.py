@@ -24,6 +24,8 @@ CLOSING_MM = 12.0
 """Radius of the closing: what bulges into a lung by less, or is thinner than twice it, is taken in."""
 MARGIN_MM = 10.0
 """By which the box is larger than the mask."""
+BODY_MARGIN_MM = 5.0
+"""Air around the patient that still counts as `body_field`."""
 LEAST_ML, MOST_ML = 800.0, 12_000.0
 """Both lungs of an adult or an older child, from full expiration to large and inflated."""
 LEAST_SECTION_MM2 = 4000.0
@@ -80,6 +82,25 @@ def lung_field(scan: Scan) -> Lungs:
         return whole
     fine = _blown_up(mask, factors, shape)
     return Lungs(mask=fine, box=_box(mask, factors, scan), volume_ml=volume, ok=True, problem="")
+
+
+def body_field(scan: Scan) -> NDArray[np.bool_]:
+    """Everything but the air around the patient, and `BODY_MARGIN_MM` of it; bool (z, y, x).
+
+    Args:
+        scan: HU, axes running nearly as in LPS.
+    """
+    from scipy import ndimage
+
+    shape = scan.array.shape
+    factors = [max(1, min(n, round(COARSE_MM / s))) for n, s in zip(shape, scan.spacing, strict=True)]
+    coarse = _block_means(scan.array, factors)
+    inside = ~_outside(coarse, coarse < DENSEST_HU)
+    reach = [round(BODY_MARGIN_MM / (s * k)) for s, k in zip(scan.spacing, factors, strict=True)]
+    for axis, blocks in enumerate(reach):
+        # The largest of each neighbourhood, axis by axis: a box grown round every block.
+        inside = ndimage.maximum_filter1d(inside, 2 * blocks + 1, axis=axis)
+    return _blown_up(inside, factors, shape)
 
 
 def _block_means(array: NDArray[np.generic], factors: list[int]) -> NDArray[np.float32]:

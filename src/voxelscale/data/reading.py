@@ -26,7 +26,7 @@ def read_image(source: Source, fill_gaps: int = 0) -> Scan:
             f"{source.image}: {source.fault}", "leave the right one there, or name it in a CSV"
         )
     # A folder that a table names is to hold one series; which of a tree's is meant, the listing knows.
-    return read_scan(source.image, source.series if source.files else "", fill_gaps)
+    return read_scan(source.image, source.series if source.files else "", fill_gaps, source.files)
 
 
 def read_case(source: Source, config: PrepareConfig) -> tuple[Scan, Labels]:
@@ -69,7 +69,13 @@ def read_truth(source: Source, config: PrepareConfig) -> Scan:
 
 def labels_of(source: Source, image: Scan, config: PrepareConfig) -> Labels:
     """The lesions of an image that has been read (LPS order)."""
+    from voxelscale.formats.dicom import thickness_of
+
     assert source.label is not None  # noqa: S101 - the callers have seen to it
+    thickness = None
+    if kind_of(source.label) == "LIDC":
+        # Who agrees with whom goes by what only a DICOM header knows.
+        thickness = thickness_of(source.files[0] if source.files else source.image)
     return read_labels(
         source.label,
         image,
@@ -77,6 +83,7 @@ def labels_of(source: Source, image: Scan, config: PrepareConfig) -> Labels:
         series=source.series,
         values=_values(source, config),
         consensus=config.consensus,
+        thickness_mm=thickness,
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
 from voxelscale.console import Progress
@@ -17,14 +18,25 @@ from voxelscale.data.listing import Source, list_sources
 from voxelscale.data.names import names_of
 from voxelscale.data.reading import read_truth
 from voxelscale.errors import VoxelscaleError
-from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match
-from voxelscale.evaluate.overlap import Overlap, overlap
+from voxelscale.evaluate.bootstrap import RESAMPLES, interval, resampled_means
+from voxelscale.evaluate.froc import OPERATING_POINTS, Froc, Matches, froc, match, pool, resampled
+from voxelscale.evaluate.lesions import (
+    IOU_THRESHOLDS,
+    LesionOverlap,
+    by_size,
+    detection_figures,
+    lesion_overlaps,
+    match_by_iou,
+    mean_or_none,
+    pair_components,
+)
+from voxelscale.evaluate.nodules import Nodule, by_trait, hits_on_nodules, read_nodules
+from voxelscale.evaluate.overlap import Overlap, common_box, overlap
+from voxelscale.evaluate.surface import TOLERANCES_MM, SurfaceScore, compare_surfaces
 from voxelscale.files import write_atomic, write_csv
 from voxelscale.formats import check_same_place, read_label
 from voxelscale.geometry import Scan, reorient
 from voxelscale.predict.findings import Finding, lesions_of_mask, read_findings
-
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,30 +46,68 @@ class CaseResult:
     Attributes:
         case: its name.
         overlap: counts of voxels.
+        surface: how the masks' surfaces agree.
         lesions: the true ones.
-        matches: findings held against them.
+        matches: findings held against them, by LUNA16's rule.
+        lesion_overlaps: predicted components held against them.
+        iou_matches: predicted components matched to them at each of `IOU_THRESHOLDS`.
+        nodules: synthetic ones that were put into the scan.
+        nodule_hits: confidence of the best finding on each, NaN where it was missed.
     """
 
     case: str
     overlap: Overlap
+    surface: SurfaceScore
     lesions: tuple[Finding, ...]
     matches: Matches
+    lesion_overlaps: tuple[LesionOverlap, ...]
+    iou_matches: tuple[Matches, ...]
+    nodules: tuple[Nodule, ...] = ()
+    nodule_hits: tuple[float, ...] = ()
 
 
-def evaluate_case(case: str, truth: Scan, prediction: Scan, findings: Sequence[Finding]) -> CaseResult:
+def evaluate_case(
+    case: str, truth: Scan, prediction: Scan, findings: Sequence[Finding], nodules: Sequence[Nodule] = ()
+) -> CaseResult:
     """Score one case.
 
     Args:
         truth, prediction: masks on one lattice; not 0 is lesion.
         findings: of the same scan, LPS mm.
+        nodules: synthetic ones in it.
     """
-    lesions = lesions_of_mask(case, truth.array, truth.grid)
+    box = common_box(truth.array, prediction.array)
+    true, predicted = truth.array[box] != 0, prediction.array[box] != 0
+    grid = truth.grid.window([axis.start for axis in box], true.shape)
+    lesions = lesions_in_box(case, truth, box)
+    paired = pair_components(true, predicted, grid, findings)
     return CaseResult(
         case=case,
-        overlap=overlap(truth.array, prediction.array),
+        overlap=overlap(true, predicted),
+        surface=compare_surfaces(true, predicted, grid.spacing),
         lesions=tuple(lesions),
         matches=match(lesions, findings),
+        lesion_overlaps=tuple(lesion_overlaps(paired)),
+        iou_matches=tuple(match_by_iou(paired, threshold) for threshold in IOU_THRESHOLDS),
+        nodules=tuple(nodules),
+        nodule_hits=hits_on_nodules(nodules, findings),
     )
+
+
+def lesions_in_box(case: str, truth: Scan, box: tuple[slice, slice, slice]) -> list[Finding]:
+    """`lesions_of_mask` of a mask that is empty outside a box, in a fraction of the time."""
+    start = [axis.start for axis in box]
+    part = truth.array[box] != 0
+    lesions = lesions_of_mask(case, part, truth.grid.window(start, part.shape))
+    z, y, x = start
+    return [
+        replace(
+            lesion,
+            index=(lesion.index[0] + z, lesion.index[1] + y, lesion.index[2] + x),
+            axial_slice=None,  # of the box; nobody asks for it
+        )
+        for lesion in lesions
+    ]
 
 
 def evaluate_folder(
@@ -72,7 +122,8 @@ def evaluate_folder(
 
     Args:
         predictions: what `voxelscale predict` wrote: ``<case>/mask.nii.gz`` and ``findings.json``.
-        data: the data set, as `voxelscale.data.listing.list_sources` takes it.
+        data: the data set, as `voxelscale.data.listing.list_sources` takes it; its ``nodules.csv``, too,
+            where it is synthetic.
         out: where the tables go.
         config: what in the labels is the lesion, and what cases are called after; None: the defaults.
         layout, annotations: as of `list_sources`.
@@ -86,13 +137,18 @@ def evaluate_folder(
     config = config or PrepareConfig()
     listed = list_sources(data, layout, annotations, names_of(config, predictions))
     sources = [s for s in listed if s.label and (predictions / s.case / "mask.nii.gz").is_file()]
-    results, failed = [], []
+    nodules = read_nodules(data)
+    results, failed, told = [], [], []
     with Progress("evaluate", len(sources)) as progress:
         for done, source in enumerate(sources, start=1):
             try:
-                results.append(_read_and_score(source, predictions / source.case, config))
+                truth = read_truth(source, config)
+                mask, findings = read_prediction(predictions / source.case, source, truth)
+                known = nodules.get(source.case, ())
+                results.append(evaluate_case(source.case, truth, mask, findings, known))
             except VoxelscaleError as error:
                 failed.append({"case": source.case, "error": error.message, "hint": error.hint})
+                told.append({**failed[-1], "error": source.without_paths(error.message)})
             progress.update(done, source.case)
     if not results:
         reason = f": {failed[0]['error']}" if failed else ""
@@ -100,45 +156,52 @@ def evaluate_folder(
             f"{predictions}: no prediction of a case of {data} that has a mask{reason}",
             "run voxelscale predict on that data set first",
         )
-    summary = {**summarise(results), "failed": failed}
-    write_atomic(out / "evaluation.json", json.dumps(summary, indent=1))
+    summary = summarise(results)
+    # A path helps who mends it now; what is kept and shown to others must not hold it.
+    write_atomic(out / "evaluation.json", json.dumps({**summary, "failed": told}, indent=1))
     cases = summary["cases"]
     write_csv(out / "cases.csv", [cases[0].keys(), *(case.values() for case in cases)])
-    return summary
+    return {**summary, "failed": failed}
 
 
-def _read_and_score(source: Source, prediction: Path, config: PrepareConfig) -> CaseResult:
-    truth, mask = read_truth(source, config), reorient(read_label(prediction / "mask.nii.gz"))
-    check_same_place(prediction / "mask.nii.gz", mask, source.label or source.image, truth)
-    return evaluate_case(source.case, truth, mask, read_findings(prediction / "findings.json"))
+def read_prediction(folder: Path, source: Source, truth: Scan) -> tuple[Scan, list[Finding]]:
+    """The mask (LPS order) and the findings that were predicted for a case.
+
+    Raises:
+        VoxelscaleError: they cannot be read, or the mask does not lie on the truth.
+    """
+    path = folder / "mask.nii.gz"
+    mask = reorient(read_label(path))
+    check_same_place(path, mask, source.label or source.image, truth)
+    return mask, read_findings(folder / "findings.json")
 
 
 def summarise(results: Sequence[CaseResult]) -> dict[str, Any]:
-    """Everything a report shows, as plain values.
+    """Everything a report shows, as plain values; `docs/measures.md` says how each is counted.
 
     ``cases`` and ``lesions`` are tables; ``dice`` the mean, median and least over cases with the 95 %
-    interval of the mean; ``froc`` the curve, its seven points and their mean (CPM);
-    ``operating_point`` the sensitivity and false positives per scan with every finding counted.
-    Intervals are by bootstrap over scans (Efron 1979), `RESAMPLES` of them.
+    interval of the mean; ``surface_dice`` likewise, a row a tolerance; ``hd95_mm`` its mean and median over
+    the cases where it is finite, and how many it is not; ``froc`` the curve, its seven points and their
+    mean (CPM); ``operating_point`` the sensitivity and false positives per scan with every finding counted;
+    ``sizes`` lesions by diameter; ``nodules`` synthetic ones by kind, margin and place; ``iou`` components
+    matched by intersection over union. What has no value is None.
     """
-    dices = np.asarray([r.overlap.dice for r in results])
     matches = [r.matches for r in results]
     curve = froc(matches)
+    samples = resampled([pool(matches)], RESAMPLES)[0]
     pooled = sum((r.overlap for r in results), Overlap(truth=0, prediction=0, both=0))
     return {
         "scans": len(results),
         "lesion_count": sum(len(r.lesions) for r in results),
-        "dice": {
-            "mean": float(dices.mean()),
-            "median": float(np.median(dices)),
-            "least": float(dices.min()),
-            "interval": _interval(lambda rows: float(dices[rows].mean()), len(results)),
-        },
+        "dice": spread([r.overlap.dice for r in results]),
         "dice_pooled": pooled.dice,
+        "surface_dice": [
+            {"tolerance_mm": tolerance, **spread([r.surface.dice[at] for r in results])}
+            for at, tolerance in enumerate(TOLERANCES_MM)
+        ],
+        "hd95_mm": _finite([r.surface.hd95_mm for r in results]),
         "sensitivity_at_1_fp": curve.sensitivity_at(1.0),
-        "sensitivity_at_1_fp_interval": _interval(
-            lambda rows: froc([matches[i] for i in rows]).sensitivity_at(1.0), len(results)
-        ),
+        "sensitivity_at_1_fp_interval": interval(samples[:, OPERATING_POINTS.index(1.0)]) or [0.0, 0.0],
         "froc": {
             "fp_per_scan": curve.fp_per_scan.tolist(),
             "sensitivity": curve.sensitivity.tolist(),
@@ -147,18 +210,63 @@ def summarise(results: Sequence[CaseResult]) -> dict[str, Any]:
                 for point in OPERATING_POINTS
             ],
             "cpm": curve.cpm,
+            "cpm_interval": interval(samples.mean(axis=1)) or [0.0, 0.0],
         },
         "operating_point": {
             "threshold": float(curve.thresholds[-1]) if len(curve.thresholds) > 1 else None,
             "sensitivity": float(curve.sensitivity[-1]),
             "fp_per_scan": float(curve.fp_per_scan[-1]),
         },
+        **_lesion_tables(results, threshold_at_1_fp(curve)),
+        "iou": [
+            {"iou": threshold, **detection_figures([r.iou_matches[at] for r in results])}
+            for at, threshold in enumerate(IOU_THRESHOLDS)
+        ],
         "cases": [_case_row(result) for result in results],
         "lesions": [row for result in results for row in _lesion_rows(result)],
     }
 
 
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, median and least of a figure of each case, and the 95 % interval of the mean."""
+    array: NDArray[np.float64] = np.asarray(values, np.float64)
+    return {
+        "mean": float(array.mean()),
+        "median": float(np.median(array)),
+        "least": float(array.min()),
+        "interval": interval(resampled_means(array)),
+    }
+
+
+def _finite(values: Sequence[float]) -> dict[str, Any]:
+    known = [value for value in values if math.isfinite(value)]
+    return {
+        "mean": mean_or_none(known),
+        "median": float(np.median(known)) if known else None,
+        "cases": len(known),
+        "one_mask_empty": len(values) - len(known),
+    }
+
+
+def threshold_at_1_fp(curve: Froc) -> float:
+    """The least confidence from which on there is one false positive per scan at most."""
+    return float(curve.thresholds[curve.fp_per_scan <= 1.0][-1])
+
+
+def _lesion_tables(results: Sequence[CaseResult], threshold: float) -> dict[str, Any]:
+    lesions = [lesion for r in results for lesion in r.lesions]
+    hits = [hit for r in results for hit in r.matches.hits]
+    overlaps = [found for r in results for found in r.lesion_overlaps]
+    nodules = [nodule for r in results for nodule in r.nodules]
+    return {
+        "threshold_at_1_fp": threshold if math.isfinite(threshold) else None,
+        "sizes": by_size(lesions, hits, overlaps, threshold),
+        "nodules": by_trait(nodules, [hit for r in results for hit in r.nodule_hits], threshold),
+    }
+
+
 def _case_row(result: CaseResult) -> dict[str, Any]:
+    surface = zip(TOLERANCES_MM, result.surface.dice, strict=True)
     return {
         "case": result.case,
         "dice": result.overlap.dice,
@@ -167,6 +275,8 @@ def _case_row(result: CaseResult) -> dict[str, Any]:
         "lesions": len(result.lesions),
         "detected": sum(not math.isnan(hit) for hit in result.matches.hits),
         "false_positives": len(result.matches.false_positives),
+        **{f"surface_dice_{tolerance:g}mm": value for tolerance, value in surface},
+        "hd95_mm": result.surface.hd95_mm if math.isfinite(result.surface.hd95_mm) else None,
     }
 
 
@@ -180,13 +290,10 @@ def _lesion_rows(result: CaseResult) -> list[dict[str, Any]]:
             "diameter_mm": lesion.diameter_mm,
             "detected": not math.isnan(hit),
             "probability": 0.0 if math.isnan(hit) else hit,
+            "dice": found.dice,
+            "volume_error": found.volume_error,
         }
-        for lesion, hit in zip(result.lesions, result.matches.hits, strict=True)
+        for lesion, hit, found in zip(
+            result.lesions, result.matches.hits, result.lesion_overlaps, strict=True
+        )
     ]
-
-
-def _interval(measure: Callable[[np.ndarray[Any, Any]], float], scans: int) -> list[float]:
-    """95 % percentile interval of a measure of the scans with these numbers."""
-    random = np.random.Generator(np.random.Philox(key=0))
-    values = [measure(random.integers(0, scans, scans)) for _ in range(RESAMPLES)]
-    return [float(v) for v in np.percentile(values, [2.5, 97.5])]

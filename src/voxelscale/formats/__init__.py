@@ -6,7 +6,7 @@ One file per family, each with ``matches(path, head)`` and ``read(path)``; `FAMI
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,19 +59,21 @@ def detect_format(path: Path) -> str:
     raise VoxelscaleError(f"{path}: not a scan in a known format", hint)
 
 
-def read_scan(path: Path, series: str = "", fill_gaps: int = 0) -> Scan:
+def read_scan(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[Path] = ()) -> Scan:
     """A CT scan: HU as int16 where nothing is lost by it, else float32.
 
     Args:
         series: SeriesInstanceUID, for a DICOM folder that holds several.
         fill_gaps: how many slices in a row a DICOM series may lack; they are interpolated.
+        files: those of the series, where they are known; else the folder's are opened to find them.
 
     Raises:
         VoxelscaleError: it is not one whole, three-dimensional, finite scan.
     """
     name = detect_format(path)
     with _told(path):
-        scan = dicom.read(path, series, fill_gaps) if name == "dicom" else FAMILIES[name].read(path)
+        is_dicom = name == "dicom"
+        scan = dicom.read(path, series, fill_gaps, files) if is_dicom else FAMILIES[name].read(path)
         check_affine(path, scan.grid.shape, scan.affine)
         array = _as_hu(scan.array)
         bad = int(array.size - np.isfinite(array).sum()) if array.dtype.kind == "f" else 0

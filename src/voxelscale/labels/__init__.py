@@ -6,6 +6,7 @@ patient mm where the source has more to say than a mask can.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,6 +60,7 @@ def read_labels(
     series: str = "",
     values: tuple[int, ...] | None = None,
     consensus: float = 0.5,
+    thickness_mm: float | None = None,
 ) -> Labels:
     """The lesions of a scan.
 
@@ -67,10 +69,12 @@ def read_labels(
             LUNA16's columns.
         image: the scan that they belong to.
         image_path: where it came from, to be named in a fault.
-        series: its SeriesInstanceUID; it picks the rows of a CSV.
+        series: its SeriesInstanceUID, where it is known; it picks the rows of a CSV, and what names
+            another one is refused.
         values: what is the lesion: values of a mask, numbers of segments or of regions of interest;
             None: all of a mask or a SEG, and of an RTSTRUCT what is named or typed as a tumour.
         consensus: of LIDC, the share of a nodule's readers who must have outlined a voxel.
+        thickness_mm: of the scan's slices, by which LIDC's readings are grouped; None: as their distance.
 
     Raises:
         VoxelscaleError: the file is unfit, or does not lie on the image.
@@ -78,12 +82,14 @@ def read_labels(
     from voxelscale.labels import lidc, rtstruct, seg, spheres
 
     kind = kind_of(path)
-    if kind == "SEG":
-        return Labels(mask=seg.read(path, image, values))
-    if kind == "RTSTRUCT":
-        return Labels(mask=rtstruct.read(path, image, values))
+    if kind in ("SEG", "RTSTRUCT"):
+        read = seg.read if kind == "SEG" else rtstruct.read
+        with warnings.catch_warnings():
+            # What breaks a rule is either harmless or an error, which is told once.
+            warnings.filterwarnings("ignore", module="pydicom")
+            return Labels(mask=read(path, image, values, series))
     if kind == "LIDC":
-        return lidc.read(path, image, consensus, series)
+        return lidc.read(path, image, consensus, series, thickness_mm)
     if kind == "spheres":
         return spheres.read(path, image, series)
     return Labels(mask=_read_mask(path, image, image_path or path, values))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+DENSE = 2**16
+"""Crossings times pixels up to which each pair is looked at: faster than a search, but memory for all."""
+
 
 def inside(outline: ArrayLike, shape: tuple[int, int]) -> NDArray[np.bool_]:
     """Which pixel centres of a plane lie inside a closed outline.
@@ -29,7 +32,39 @@ def inside(outline: ArrayLike, shape: tuple[int, int]) -> NDArray[np.bool_]:
     for y in range(low, high):
         up = y1 >= y
         crossing = np.flatnonzero((y0 >= y) != up)
-        a, b, c, d = x0[crossing, None], y0[crossing, None], x1[crossing, None], y1[crossing, None]
-        beyond = ((d - y) * (a - c) >= (c - x) * (b - d)) == up[crossing, None]
-        mask[first:last, y] = beyond.sum(axis=0) % 2 == 1
+        edges = (x0[crossing], y0[crossing], x1[crossing], y1[crossing], up[crossing])
+        if len(crossing) * len(x) <= DENSE:
+            odd = _before(x, y, *(values[:, None] for values in edges)).sum(axis=0) % 2 == 1
+        else:
+            odd = _odd_by_search(first, last, y, edges)
+        mask[first:last, y] = odd
     return mask
+
+
+Floats = NDArray[np.float64]
+Edges = tuple[Floats, Floats, Floats, Floats, NDArray[np.bool_]]
+
+
+def _before(
+    x: NDArray[np.int64], y: int, a: Floats, b: Floats, c: Floats, d: Floats, up: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Whether the edge from (a, b) to (c, d) crosses line y at or beyond x."""
+    before: NDArray[np.bool_] = ((d - y) * (a - c) >= (c - x) * (b - d)) == up
+    return before
+
+
+def _odd_by_search(first: int, last: int, y: int, edges: Edges) -> NDArray[np.bool_]:
+    """Which x of [first, last) lie before an odd number of the crossings.
+
+    Of each crossing, what lies before it ends at one x, rounding included: that is found by halving.
+    """
+    low = np.full(len(edges[0]), first)
+    high = np.full(len(edges[0]), last)
+    while (undecided := low < high).any():
+        middle = (low + high) // 2
+        before = _before(middle, y, *edges)
+        low = np.where(undecided & before, middle + 1, low)
+        high = np.where(undecided & ~before, middle, high)
+    ended = np.cumsum(np.bincount(low - first, minlength=last - first + 1))[:-1]
+    odd: NDArray[np.bool_] = (len(low) - ended) % 2 == 1
+    return odd

@@ -3,8 +3,9 @@
 Armato et al., "The Lung Image Database Consortium (LIDC) and Image Database Resource Initiative (IDRI)",
 Medical Physics 38 (2011). An outline runs through the first pixels outside a nodule, not part of it.
 Which readers' outlines are one nodule, and which voxels are its consensus, is as in pylidc (Hancock and
-Magnan, Journal of Medical Imaging 3 (2016)): outlines belong together that come as near as the distance of
-two slices, counted in voxels; where more than four come together the distance is shortened by tenths.
+Magnan, Journal of Medical Imaging 3 (2016)): outlines belong together that come as near, counted in voxels,
+as a slice is thick in mm; where more than four come together the distance is shortened by tenths. In one
+third of LIDC's scans slices overlap: they are thicker than their distance.
 """
 
 from __future__ import annotations
@@ -26,8 +27,15 @@ from voxelscale.labels.contours import inside
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
-LARGEST = 2**26
+LARGEST = 2**23
 """Bytes of an XML; the largest of LIDC has 2 MB."""
+
+MOST_OUTLINED, MOST_READINGS, MOST_POINTS = 200, 2000, 2**12
+"""Outlined nodules and readings of any kind of one scan, and points of an outline: time and memory go by
+their squares. LIDC has at most 49 outlined nodules in a scan, and 311 points in an outline."""
+
+MOST_VOXELS = 2**25
+"""Of the box about what is one nodule: that of LIDC's highest is 88 slices, however wide."""
 
 READERS = 4
 SHRINK, LEAST = 0.9, 0.1
@@ -71,26 +79,34 @@ class Reading:
         return self.nodule and any(len(outline.points) > 1 for outline in self.outlines)
 
 
-def read(path: Path, image: Scan, consensus: float, series: str = "") -> Labels:
+def read(
+    path: Path, image: Scan, consensus: float, series: str = "", thickness_mm: float | None = None
+) -> Labels:
     """The nodules of at least 3 mm as a mask; these, smaller ones and non-nodules as findings.
 
     A scan that is only a part of what was read keeps of each nodule what lies in it; who agrees with whom
     is settled on the whole, and so are centre and diameter.
 
+    Args:
+        thickness_mm: of the scan's slices, as its header says; None: as their distance.
+
     Raises:
-        VoxelscaleError: the XML is damaged or of another series, or the scan's pixels are not LIDC's.
+        VoxelscaleError: the XML is damaged, says too much, or is of another series; or the scan's pixels
+            are not LIDC's.
     """
     if not np.allclose(image.grid.direction, np.eye(3), atol=1e-3):
         hint = "give the slices as LIDC-IDRI has them"
         raise VoxelscaleError(f"{path}: outlines in pixels of an axial scan, and this one is turned", hint)
     said, readings = read_xml(path)
+    _check_counts(path, readings)
     if series and said and series != said:
         hint = "give each scan the XML that names its SeriesInstanceUID"
         raise VoxelscaleError(f"{path}: the readings of another series", hint)
     _check_places(path, readings, image.grid)
     mask = np.zeros(image.array.shape, np.uint8)
     findings, outside = [], 0
-    for group in cluster([reading for reading in readings if reading.outlined], image.grid):
+    for group in cluster([reading for reading in readings if reading.outlined], image.grid, thickness_mm):
+        _check_size(path, group, image.grid)
         agreed, corner = agree(group, image.grid, consensus)
         nodule = _nodule(agreed, corner, group, image.grid)
         if _put(mask, agreed, corner) or (not agreed.any() and _lies_in(nodule, image.grid)):
@@ -149,7 +165,15 @@ def read_xml(path: Path) -> tuple[str, list[Reading]]:
             elif name == "nonNodule":
                 readings.append(_point_of(element))
         return series, readings
-    except (OSError, ParseError, DefusedXmlException, ValueError, RecursionError) as error:
+    except (
+        OSError,
+        ParseError,
+        DefusedXmlException,
+        ValueError,
+        LookupError,  # an encoding that nobody knows
+        OverflowError,
+        RecursionError,
+    ) as error:
         problem = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise VoxelscaleError(f"{path}: not readable as LIDC's XML ({problem})", "copy it again") from None
 
@@ -176,6 +200,8 @@ def _nodule_of(element: Element) -> Reading:
             points = np.array([_pixel(edge) for edge in roi if _local(edge) == "edgeMap"], np.int64)
             if not len(points):
                 raise ValueError("an outline without points")
+            if len(points) > MOST_POINTS:
+                raise ValueError(f"an outline of {len(points)} points")
             inclusion = _text(roi, "inclusion").upper() == "TRUE"
             outlines.append(Outline(_finite(_text(roi, "imageZposition")), points, inclusion))
     return Reading(tuple(outlines), nodule=True)
@@ -198,6 +224,17 @@ def _finite(text: str) -> float:
     return number
 
 
+def _check_counts(path: Path, readings: Sequence[Reading]) -> None:
+    outlined = sum(reading.outlined for reading in readings)
+    for count, most, what in (
+        (outlined, MOST_OUTLINED, "outlined nodules"),
+        (len(readings), MOST_READINGS, "readings"),
+    ):
+        if count > most:
+            hint = f"give the XML of one scan: at most {most} are taken"
+            raise VoxelscaleError(f"{path}: {count} {what} in one scan", hint)
+
+
 def _check_places(path: Path, readings: Sequence[Reading], grid: Grid) -> None:
     """Raise a VoxelscaleError where outlines cannot be of this scan's pixels and slices."""
     hint = "give the slices as LIDC-IDRI has them, neither cropped nor resampled"
@@ -209,21 +246,36 @@ def _check_places(path: Path, readings: Sequence[Reading], grid: Grid) -> None:
             raise VoxelscaleError(f"{path}: an outline beyond the scan's rows and columns", hint)
 
 
+def _check_size(path: Path, group: Sequence[Reading], grid: Grid) -> None:
+    """Raise a VoxelscaleError where outlines that hang together are no nodule: memory goes by their box."""
+    points = np.concatenate([_points(reading, grid) for reading in group])
+    size = np.ptp(points, axis=0).astype(int) + 1
+    if size.prod() > MOST_VOXELS:
+        shown = " x ".join(map(str, size[::-1]))
+        hint = "is the XML of this scan, and whole?"
+        raise VoxelscaleError(f"{path}: a nodule of {shown} voxels", hint)
+
+
 def slice_of(outline: Outline, grid: Grid) -> int:
     """The slice that an outline lies on."""
     return round((outline.z_mm - grid.origin[2]) / grid.spacing[0])
 
 
-def cluster(readings: Sequence[Reading], grid: Grid) -> list[list[Reading]]:
-    """The readings by nodule, from the feet up."""
+def cluster(
+    readings: Sequence[Reading], grid: Grid, thickness_mm: float | None = None
+) -> list[list[Reading]]:
+    """The readings by nodule, from the feet up.
+
+    Args:
+        thickness_mm: of the scan's slices; None: as their distance.
+    """
     from scipy.sparse.csgraph import connected_components
-    from scipy.spatial.distance import cdist
 
     if not readings:
         return []
+    tolerance = grid.spacing[0] if thickness_mm is None else thickness_mm
     clouds = [_points(reading, grid) for reading in readings]
-    apart = np.array([[cdist(a, b).min() for b in clouds] for a in clouds])
-    tolerance = grid.spacing[0]
+    apart = _distances(clouds, tolerance)
     while True:
         count, owner = connected_components(apart <= tolerance, directed=False)
         if np.bincount(owner).max() <= READERS or tolerance * SHRINK < LEAST:
@@ -231,6 +283,27 @@ def cluster(readings: Sequence[Reading], grid: Grid) -> list[list[Reading]]:
         tolerance *= SHRINK
     groups = [[r for r, o in zip(readings, owner, strict=True) if o == k] for k in range(count)]
     return sorted(groups, key=lambda group: float(np.mean([_points(r, grid)[:, 0].mean() for r in group])))
+
+
+def _distances(clouds: Sequence[NDArray[np.float64]], farthest: float) -> NDArray[np.float64]:
+    """(n, n) how near clouds of points come to each other; infinite where it is clearly beyond `farthest`.
+
+    Boxes tell most pairs apart, trees measure the others: memory does not grow with the points' product.
+    """
+    from scipy.spatial import cKDTree
+
+    apart = np.full((len(clouds), len(clouds)), np.inf)
+    np.fill_diagonal(apart, 0)
+    unique = [np.unique(cloud, axis=0) for cloud in clouds]
+    low, high = (np.array([end(cloud, axis=0) for cloud in unique]) for end in (np.min, np.max))
+    trees = [cKDTree(cloud) for cloud in unique]
+    for i in range(len(clouds) - 1):
+        between = np.maximum(0, np.maximum(low[i] - high[i + 1 :], low[i + 1 :] - high[i]))
+        for j in i + 1 + np.flatnonzero(np.linalg.norm(between, axis=1) <= farthest + 1):
+            one, other = sorted((i, int(j)), key=lambda k: len(unique[k]))
+            nearest, _ = trees[other].query(unique[one], distance_upper_bound=farthest + 1)
+            apart[i, j] = apart[j, i] = nearest.min()
+    return apart
 
 
 def _points(reading: Reading, grid: Grid) -> NDArray[np.float64]:
@@ -246,8 +319,10 @@ def agree(
     """The voxels that at least this share of the readers outlined, and the first voxel of their box."""
     points = np.concatenate([_points(reading, grid) for reading in group])
     low, high = points.min(axis=0).astype(int), points.max(axis=0).astype(int)
-    votes = np.mean([fill(reading, grid, low, high) for reading in group], axis=0)
-    return votes >= consensus, (int(low[0]), int(low[1]), int(low[2]))
+    votes = np.zeros(tuple(high - low + 1), np.uint16)
+    for reading in group:
+        votes += fill(reading, grid, low, high)
+    return votes / len(group) >= consensus, (int(low[0]), int(low[1]), int(low[2]))
 
 
 def fill(

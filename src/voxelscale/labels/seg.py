@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Scan
-from voxelscale.labels.dicom import read_dataset
+from voxelscale.labels.dicom import check_series, read_dataset
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -18,35 +19,47 @@ if TYPE_CHECKING:
 APART = 0.05
 """Of a voxel, that a frame's pixels may lie beside the image's: headers keep decimals."""
 
+FARTHEST_MM = 1e5
+"""Nothing of a patient lies this far from a scanner's isocentre."""
+
 LARGEST = 2**33
 """Pixels of an object at most."""
 
 
-def read(path: Path, image: Scan, values: tuple[int, ...] | None) -> Scan:
+def read(path: Path, image: Scan, values: tuple[int, ...] | None, series: str = "") -> Scan:
     """The segments as one mask; a fractional one from one half on.
 
     Args:
         values: segment numbers; None: all.
+        series: the image's SeriesInstanceUID, where it is known.
 
     Raises:
-        VoxelscaleError: it is damaged, does not lie on the image's voxels, or lacks such a segment.
+        VoxelscaleError: it is damaged, of another series, does not lie on the image's voxels, or lacks
+            such a segment.
     """
     data = read_dataset(path)
+    check_series(path, data, series)
     try:
-        frames = _frames(path, data)
+        described = _segments(data)
+        count, frames = _frames(path, data)
         shared = _first(data, "SharedFunctionalGroupsSequence")
         groups = list(data.PerFrameFunctionalGroupsSequence)
-        if len(groups) != len(frames):
-            raise ValueError(f"{len(groups)} descriptions of {len(frames)} frames")
+        if len(groups) != count:
+            raise ValueError(f"{len(groups)} descriptions of {count} frames")
         mask = np.zeros(image.array.shape, np.uint8)
         seen = set()
         for frame, group in zip(frames, groups, strict=True):
             number = int(_group(group, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber)
+            if number not in described:
+                raise ValueError(f"a frame of segment {number}, which it does not describe")
             seen.add(number)
             if values is None or number in values:
                 _place(path, frame, _corners(frame.shape, group, shared), image, mask)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, NotImplementedError) as error:
-        raise VoxelscaleError(f"{path}: a damaged segmentation ({error})", "export it again") from None
+    except VoxelscaleError:
+        raise
+    except Exception as error:  # elements are decoded when they are asked for, garbled ones in any error
+        reason = str(error).partition("\n")[0][:120]  # decoders tell the fault of each of them
+        raise VoxelscaleError(f"{path}: a damaged segmentation ({reason})", "export it again") from None
     if values is not None and not seen & set(values):
         held = ", ".join(map(str, sorted(seen)[:10])) or "none"
         raise VoxelscaleError(
@@ -55,15 +68,41 @@ def read(path: Path, image: Scan, values: tuple[int, ...] | None) -> Scan:
     return Scan(mask, image.affine)
 
 
-def _frames(path: Path, data: Dataset) -> NDArray[Any]:
-    """(n, rows, columns), True where the segment is."""
+def _segments(data: Dataset) -> set[int]:
+    """The numbers of the segments that it describes."""
+    numbers = [int(segment.SegmentNumber) for segment in data.SegmentSequence]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("two segments of one number")
+    return set(numbers)
+
+
+def _frames(path: Path, data: Dataset) -> tuple[int, Iterator[NDArray[np.bool_]]]:
+    """How many there are, and each (rows, columns), True where the segment is."""
     count, rows, columns = int(data.get("NumberOfFrames", 1)), int(data.Rows), int(data.Columns)
     if count * rows * columns > LARGEST:
         raise VoxelscaleError(f"{path}: {columns} x {rows} x {count} pixels", "is its header damaged?")
-    pixels = np.asarray(data.pixel_array).reshape(count, rows, columns)
+    least = 1.0
     if str(data.get("SegmentationType", "BINARY")) == "FRACTIONAL":
-        return pixels >= 0.5 * int(data.MaximumFractionalValue)
-    return pixels > 0
+        least = 0.5 * int(data.MaximumFractionalValue)
+    # One by one: as bytes, bits take eight times the memory, and all frames that of many scans.
+    return count, (frame >= least for frame in _stored(data, count, rows, columns))
+
+
+def _stored(data: Dataset, count: int, rows: int, columns: int) -> Iterator[NDArray[Any]]:
+    from pydicom.pixels import iter_pixels
+
+    syntax = data.file_meta.TransferSyntaxUID
+    if int(data.BitsAllocated) != 1 or syntax.is_encapsulated or not syntax.is_little_endian:
+        for frame in iter_pixels(data):
+            yield frame.reshape(rows, columns)
+        return
+    # pydicom 3.0 does not iterate over frames that do not begin with a byte.
+    size, code = rows * columns, np.frombuffer(data.PixelData, np.uint8)
+    if 8 * len(code) < count * size:
+        raise ValueError(f"pixels cut short: {len(code)} of {-(-count * size // 8)} bytes")
+    for start in range(0, count * size, size):
+        bits = np.unpackbits(code[start // 8 : -(-(start + size) // 8)], bitorder="little")
+        yield bits[start % 8 : start % 8 + size].reshape(rows, columns)
 
 
 def _first(data: Dataset, name: str) -> Dataset | None:
@@ -87,7 +126,7 @@ def _corners(shape: tuple[int, int], own: Dataset, shared: Dataset | None) -> ND
     down = turned[3:] * row_step * (shape[0] - 1)
     along = turned[:3] * column_step * (shape[1] - 1)
     corners = np.stack([position, position + down, position + along])
-    if corners.shape != (3, 3) or not np.isfinite(corners).all():
+    if corners.shape != (3, 3) or not (np.abs(corners) < FARTHEST_MM).all():
         raise ValueError("a frame without a position")
     return corners
 

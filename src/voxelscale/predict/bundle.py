@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from voxelscale.config import Config, IntTriple, Triple, from_dict, to_dict
@@ -16,8 +19,42 @@ from voxelscale.device import to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import read_sealed, seal_of, write_sealed
 from voxelscale.model.build import build_model
+from voxelscale.model.registry import check_name
 
 FORMAT = 1
+
+RETRAIN = "name a model.vxs that voxelscale train wrote"
+
+FINEST_MM, COARSEST_MM = 0.01, 100.0
+"""Spacings of a scan of a person; a finer one would be a trap for memory."""
+
+MOST_PATCH = 2**28
+"""Voxels of a window; more is no model that anybody trained."""
+
+
+MOST_KNOTS = 100_000
+
+SLOPE = 1e-3
+"""Least slope of a calibration: where its curve is flat, the more certain of two findings stays so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A map from a finding's score to its probability of being a lesion; it always rises.
+
+    Attributes:
+        scores: from 0 to 1, rising.
+        probabilities: at each of them, never falling; linear between.
+    """
+
+    scores: tuple[float, ...]
+    probabilities: tuple[float, ...]
+
+    def __call__(self, score: ArrayLike) -> NDArray[np.float64]:
+        """Probabilities in [0, 1] of scores in [0, 1], of the same shape."""
+        there = np.asarray(score, np.float64)
+        curve = np.interp(there, self.scores, self.probabilities)
+        return np.asarray((1 - SLOPE) * curve + SLOPE * there)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +68,7 @@ class Bundle:
         normalisation: HU to network input.
         trained: facts for a person: samples seen, validation Dice, version, data set.
         digest: of the file it was read from; "" where it was not.
+        calibration: of the findings' confidence; None: none was made.
     """
 
     config: Config
@@ -39,6 +77,7 @@ class Bundle:
     normalisation: Normalisation
     trained: dict[str, Any]
     digest: str = ""
+    calibration: Calibration | None = None
 
     @property
     def patch(self) -> IntTriple:
@@ -49,7 +88,13 @@ class Bundle:
         """The trained network, in evaluation mode, on a device."""
         # The poolings are planned from the training patch, whatever window is used now.
         model = build_model(self.config.model, self.config.data.patch_size, self.spacing)
-        model.load_state_dict(self.weights)
+        try:
+            model.load_state_dict(self.weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise VoxelscaleError(
+                f"the model's weights are of another network ({reason})", RETRAIN
+            ) from None
         return to_channels_last(model.eval().to(device))
 
 
@@ -63,9 +108,23 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
         "spacing": list(bundle.spacing),
         "normalisation": asdict(bundle.normalisation),
         "trained": bundle.trained,
+        "calibration": None if bundle.calibration is None else asdict(bundle.calibration),
     }
     torch.save(content, buffer)
     write_sealed(path, buffer.getvalue())
+
+
+def bundle_path(path: Path) -> Path:
+    """The bundle's file, of itself or of a run's folder.
+
+    Raises:
+        VoxelscaleError: the folder has none.
+    """
+    if not path.is_dir():
+        return path
+    if not (path / "model.vxs").is_file():
+        raise VoxelscaleError(f"{path}: holds no model.vxs", "train first, or name a model file")
+    return path / "model.vxs"
 
 
 def read_bundle(path: Path) -> Bundle:
@@ -74,27 +133,88 @@ def read_bundle(path: Path) -> Bundle:
     Raises:
         VoxelscaleError: there is none, it is damaged, or of another version.
     """
-    if path.is_dir():
-        if not (path / "model.vxs").is_file():
-            raise VoxelscaleError(f"{path}: holds no model.vxs", "train first, or name a model file")
-        path = path / "model.vxs"
+    path = bundle_path(path)
     content = load_untrusted(path)
     try:
         if content["format"] != FORMAT:
             raise VoxelscaleError(f"{path}: format {content['format']}, not {FORMAT}", "train again")
         z, y, x = (float(step) for step in content["spacing"])
-        if not all(isinstance(weight, torch.Tensor) for weight in content["weights"].values()):
-            raise TypeError("its weights are none")
-        return Bundle(
+        bundle = Bundle(
             config=from_dict(content["config"], str(path)),
             weights=content["weights"],
             spacing=(z, y, x),
             normalisation=Normalisation(**content["normalisation"]),
             trained=content["trained"],
             digest=seal_of(path),
+            calibration=_calibration(content.get("calibration")),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise VoxelscaleError(f"{path}: not a model bundle ({error})", "name a model.vxs") from None
+        _check(bundle)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise VoxelscaleError(f"{path}: not a model bundle ({reason})", RETRAIN) from None
+    return bundle
+
+
+def _calibration(content: Any) -> Calibration | None:
+    """Raise a ValueError, TypeError or KeyError where it is not what `write_bundle` wrote."""
+    if content is None:
+        return None
+    scores, probabilities = content["scores"], content["probabilities"]
+    if not 2 <= len(scores) == len(probabilities) <= MOST_KNOTS:
+        raise ValueError("its calibration is none")
+    x, y = np.asarray(scores, np.float64), np.asarray(probabilities, np.float64)
+    if x.ndim != 1 or y.ndim != 1 or x[0] != 0 or x[-1] != 1 or not (np.diff(x) > 0).all():
+        raise ValueError("its calibration's scores do not rise from 0 to 1")
+    if not (y[0] >= 0 and y[-1] <= 1 and (np.diff(y) >= 0).all()):
+        raise ValueError("its calibration falls, or leaves 0 to 1")
+    return Calibration(scores=tuple(x.tolist()), probabilities=tuple(y.tolist()))
+
+
+def _check(bundle: Bundle) -> None:
+    """Raise a ValueError or TypeError where what was read cannot be what a training wrote.
+
+    All of it is found before anything is made as large as the file says.
+    """
+    normal = bundle.normalisation
+    numbers = [float(value) for value in asdict(normal).values()]
+    if not all(map(math.isfinite, numbers)) or normal.std <= 0 or normal.low > normal.high:
+        raise ValueError("its normalisation is none")
+    if not all(FINEST_MM <= step <= COARSEST_MM for step in bundle.spacing):
+        raise ValueError(f"a spacing of {bundle.spacing} mm")
+    if math.prod(bundle.patch) > MOST_PATCH:
+        raise ValueError(f"a patch of {bundle.patch} voxels")
+    if not isinstance(bundle.trained, dict):
+        raise TypeError("what it says of its training is no table")
+    _check_network(bundle)
+    for name, weight in bundle.weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"its weight {name} is not finite")
+
+
+def _check_network(bundle: Bundle) -> None:
+    """Whether the weights are those of the network, by name, kind and shape."""
+    config = bundle.config.model
+    for name, weight in bundle.weights.items():
+        if not isinstance(name, str) or not isinstance(weight, Tensor):
+            raise TypeError("its weights are none")
+        real = weight.layout == torch.strided and not weight.is_complex() and not weight.is_quantized
+        if not real or weight.numel() * weight.element_size() > weight.untyped_storage().nbytes():
+            raise TypeError(f"its weight {name} is not a plain array")
+    try:
+        if config.name != "unet":  # what it is made of, only its package knows
+            check_name(config.name)
+            return
+        if config.depth > len(bundle.weights):
+            raise ValueError(f"{len(bundle.weights)} weights for {config.depth} levels")
+        with torch.device("meta"):
+            wanted = build_model(config, bundle.config.data.patch_size, bundle.spacing).state_dict()
+    except VoxelscaleError as error:
+        raise ValueError(error.message) from None
+    for name in sorted(wanted.keys() | bundle.weights.keys()):
+        if name not in wanted or name not in bundle.weights:
+            raise ValueError(f"its weights are of another network: {name} is in one of them only")
+        if wanted[name].shape != bundle.weights[name].shape:
+            raise ValueError(f"its weights are of another network: {name} has another shape")
 
 
 def load_untrusted(path: Path) -> dict[str, Any]:
@@ -108,7 +228,7 @@ def load_untrusted(path: Path) -> dict[str, Any]:
         content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:
         # Whatever an unpickler says of a hostile file, the person needs one line.
-        reason = str(error).splitlines()[0][:120]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise VoxelscaleError(
             f"{path}: not loadable ({reason})", "use a file that voxelscale wrote"
         ) from None

@@ -1,11 +1,19 @@
-"""A whole volume through a network that takes patches."""
+"""A whole volume through a network that takes patches.
+
+Windows lie on a lattice and go by rows along z, so only the slices that a row covers are being summed at
+any time: they are float32 on the network's device, and what no later row reaches is finished and leaves
+in half the memory. The volume stays as it is (int16, in main memory); windows alone are normalised.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -13,53 +21,166 @@ from torch.nn import functional as F
 
 from voxelscale.config import IntTriple
 
+Place = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """How a volume is cut and how its windows go through the network.
+
+    Attributes:
+        patch: voxels (z, y, x) of a window.
+        overlap: share of a window that the next one covers again, in [0, 1).
+        batch_size: windows per forward pass.
+        flips: average over the eight mirrored copies (four in 2-D).
+        precision: float32 or bfloat16 autocast.
+        threads: batches that go through the network at a time, one thread each, on a CPU; 1: one batch
+            at a time, with PyTorch's own threads.
+    """
+
+    patch: IntTriple
+    overlap: float = 0.5
+    batch_size: int = 4
+    flips: bool = False
+    precision: torch.dtype = torch.float32
+    threads: int = 1
+
 
 @torch.inference_mode()
 def predict_volume(
     model: nn.Module,
     volume: Tensor,
-    patch: IntTriple,
+    windows: Windows,
     *,
-    overlap: float = 0.5,
-    batch_size: int = 4,
-    flips: bool = False,
-    precision: torch.dtype = torch.float32,
+    prepare: Callable[[Tensor], Tensor] = Tensor.float,
+    within: Tensor | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Lesion probability at every voxel, by overlapping windows whose logits are averaged.
 
     Windows weigh less towards their borders, by a Gaussian with sigma one eighth of the patch
-    (Isensee et al., "nnU-Net", 2021).
+    (Isensee et al., "nnU-Net", 2021). The sums are the same whatever the batch and the threads.
 
     Args:
-        model: ``(batch, 1, z, y, x)`` to logits of the same shape; on the volume's device.
-        volume: ``(z, y, x)`` float32, normalised.
-        patch: voxels of a window.
-        overlap: share of a window that the next one covers again, in [0, 1).
-        batch_size: windows per forward pass.
-        flips: average over the eight mirrored copies (four in 2-D).
-        precision: float32 or bfloat16 autocast.
+        model: ``(batch, 1, z, y, x)`` to logits of the same shape.
+        volume: ``(z, y, x)``, any number type.
+        prepare: makes float32 network input of a window's values; voxel by voxel, as a normalisation is.
+        within: ``(z, y, x)`` bool; elsewhere the probability is 0, and windows that hold none of it are
+            left out. What is within is as without it.
+        device: where the network is; None: where the volume is.
+        dtype: of the result, float32 or float16 (which is exact to 0.0005).
 
     Returns:
-        ``(z, y, x)`` float32 in [0, 1], on the volume's device.
+        ``(z, y, x)`` in [0, 1], where the volume is.
     """
     size = volume.shape
-    padded = _pad_to(volume, patch)
-    starts = [window_starts(n, p, overlap) for n, p in zip(padded.shape, patch, strict=True)]
-    profiles = [gaussian_profile(p).to(volume.device) for p in patch]
-    weight = _outer(profiles)
-    total = torch.zeros_like(padded)
-    axes = flip_axes(patch) if flips else [()]
-    for places in _batched(itertools.product(*starts), batch_size):
-        windows = torch.stack([_window(padded, place, patch) for place in places])[:, None]
-        windows = windows.contiguous(memory_format=torch.channels_last_3d)
-        logits = _forward(model, windows, axes, precision)[:, 0]
-        for place, part in zip(places, logits, strict=True):
-            _window(total, place, patch).addcmul_(part, weight)
-    # The windows form a lattice and the weight is separable, so its sum over windows is too.
-    sums = [_profile_sum(n, s, p) for n, s, p in zip(padded.shape, starts, profiles, strict=True)]
-    probability = total.div_(_outer(sums)).sigmoid_()
+    padded = _pad_to(volume, windows.patch)
     low = [(whole - n) // 2 for whole, n in zip(padded.shape, size, strict=True)]
-    return _window(probability, low, size)
+    place = device or volume.device
+    starts = [
+        window_starts(n, p, windows.overlap) for n, p in zip(padded.shape, windows.patch, strict=True)
+    ]
+    places: Iterable[Place] = itertools.product(*starts)
+    if within is not None:
+        framed = _framed(within, padded.shape, low)
+        places = (p for p in places if _window(framed, p, windows.patch).any())
+    logits = _logits(model, padded, windows, prepare, place, places)
+    probability = _merge(logits, padded.shape, starts, windows.patch, place, volume.device, dtype)
+    result = _window(probability, low, size)
+    return result if within is None else result.mul_(within)
+
+
+def _logits(
+    model: nn.Module,
+    volume: Tensor,
+    windows: Windows,
+    prepare: Callable[[Tensor], Tensor],
+    device: torch.device,
+    places: Iterable[Place],
+) -> Iterator[tuple[Place, Tensor]]:
+    """Every window's place and logits (z, y, x), in the order of `places`."""
+    axes = flip_axes(windows.patch) if windows.flips else [()]
+
+    def look(batch: list[Place]) -> Tensor:
+        with torch.inference_mode():
+            cut = torch.stack([_window(volume, p, windows.patch) for p in batch])[:, None]
+            cut = prepare(cut.to(device)).contiguous(memory_format=torch.channels_last_3d)
+            return _forward(model, cut, axes, windows.precision)[:, 0]
+
+    batches = _batched(iter(places), windows.batch_size)
+    several = device.type == "cpu" and windows.threads > 1
+    for batch, logits in (
+        _in_threads(look, batches, windows.threads) if several else _in_turn(look, batches)
+    ):
+        yield from zip(batch, logits, strict=True)
+
+
+def _in_turn(
+    look: Callable[[list[Place]], Tensor], batches: Iterator[list[Place]]
+) -> Iterator[tuple[list[Place], Tensor]]:
+    for batch in batches:
+        yield batch, look(batch)
+
+
+def _in_threads(
+    look: Callable[[list[Place]], Tensor], batches: Iterator[list[Place]], threads: int
+) -> Iterator[tuple[list[Place], Tensor]]:
+    """Batches side by side, a core each: no core waits at the end of every layer for the others."""
+    before = torch.get_num_threads()
+    waiting: deque[tuple[list[Place], Future[Tensor]]] = deque()
+    try:
+        with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+            for batch in batches:
+                waiting.append((batch, pool.submit(look, batch)))
+                if len(waiting) > threads:
+                    done, logits = waiting.popleft()
+                    yield done, logits.result()
+            while waiting:
+                done, logits = waiting.popleft()
+                yield done, logits.result()
+    finally:
+        # MKL's number of threads is the process's.
+        torch.set_num_threads(before)
+
+
+def _merge(
+    logits: Iterator[tuple[Place, Tensor]],
+    shape: Sequence[int],
+    starts: Sequence[list[int]],
+    patch: IntTriple,
+    device: torch.device,
+    home: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Probabilities from the windows' logits, which come by rows along z."""
+    profiles = [gaussian_profile(p).to(device) for p in patch]
+    weight = _outer(profiles)
+    # The windows form a lattice and the weight is separable, so its sum over windows is too.
+    along_z, along_y, along_x = (
+        _profile_sum(n, s, p) for n, s, p in zip(shape, starts, profiles, strict=True)
+    )
+    plane = along_y[:, None] * along_x
+    result = torch.zeros(tuple(shape), dtype=dtype, device=home)
+    slab = torch.zeros((patch[0], *shape[1:]), device=device)
+    first = 0
+
+    def finish(until: int) -> None:
+        """Slices before `until` are complete: write them, and move the others up."""
+        nonlocal first, slab
+        for z in range(first, until, patch[0]):
+            count = min(until - z, patch[0])
+            sums = along_z[z : z + count, None, None] * plane
+            result[z : z + count] = (slab[:count] / sums).sigmoid_().to(home, dtype)
+            slab = torch.cat([slab[count:], torch.zeros_like(slab[:count])])
+        first = until
+
+    for place, part in logits:
+        if place[0] > first:
+            finish(place[0])
+        _window(slab, (0, *place[1:]), patch).addcmul_(part, weight)
+    finish(min(first + patch[0], shape[0]))
+    return result
 
 
 def window_starts(size: int, patch: int, overlap: float) -> list[int]:
@@ -87,14 +208,13 @@ def flip_axes(patch: Sequence[int]) -> list[tuple[int, ...]]:
 def _forward(
     model: nn.Module, windows: Tensor, axes: Sequence[tuple[int, ...]], precision: torch.dtype
 ) -> Tensor:
-    total = torch.zeros((), device=windows.device)
-    mixed = precision != torch.float32
+    """The logits (batch, 1, z, y, x) float32, averaged over the mirrored copies."""
+    copies = []
     for flipped in axes:
-        with torch.autocast(windows.device.type, torch.bfloat16, enabled=mixed):
-            logits = model(windows.flip(flipped) if flipped else windows)
-        logits = logits.float()
-        total = total + (logits.flip(flipped) if flipped else logits)
-    return total / len(axes)
+        with torch.autocast(windows.device.type, torch.bfloat16, enabled=precision != torch.float32):
+            logits = model(windows.flip(flipped) if flipped else windows).float()
+        copies.append(logits.flip(flipped) if flipped else logits)
+    return copies[0] if len(copies) == 1 else torch.stack(copies).mean(0)
 
 
 def _pad_to(volume: Tensor, patch: IntTriple) -> Tensor:
@@ -103,7 +223,16 @@ def _pad_to(volume: Tensor, patch: IntTriple) -> Tensor:
     if not any(missing):
         return volume
     pad = [side for m in reversed(missing) for side in (m // 2, m - m // 2)]
-    return F.pad(volume, pad, value=float(volume.min()))
+    return F.pad(volume, pad, value=volume.min().item())
+
+
+def _framed(within: Tensor, shape: Sequence[int], low: Sequence[int]) -> Tensor:
+    """The mask as the volume was padded."""
+    if within.shape == tuple(shape):
+        return within
+    framed = within.new_zeros(tuple(shape))
+    _window(framed, low, within.shape).copy_(within)
+    return framed
 
 
 def _window(volume: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:

@@ -19,15 +19,13 @@ from voxelscale.data.names import names_of
 from voxelscale.data.reading import read_image, read_truth
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import OPERATING_POINTS
+from voxelscale.evaluate.text import size_name, text_change, text_value
 from voxelscale.files import write_atomic
 from voxelscale.formats import read_label
 from voxelscale.geometry import Scan
 from voxelscale.report.charts import Line, line_chart
 from voxelscale.report.overlays import overlay_views
 from voxelscale.train.log import read_events
-
-SIZE_BINS = ((0.0, 6.0), (6.0, 10.0), (10.0, 20.0), (20.0, np.inf))
-"""Diameters in mm at which the Fleischner Society's guidelines of 2017 change the follow-up (6), and on."""
 
 
 def write_report(
@@ -65,12 +63,14 @@ def write_report(
         _charts(summary, events),
         _overlays(summary, predictions, {s.case: s for s in sources}, config),
         "<h2>Lesions by size</h2>",
-        _sizes(summary["lesions"]),
+        _sizes(summary["sizes"]),
         "<h2>Cases</h2>",
         _cases(summary["cases"]),
         _facts(run) if run else "",
         "<footer>Dice = 2|A∩B| / (|A| + |B|). A finding hits a lesion when its centre lies within the "
-        "lesion's radius (LUNA16). Intervals: 95 %, bootstrap over scans.</footer>",
+        "lesion's radius (LUNA16). Surfaces are weighed by area. Dice and volume (predicted less true) "
+        "of a lesion are of all components that share a voxel with it. Intervals: 95 %, bootstrap over "
+        "scans.</footer>",
     ]
     page = resources.files("voxelscale.report").joinpath("page.html").read_text(encoding="utf-8")
     title = f"Voxelscale report: Dice {summary['dice']['mean']:.3f}"
@@ -87,6 +87,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         summary["dice"]["mean"], summary["cases"], summary["lesions"], summary["froc"]["points"]
+        summary["sizes"], summary["surface_dice"][0], summary["hd95_mm"]["median"]
     except (OSError, ValueError, KeyError, TypeError):
         raise VoxelscaleError(f"{path}: no evaluation there", "run voxelscale evaluate first") from None
     return dict(summary)
@@ -111,6 +112,7 @@ def _cards(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> s
         ("Dice, all voxels pooled", f"{summary['dice_pooled']:.3f}", f"least case {dice['least']:.3f}"),
         ("Sensitivity at 1 FP/scan", f"{found:.3f}", _range(summary["sensitivity_at_1_fp_interval"])),
         ("CPM", f"{summary['froc']['cpm']:.3f}", "mean of 7 operating points"),
+        _surface_card(summary),
     ]
     if events:
         trained = [e for e in events if e["event"] == "train"]
@@ -124,6 +126,12 @@ def _cards(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> s
         for name, value, note in cards
     )
     return f'<div class="cards">{body}</div>'
+
+
+def _surface_card(summary: Mapping[str, Any]) -> tuple[str, str, str]:
+    narrow, median = summary["surface_dice"][0], summary["hd95_mm"]["median"]
+    note = "" if median is None else f"HD95 {median:.1f} mm, median"
+    return f"Surface Dice at {narrow['tolerance_mm']:g} mm", f"{narrow['mean']:.3f}", note
 
 
 def _range(interval: Sequence[float]) -> str:
@@ -210,26 +218,33 @@ def _views(mask: Path, source: Source, config: PrepareConfig) -> list[tuple[str,
     return overlay_views(read_image(source, config.fill_gaps), truth, prediction)
 
 
-def _sizes(lesions: Sequence[Mapping[str, Any]]) -> str:
+def _sizes(sizes: Sequence[Mapping[str, Any]]) -> str:
+    names = ("Diameter", "Lesions", "Found", "Sensitivity", "At 1 FP/scan", "Dice", "Volume")
     rows = []
-    for low, high in SIZE_BINS:
-        inside = [lesion for lesion in lesions if low <= lesion["diameter_mm"] < high]
-        if not inside:
+    for size in sizes:
+        if not size["lesions"]:
             continue
-        found = sum(bool(lesion["detected"]) for lesion in inside)
-        name = f"{low:g} to {high:g} mm" if np.isfinite(high) else f"{low:g} mm and more"
-        share = found / len(inside)
-        rows.append(
-            f"<tr><td>{name}</td><td>{len(inside)}</td><td>{found}</td><td>{_meter(share)}{share:.3f}</td></tr>"
-        )
-    head = "<tr><th>Diameter</th><th>Lesions</th><th>Found</th><th>Share</th></tr>"
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+        cells = [
+            size_name(size),
+            str(size["lesions"]),
+            str(size["detected"]),
+            f"{_meter(size['sensitivity'])}{size['sensitivity']:.3f}",
+            text_value(size["sensitivity_at_1_fp"]),
+            text_value(size["dice"]),
+            text_change(size["volume_error"]),
+        ]
+        rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="wide"><table>{table}</table></div>'
 
 
 def _cases(cases: Sequence[Mapping[str, Any]]) -> str:
     columns = {
         "case": "Case",
         "dice": "Dice",
+        "surface_dice_1mm": "Surface Dice, 1 mm",
+        "hd95_mm": "HD95, mm",
         "lesions": "Lesions",
         "detected": "Found",
         "false_positives": "False positives",
@@ -240,7 +255,7 @@ def _cases(cases: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for case in cases:
         cells = "".join(
-            f'<td data-value="{escape(str(case[key]), quote=True)}">{_cell(key, case[key])}</td>'
+            f'<td data-value="{escape(_sort_key(case[key]), quote=True)}">{_cell(key, case[key])}</td>'
             for key in columns
         )
         rows.append(f"<tr>{cells}</tr>")
@@ -251,7 +266,16 @@ def _cases(cases: Sequence[Mapping[str, Any]]) -> str:
 def _cell(key: str, value: Any) -> str:
     if key == "dice":
         return f"{_meter(value)}{value:.3f}"
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1f}" if key == "hd95_mm" else f"{value:.3f}"
     return escape(f"{value:,}" if isinstance(value, int) else str(value))
+
+
+def _sort_key(value: Any) -> str:
+    """What the page sorts by; the distance to an empty mask is infinite."""
+    return "Infinity" if value is None else str(value)
 
 
 def _meter(share: float) -> str:

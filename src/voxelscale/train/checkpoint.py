@@ -208,21 +208,53 @@ def _restore(path: Path, content: dict[str, Any], trained: Trained, digest: str)
     if content.get("format") != FORMAT:
         found = content.get("format")
         raise VoxelscaleError(f"{path}: checkpoint format {found}, not {FORMAT}", hint)
-    state = State(**content["state"])
+    state = _state_in(path, content)
     if state.digest != digest:
         raise VoxelscaleError(
             f"{path}: was trained on another data set", f"{hint}, or restore the store it began with"
         )
     try:
         trained.model.load_state_dict(content["model"])
+        _check_optimizer(trained.optimizer, content["optimizer"])
         trained.optimizer.load_state_dict(content["optimizer"])
         if trained.average:
             for name, weight in trained.average.weights.items():
                 weight.copy_(content["average"][name])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise VoxelscaleError(f"{path}: is of another network ({reason})", hint) from None
     return state
+
+
+def _state_in(path: Path, content: dict[str, Any]) -> State:
+    """Where the run stands, as the checkpoint has it; its types and ranges are nobody's promise."""
+    try:
+        state = State(**content["state"])
+        counts, numbers = (state.seen, state.validated), (state.best, state.seconds)
+        whole = all(type(count) is int and count >= 0 for count in counts)
+        if whole and all(type(n) in (int, float) for n in numbers) and isinstance(state.digest, str):
+            return state
+    except (KeyError, TypeError):
+        pass
+    hint = "put back a copy of it, or delete it to go on from another one"
+    raise VoxelscaleError(f"{path}: where the run stands is not in it", hint)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Raise a ValueError where what PyTorch would take unseen fails, or misleads, the next update."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entries in saved["state"].items():
+        for name, value in entries.items():
+            of_one = isinstance(value, Tensor) and value.dim() > 0
+            if of_one and value.shape != parameters[number].shape:
+                raise ValueError(f"the optimizer's {name} has another shape than its weight")
+            if not isinstance(value, Tensor | int | float | None):
+                raise ValueError(f"the optimizer's {name} is no number")
+    for ours, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for name in ours.keys() & theirs.keys() - {"params"}:
+            number = isinstance(ours[name], int | float) and isinstance(theirs[name], int | float)
+            if not number and type(ours[name]) is not type(theirs[name]):
+                raise ValueError(f"the optimizer's {name} is {str(theirs[name])[:40]!r}")
 
 
 def _name(seen: int) -> str:

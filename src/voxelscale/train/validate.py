@@ -14,7 +14,7 @@ from torch import nn
 from voxelscale.config import Config
 from voxelscale.data.augment import Normalisation
 from voxelscale.data.store import CaseInfo, Store
-from voxelscale.predict.sliding_window import predict_volume
+from voxelscale.predict.sliding_window import Windows, predict_volume
 from voxelscale.train.checkpoint import State
 from voxelscale.train.distributed import Workers, sum_over_ranks
 from voxelscale.train.snapshot import recalibrate
@@ -116,14 +116,14 @@ class ScanScoring:
     def _case(self, model: nn.Module, case: str) -> list[float]:
         image, mask = self.store.read(case)
         predict, data = self.config.predict, self.config.data
-        probability = predict_volume(
-            model,
-            self.normalise(torch.from_numpy(image).to(self.device)),
-            predict.patch_size or data.patch_size,
+        windows = Windows(
+            patch=predict.patch_size or data.patch_size,
             overlap=predict.overlap,
             batch_size=predict.batch_size,
             precision=self.precision,
         )
+        hu = torch.from_numpy(image).to(self.device)
+        probability = predict_volume(model, hu, windows, prepare=self.normalise)
         predicted = probability >= predict.threshold
         truth = torch.from_numpy(mask).to(self.device) > 0
         return [int((predicted & truth).sum()), int(predicted.sum()) + int(truth.sum())]

@@ -18,6 +18,7 @@ from voxelscale.data.listing.source import (
     Source,
     case_name,
     files_below,
+    is_path,
     read_json,
     read_table,
     safe_name,
@@ -174,7 +175,7 @@ def _classes(path: Path, tree: Mapping[str, Any]) -> tuple[tuple[int, ...] | Non
         name, numbers = (value, key) if isinstance(value, str) else (key, value)
         try:
             group = tuple(int(n) for n in (numbers if isinstance(numbers, list) else [numbers]))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             hint = "a class needs a whole number, a region a list of them"
             raise VoxelscaleError(f"{path}: label {str(name)[:40]!r} has no number", hint) from None
         if name == "ignore":
@@ -207,7 +208,7 @@ def _list(path: Path, tree: Mapping[str, Any], key: str) -> list[Any]:
 
 def _inside(path: Path, text: Any) -> Path:
     """A path that a data set's own table names; one that leads out of the data set is refused."""
-    if not isinstance(text, str) or not text.strip() or "\0" in text:
+    if not isinstance(text, str) or not text.strip() or not is_path(text):
         raise VoxelscaleError(f"{path}: an image or label without a path", "copy it again")
     # Backslashes and drives lead out on Windows only, but the same table must be as safe there.
     away = PurePosixPath(text).is_absolute() or PureWindowsPath(text).anchor

@@ -17,6 +17,9 @@ from voxelscale.errors import VoxelscaleError
 LARGEST_TABLE = 2**26
 """Bytes of a CSV or JSON that says what a data set holds; a line a case, so some 100,000 of them."""
 
+LONGEST_PATH = 2048
+"""Characters of a path in a table; systems allow 4,096 with the folder that it counts from."""
+
 LONGEST_NAME = 120
 """Characters of a case's name; file systems allow 255 bytes with everything that is added."""
 
@@ -32,7 +35,7 @@ class Source:
         label: what says where the lesions are (a mask, DICOM SEG or RTSTRUCT, LIDC's XML, a CSV of
             spheres), or None where there is nothing.
         series: SeriesInstanceUID, where it is known.
-        files: those of the image, where it is a series among others.
+        files: those of the image, where it is a series among others, and damaged ones that may be its.
         values: mask values that are the lesion, where the data set says so; None: every value above 0.
         fault: why the case cannot be used, where that is known before it is read.
     """
@@ -45,6 +48,12 @@ class Source:
     files: tuple[Path, ...] = field(default=(), repr=False)
     values: tuple[int, ...] | None = None
     fault: str = ""
+
+    def without_paths(self, message: str) -> str:
+        """A message with the case's name for its paths, which may be called after the patient."""
+        for path in sorted(filter(None, (self.image, self.label)), key=lambda path: -len(str(path))):
+            message = message.replace(str(path), self.case)
+        return message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +76,15 @@ def case_name(path: Path) -> str:
     if path.is_dir():
         return path.name
     return re.sub(r"\.(nii\.gz|nii|mha|mhd|raw|nrrd|nhdr|dcm)$", "", path.name, flags=re.IGNORECASE)
+
+
+def is_path(text: str) -> bool:
+    """Whether a file can be called so: what systems refuse must not reach them from a table."""
+    try:
+        parts = os.fsencode(text).split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text and len(text) <= LONGEST_PATH and max(map(len, parts)) <= 255
 
 
 def safe_name(name: str) -> str:
@@ -149,7 +167,8 @@ def with_patients(sources: Sequence[Source], names: Names) -> list[Source]:
 
 def identity(path: Path) -> tuple[str, str] | None:
     """Patient and SeriesInstanceUID of a DICOM file, or of the first one in a folder; None: no DICOM."""
-    from voxelscale.formats.dicom.header import DamagedError, read_header
+    from voxelscale.formats.dicom.elements import DamagedError
+    from voxelscale.formats.dicom.header import read_header
 
     for file in files_below(path) if path.is_dir() else (path,):
         try:

@@ -7,7 +7,7 @@ import io
 import re
 from pathlib import Path
 
-from voxelscale.data.listing.source import Found, Source, case_name, read_table, safe_name, visible
+from voxelscale.data.listing.source import Found, Source, case_name, is_path, read_table, safe_name, visible
 from voxelscale.errors import VoxelscaleError
 
 PAIRS = (("images", "labels"), ("imagesTr", "labelsTr"))
@@ -43,7 +43,7 @@ def _row(path: Path, number: int, row: dict[str, str | None]) -> Source:
     )
     if not image_text:
         raise VoxelscaleError(f"{path}: line {number} names no image", "fill the column or drop the line")
-    if "\0" in image_text + label_text:
+    if not (is_path(image_text) and is_path(label_text)):
         raise VoxelscaleError(f"{path}: line {number} names no possible path", "mend the line")
     image = path.parent / image_text
     case = safe_name(case_text or case_name(image))

@@ -118,7 +118,7 @@ def _cases(
                 image=folder,
                 label=found[0] if len(found) == 1 else None,
                 series=series.uid,
-                files=series.files,
+                files=(*series.files, *series.doubtful),
                 fault=fault,
             )
         )

@@ -1,7 +1,7 @@
 """DICOM as it comes: folders nested at will, several patients and series, other objects among them.
 
-`header` reads what is needed of a file, `stack` finds the lattice of a series' slices, `voxels` (with
-`codec`) brings their values onto it.
+`header` (with `elements`) reads what is needed of a file, `stack` finds the lattice of a series' slices,
+`voxels` (with `codec`) brings their values onto it.
 """
 
 from __future__ import annotations
@@ -12,21 +12,15 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats.dicom.header import (
-    MARKS,
-    DamagedError,
-    Frame,
-    Header,
-    is_dicom,
-    read_header,
-)
+from voxelscale.formats.dicom.elements import DamagedError
+from voxelscale.formats.dicom.header import MARKS, Frame, Header, is_dicom, read_header
 from voxelscale.formats.dicom.stack import at_one_place, parallel, stack
 from voxelscale.formats.dicom.voxels import check_claims, read_voxels, slices_of
 from voxelscale.geometry import Scan
@@ -63,6 +57,7 @@ class Series:
         study: StudyInstanceUID.
         modality: "CT", "SEG", "RTSTRUCT", ...
         files: of a volume in the order of its slices along their normal, else by name.
+        doubtful: damaged and empty files beside them, which may be slices of it.
         refers_to: SeriesInstanceUIDs that a SEG or RTSTRUCT belongs to.
     """
 
@@ -71,6 +66,7 @@ class Series:
     study: str
     modality: str
     files: tuple[Path, ...]
+    doubtful: tuple[Path, ...] = ()
     refers_to: tuple[str, ...] = ()
 
 
@@ -100,13 +96,13 @@ def find_series(folder: Path) -> list[Series]:
             found.append(_series(group))
             continue
         if volume := _volume(group, left_out):
-            found.append(_series(volume))
+            found.append(replace(_series(volume), doubtful=tuple(_doubtful(volume, broken))))
     _tell(folder, left_out, ())
     return sorted(found, key=lambda series: min(series.files))
 
 
 @_pydicom_held()
-def read(path: Path, series: str = "", fill_gaps: int = 0) -> Scan:
+def read(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[Path] = ()) -> Scan:
     """A series as one scan in HU, slices in the order of their places in the patient.
 
     Doubled slices are dropped; a tilted gantry and uneven steps are resampled linearly onto an upright,
@@ -116,12 +112,18 @@ def read(path: Path, series: str = "", fill_gaps: int = 0) -> Scan:
         path: a folder, searched to any depth; or one file of the series, whose folder is searched.
         series: SeriesInstanceUID; needed where a folder holds several.
         fill_gaps: how many slices in a row may be missing; they are interpolated linearly.
+        files: those of the series (and the doubtful ones), where they are known: no others are opened.
 
     Raises:
         VoxelscaleError: there is no such series or more than one, slices are missing, contradict each
             other or are damaged.
     """
-    headers, broken = _headers(_files_below(path) if path.is_dir() else _files_beside(path))
+    if not files:
+        files = list(_files_below(path) if path.is_dir() else _files_beside(path))
+    elif gone := [file for file in files if not file.is_file()]:
+        # What is missing at an end of the scan nobody would miss.
+        raise VoxelscaleError(f"{gone[0]}: no such file, and is a slice", "was it moved? Start again")
+    headers, broken = _headers(files)
     if broken and not headers:
         raise _damaged(broken[0])
     left_out = Counter("damaged or empty file" for _ in broken)
@@ -176,18 +178,35 @@ def _headers(files: Iterable[Path]) -> tuple[list[Header], list[Path]]:
 
 
 def _check_whole(group: Sequence[Header], broken: Sequence[Path]) -> None:
-    """A damaged file among the slices is one of them, as far as anyone can tell; at an end none would
-    be missed."""
+    for file in _doubtful(group, broken):
+        raise _damaged(file)
+
+
+def _doubtful(group: Sequence[Header], broken: Sequence[Path]) -> Iterator[Path]:
+    """The damaged files among the slices, which are of them, as far as anyone can tell; at an end none
+    would be missed."""
     folders = {header.path.parent for header in group}
     names = {header.path.suffix for header in group}
     for file in broken:
         if file.parent in folders and (file.suffix in names or file.stat().st_size > 0):
-            raise _damaged(file)
+            yield file
 
 
 def _damaged(file: Path) -> VoxelscaleError:
     hint = "copy or export it again, or remove it if it is no slice of this series"
     return VoxelscaleError(f"{file}: damaged or empty, and may be a slice", hint)
+
+
+def thickness_of(path: Path) -> float | None:
+    """SliceThickness in mm, as the first DICOM image of a folder says it, or a file; None: nowhere.
+
+    For labels that go by it; where the slices lie is another matter (see `stack`).
+    """
+    for file in _files_below(path) if path.is_dir() else (path,):
+        headers, _ = _headers([file])
+        for frame in (frame for header in headers if not header.left_out for frame in header.frames):
+            return frame.thickness if frame.thickness > 0 else None
+    return None
 
 
 def _groups(headers: Iterable[Header]) -> list[list[Header]]:

@@ -1,6 +1,6 @@
 """What a volume needs of one DICOM file's header, and nothing else of it.
 
-Elements are taken as pydicom finds them in the file, before it converts and validates them: half of all
+Elements are taken as they are in the file (see `elements`), neither converted nor validated: half of all
 scanners break some rule of the standard in an attribute that does not matter here.
 """
 
@@ -10,11 +10,18 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from voxelscale.formats.dicom.elements import (
+    LONG_VR,
+    DamagedError,
+    Elements,
+    read_elements,
+)
 
 IMPLICIT, EXPLICIT = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"
 DEFLATED, BIG_ENDIAN = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"
@@ -29,17 +36,11 @@ NOT_VOLUMES = {"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "RTIMAGE", "SR", "KO", "PR
 FARTHEST_MM = 1e5
 """Nothing of a patient lies this far from a scanner's isocentre."""
 
-LARGEST_ELEMENT = 2**24
-"""Bytes; functional groups of some ten thousand frames."""
-
 MOST_READS = 2**20
-"""Such functional groups take half as many; a file that takes more is a trap, or nothing but zeros."""
+"""Functional groups of ten thousand frames take half as many; a file that takes more is a trap."""
 
 INFLATED_HEADER = 2**22
 """So much of a deflated file is unpacked to find its header."""
-
-UNDEFINED = 0xFFFFFFFF
-LONG_VR = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"UC", b"UN", b"UR", b"UT")
 
 IMAGE_TYPE, SOP_CLASS, SOP_UID, MODALITY = 0x00080008, 0x00080016, 0x00080018, 0x00080060
 PATIENT, STUDY, SERIES, FRAMES = 0x00100020, 0x0020000D, 0x0020000E, 0x00280008
@@ -52,7 +53,11 @@ SHARED, PER_FRAME = 0x52009229, 0x52009230
 POSITION_MACRO, ORIENTATION_MACRO, MEASURES_MACRO = 0x00209113, 0x00209116, 0x00289110
 RESCALE_MACRO, CONTENT_MACRO, CT_TYPE_MACRO, FRAME_TYPE = 0x00289145, 0x00209111, 0x00189329, 0x00089007
 REFERENCED_SERIES, REFERENCED_FRAME, RT_STUDY, RT_SERIES = 0x00081115, 0x30060010, 0x30060012, 0x30060014
-PIXELS_BEGIN, PIXELS = 0x7FE00008, 0x7FE00010
+
+SEQUENCES = {
+    *(SHARED, PER_FRAME, POSITION_MACRO, ORIENTATION_MACRO, MEASURES_MACRO, RESCALE_MACRO, CONTENT_MACRO),
+    *(CT_TYPE_MACRO, REFERENCED_SERIES, REFERENCED_FRAME, RT_STUDY, RT_SERIES),
+}
 
 MARKS = {
     "AcquisitionNumber": (0, 0x00200012),
@@ -65,16 +70,13 @@ MARKS = {
 }
 """Attributes in which slices at one place may differ: name, functional group (0: none) and tag."""
 
-WANTED = [
+WANTED = {
     *(IMAGE_TYPE, SOP_CLASS, SOP_UID, MODALITY, PATIENT, STUDY, SERIES, FRAMES, POSITION, ORIENTATION),
     *(SPACING, THICKNESS, SAMPLES, PHOTOMETRIC, ROWS, COLUMNS, ALLOCATED, STORED, HIGH, SIGNED, PADDING),
-    *(PADDING_LIMIT, INTERCEPT, SLOPE, LUT, SHARED, PER_FRAME, REFERENCED_SERIES, REFERENCED_FRAME),
+    *(PADDING_LIMIT, INTERCEPT, SLOPE, LUT, FRAME_TYPE),
     *(tag for _, tag in MARKS.values()),
-]
-
-
-class DamagedError(Exception):
-    """A file that says it is DICOM and cannot be understood; told by the caller, who knows its place."""
+    *SEQUENCES,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,13 +183,13 @@ def read_header(path: Path) -> Header | None:
             if sop_class == DIRECTORY:
                 return None
             dataset, pixels = _dataset(handle, syntax, start, size)
-        if not (SOP_CLASS in dataset or SERIES in dataset):
+        if not (SOP_CLASS in dataset.values or SERIES in dataset.values):
             raise DamagedError("it ends before it says what it is")
         return _header(path, dataset, pixels, syntax, start)
     except DamagedError:
         raise
     except Exception as error:
-        # pydicom was not written for hostile files: it ends them in errors of nearly every kind.
+        # What a hostile header may say has no end, and none of it is worth a traceback.
         raise DamagedError(type(error).__name__) from None
 
 
@@ -215,47 +217,60 @@ def _meta(handle: BinaryIO, size: int) -> tuple[str, str, int]:
     return texts.get(b"\x02\x00", ""), texts.get(b"\x10\x00", "") or guess, place
 
 
-def _dataset(handle: BinaryIO, syntax: str, start: int, size: int) -> tuple[Any, tuple[int, int] | None]:
+def _dataset(
+    handle: BinaryIO, syntax: str, start: int, size: int
+) -> tuple[Elements, tuple[int, int] | None]:
     """The wanted elements; and offset and length of the pixels' value, if there are pixels."""
-    from pydicom.filereader import read_dataset
-
     if syntax == DEFLATED:
         handle = BytesIO(inflate(handle, start, INFLATED_HEADER))
-        size = INFLATED_HEADER
-    else:
-        handle.seek(start)
-    found: list[int] = []
-
-    def stop(tag: int, vr: str | None, length: int) -> bool:
-        tag, place = int(tag), handle.tell()  # pydicom's own tags compare slowly
-        if tag >= PIXELS_BEGIN:
-            if tag == PIXELS:
-                found.extend((place, length))
-            return True
-        if length != UNDEFINED and (place + length > size or (tag in wanted and length > LARGEST_ELEMENT)):
-            raise DamagedError("an element is longer than the file")
-        return False
-
-    wanted = set(WANTED)
-    little = syntax != BIG_ENDIAN
-    dataset = read_dataset(handle, syntax == IMPLICIT, little, stop_when=stop, specific_tags=WANTED)
-    return dataset, (found[0], found[1]) if found else None
+        start, size = 0, INFLATED_HEADER
+    return read_elements(handle, start, size, little=syntax != BIG_ENDIAN, wanted=WANTED, nested=SEQUENCES)
 
 
 def inflate(handle: BinaryIO, start: int, limit: int) -> bytes:
     """At most `limit` bytes of a deflated data set (PS3.5, A.5)."""
+    return b"".join(_inflated(handle, start, limit))
+
+
+def check_whole(path: Path) -> None:
+    """Raise a DamagedError where a file's elements and items do not end where they say."""
+    try:
+        with FileIO(path) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            _, syntax, start = _meta(handle, size)
+            if syntax != DEFLATED:
+                read_elements(handle, start, size, little=syntax != BIG_ENDIAN, wanted=(), nested=())
+    except struct.error as error:
+        raise DamagedError(str(error)) from None
+
+
+def inflated_size(path: Path, limit: int) -> int:
+    """Bytes of a deflated file's data set once inflated, counted up to `limit`, with hardly any memory.
+
+    Raises:
+        DamagedError: its first group or its code is garbled.
+    """
+    try:
+        with _Counted(FileIO(path)) as handle:
+            _, _, start = _meta(handle, os.fstat(handle.fileno()).st_size)
+            return sum(map(len, _inflated(handle, start, limit)))
+    except (zlib.error, struct.error) as error:
+        raise DamagedError(str(error)) from None
+
+
+def _inflated(handle: BinaryIO, start: int, limit: int) -> Iterator[bytes]:
     handle.seek(start)
-    engine, parts, left = zlib.decompressobj(-zlib.MAX_WBITS), [], limit
+    engine, left = zlib.decompressobj(-zlib.MAX_WBITS), limit
     data = handle.read(1 << 16)
     while data and left > 0 and not engine.eof:
-        parts.append(engine.decompress(data, left))
-        left -= len(parts[-1])
+        part = engine.decompress(data, min(left, INFLATED_HEADER))
+        left -= len(part)
         data = engine.unconsumed_tail or handle.read(1 << 16)
-    return b"".join(parts)
+        yield part
 
 
 def _header(
-    path: Path, dataset: Any, place: tuple[int, int] | None, syntax: str, start: int
+    path: Path, dataset: Elements, place: tuple[int, int] | None, syntax: str, start: int
 ) -> Header | None:
     modality, study = _text(dataset, MODALITY), _text(dataset, STUDY)
     frames: tuple[Frame, ...] = ()
@@ -285,7 +300,7 @@ def _header(
     )
 
 
-def _pixels(path: Path, dataset: Any, place: tuple[int, int], syntax: str, start: int) -> Pixels:
+def _pixels(path: Path, dataset: Elements, place: tuple[int, int], syntax: str, start: int) -> Pixels:
     allocated = _integer(dataset, ALLOCATED, 16)
     stored = _integer(dataset, STORED, allocated)
     frames = _text(dataset, FRAMES)
@@ -308,7 +323,7 @@ def _pixels(path: Path, dataset: Any, place: tuple[int, int], syntax: str, start
     )
 
 
-def _frames(dataset: Any, pixels: Pixels) -> tuple[Frame, ...]:
+def _frames(dataset: Elements, pixels: Pixels) -> tuple[Frame, ...]:
     """The file's slices; those that an enhanced CT calls localizers are not among them."""
     shared, each = _items(dataset, SHARED)[:1], _items(dataset, PER_FRAME)
     if not each:
@@ -324,7 +339,9 @@ def _frames(dataset: Any, pixels: Pixels) -> tuple[Frame, ...]:
     )
 
 
-def _frame(dataset: Any, groups: Sequence[Any], pixels: Pixels, index: int, *, placed: bool) -> Frame:
+def _frame(
+    dataset: Elements, groups: Sequence[Elements], pixels: Pixels, index: int, *, placed: bool
+) -> Frame:
     def numbers(macro: int, tag: int, count: int) -> tuple[float, ...] | None:
         return _numbers(_source(dataset, groups, macro, tag), tag, count)
 
@@ -332,7 +349,7 @@ def _frame(dataset: Any, groups: Sequence[Any], pixels: Pixels, index: int, *, p
     if position is not None and max(map(abs, position)) > FARTHEST_MM:
         position = None
     slope, intercept = numbers(RESCALE_MACRO, SLOPE, 1), numbers(RESCALE_MACRO, INTERCEPT, 1)
-    if (slope is None or slope[0] == 0) and (SLOPE in dataset or LUT in dataset):
+    if (slope is None or slope[0] == 0) and (SLOPE in dataset.values or LUT in dataset.values):
         raise DamagedError("its values have no scale")
     marks = {name: _text(_source(dataset, groups, macro, tag), tag) for name, (macro, tag) in MARKS.items()}
     return Frame(
@@ -350,7 +367,7 @@ def _frame(dataset: Any, groups: Sequence[Any], pixels: Pixels, index: int, *, p
     )
 
 
-def _padding(dataset: Any, signed: bool) -> tuple[int, int] | None:
+def _padding(dataset: Elements, signed: bool) -> tuple[int, int] | None:
     value = _integer(dataset, PADDING, None, signed)
     if value is None:
         return None
@@ -358,7 +375,7 @@ def _padding(dataset: Any, signed: bool) -> tuple[int, int] | None:
     return min(value, limit), max(value, limit)
 
 
-def _refers_to(dataset: Any) -> tuple[str, ...]:
+def _refers_to(dataset: Elements) -> tuple[str, ...]:
     """The series that a segmentation or a set of structures belongs to."""
     uids = [_text(item, SERIES) for item in _items(dataset, REFERENCED_SERIES)]
     for frame in _items(dataset, REFERENCED_FRAME):
@@ -367,36 +384,30 @@ def _refers_to(dataset: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(uid for uid in uids if uid))
 
 
-def _source(dataset: Any, groups: Sequence[Any], macro: int, tag: int) -> Any:
+def _source(dataset: Elements, groups: Sequence[Elements], macro: int, tag: int) -> Elements:
     """The data set that holds `tag`: the frame's functional group, the shared one, or the file itself."""
     for group in groups:
         for item in _items(group, macro) if macro else []:
-            if tag in item:
+            if tag in item.values:
                 return item
     return dataset
 
 
-def _items(dataset: Any, tag: int) -> list[Any]:
-    if tag not in dataset:
-        return []
-    value = dataset[tag].value
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else []
+def _items(dataset: Elements, tag: int) -> list[Elements]:
+    value = dataset.values.get(tag)
+    return value if isinstance(value, list) else []
 
 
-def _raw(dataset: Any, tag: int) -> tuple[bytes, bool]:
-    """An element's bytes as they are in the file, and whether they are little endian."""
-    if tag not in dataset:
-        return b"", True
-    element = dataset.get_item(tag)
-    value = element.value
-    return (value, element.is_little_endian) if isinstance(value, bytes) else (b"", True)
+def _raw(dataset: Elements, tag: int) -> bytes:
+    value = dataset.values.get(tag)
+    return value if isinstance(value, bytes) else b""
 
 
-def _text(dataset: Any, tag: int) -> str:
-    return _raw(dataset, tag)[0].strip(b"\0 ").decode("latin-1")
+def _text(dataset: Elements, tag: int) -> str:
+    return _raw(dataset, tag).strip(b"\0 ").decode("latin-1")
 
 
-def _numbers(dataset: Any, tag: int, count: int) -> tuple[float, ...] | None:
+def _numbers(dataset: Elements, tag: int, count: int) -> tuple[float, ...] | None:
     words = _text(dataset, tag).split("\\")
     try:
         values = tuple(float(word) for word in words[:count])
@@ -405,8 +416,8 @@ def _numbers(dataset: Any, tag: int, count: int) -> tuple[float, ...] | None:
     return values if len(words) == count and all(map(math.isfinite, values)) else None
 
 
-def _integer(dataset: Any, tag: int, default: Any, signed: bool = False) -> Any:
-    data, little = _raw(dataset, tag)
+def _integer(dataset: Elements, tag: int, default: Any, signed: bool = False) -> Any:
+    data = _raw(dataset, tag)
     if len(data) not in (2, 4):
         return default
-    return int.from_bytes(data, "little" if little else "big", signed=signed)
+    return int.from_bytes(data, "little" if dataset.little else "big", signed=signed)

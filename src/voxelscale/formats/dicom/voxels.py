@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats._voxels import MOST_VOXELS
 from voxelscale.formats.dicom import codec
-from voxelscale.formats.dicom.header import NATIVE, UNDEFINED, Frame, Pixels, inflate
+from voxelscale.formats.dicom.elements import UNDEFINED
+from voxelscale.formats.dicom.header import NATIVE, Frame, Pixels, inflate
 from voxelscale.formats.dicom.stack import Stack
 
 AIR_HU = -1024

@@ -1,0 +1,44 @@
+"""Intervals and p-values by bootstrap over scans (Efron 1979)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 1000
+
+
+def resampled_means(
+    values: NDArray[np.float64], resamples: int = RESAMPLES, seed: int = 0
+) -> NDArray[np.float64]:
+    """Means over bootstrap samples of scans, the same ones that `voxelscale.evaluate.froc.resampled` draws.
+
+    Args:
+        values: (..., scans) a figure of each scan, or several.
+
+    Returns:
+        (..., resamples).
+    """
+    scans = values.shape[-1]
+    random = np.random.Generator(np.random.Philox(key=seed))
+    return np.stack(
+        [values[..., random.integers(0, scans, scans)].mean(axis=-1) for _ in range(resamples)], axis=-1
+    )
+
+
+def interval(samples: NDArray[np.float64]) -> list[float] | None:
+    """The 95 % percentile interval; samples that are NaN say nothing, None where all are."""
+    known = samples[~np.isnan(samples)]
+    return [float(value) for value in np.percentile(known, [2.5, 97.5])] if len(known) else None
+
+
+def p_value(differences: NDArray[np.float64]) -> float | None:
+    """Two-sided, from the samples of a difference; None where all are NaN.
+
+    Twice the share of samples on the rarer side of 0, the observed one counted among them, so that it is
+    never 0 (Davison and Hinkley 1997, chapters 4 and 5); at most 1.
+    """
+    # Rounded, as equal means differ by their rounding, which has a sign, too.
+    known = np.round(differences[~np.isnan(differences)], 12)
+    rarer = min(np.count_nonzero(known <= 0), np.count_nonzero(known >= 0))
+    return min(1.0, 2 * (1 + rarer) / (1 + len(known))) if len(known) else None

@@ -1,0 +1,121 @@
+"""Synthetic nodules, whose kind, margin and place are known: which of them are found.
+
+``nodules.csv`` lies beside ``dataset.csv`` where `voxelscale phantom` made the data set.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from voxelscale.console import notice
+from voxelscale.data.listing.source import read_table
+from voxelscale.errors import VoxelscaleError
+from voxelscale.evaluate.froc import LEAST_DIAMETER_MM, match_marks
+from voxelscale.evaluate.lesions import sensitivity_figures
+from voxelscale.predict.findings import Finding
+
+TABLE = "nodules.csv"
+
+NUMBERS = ("x", "y", "z", "diameter_mm")
+
+TRAITS = ("kind", "margin", "place")
+"""Columns by which sensitivities are told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nodule:
+    """A nodule that was put there.
+
+    Attributes:
+        x, y, z: its centre, LPS mm.
+        diameter_mm: of the sphere of its volume.
+        traits: values of those of `TRAITS` that the table has.
+    """
+
+    x: float
+    y: float
+    z: float
+    diameter_mm: float
+    traits: Mapping[str, str]
+
+
+def read_nodules(data: Path) -> dict[str, list[Nodule]]:
+    """The nodules of each case of a data set; empty where it has no such table.
+
+    Args:
+        data: the data set's folder or its CSV.
+
+    Raises:
+        VoxelscaleError: the table is there but cannot be read.
+    """
+    path = (data if data.is_dir() else data.parent) / TABLE
+    if not path.is_file():
+        return {}
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_table(path).decode("utf-8-sig"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise VoxelscaleError(f"{path}: not readable as CSV ({error})", "save it as UTF-8 CSV") from None
+    if not rows or not {"case", *NUMBERS} <= set(rows[0]):
+        notice(f"{path}: left aside, as it does not have the columns case,{','.join(NUMBERS)}")
+        return {}
+    nodules: dict[str, list[Nodule]] = {}
+    for line, row in enumerate(rows, start=2):
+        x, y, z, diameter = (_number(path, line, column, row[column]) for column in NUMBERS)
+        traits = {trait: row[trait] for trait in TRAITS if row.get(trait)}
+        nodule = Nodule(x=x, y=y, z=z, diameter_mm=diameter, traits=traits)
+        nodules.setdefault(row["case"] or "", []).append(nodule)
+    return nodules
+
+
+def _number(path: Path, line: int, column: str, text: str | None) -> float:
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise VoxelscaleError(
+            f"{path}: line {line}: {column} is not a finite number",
+            "mend the line, or make the scans again",
+        )
+    return value
+
+
+def hits_on_nodules(nodules: Sequence[Nodule], findings: Sequence[Finding]) -> tuple[float, ...]:
+    """For each nodule the confidence of the best finding within its radius, NaN where it was missed.
+
+    Nodules that touch each other are one component of the mask, but each is looked for by itself here.
+    """
+    marks = np.asarray([(f.x, f.y, f.z, f.probability) for f in findings])
+    spheres = np.asarray([(n.x, n.y, n.z, max(n.diameter_mm, LEAST_DIAMETER_MM)) for n in nodules])
+    return match_marks(marks, spheres, np.empty((0, 4))).hits
+
+
+def by_trait(
+    nodules: Sequence[Nodule], hits: Sequence[float], threshold: float
+) -> dict[str, list[dict[str, Any]]]:
+    """Of each trait a row for each of its values, by name.
+
+    Args:
+        nodules, hits: of all scans, in the same order.
+        threshold: the confidence from which on there is one false positive per scan at most.
+    """
+    tables = {}
+    for trait in TRAITS:
+        values = sorted({nodule.traits[trait] for nodule in nodules if trait in nodule.traits})
+        tables[trait] = [
+            {"value": value, **sensitivity_figures(_hits_of(nodules, hits, trait, value), threshold)}
+            for value in values
+        ]
+    return {trait: rows for trait, rows in tables.items() if rows}
+
+
+def _hits_of(nodules: Sequence[Nodule], hits: Sequence[float], trait: str, value: str) -> list[float]:
+    return [hit for n, hit in zip(nodules, hits, strict=True) if n.traits.get(trait) == value]

@@ -1,0 +1,84 @@
+"""An evaluation in lines for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def text_summary(summary: Mapping[str, Any]) -> list[str]:
+    """What `voxelscale.evaluate.evaluate.summarise` returned, in lines for a person."""
+    dice, found, cpm = summary["dice"], summary["sensitivity_at_1_fp"], summary["froc"]
+    surface = ", ".join(
+        f"{row['mean']:.3f} within {row['tolerance_mm']:g} mm ({_text_interval(row['interval'])})"
+        for row in summary["surface_dice"]
+    )
+    lines = [
+        f"{summary['scans']} scans, {summary['lesion_count']} lesions",
+        f"Dice {dice['mean']:.3f} ({_text_interval(dice['interval'])}), median {dice['median']:.3f}, "
+        f"least {dice['least']:.3f}, pooled {summary['dice_pooled']:.3f}",
+        f"surface Dice {surface}",
+        _text_distances(summary["hd95_mm"]),
+        f"sensitivity at 1 FP/scan {found:.3f} "
+        f"({_text_interval(summary['sensitivity_at_1_fp_interval'])}), "
+        f"CPM {cpm['cpm']:.3f} ({_text_interval(cpm['cpm_interval'])})",
+    ]
+    for row in summary["iou"]:
+        lines.append(
+            f"components with IoU of {row['iou']:g} or more: sensitivity {text_value(row['sensitivity'])}, "
+            f"precision {text_value(row['precision'])}, "
+            f"average precision {text_value(row['average_precision'])}"
+        )
+    return [*lines, *_text_tables(summary)]
+
+
+def _text_tables(summary: Mapping[str, Any]) -> list[str]:
+    """Lesions by size, and synthetic nodules by their traits; rows without any are left out."""
+    lines = [f"{'lesions':20}  number  found  at 1 FP/scan   Dice  volume"]
+    for row in summary["sizes"]:
+        if row["lesions"]:
+            dice, volume = text_value(row["dice"]), text_change(row["volume_error"])
+            lines.append(f"{_text_counts(size_name(row), row)}  {dice:>5}  {volume:>6}")
+    for trait, rows in summary["nodules"].items():
+        lines += [_text_counts(f"{trait} {row['value']}", row) for row in rows]
+    return lines if len(lines) > 1 else []
+
+
+def _text_counts(name: str, row: Mapping[str, Any]) -> str:
+    at_1 = text_value(row["sensitivity_at_1_fp"])
+    return f"{name:20}  {row['lesions']:6}  {row['detected']:5}  {at_1:>12}"
+
+
+def _text_distances(row: Mapping[str, Any]) -> str:
+    without = f", {row['one_mask_empty']} without: one mask is empty" if row["one_mask_empty"] else ""
+    if not row["cases"]:
+        return f"HD95: of no case{without}"
+    return (
+        f"HD95 mean {row['mean']:.1f} mm, median {row['median']:.1f} mm, "
+        f"of {row['cases']} case{'s' * (row['cases'] != 1)}{without}"
+    )
+
+
+def _text_interval(bounds: Sequence[float]) -> str:
+    return f"95 % {bounds[0]:.3f} to {bounds[1]:.3f}"
+
+
+def text_value(value: float | None) -> str:
+    """Three digits, or a dash where there is no value."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def text_change(share: float | None) -> str:
+    """A signed share in per cent, or a dash where there is none."""
+    return "-" if share is None else f"{100 * share:+.0f} %"
+
+
+def size_name(row: Mapping[str, Any]) -> str:
+    """A row of ``sizes``, named by its diameters."""
+    if row["below_mm"] is None:
+        return f"{row['from_mm']:g} mm and more"
+    return (
+        f"{row['from_mm']:g} to {row['below_mm']:g} mm"
+        if row["from_mm"]
+        else f"below {row['below_mm']:g} mm"
+    )

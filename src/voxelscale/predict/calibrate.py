@@ -1,0 +1,259 @@
+"""Confidence that means what it says: of findings at 0.7, seven in ten are to be lesions.
+
+A rising map from a finding's score to the share of such findings that hit a lesion, fitted on scans that
+the model was not trained on. `docs/measures.md` tells what is counted and how.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelscale.config import PrepareConfig
+from voxelscale.console import Progress
+from voxelscale.data.listing import Source, list_sources
+from voxelscale.data.names import names_of
+from voxelscale.data.reading import read_truth
+from voxelscale.errors import VoxelscaleError
+from voxelscale.evaluate.froc import match
+from voxelscale.files import write_atomic
+from voxelscale.predict.bundle import Calibration, bundle_path, read_bundle, write_bundle
+from voxelscale.predict.findings import Finding, lesions_of_mask, read_findings
+from voxelscale.predict.reliability import BINS, calibration_error, reliability, reliability_figure
+
+LEAST_FINDINGS = 20
+"""Below it nothing can be said of ten bins, nor of a curve."""
+FOLDS = 5
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Findings held against the truth.
+
+    Attributes:
+        score: (n,) confidence before calibration, in [0, 1].
+        hit: (n,) whether it is a lesion.
+        scan: (n,) number of its scan.
+    """
+
+    score: Array
+    hit: NDArray[np.bool_]
+    scan: NDArray[np.int64]
+
+
+def calibrate_run(
+    run: Path,
+    predictions: Path,
+    data: Path,
+    config: PrepareConfig | None = None,
+    layout: str = "auto",
+    annotations: Path | None = None,
+) -> dict[str, Any]:
+    """Calibrate a trained model on predictions of scans it was not trained on.
+
+    The map goes into ``model.vxs``; beside it ``calibration.json`` and ``calibration.svg`` are written.
+
+    Args:
+        run: the run's folder, or a model.vxs.
+        predictions: what `voxelscale predict` wrote with it: ``<case>/findings.json``.
+        data: the data set with the true masks.
+        config, layout, annotations: as of `voxelscale.evaluate.evaluate.evaluate_folder`.
+
+    Returns:
+        the content of ``calibration.json``.
+
+    Raises:
+        VoxelscaleError: there is no model or no prediction, or too few findings to fit on.
+    """
+    model = bundle_path(run)
+    bundle = read_bundle(model)
+    judged, failed = _judge_folder(predictions, data, config or PrepareConfig(), layout, annotations)
+    try:
+        calibration, summary = calibrate(judged)
+    except ValueError as error:
+        hint = "predict more scans that the model was not trained on, as with --split val"
+        raise VoxelscaleError(f"{predictions}: {error}", hint) from None
+    summary = {**summary, "failed": failed}
+    write_bundle(model, replace(bundle, calibration=calibration))
+    write_atomic(model.with_name("calibration.json"), json.dumps(summary, indent=1))
+    write_atomic(model.with_name("calibration.svg"), reliability_figure(summary))
+    return summary
+
+
+def _judge_folder(
+    predictions: Path, data: Path, config: PrepareConfig, layout: str, annotations: Path | None
+) -> tuple[Judged, list[dict[str, str]]]:
+    listed = list_sources(data, layout, annotations, names_of(config, predictions))
+    sources = [s for s in listed if s.label and (predictions / s.case / "findings.json").is_file()]
+    cases, failed = [], []
+    with Progress("calibrate", len(sources)) as progress:
+        for done, source in enumerate(sources, start=1):
+            try:
+                cases.append(_read_case(source, predictions / source.case, config))
+            except VoxelscaleError as error:
+                failed.append({"case": source.case, "error": error.message, "hint": error.hint})
+            progress.update(done, source.case)
+    if not cases:
+        reason = f": {failed[0]['error']}" if failed else ""
+        raise VoxelscaleError(
+            f"{predictions}: no prediction of a case of {data} that has a mask{reason}",
+            "run voxelscale predict on that data set first",
+        )
+    return judge(cases), failed
+
+
+def _read_case(
+    source: Source, prediction: Path, config: PrepareConfig
+) -> tuple[Sequence[Finding], Sequence[Finding]]:
+    truth = read_truth(source, config)
+    lesions = lesions_of_mask(source.case, truth.array, truth.grid)
+    return lesions, read_findings(prediction / "findings.json")
+
+
+def judge(cases: Sequence[tuple[Sequence[Finding], Sequence[Finding]]]) -> Judged:
+    """Which findings are lesions, by `voxelscale.evaluate.froc.match`.
+
+    Of several hits on a lesion the most confident counts; the others are ignored, as for the FROC.
+
+    Args:
+        cases: of each scan the true lesions, and the findings.
+    """
+    rows: list[tuple[float, bool, int]] = []
+    for scan, (lesions, findings) in enumerate(cases):
+        scored = [f if f.score is None else replace(f, probability=f.score) for f in findings]
+        matches = match(lesions, scored)
+        rows += [(score, True, scan) for score in matches.hits if not np.isnan(score)]
+        rows += [(score, False, scan) for score in matches.false_positives]
+    score, hit, scan_of = zip(*rows, strict=True) if rows else ((), (), ())
+    return Judged(
+        score=np.asarray(score, np.float64),
+        hit=np.asarray(hit, np.bool_),
+        scan=np.asarray(scan_of, np.int64),
+    )
+
+
+def calibrate(judged: Judged) -> tuple[Calibration, dict[str, Any]]:
+    """The better of two maps by cross-validated log loss, and the figures with and without it.
+
+    ``ece_before`` and ``ece_after`` are expected calibration errors, ``bins_before`` and ``bins_after`` the
+    reliability; all that is "after" is of maps fitted without the scan they are applied to.
+
+    Raises:
+        ValueError: there are too few findings, all are hits or none is, or all are of one scan.
+    """
+    count, hits = len(judged.hit), int(judged.hit.sum())
+    if count < LEAST_FINDINGS:
+        raise ValueError(f"{count} findings are too few to calibrate on; {LEAST_FINDINGS} are needed")
+    if hits in (0, count):
+        raise ValueError(f"{'all' if hits else 'none'} of the {count} findings are lesions")
+    if len(np.unique(judged.scan)) < 2:
+        raise ValueError("all findings are of one scan, and two are needed to check one against the other")
+    folded = {name: cross_validated(fit, judged) for name, fit in FITS.items()}
+    losses = {name: _log_loss(probability, judged.hit) for name, probability in folded.items()}
+    method = min(losses, key=lambda name: losses[name])
+    calibration = FITS[method](judged.score, judged.hit)
+    summary = {
+        "method": method,
+        "findings": count,
+        "hits": hits,
+        "scans": len(np.unique(judged.scan)),
+        "ece_before": calibration_error(judged.score, judged.hit),
+        "ece_after": calibration_error(folded[method], judged.hit),
+        "log_loss": {"before": _log_loss(judged.score, judged.hit), **losses},
+        "bins": BINS,
+        "bins_before": reliability(judged.score, judged.hit),
+        "bins_after": reliability(folded[method], judged.hit),
+        "scores": list(calibration.scores),
+        "probabilities": list(calibration.probabilities),
+    }
+    return calibration, summary
+
+
+def cross_validated(fit: Callable[[Array, NDArray[np.bool_]], Calibration], judged: Judged) -> Array:
+    """(n,) probabilities, each by a map fitted without any finding of its scan's fold."""
+    scans, number = np.unique(judged.scan, return_inverse=True)
+    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(scans))
+    fold = (order % min(FOLDS, len(scans)))[number]
+    probability = np.empty(len(judged.score))
+    for part in np.unique(fold):
+        held = fold == part
+        probability[held] = fit(judged.score[~held], judged.hit[~held])(judged.score[held])
+    return probability
+
+
+def fit_platt(score: Array, hit: NDArray[np.bool_]) -> Calibration:
+    """A logistic curve over the score's logit, rising (Platt, "Probabilistic outputs for support vector
+    machines", 1999, with his targets that keep it from 0 and 1)."""
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
+    logit = _logit(score)
+    hits, misses = int(hit.sum()), int((~hit).sum())
+    target = np.where(hit, (hits + 1) / (hits + 2), 1 / (misses + 2))
+
+    def loss(parameters: Array) -> tuple[float, Array]:
+        there = parameters[0] * logit + parameters[1]
+        off = expit(there) - target
+        slope = np.array([(off * logit).mean(), off.mean()])
+        return float((np.logaddexp(0, there) - target * there).mean()), slope
+
+    bounds = [(1e-3, 50), (-50, 50)]  # a curve that falls is none
+    found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=bounds)
+    knots = np.linspace(-_FARTHEST, _FARTHEST, 553)
+    scores = expit(knots)
+    scores[[0, -1]] = 0, 1
+    return _map(scores, expit(found.x[0] * knots + found.x[1]))
+
+
+def fit_isotonic(score: Array, hit: NDArray[np.bool_]) -> Calibration:
+    """The best of all maps that never fall, by pooling adjacent violators (Ayer et al., Annals of
+    Mathematical Statistics 26, 1955); linear between its steps, and kept from 0 and 1 as Platt's."""
+    from scipy.optimize import isotonic_regression
+
+    scores, number, counts = np.unique(score, return_inverse=True, return_counts=True)
+    share = np.bincount(number, weights=hit) / counts
+    steps = isotonic_regression(share, weights=counts.astype(np.float64))
+    least = 1 / (len(score) + 2)
+    value = np.clip(steps.x, least, 1 - least)
+    # Each step's first and last score; within it the value is one.
+    corners = np.unique(np.concatenate([steps.blocks[:-1], steps.blocks[1:] - 1]))
+    scores, value = scores[corners], value[corners]
+    inside = (scores > 0) & (scores < 1)
+    ends = value[0], value[-1]
+    return _map(
+        np.concatenate([[0.0], scores[inside], [1.0]]), np.concatenate([ends[:1], value[inside], ends[1:]])
+    )
+
+
+FITS: dict[str, Callable[[Array, NDArray[np.bool_]], Calibration]] = {
+    "platt": fit_platt,
+    "isotonic": fit_isotonic,
+}
+"""Of equal ones the first is taken."""
+
+_FARTHEST = 27.6
+"""Logit of a score of 1 - 1e-12."""
+
+
+def _logit(score: Array) -> Array:
+    kept = np.clip(score, 1e-12, 1 - 1e-12)
+    logit: Array = np.log(kept) - np.log1p(-kept)
+    return logit
+
+
+def _map(scores: Array, probabilities: Array) -> Calibration:
+    return Calibration(scores=tuple(scores.tolist()), probabilities=tuple(probabilities.tolist()))
+
+
+def _log_loss(probability: Array, hit: NDArray[np.bool_]) -> float:
+    """Mean negative logarithm of what was given to what came true."""
+    right = np.where(hit, probability, 1 - probability)
+    return float(-np.log(np.maximum(right, 1e-12)).mean())

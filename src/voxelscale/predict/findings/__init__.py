@@ -1,0 +1,247 @@
+"""From a probability map to lesions in the patient, described as a radiologist would.
+
+`regions`: which voxels are one finding. `calipers`: its diameters. `depth`: how far the pleura is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelscale.errors import VoxelscaleError
+from voxelscale.files import write_atomic, write_csv
+from voxelscale.geometry import Grid, Scan, Triple, sphere_diameter
+from voxelscale.predict.findings.calipers import Ends, axial_diameters
+from voxelscale.predict.findings.depth import nearest_border
+from voxelscale.predict.findings.regions import components, doubtful_regions, sure_regions
+
+__all__ = [
+    "LEAST_NODULE_MM3",
+    "LUNA16_COLUMNS",
+    "Finding",
+    "components",
+    "find_lesions",
+    "lesions_of_mask",
+    "read_findings",
+    "write_findings",
+]
+
+LEAST_NODULE_MM3 = 14.0
+"""Volume of a 3 mm sphere; what is smaller is no nodule (Fleischner Society, Hansell et al. 2008)."""
+
+SOLID_HU = -300.0
+"""Above it a part-solid nodule is solid: 90 % sensitive and 88 % specific for what radiologists called so
+(Scholten et al., European Radiology 25, 2015)."""
+
+LUNA16_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "probability")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One lesion, found or true.
+
+    Attributes:
+        case: the scan's name.
+        x, y, z: centroid, LPS mm.
+        index: centroid as fractional voxel (z, y, x) of the scan.
+        diameter_mm: of the sphere of the same volume.
+        axial_diameter_mm: greatest extent within one axial slice, from voxel centre to voxel centre, plus
+            a pixel (the RECIST measure, to about a pixel).
+        volume_mm3: voxels times the voxel's volume.
+        mean_hu: mean of the scan within, or None where no scan was given.
+        probability: confidence in [0, 1], calibrated where the model is; 1 for a true lesion.
+        axial_ends: both ends (x, y, z) of the axial diameter, LPS mm.
+        axial_slice: its slice, from 0 along the scan's array axis that runs most nearly along z.
+        short_axis_mm: greatest extent in that slice at right angles to the axial diameter, likewise.
+        short_axis_ends: both ends of it.
+        std_hu: standard deviation of the scan within.
+        solid_fraction: share of its voxels above `SOLID_HU`.
+        pleura_mm: from its surface to the lungs' nearest border; 0 where it reaches it; None where no lungs
+            were found or it lies outside.
+        score: confidence before calibration; None for a true lesion, and in files that know none.
+    """
+
+    case: str
+    x: float
+    y: float
+    z: float
+    index: Triple
+    diameter_mm: float
+    axial_diameter_mm: float
+    volume_mm3: float
+    mean_hu: float | None = None
+    probability: float = 1.0
+    axial_ends: Ends | None = None
+    axial_slice: int | None = None
+    short_axis_mm: float | None = None
+    short_axis_ends: Ends | None = None
+    std_hu: float | None = None
+    solid_fraction: float | None = None
+    pleura_mm: float | None = None
+    score: float | None = None
+
+
+def find_lesions(
+    case: str,
+    probability: NDArray[Any],
+    grid: Grid,
+    *,
+    threshold: float,
+    low: float | None = None,
+    candidates: float | None = None,
+    merge_mm: float = 0.0,
+    min_volume_mm3: float = 0.0,
+    image: NDArray[Any] | None = None,
+    depth: Scan | None = None,
+) -> tuple[list[Finding], NDArray[np.uint8]]:
+    """The 26-connected components at or above `low` that reach `threshold`, and the doubtful ones.
+
+    A finding's confidence is the mean probability of its most certain 14 mm3, a 3 mm sphere's volume
+    and the least that is reported as a nodule; what a smaller component lacks of it counts as 0.
+
+    Args:
+        probability: (z, y, x) in [0, 1].
+        grid: where its voxels lie; any direction, axes at right angles.
+        threshold: a lesion holds a voxel of at least this probability.
+        low: voxels of at least this probability that hang together with it belong to it, too; None:
+            `threshold`.
+        candidates: components at or above this probability without a voxel of a lesion are findings, too,
+            so that a reader may choose the operating point; None, or not below `threshold`: there are none.
+        merge_mm: lesions whose surfaces are at most so far apart are one; so are doubtful ones; 0: off.
+        min_volume_mm3: smaller ones are dropped.
+        image: (z, y, x) HU on the same grid, for the density.
+        depth: of `voxelscale.predict.findings.depth.lung_depth`, for the distance to the pleura.
+
+    Returns:
+        findings, most confident first; and the mask (z, y, x) of those that reach `threshold`.
+    """
+    least = min_volume_mm3 / grid.voxel_mm3
+    low = threshold if low is None else low
+    sure = sure_regions(probability, grid, threshold=threshold, low=low, merge_mm=merge_mm, least=least)
+    mask = np.zeros(probability.shape, np.uint8)
+    for voxels in sure:
+        mask[tuple(voxels.T)] = 1
+    doubtful = []
+    if candidates is not None and candidates < threshold:
+        doubtful = doubtful_regions(
+            probability, mask, grid, candidates=candidates, merge_mm=merge_mm, least=least
+        )
+    count = math.ceil(LEAST_NODULE_MM3 / grid.voxel_mm3)
+    findings = []
+    for voxels in [*sure, *doubtful]:
+        best = np.sort(probability[tuple(voxels.T)].astype(np.float64))[-count:]
+        score = float(best.sum() / count)
+        fields = _shape(case, voxels, grid)
+        if image is not None:
+            fields |= _density(image[tuple(voxels.T)])
+        if depth is not None:
+            fields["pleura_mm"] = nearest_border(voxels, grid, depth)
+        findings.append(Finding(**fields, probability=score, score=score))
+    return sorted(findings, key=lambda f: (-f.probability, f.index)), mask
+
+
+def lesions_of_mask(case: str, mask: NDArray[Any], grid: Grid) -> list[Finding]:
+    """The 26-connected components of a true mask (not 0 is lesion), each with probability 1."""
+    return [Finding(**_shape(case, voxels, grid)) for voxels in components(mask > 0)]
+
+
+def _shape(case: str, voxels: NDArray[np.int64], grid: Grid) -> dict[str, Any]:
+    """Fields of a finding: where it is and how large."""
+    centre = voxels.mean(axis=0)
+    x, y, z = (float(v) for v in grid.index_to_mm(centre))
+    volume = len(voxels) * grid.voxel_mm3
+    axial = axial_diameters(voxels, grid)
+    return {
+        "case": case,
+        "x": x,
+        "y": y,
+        "z": z,
+        "index": (float(centre[0]), float(centre[1]), float(centre[2])),
+        "diameter_mm": sphere_diameter(volume),
+        "axial_diameter_mm": axial.long_mm,
+        "volume_mm3": volume,
+        "axial_ends": axial.long_ends,
+        "axial_slice": axial.slice_index,
+        "short_axis_mm": axial.short_mm,
+        "short_axis_ends": axial.short_ends,
+    }
+
+
+def _density(hu: NDArray[Any]) -> dict[str, float]:
+    """Fields of a finding: what the scan is within."""
+    hu = hu.astype(np.float64)
+    return {
+        "mean_hu": float(hu.mean()),
+        "std_hu": float(hu.std()),
+        "solid_fraction": float((hu > SOLID_HU).mean()),
+    }
+
+
+def write_findings(findings: Sequence[Finding], csv_path: Path, json_path: Path | None = None) -> None:
+    """LUNA16's CSV (``seriesuid,coordX,coordY,coordZ,probability``) and a JSON list of all fields.
+
+    LUNA16's coordinates are LPS mm, as ours.
+    """
+    # All digits of the probability: rounded ones could be equal, and the FROC another.
+    rows = [[f.case, f"{f.x:.4f}", f"{f.y:.4f}", f"{f.z:.4f}", f"{f.probability!r}"] for f in findings]
+    write_csv(csv_path, [LUNA16_COLUMNS, *rows])
+    if json_path is not None:
+        write_atomic(json_path, json.dumps([asdict(f) for f in findings], indent=1))
+
+
+def read_findings(path: Path) -> list[Finding]:
+    """The findings of a JSON file that `write_findings` wrote, of this version or an older one.
+
+    Raises:
+        VoxelscaleError: it is missing or no such file.
+    """
+    try:
+        return [_as_finding(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise VoxelscaleError(
+            f"{path}: not a list of findings ({reason})", "run voxelscale predict again"
+        ) from None
+
+
+_ALWAYS = ("x", "y", "z", "diameter_mm", "axial_diameter_mm", "volume_mm3", "probability")
+
+
+def _as_finding(row: Mapping[str, Any]) -> Finding:
+    """Raise a ValueError, TypeError, KeyError or OverflowError where it is none."""
+    if not isinstance(row, dict):
+        raise TypeError(f"{row!r} is no finding")
+    values = {name: value for name, value in row.items() if name not in ("case", "index")}
+    for name in ("axial_ends", "short_axis_ends"):
+        if values.get(name) is not None:
+            first, second = values[name]
+            values[name] = (_triple(first), _triple(second))
+    finding = Finding(case=row["case"], index=_triple(row["index"]), **values)
+    if not isinstance(finding.case, str) or not finding.case.isprintable():
+        raise ValueError(f"{finding.case!r} is no case's name")
+    for name, value in asdict(finding).items():
+        if name not in ("case", "index", "axial_ends", "short_axis_ends") and value is not None:
+            _finite([value])
+    if any(getattr(finding, name) is None for name in _ALWAYS):
+        raise ValueError("a number is missing")
+    return finding
+
+
+def _triple(values: Iterable[Any]) -> Triple:
+    a, b, c = _finite(values)
+    return a, b, c
+
+
+def _finite(values: Iterable[Any]) -> list[float]:
+    numbers = list(values)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(f"{number!r} is not a number")
+    return [float(number) for number in numbers]
