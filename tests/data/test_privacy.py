@@ -182,6 +182,8 @@ def test_the_names_agree_from_command_to_command(pipeline: tuple[Path, str, str]
 def test_what_an_evaluation_keeps_of_a_fault_names_the_case(archive: Path, tmp_path: Path) -> None:
     data, predictions = tmp_path / "data", tmp_path / "predictions"
     shutil.copytree(archive, data, ignore=shutil.ignore_patterns(f"{FOLDER}3"))
+    for path in data.glob("*/rt.dcm"):
+        path.rename(path.with_name("DOE^JOHN.dcm"))
     (tmp_path / "key").write_text("of this test alone")
     config = PrepareConfig(names="hash", name_key=str(tmp_path / "key"))
     sources = list_sources(data, names=names_of(config, None))
@@ -195,7 +197,7 @@ def test_what_an_evaluation_keeps_of_a_fault_names_the_case(archive: Path, tmp_p
         (predictions / source.case / "findings.json").write_text("[]")
     summary = evaluate_folder(predictions, data, tmp_path / "out", config)
     (fault,) = summary["failed"]
-    assert FOLDER in fault["error"], "who mends it now is told the file"
+    assert "DOE^JOHN.dcm" in fault["error"], "who mends it now is told the file"
     kept = (tmp_path / "out" / "evaluation.json").read_text()
     assert sources[0].case in json.loads(kept)["failed"][0]["error"]
     assert "DOE" not in kept

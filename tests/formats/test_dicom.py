@@ -518,6 +518,13 @@ def test_a_tilted_gantry_is_told(tmp_path: Path, told: Callable[[], str]) -> Non
     assert (scan.array == 50).sum(axis=1).min() == 9
 
 
+def test_a_slice_far_beside_the_others_is_refused(tmp_path: Path) -> None:
+    places = along([2.0] * 7)
+    places[4, 1] += 9000
+    with pytest.raises(VoxelscaleError, match="shifted by up to 9000 mm"):
+        read(write(slices(noise(8), places), tmp_path / "ct"))
+
+
 def test_slices_that_do_not_fit(tmp_path: Path) -> None:
     hu, places = noise(4), along([2.0] * 3)
 

@@ -50,9 +50,10 @@ class Source:
     fault: str = ""
 
     def without_paths(self, message: str) -> str:
-        """A message with the case's name for its paths, which may be called after the patient."""
-        for path in sorted(filter(None, (self.image, self.label)), key=lambda path: -len(str(path))):
-            message = message.replace(str(path), self.case)
+        """A message with the case's name for its files, which may be called after the patient."""
+        paths = [path for path in (self.image, self.label) if path is not None]
+        for named in sorted((str(name) for p in paths for name in (p, p.name)), key=len, reverse=True):
+            message = message.replace(named, self.case)
         return message
 
 

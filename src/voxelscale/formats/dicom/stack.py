@@ -34,6 +34,9 @@ GAP = 1.75
 STRAIGHT_MM = 1.0
 """Slices shifted sideways in a line, to this much, are those of a tilted gantry."""
 
+FARTHEST = 2.0
+"""Slices are shifted by at most so many times their own extent: no gantry tilts by more than 30 degrees."""
+
 NOT_TOGETHER = "export the series again, or give each part a folder of its own"
 
 
@@ -80,6 +83,10 @@ def stack(path: Path, frames: Sequence[Frame], fill_gaps: int = 0) -> Stack:
     shifts, origin, shape = np.zeros((len(frames), 2)), positions[0], (rows, columns)
     if np.abs(sideways - np.median(sideways, axis=0)).max() > OFF_MM:
         least = sideways.min(axis=0)
+        farthest = float((sideways.max(axis=0) - least).max())
+        if farthest > FARTHEST * max(rows * spacing[0], columns * spacing[1]):
+            what = f"{path}: its slices are shifted by up to {farthest:.0f} mm along the image"
+            raise VoxelscaleError(what, NOT_TOGETHER)
         origin = origin + least @ np.stack([down, right])
         shifts = (sideways - least) / spacing
         extra = np.ceil(shifts.max(axis=0) - 1e-3)
