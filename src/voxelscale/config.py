@@ -172,6 +172,11 @@ class LossConfig:
     """Weight of the voxel-wise cross-entropy."""
     smooth: float = 1.0
     """Added to the soft Dice's numerator and denominator, in voxels."""
+    small: float = 0.0
+    """How much more voxels of small lesions weigh in the cross-entropy: an exponent; 0: not at all, 1:
+    inversely to how much lesion there is around them."""
+    hardest: float = 1.0
+    """Share of a patch's voxels, those of the largest cross-entropy, that make its mean; 1: all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -587,6 +592,8 @@ def _check(config: Config) -> None:
         ("data.patch_size", c.model.dims == 3 or c.data.patch_size[0] == 1, "1 along z for model.dims=2"),
         ("data.foreground", 0 <= c.data.foreground <= 1, "between 0 and 1"),
         ("data.patches_per_case", c.data.patches_per_case >= 0, "at least 0"),
+        ("loss.small", 0 <= c.loss.small <= 2, "between 0 and 2"),
+        ("loss.hardest", 0 < c.loss.hardest <= 1, "above 0 and at most 1"),
         ("augment.strength", c.augment.strength >= 0, "at least 0"),
         ("data.readers", c.data.readers >= 1, "at least 1"),
         ("data.prefetch", c.data.prefetch >= 1, "at least 1"),

@@ -5,7 +5,7 @@ import torch
 from monai.losses.dice import DiceLoss
 from torch.nn import functional as F
 
-from voxelscale.model.losses import dice_cross_entropy, soft_dice
+from voxelscale.model.losses import dice_cross_entropy, small_lesion_weight, soft_dice
 
 
 @pytest.fixture
@@ -58,3 +58,39 @@ def test_gradient_of_the_sum() -> None:
     assert torch.autograd.gradcheck(
         lambda x: dice_cross_entropy(x, target, dice=0.7, cross_entropy=1.3)[0], logits
     )
+
+
+@pytest.mark.parametrize(("small", "hardest"), [(0.7, 1.0), (0.0, 0.2), (1.0, 0.1)])
+def test_gradient_with_weights(small: float, hardest: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 1, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    target = torch.rand(2, 1, 4, 3, 5) > 0.7
+    assert torch.autograd.gradcheck(
+        lambda x: dice_cross_entropy(x, target, small=small, hardest=hardest)[0], logits
+    )
+
+
+def test_the_hardest_voxels_of_each_sample(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, target = batch
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1)
+    count = round(0.1 * entropy.shape[1])
+    wanted = entropy.sort(descending=True).values[:, :count].mean()
+    loss, _ = dice_cross_entropy(logits, target, dice=0.0, hardest=0.1)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_voxels_of_small_lesions_weigh_more() -> None:
+    target = torch.zeros(1, 1, 40, 40, 40)
+    target[0, 0, 10, 10, 10] = 1  # alone in its cube of 9 x 9 x 9
+    target[0, 0, 20:40, 20:40, 20:40] = 1
+    weight = small_lesion_weight(target, 0.5)[0, 0]
+    assert weight[10, 10, 10].item() == pytest.approx((0.5 * 9**3) ** 0.5, rel=1e-5)
+    assert weight[30, 30, 30] == 1
+    assert weight[target[0, 0] == 0].eq(1).all()
+    flat = small_lesion_weight(target[:, :, 10], 1.0)[0, 0]
+    assert flat[10, 10].item() == pytest.approx(0.5 * 9**2, rel=1e-5)
+    one = target.clone().requires_grad_()
+    loss, _ = dice_cross_entropy(one - 0.5, target, dice=0.0, small=0.5)
+    (slope,) = torch.autograd.grad(loss, one)
+    ratio = slope[0, 0, 10, 10, 10] / slope[0, 0, 30, 30, 30]
+    assert ratio.item() == pytest.approx((0.5 * 9**3) ** 0.5, rel=1e-4)

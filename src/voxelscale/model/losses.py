@@ -10,6 +10,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+AROUND = 9
+"""Voxels along each axis within which `small_lesion_weight` sees how large a lesion is."""
+
 
 def soft_dice(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
     """Soft Dice of each sample, ``(batch,)`` in (0, 1].
@@ -31,31 +34,82 @@ def soft_dice(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
 
 
 def dice_cross_entropy(
-    logits: Tensor, target: Tensor, *, dice: float = 1.0, cross_entropy: float = 1.0, smooth: float = 1.0
+    logits: Tensor,
+    target: Tensor,
+    *,
+    dice: float = 1.0,
+    cross_entropy: float = 1.0,
+    smooth: float = 1.0,
+    small: float = 0.0,
+    hardest: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of (1 - soft Dice) and cross-entropy, mean over samples; and each sample's Dice.
 
     Args:
         logits: ``(batch, 1, ...)``, any float type; the arithmetic is at least float32.
         target: ``(batch, 1, ...)``, 0 or 1, any type.
+        small: exponent of `small_lesion_weight`, which multiplies the cross-entropy; 0: no weights.
+        hardest: share of each sample's voxels, those of the largest cross-entropy, that make its mean (Wu,
+            Shen and van den Hengel, "Bridging category-level and instance-level semantic image
+            segmentation", 2016); 1: all.
 
     Returns:
         the loss, a scalar, and the soft Dice of each sample ``(batch,)``, detached.
     """
+    weight = _voxel_weight(logits.detach(), target, small, hardest)
     fused = not torch.compiler.is_compiling()
     function = _DiceCrossEntropy.apply if fused else _dice_cross_entropy
-    loss, overlap = function(logits, target, dice, cross_entropy, smooth)
+    loss, overlap = function(logits, target, weight, dice, cross_entropy, smooth)
     return loss, overlap.detach()
 
 
+def small_lesion_weight(target: Tensor, exponent: float) -> Tensor:
+    """What a lesion's voxel weighs by how little lesion there is around it; 1 elsewhere.
+
+    ``(half of a cube / lesion voxels in the cube) ** exponent``, at least 1, for the cube about the voxel
+    whose edge is `AROUND` voxels: a small lesion's weigh more, those of one that fills half of it do not.
+
+    Args:
+        target: ``(batch, 1, z, y, x)`` or ``(batch, 1, y, x)``, 0 or 1, float.
+    """
+    share, dims = target, target.dim() - 2
+    pool = F.avg_pool3d if dims == 3 else F.avg_pool2d
+    for axis in range(dims):
+        edge = [1] * dims
+        edge[axis] = AROUND
+        # By hand: the pooling's own padding refuses patches smaller than its window.
+        sides = [n // 2 for n in reversed(edge) for _ in range(2)]
+        share = pool(F.pad(share, sides), edge, stride=1)
+    weight = (0.5 / share.clamp_min(AROUND**-dims)).pow(exponent).clamp_min(1)
+    return torch.where(target > 0, weight, 1.0)
+
+
+def _voxel_weight(logits: Tensor, target: Tensor, small: float, hardest: float) -> Tensor | None:
+    """(batch, voxels) what each voxel's cross-entropy is multiplied by; None: 1 throughout."""
+    if small == 0 and hardest == 1:
+        return None
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    x, t = logits.to(wide), target.to(wide)
+    weight = small_lesion_weight(t, small).flatten(1) if small else torch.ones_like(x).flatten(1)
+    if hardest < 1:
+        entropy = binary_cross_entropy_with_logits(x.flatten(1), t.flatten(1), reduction="none")
+        entropy *= weight
+        count = max(1, round(hardest * entropy.shape[1]))
+        least = entropy.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
+        # Their mean: each weighs what all of them weigh together, over how many they are.
+        chosen = entropy >= least
+        weight = weight * chosen * (entropy.shape[1] / chosen.sum(1, keepdim=True))
+    return weight
+
+
 def _dice_cross_entropy(
-    logits: Tensor, target: Tensor, dice: float, cross_entropy: float, smooth: float
+    logits: Tensor, target: Tensor, weight: Tensor | None, dice: float, cross_entropy: float, smooth: float
 ) -> tuple[Tensor, Tensor]:
     """By the definition."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     logits, target = logits.to(wide), target.to(wide)
     overlap = soft_dice(logits, target, smooth)
-    entropy = binary_cross_entropy_with_logits(logits, target)
+    entropy = binary_cross_entropy_with_logits(logits.flatten(1), target.flatten(1), weight)
     return dice * (1 - overlap.mean()) + cross_entropy * entropy, overlap
 
 
@@ -64,7 +118,13 @@ class _DiceCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, dice: float, cross_entropy: float, smooth: float
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        dice: float,
+        cross_entropy: float,
+        smooth: float,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(logits.dtype, torch.float32)
         x, t = logits.to(wide).flatten(1), target.to(wide).flatten(1)
@@ -73,9 +133,12 @@ class _DiceCrossEntropy(torch.autograd.Function):
         size = probability.sum(1) + t.sum(1) + smooth
         score = (2 * overlap + smooth) / size
         # -log p = softplus(-x) of a lesion's voxel, softplus(x) of another's.
-        entropy = (F.softplus(x).sum() - (x * t).sum()) / x.numel()
+        if weight is None:
+            entropy = (F.softplus(x).sum() - (x * t).sum()) / x.numel()
+        else:
+            entropy = F.softplus(x).sub_(x * t).mul_(weight).sum() / x.numel()
         loss = dice * (1 - score.mean()) + cross_entropy * entropy
-        ctx.save_for_backward(probability, t, size, score)
+        ctx.save_for_backward(probability, t, size, score, weight)
         ctx.weights, ctx.shape, ctx.type = (dice, cross_entropy), logits.shape, logits.dtype
         ctx.mark_non_differentiable(score)
         return loss, score
@@ -83,11 +146,12 @@ class _DiceCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        probability, t, size, score = ctx.saved_tensors
+        probability, t, size, score, weight = ctx.saved_tensors
         dice, cross_entropy = ctx.weights
         # d score / d p = (2 t - score) / size
         of_size = gradient * dice / (len(size) * size)
         of_probability = torch.addcmul((score * of_size)[:, None], t, -2 * of_size[:, None])
         of_logits = of_probability.mul_(probability - probability.square())
-        of_logits += (probability - t).mul_(gradient * cross_entropy / t.numel())
-        return of_logits.to(ctx.type).view(ctx.shape), None, None, None, None
+        of_entropy = (probability - t).mul_(gradient * cross_entropy / t.numel())
+        of_logits += of_entropy if weight is None else of_entropy.mul_(weight)
+        return of_logits.to(ctx.type).view(ctx.shape), None, None, None, None, None

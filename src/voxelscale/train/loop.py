@@ -162,7 +162,12 @@ def patch_task(config: Config, store: Store, device: torch.device) -> Task:
     return Task(
         model=_network(config, store).to(device),
         loss=partial(
-            dice_cross_entropy, dice=loss.dice, cross_entropy=loss.cross_entropy, smooth=loss.smooth
+            dice_cross_entropy,
+            dice=loss.dice,
+            cross_entropy=loss.cross_entropy,
+            smooth=loss.smooth,
+            small=loss.small,
+            hardest=loss.hardest,
         ),
         source=PatchSource(store, config.data, config.augment, config.train.seed, config.model.dims),
         collate=partial(_collate, config=config, normalise=normalise, device=device),
