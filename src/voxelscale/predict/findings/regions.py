@@ -20,14 +20,27 @@ def components(mask: NDArray[np.bool_], least: float = 0.0) -> list[Voxels]:
     """Voxels (n, 3) as (z, y, x) of each 26-connected component of at least `least` voxels."""
     import cc3d
 
-    labels, count = cc3d.connected_components(mask, connectivity=26, return_N=True)
+    around = _box_of(mask)
+    labels, count = cc3d.connected_components(mask[around], connectivity=26, return_N=True)
     boxes = cc3d.statistics(labels)["bounding_boxes"][1:] if count else []
+    start = np.asarray([axis.start for axis in around])
     found = []
     for number, box in enumerate(boxes, start=1):
         inside = np.argwhere(labels[box] == number)
         if len(inside) >= least:
-            found.append(inside + [axis.start for axis in box])
+            found.append(inside + [axis.start for axis in box] + start)
     return found
+
+
+def _box_of(mask: NDArray[np.bool_]) -> tuple[slice, slice, slice]:
+    """The smallest box that holds all of a mask; of an empty one a box of no voxels."""
+    # Axis by axis, on what is left: lesions fill little of a scan.
+    box = [slice(0, n) for n in mask.shape]
+    for axis in range(3):
+        others = tuple(a for a in range(3) if a != axis)
+        there = np.flatnonzero(mask[tuple(box)].any(axis=others))
+        box[axis] = slice(int(there[0]), int(there[-1]) + 1) if len(there) else slice(0, 0)
+    return box[0], box[1], box[2]
 
 
 def sure_regions(
