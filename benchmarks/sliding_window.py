@@ -43,7 +43,7 @@ from voxelscale.data.phantom import make_phantom
 from voxelscale.device import keep_freed_memory, to_channels_last
 from voxelscale.formats import write_scan
 from voxelscale.geometry import Scan, crop_or_pad
-from voxelscale.model.unet import UNet
+from voxelscale.model.unet import UNet, fold_batch_norms
 from voxelscale.predict.bundle import Bundle, write_bundle
 from voxelscale.predict.sliding_window import Windows, gaussian_profile, predict_volume
 
@@ -65,6 +65,7 @@ def contenders(network: nn.Module, scan: Scan) -> dict[str, Look]:
     hu = torch.from_numpy(scan.array)
     normal = CT(hu)
     last = to_channels_last(copy.deepcopy(network))
+    own = to_channels_last(fold_batch_norms(copy.deepcopy(network)))
     z, y, x = (gaussian_profile(p) for p in PATCH)
     weight = z[:, None, None] * y[:, None] * x
     threads = torch.get_num_threads()
@@ -87,10 +88,10 @@ def contenders(network: nn.Module, scan: Scan) -> dict[str, Look]:
         return probability
 
     return {
-        "ours": lambda: predict_volume(last, hu, ours, prepare=CT),
-        "ours, air skipped": lambda: predict_volume(last, hu, ours, prepare=CT, within=body),
-        "ours, lungs' box": lambda: predict_volume(last, hu[lungs], ours, prepare=CT),
-        "ours, bf16": lambda: predict_volume(last, hu, half, prepare=CT),
+        "ours": lambda: predict_volume(own, hu, ours, prepare=CT),
+        "ours, air skipped": lambda: predict_volume(own, hu, ours, prepare=CT, within=body),
+        "ours, lungs' box": lambda: predict_volume(own, hu[lungs], ours, prepare=CT),
+        "ours, bf16": lambda: predict_volume(own, hu, half, prepare=CT),
         "MONAI, 1 window": lambda: monai(network, 1, torch.contiguous_format),
         "MONAI, 4 windows": lambda: monai(network, 4, torch.contiguous_format),
         "MONAI, channels last": lambda: monai(last, 4, torch.channels_last_3d),

@@ -18,6 +18,7 @@ from voxelscale.model.unet import (
     UNet,
     UNetDecodeModel,
     UNetEncodeModel,
+    fold_batch_norms,
     plan_pooling,
     unpack_strides,
 )
@@ -157,3 +158,27 @@ def test_a_small_float32_map_is_convolved_in_halves(size: tuple[int, ...]) -> No
     assert reference.grad is not None
     assert torch.allclose(y.double(), wanted, atol=1e-5)
     assert torch.allclose(mine.grad.double(), reference.grad, atol=1e-3)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("norm", ["batch", "sync_batch", "instance", "none"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_folded_batch_norms_change_nothing(dims: int, norm: str, residual: bool) -> None:
+    torch.manual_seed(0)
+    model = UNet(dims=dims, depth=3, filters=4, norm=norm, residual=residual)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.2, 3)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    image = torch.randn(2, 1, *[16] * dims)
+    with torch.inference_mode():
+        before = model.eval()(image)
+    folded = fold_batch_norms(model)
+    with torch.inference_mode():
+        assert torch.allclose(folded(image), before, rtol=1e-4, atol=1e-4)
+    left = [m for m in folded.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert not left

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from voxelscale.model.norm import leaky_relu_, make_norm
+from voxelscale.model.norm import BatchNorm, NoNorm, leaky_relu_, make_norm
 
 Pool = tuple[int, ...]
 SLOPE = 0.01
@@ -230,6 +230,31 @@ class UNet(nn.Module):
         if self.dims == 2 and x.ndim == 5:
             return self.forward(x.squeeze(2)).unsqueeze(2)
         return self.head(self.decode(self.encode(x)))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def fold_batch_norms(model: nn.Module) -> nn.Module:
+    """The same network for inference with each batch norm within the convolution before it.
+
+    In evaluation a batch norm scales and shifts every channel, which the convolution's weights and a
+    bias can hold. Other norms, which depend on the input, stay. The network is changed in place.
+    """
+    for level in model.modules():
+        if isinstance(level, UNetEncodeModel):
+            for conv, name in ((level.conv1, "norm1"), (level.conv2, "norm2")):
+                norm = getattr(level, name)
+                if isinstance(norm, BatchNorm) and norm.running_var is not None:
+                    _fold(conv, norm)
+                    setattr(level, name, NoNorm())
+    return model
+
+
+def _fold(conv: Conv2d | Conv3d, norm: BatchNorm) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101, PT018
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    conv.weight.mul_(scale.view(-1, *[1] * (conv.weight.dim() - 1)))
+    shift = norm.bias - norm.running_mean * scale
+    conv.bias = nn.Parameter(shift if conv.bias is None else shift + conv.bias * scale)
 
 
 def unpack_strides(x: Tensor, stride: Pool) -> Tensor:

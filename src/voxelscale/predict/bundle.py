@@ -20,6 +20,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import read_sealed, seal_of, write_sealed
 from voxelscale.model.build import build_model
 from voxelscale.model.registry import check_name
+from voxelscale.model.unet import fold_batch_norms
 
 FORMAT = 1
 
@@ -95,7 +96,7 @@ class Bundle:
             raise VoxelscaleError(
                 f"the model's weights are of another network ({reason})", RETRAIN
             ) from None
-        return to_channels_last(model.eval().to(device))
+        return to_channels_last(fold_batch_norms(model.eval()).to(device))
 
 
 def write_bundle(path: Path, bundle: Bundle) -> None:
