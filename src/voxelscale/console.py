@@ -38,11 +38,14 @@ class Progress:
         total: units of work.
         done: units that an earlier run did already; they count neither for the rate nor the ETA.
         every: seconds between lines where stderr is no terminal.
+        rate: whether to tell the units a second, or a minute; not where the notes do.
     """
 
-    def __init__(self, label: str, total: int, done: int = 0, every: float = 10.0) -> None:
+    def __init__(
+        self, label: str, total: int, done: int = 0, every: float = 10.0, rate: bool = True
+    ) -> None:
         self.label, self.total, self.done, self.note = label, total, done, ""
-        self._first, self._every = done, every
+        self._first, self._every, self._rated = done, every, rate
         self._start = self._last = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -69,7 +72,8 @@ class Progress:
         """`done` units are finished; `note` is shown beside the bar."""
         self.done, self.note = done, note
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=note)
+            told = "; ".join(filter(None, (self._rate(), note)))
+            self._bar.update(self._task, completed=done, note=told)
         elif time.monotonic() - self._last >= self._every:
             self._line()
 
@@ -77,8 +81,17 @@ class Progress:
         self._last = time.monotonic()
         new = self.done - self._first
         left = (self.total - self.done) * (self._last - self._start) / new if new > 0 else float("nan")
-        eta = f", {left:.0f} s left" if new > 0 else ""
-        notice(f"{self.label}: {self.done}/{self.total}{eta}{'; ' + self.note if self.note else ''}")
+        parts = [f"{self.done}/{self.total}", self._rate(), f"{left:.0f} s left" if new > 0 else ""]
+        told = ", ".join(filter(None, parts))
+        notice(f"{self.label}: {told}{'; ' + self.note if self.note else ''}")
+
+    def _rate(self) -> str:
+        """Units done by this run over the time it took."""
+        passed = time.monotonic() - self._start
+        new = self.done - self._first
+        if not self._rated or new <= 0 or passed <= 0:
+            return ""
+        return f"{new / passed:.1f}/s" if new >= passed else f"{60 * new / passed:.1f}/min"
 
     def __exit__(
         self,

@@ -205,7 +205,12 @@ def reorient(scan: Scan) -> Scan:
 
     Nothing is interpolated: an oblique scan stays oblique, every value stays at its position.
     """
-    grid = scan.grid
+    order, flipped, grid = as_lps(scan.grid)
+    return Scan(np.ascontiguousarray(np.flip(scan.array.transpose(order), tuple(flipped))), grid.affine)
+
+
+def as_lps(grid: Grid) -> tuple[list[int], list[int], Grid]:
+    """How `reorient` turns a lattice: the order of its axes, which are then flipped, and the lattice."""
     columns = np.abs(grid.direction[:, ::-1])  # rows x, y, z; columns: array axes
     # Greedy on the largest cosine keeps the assignment one-to-one for any rotation.
     axis_of: dict[int, int] = {}
@@ -215,13 +220,12 @@ def reorient(scan: Scan) -> Scan:
             axis_of[world] = axis
     order = [axis_of[2], axis_of[1], axis_of[0]]
     affine = grid.affine[:, [*order, 3]].copy()
-    array = scan.array.transpose(order)
-    for axis, world in enumerate((2, 1, 0)):
-        if affine[world, axis] < 0:
-            affine[:3, 3] += affine[:3, axis] * (array.shape[axis] - 1)
-            affine[:3, axis] *= -1
-            array = np.flip(array, axis)
-    return Scan(np.ascontiguousarray(array), affine)
+    z, y, x = (grid.shape[axis] for axis in order)
+    flipped = [axis for axis, world in enumerate((2, 1, 0)) if affine[world, axis] < 0]
+    for axis in flipped:
+        affine[:3, 3] += affine[:3, axis] * ((z, y, x)[axis] - 1)
+        affine[:3, axis] *= -1
+    return order, flipped, Grid((z, y, x), affine)
 
 
 def crop_or_pad(scan: Scan, start: Sequence[int], shape: Sequence[int], fill: float = 0) -> Scan:

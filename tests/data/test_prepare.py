@@ -85,6 +85,7 @@ def test_fingerprint(store: Store) -> None:
     assert low <= np.percentile(values, 0.5) < np.percentile(values, 99.5) <= high
     assert store.fingerprint["lesion_volume_mm3"]["count"] == sum(len(c.lesion_volumes_mm3) for c in train)
     assert store.fingerprint["cases"] == {"train": 3, "val": 1, "test": 1}
+    assert sum(store.fingerprint["orientations"].values()) == 3
 
 
 def test_running_again_keeps_what_is_unchanged(tiny: Config, scans: Path, tmp_path: Path) -> None:

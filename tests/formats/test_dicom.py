@@ -40,7 +40,7 @@ from voxelscale.data.listing import list_scans
 from voxelscale.data.reading import read_image
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import dicom, read_scan
-from voxelscale.formats.dicom import find_series, header, read, thickness_of
+from voxelscale.formats.dicom import find_series, header, open_scan, thickness_of
 from voxelscale.formats.dicom.elements import LONG_VR
 from voxelscale.geometry import Scan
 from voxelscale.labels import read_labels
@@ -49,6 +49,12 @@ SECRET = "Jane^Doe-7731"
 SPACING = (2.0, 1.5)  # between rows, between columns
 AXIAL = np.eye(3)[:2]
 PLACE = np.array([-30.0, 12.0, -140.0])
+
+
+def read(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[Path] = ()) -> Scan:
+    """Header and voxels; what only HU are checked for is left out."""
+    opened = open_scan(path, series, fill_gaps, files)
+    return Scan(opened.load(), opened.grid.affine)
 
 
 def turned(degrees: tuple[float, float, float]) -> NDArray[Any]:

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from numpy.typing import NDArray
 
-from voxelscale.formats import read_scan
+from voxelscale.formats import read_grid, read_scan
 from voxelscale.geometry import Scan, affine_from_itk, to_itk
 
 NEAR_MM = 0.01
@@ -173,7 +173,9 @@ def test_one_point_through_every_format(tmp_path: Path, name: str, place: str) -
     scan = patient(place)
     truth = scan.grid.index_to_mm(list(MARKS.values()))
     path = WRITERS[name](scan, tmp_path)
-    apart = {"voxelscale": np.abs(positions(read_scan(path)) - truth).max()}
+    scan = read_scan(path)
+    assert read_grid(path).same_as(scan.grid, 1e-9)
+    apart = {"voxelscale": np.abs(positions(scan) - truth).max()}
     if name != "nifti-2":  # which ITK cannot read
         apart["SimpleITK"] = np.abs(by_itk(path) - truth).max()
     assert max(apart.values()) < NEAR_MM, apart

@@ -17,7 +17,7 @@ from voxelscale.config import PrepareConfig
 from voxelscale.console import notice
 from voxelscale.data.listing import Source
 from voxelscale.data.plan import target_spacing
-from voxelscale.data.reading import read_case, read_image
+from voxelscale.data.reading import read_case, read_image, read_lattice
 from voxelscale.data.store import (
     AIR_HU,
     VOXELS_PER_LESION,
@@ -28,7 +28,7 @@ from voxelscale.data.store import (
 )
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_csv
-from voxelscale.geometry import Grid, IntTriple, Scan, Triple, reorient, resample, sphere_diameter
+from voxelscale.geometry import Grid, IntTriple, Scan, Triple, as_lps, resample, sphere_diameter
 from voxelscale.labels.spheres import EXCLUDED
 from voxelscale.parallel import map_processes
 
@@ -74,7 +74,7 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outc
         raise _none_prepared(failed)
     spacing, why = config.spacing, "as prepare.spacing says"
     if spacing is None:
-        spacing, why = target_spacing([s.spacing for s in surveyed], [s.shape for s in surveyed])
+        spacing, why = target_spacing([g.spacing for g in surveyed], [g.shape for g in surveyed])
     notice(f"spacing {' x '.join(f'{s:g}' for s in spacing)} mm (z, y, x): {why}")
     kept = {s.case: info for s in good if (info := _kept(s, out, config, spacing))}
     todo = [source for source in good if source.case not in kept]
@@ -90,9 +90,8 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outc
     if not infos:
         raise _none_prepared(failed)
     infos = assign_splits(infos, config.split, config.seed, _order(sources))
-    facts = fingerprint(infos) | {"orientations": dict(sorted(Counter(s.axes for s in surveyed).items()))}
     write_csv(out / FINDINGS, _finding_rows(infos))
-    write_table(out, spacing, facts, infos)
+    write_table(out, spacing, fingerprint(infos), infos)
     return Outcome(done=tuple(infos), kept=len(kept), failed=failures)
 
 
@@ -122,25 +121,9 @@ def _none_prepared(failed: dict[str, tuple[str, str]]) -> VoxelscaleError:
     return VoxelscaleError(f"no case could be prepared; {case}: {message}{more}", hint)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Surveyed:
-    """A scan's lattice.
-
-    Attributes:
-        spacing, shape: mm and voxels (z, y, x), once turned to LPS.
-        axes: where the file's own x, y and z axis point, as ``LPS`` or ``RAS``.
-    """
-
-    spacing: Triple
-    shape: IntTriple
-    axes: str
-
-
-def survey(source: Source, config: PrepareConfig) -> Surveyed:
-    """Lattice and orientation of a case's image."""
-    image = read_image(source, config.fill_gaps)
-    grid = reorient(image).grid
-    return Surveyed(spacing=grid.spacing, shape=grid.shape, axes=axis_codes(image.grid))
+def survey(source: Source, config: PrepareConfig) -> Grid:
+    """The lattice of a case's image, turned to LPS; only headers are read."""
+    return as_lps(read_lattice(source, config.fill_gaps))[2]
 
 
 def axis_codes(grid: Grid) -> str:
@@ -162,7 +145,10 @@ def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Trip
     Raises:
         VoxelscaleError: the image or the mask is unfit; the message names the file.
     """
-    image, labels = read_case(source, config)
+    as_is = read_image(source, config.fill_gaps)
+    axes = axis_codes(as_is.grid)
+    image, labels = read_case(source, config, as_is)
+    del as_is  # what was flipped is a copy
     mask = labels.mask
     hu = resample_hu(image, spacing)
     target = hu.grid
@@ -183,6 +169,7 @@ def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Trip
         key=source_key(source, config, spacing),
         lungs=_lungs(hu) if config.lungs else None,
         findings=tuple(asdict(finding) for finding in labels.findings),
+        axes=axes,
     )
     thinned = [_thin(flat) for flat in lesions]
     write_case(out, info, hu.array, label, thinned, config.chunk)
@@ -252,8 +239,8 @@ def fingerprint(cases: Sequence[CaseInfo]) -> dict[str, Any]:
     voxels (percentiles: the least and greatest of the cases', so that none is clipped);
     ``lesion_volume_mm3``: count and quartiles; ``lesion_diameter_mm`` (of the sphere of the same volume)
     and ``lesions_per_case``: quartiles; ``source_spacing`` and ``extent_mm``: least, median and greatest
-    (z, y, x) of the scans as they came and of what they cover; ``digest``: of all cases' keys,
-    by which a resumed run knows its data.
+    (z, y, x) of the scans as they came and of what they cover; ``orientations``: how many files have
+    which axes (`axis_codes`); ``digest``: of all cases' keys, by which a resumed run knows its data.
     """
     used = [c for c in cases if c.split == "train"] or list(cases)
     volumes = [v for c in used for v in c.lesion_volumes_mm3]
@@ -270,6 +257,7 @@ def fingerprint(cases: Sequence[CaseInfo]) -> dict[str, Any]:
         },
         "lesion_diameter_mm": _quartiles([sphere_diameter(volume) for volume in volumes]),
         "lesions_per_case": _quartiles([len(c.lesion_volumes_mm3) for c in used]),
+        "orientations": dict(sorted(Counter(c.axes for c in used).items())),
         "source_spacing": _range(spacings, 4),
         "extent_mm": _range(extents, 1),
         "digest": digest[:16],

@@ -9,7 +9,7 @@ import numpy as np
 from voxelscale.config import PrepareConfig
 from voxelscale.data.listing import Source
 from voxelscale.errors import VoxelscaleError
-from voxelscale.geometry import Scan, reorient
+from voxelscale.geometry import Grid, Scan, reorient
 from voxelscale.labels import Labels, kind_of, lesion_in, read_labels
 
 
@@ -21,22 +21,41 @@ def read_image(source: Source, fill_gaps: int = 0) -> Scan:
     """
     from voxelscale.formats import read_scan
 
+    return read_scan(source.image, _series_of(source), fill_gaps, source.files)
+
+
+def read_lattice(source: Source, fill_gaps: int = 0) -> Grid:
+    """The lattice of the scan that `read_image` gives, from the headers alone.
+
+    Raises:
+        VoxelscaleError: as `read_image`, but for what only the voxels show.
+    """
+    from voxelscale.formats import read_grid
+
+    return read_grid(source.image, _series_of(source), fill_gaps, source.files)
+
+
+def _series_of(source: Source) -> str:
+    """Which of the image's series is meant, of a case that is not known to be unfit."""
     if source.fault:
         raise VoxelscaleError(
             f"{source.image}: {source.fault}", "leave the right one there, or name it in a CSV"
         )
     # A folder that a table names is to hold one series; which of a tree's is meant, the listing knows.
-    return read_scan(source.image, source.series if source.files else "", fill_gaps, source.files)
+    return source.series if source.files else ""
 
 
-def read_case(source: Source, config: PrepareConfig) -> tuple[Scan, Labels]:
+def read_case(source: Source, config: PrepareConfig, image: Scan | None = None) -> tuple[Scan, Labels]:
     """The scan (LPS order) and its lesions on the same voxels.
+
+    Args:
+        image: what `read_image` gave, where it has been read.
 
     Raises:
         VoxelscaleError: one of them is unfit, they do not belong together, or there is no lesion where
             `prepare.allow_empty` does not allow it.
     """
-    image = reorient(read_image(source, config.fill_gaps))
+    image = reorient(read_image(source, config.fill_gaps) if image is None else image)
     if source.label is None:
         if not config.allow_empty:
             hint = "add its mask, or say prepare.allow_empty=true where scans without one are healthy"

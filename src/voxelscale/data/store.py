@@ -54,6 +54,7 @@ class CaseInfo:
         findings: what the labels said of each mark (`voxelscale.labels.Finding`); none of a mere mask.
         lungs: first voxel and shape (z, y, x) in the store of the box around the lungs; None where they
             were not looked for, or not found.
+        axes: where the file's own x, y and z axis point, as ``LPS`` or ``RAS``; "" in older stores.
     """
 
     case: str
@@ -67,6 +68,7 @@ class CaseInfo:
     key: str
     lungs: tuple[IntTriple, IntTriple] | None = None
     findings: tuple[dict[str, Any], ...] = ()
+    axes: str = ""
 
     @property
     def grid(self) -> Grid:

@@ -1,6 +1,6 @@
 """Reading and writing scans; the format is found by content, never by the file's name.
 
-One file per family, each with ``matches(path, head)`` and ``read(path)``; `FAMILIES` is the registry.
+One file per family, each with ``matches(path, head)`` and ``open_scan(path)``; `FAMILIES` is the registry.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import dicom, meta, nifti, nrrd
-from voxelscale.formats._voxels import check_affine, not_finite
-from voxelscale.geometry import Scan, to_itk
+from voxelscale.formats._voxels import Opened, check_affine, not_finite
+from voxelscale.geometry import Grid, Scan, to_itk
 
 FAMILIES = {"nifti": nifti, "metaimage": meta, "nrrd": nrrd, "dicom": dicom}
 
@@ -70,16 +70,33 @@ def read_scan(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[
     Raises:
         VoxelscaleError: it is not one whole, three-dimensional, finite scan.
     """
-    name = detect_format(path)
     with _told(path):
-        is_dicom = name == "dicom"
-        scan = dicom.read(path, series, fill_gaps, files) if is_dicom else FAMILIES[name].read(path)
-        check_affine(path, scan.grid.shape, scan.affine)
-        array = _as_hu(scan.array)
+        opened = _open(path, series, fill_gaps, files)
+        array = _as_hu(opened.load())
         bad = int(array.size - np.isfinite(array).sum()) if array.dtype.kind == "f" else 0
     if bad:
         raise not_finite(path, bad)
-    return Scan(array, scan.affine)
+    return Scan(array, opened.grid.affine)
+
+
+def read_grid(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[Path] = ()) -> Grid:
+    """The lattice that `read_scan` would give, from the headers alone.
+
+    Raises:
+        VoxelscaleError: as `read_scan`, but for what only the voxels show.
+    """
+    with _told(path):
+        return _open(path, series, fill_gaps, files).grid
+
+
+def _open(path: Path, series: str, fill_gaps: int, files: Sequence[Path]) -> Opened:
+    name = detect_format(path)
+    if name == "dicom":
+        opened = dicom.open_scan(path, series, fill_gaps, files)
+    else:
+        opened = FAMILIES[name].open_scan(path)
+    check_affine(path, opened.grid.shape, opened.grid.affine)
+    return opened
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.geometry import IntTriple
+from voxelscale.geometry import Grid, IntTriple
 
 MOST_VOXELS = 2**31
 """A header that claims more is lying, or the scan does not fit anyway (4 GiB of int16)."""
@@ -50,6 +50,19 @@ TO_COPY = "copy or download it again"
 TO_REWRITE = "write its header anew"
 
 Encoding = Literal["raw", "deflate", "bzip2", "text", "hex"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Opened:
+    """A scan of which the header has been read, and nothing else.
+
+    Attributes:
+        grid: where its voxels lie.
+        load: reads them, (z, y, x), with slope and intercept applied.
+    """
+
+    grid: Grid
+    load: Callable[[], NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)

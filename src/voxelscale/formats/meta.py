@@ -21,6 +21,7 @@ from voxelscale.formats._voxels import (
     MOST_SKIPPED,
     TO_REWRITE,
     Layout,
+    Opened,
     check_affine,
     check_header,
     data_file,
@@ -29,7 +30,7 @@ from voxelscale.formats._voxels import (
     read_voxels,
     whole_numbers,
 )
-from voxelscale.geometry import Scan, affine_from_itk
+from voxelscale.geometry import Grid, affine_from_itk
 
 TYPES = {
     "MET_CHAR": "i1",
@@ -59,7 +60,7 @@ def matches(path: Path, head: bytes) -> bool:
     return re.match(rb"\s*(ObjectType\s*=\s*Image|Comment\s*=|NDims\s*=)", head) is not None
 
 
-def read(path: Path) -> Scan:
+def open_scan(path: Path) -> Opened:
     """The scan of a file.
 
     Raises:
@@ -80,7 +81,8 @@ def read(path: Path) -> Scan:
     affine = _affine(path, fields, dims)
     x, y, z = size[:3]
     check_affine(path, (z, y, x), affine)
-    return Scan(read_voxels(path, _layout(path, fields, (z, y, x), head, start)), affine)
+    layout = _layout(path, fields, (z, y, x), head, start)
+    return Opened(grid=Grid((z, y, x), affine), load=lambda: read_voxels(path, layout))
 
 
 def _fields(path: Path, head: bytes) -> tuple[dict[str, str], int]:

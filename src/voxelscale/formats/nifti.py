@@ -21,13 +21,14 @@ from voxelscale.formats._voxels import (
     TO_COPY,
     TO_REWRITE,
     Layout,
+    Opened,
     check_affine,
     check_header,
     data_file,
     plain_head,
     read_voxels,
 )
-from voxelscale.geometry import Scan
+from voxelscale.geometry import Grid
 
 DISAGREE_MM = 0.5
 """How far apart qform and sform may put a corner: a quaternion of float32 near a half turn is that
@@ -65,7 +66,7 @@ def is_analyze(path: Path, head: bytes) -> bool:
     return False
 
 
-def read(path: Path) -> Scan:
+def open_scan(path: Path) -> Opened:
     """The scan of a file; slope and intercept applied, sform before qform.
 
     Raises:
@@ -92,7 +93,10 @@ def read(path: Path) -> Scan:
         dtype=header.dtype,
         shape=(z, y, x),
     )
-    return Scan(_scaled(path, read_voxels(path, layout), header.slope, header.intercept), affine)
+    return Opened(
+        grid=Grid((z, y, x), affine),
+        load=lambda: _scaled(path, read_voxels(path, layout), header.slope, header.intercept),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

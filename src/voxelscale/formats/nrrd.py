@@ -19,6 +19,7 @@ from voxelscale.formats._voxels import (
     TO_REWRITE,
     Encoding,
     Layout,
+    Opened,
     check_affine,
     check_header,
     data_file,
@@ -27,7 +28,7 @@ from voxelscale.formats._voxels import (
     read_voxels,
     whole_numbers,
 )
-from voxelscale.geometry import Scan
+from voxelscale.geometry import Grid
 
 _INTEGERS = {
     "1": "signed char, int8, int8_t",
@@ -91,7 +92,7 @@ def matches(path: Path, head: bytes) -> bool:
     return head.startswith(b"NRRD000")
 
 
-def read(path: Path) -> Scan:
+def open_scan(path: Path) -> Opened:
     """The scan of a file, in LPS whichever anatomical space it declares.
 
     Raises:
@@ -114,7 +115,8 @@ def read(path: Path) -> Scan:
     x, y, z = (n for n, direction in zip(size, directions, strict=True) if direction is not None)
     affine = _affine(path, fields, [d for d in directions if d is not None])
     check_affine(path, (z, y, x), affine)
-    return Scan(read_voxels(path, _layout(path, fields, (z, y, x), head, rest)), affine)
+    layout = _layout(path, fields, (z, y, x), head, rest)
+    return Opened(grid=Grid((z, y, x), affine), load=lambda: read_voxels(path, layout))
 
 
 def _fields(path: Path, head: bytes) -> tuple[dict[str, str], int]:

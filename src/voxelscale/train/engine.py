@@ -141,7 +141,9 @@ class Engine:
         if self._validation_missed():
             self._begin_validation()
         quiet = contextlib.nullcontext()
-        with Progress("train", total, done=self.state.seen) if self.chief else quiet as progress:
+        with (
+            Progress("train", total, done=self.state.seen, rate=False) if self.chief else quiet as progress
+        ):
             for step in steps:
                 self._step(step, self._batches(step, stream))
                 self.state = replace(self.state, seen=step.end, seconds=time.monotonic() - began)

@@ -14,16 +14,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
+from voxelscale.formats._voxels import Opened
 from voxelscale.formats.dicom.elements import DamagedError
 from voxelscale.formats.dicom.header import MARKS, Frame, Header, is_dicom, read_header
 from voxelscale.formats.dicom.stack import at_one_place, parallel, stack
 from voxelscale.formats.dicom.voxels import check_claims, read_voxels, slices_of
-from voxelscale.geometry import Scan
 
 
 @contextmanager
@@ -102,7 +104,7 @@ def find_series(folder: Path) -> list[Series]:
 
 
 @_pydicom_held()
-def read(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[Path] = ()) -> Scan:
+def open_scan(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[Path] = ()) -> Opened:
     """A series as one scan in HU, slices in the order of their places in the patient.
 
     Doubled slices are dropped; a tilted gantry and uneven steps are resampled linearly onto an upright,
@@ -136,11 +138,15 @@ def read(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[Path]
     if len(frames) < 2:
         raise VoxelscaleError(f"{path}: 2-D: a single slice", "give the folder with the whole series")
     plan = stack(path, frames, fill_gaps)
-    array = read_voxels(plan, ct=ct)
     told = [f"{doubled} doubled slice{'s' * (doubled > 1)} dropped"] if doubled else []
-    # A file is asked for by name: what lies beside it is not news.
-    _tell(path, left_out if path.is_dir() else Counter(), (*told, *plan.told))
-    return Scan(array, plan.grid.affine)
+
+    def load() -> NDArray[Any]:
+        array = read_voxels(plan, ct=ct)
+        # A file is asked for by name: what lies beside it is not news.
+        _tell(path, left_out if path.is_dir() else Counter(), (*told, *plan.told))
+        return array
+
+    return Opened(grid=plan.grid, load=load)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
