@@ -68,7 +68,7 @@ def calibrate_run(
         config, layout, annotations: as of `voxelscale.evaluate.evaluate.evaluate_folder`.
 
     Returns:
-        the content of ``calibration.json``.
+        the content of ``calibration.json``; and ``failed``, the cases that could not be read.
 
     Raises:
         VoxelscaleError: there is no model or no prediction, or too few findings to fit on.
@@ -81,11 +81,11 @@ def calibrate_run(
     except ValueError as error:
         hint = "predict more scans that the model was not trained on, as with --split val"
         raise VoxelscaleError(f"{predictions}: {error}", hint) from None
-    summary = {**summary, "failed": failed}
     write_bundle(model, replace(bundle, calibration=calibration))
+    # Beside the model, where others see it, stays nothing of paths.
     write_atomic(model.with_name("calibration.json"), json.dumps(summary, indent=1))
     write_atomic(model.with_name("calibration.svg"), reliability_figure(summary))
-    return summary
+    return {**summary, "failed": failed}
 
 
 def _judge_folder(
