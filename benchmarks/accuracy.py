@@ -70,7 +70,7 @@ PROBE = 400
 def ours(folder: Path, seed: int, budget: float, out: Path) -> dict[str, float]:
     """Train ours for the budget, with as many samples as it takes; seconds used and samples seen."""
     torch.set_num_threads(1)
-    config = with_patch(config_of("plain", seed, PROBE))
+    config = with_patch(config_of("cross-entropy 5", seed, PROBE))
     seconds = []
     for samples in (PROBE, 2 * PROBE):
         began = time.process_time()

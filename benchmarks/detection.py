@@ -58,12 +58,12 @@ BASE = [
     "optim.lr=0.004",
     "predict.lungs=true",
 ]
-RECIPES = {
-    "plain": [],
-    "small lesions weigh more": ["loss.small=0.5"],
-    "hardest tenth of the voxels": ["loss.hardest=0.1"],
+RECIPES: dict[str, list[str]] = {
+    "plain": ["loss.cross_entropy=1"],
+    "small lesions weigh more": ["loss.cross_entropy=1", "loss.small=0.5"],
+    "hardest tenth of the voxels": ["loss.cross_entropy=1", "loss.hardest=0.1"],
     "cross-entropy 5": ["loss.cross_entropy=5"],
-    "more background": ["data.foreground=0.25"],
+    "more background": ["loss.cross_entropy=1", "data.foreground=0.25"],
 }
 WAYS: dict[str, dict[str, float | None]] = {
     "components at 0.5": {"threshold": 0.5, "candidates": None},

@@ -168,8 +168,8 @@ class LossConfig:
 
     dice: float = 1.0
     """Weight of the soft Dice of the lesion, computed per sample."""
-    cross_entropy: float = 1.0
-    """Weight of the voxel-wise cross-entropy."""
+    cross_entropy: float = 5.0
+    """Weight of the voxel-wise cross-entropy; a mean over voxels, of which a lesion's are few."""
     smooth: float = 1.0
     """Added to the soft Dice's numerator and denominator, in voxels."""
     small: float = 0.0
