@@ -176,19 +176,28 @@ def from_itk(image: sitk.Image) -> Scan:
     return Scan(sitk.GetArrayFromImage(image), affine)
 
 
+SAME_MM = 1e-3
+"""Lattices whose corners lie this near each other are one: interpolating between them would only cost."""
+
+
 def resample(
-    scan: Scan, grid: Grid, interpolation: Literal["linear", "nearest"] = "linear", fill: float = 0
+    scan: Scan,
+    grid: Grid,
+    interpolation: Literal["linear", "nearest"] = "linear",
+    fill: float = 0,
+    as_float: bool = False,
 ) -> Scan:
     """The scan's values at the voxels of `grid`, by SimpleITK; `fill` where the scan has none.
 
-    The result has the scan's dtype. Positions up to half a voxel outside the outermost voxel
-    centres, but inside the volume the voxels cover, take the nearest voxel's value: a resampled
-    scan has no false rim.
+    The result has the scan's dtype, or is float32 with `as_float`. Positions up to half a voxel outside
+    the outermost voxel centres, but inside the volume the voxels cover, take the nearest voxel's value: a
+    resampled scan has no false rim.
     """
     import SimpleITK as sitk
 
-    if scan.grid.same_as(grid, tolerance=1e-6):
-        return Scan(scan.array.copy(), grid.affine)
+    dtype = np.dtype(np.float32) if as_float else scan.array.dtype
+    if scan.grid.same_as(grid, SAME_MM):
+        return Scan(scan.array.astype(dtype), grid.affine)
     resampler = sitk.ResampleImageFilter()
     resampler.SetSize(grid.shape[::-1])
     resampler.SetOutputSpacing(grid.spacing[::-1])
@@ -196,8 +205,10 @@ def resample(
     resampler.SetOutputDirection(grid.direction.ravel().tolist())
     resampler.SetInterpolator(sitk.sitkLinear if interpolation == "linear" else sitk.sitkNearestNeighbor)
     resampler.SetDefaultPixelValue(float(fill))
+    if as_float:
+        resampler.SetOutputPixelType(sitk.sitkFloat32)
     array = sitk.GetArrayFromImage(resampler.Execute(to_itk(scan)))
-    return Scan(array.astype(scan.array.dtype, copy=False), grid.affine)
+    return Scan(array.astype(dtype, copy=False), grid.affine)
 
 
 def reorient(scan: Scan) -> Scan:

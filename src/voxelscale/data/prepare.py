@@ -28,7 +28,7 @@ from voxelscale.data.store import (
 )
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_csv
-from voxelscale.geometry import Grid, IntTriple, Scan, Triple, as_lps, resample, sphere_diameter
+from voxelscale.geometry import SAME_MM, Grid, IntTriple, Scan, Triple, as_lps, resample, sphere_diameter
 from voxelscale.labels.spheres import EXCLUDED
 from voxelscale.parallel import map_processes
 
@@ -188,9 +188,8 @@ def resample_hu(image: Scan, spacing: Triple) -> Scan:
     """A scan (LPS) as a network sees it: at `spacing` (z, y, x) mm, linearly, whole HU as int16."""
     grid = image.grid.with_spacing(spacing)
     values = image.array
-    if not image.grid.same_as(grid, tolerance=1e-6):
-        as_float = Scan(values.astype(np.float32, copy=False), image.affine)
-        values = resample(as_float, grid, "linear", fill=AIR_HU).array
+    if not image.grid.same_as(grid, SAME_MM):
+        values = resample(image, grid, "linear", fill=AIR_HU, as_float=True).array
     hu = np.empty(grid.shape, np.int16)
     for plane, of_plane in zip(hu, values, strict=True):  # a scan's whole would be copied several times
         # Padding outside the scanner's circle comes as -2048 or -3024: air, too.

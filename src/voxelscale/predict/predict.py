@@ -25,7 +25,7 @@ from voxelscale.device import choose_inference, default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.formats import write_scan
-from voxelscale.geometry import Scan, reorient, resample
+from voxelscale.geometry import SAME_MM, Scan, reorient, resample
 from voxelscale.predict.bundle import Bundle
 from voxelscale.predict.findings import Finding, find_lesions, read_findings, write_findings
 from voxelscale.predict.findings.depth import lung_depth
@@ -93,7 +93,7 @@ class Predictor:
             whole = np.zeros(volume.array.shape, np.float32)
             whole[box] = probability
             probability = whole
-        if volume.grid.same_as(image.grid, tolerance=1e-6):
+        if volume.grid.same_as(image.grid, SAME_MM):
             return probability
         coarse = Scan(probability, volume.affine)
         return np.asarray(resample(coarse, image.grid, "linear", fill=0.0).array, np.float32)

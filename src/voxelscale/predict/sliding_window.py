@@ -88,7 +88,7 @@ def predict_volume(
     logits = _logits(model, padded, windows, prepare, place, places)
     probability = _merge(logits, padded.shape, starts, windows.patch, place, volume.device, dtype)
     result = _window(probability, low, size)
-    return result if within is None else result.mul_(within)
+    return result if within is None else result.masked_fill_(~within, 0)
 
 
 def _logits(
