@@ -28,7 +28,10 @@ def training(patch: tuple[int, int, int] = (16, 16, 16), **sections: dict[str, A
 
 
 def test_memory_is_that_of_a_process_within_15_percent() -> None:
-    """In the mean; one process alone varies by up to a tenth, so each is only held to a quarter."""
+    """In the mean; one process alone varies by up to a tenth, so each is only held to a quarter.
+
+    What a training may need is the larger of what two took: how a heap happens to be laid out differs.
+    """
     bf16 = {"precision": "bf16", "batch_size": 1}
     configs = [
         training((32, 32, 32), model={"filters": 16, "norm": "group"}, train={"batch_size": 4}),
@@ -36,7 +39,8 @@ def test_memory_is_that_of_a_process_within_15_percent() -> None:
         training((32, 32, 32), model={"depth": 2, "filters": 8, "kernel_size": 5}, train={"batch_size": 4}),
     ]
     ratios = [
-        cost_of(config, CUBIC, "cpu").memory / step_memory(config, CUBIC, CPU, steps=8)
+        cost_of(config, CUBIC, "cpu").memory
+        / max(step_memory(config, CUBIC, CPU, steps=8) for _ in range(2))
         for config in configs
     ]
     assert all(0.75 < ratio < 1.25 for ratio in ratios), ratios
