@@ -120,7 +120,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         table.writerow(["lung1", LUNG1, LUNG1_LABEL])
         table.writerow(["lidc_0001", LIDC, folder / "lidc_0001_label.nii.gz"])
     how = ["--set", "prepare.spacing=[4,1.2,1.2]", "--set", "prepare.split=[1,0,0]"]
-    training = ["train.samples=3000", "train.ranks=2", "data.patch_size=[12,64,64]", "model.filters=8"]
+    training = [
+        "train.samples=4500",
+        "train.precision=fp32",
+        "train.ranks=2",
+        "data.patch_size=[12,64,64]",
+        "model.filters=8",
+    ]
     training += [
         "model.norm=batch",
         "optim.lr=0.0025",
