@@ -18,8 +18,10 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ import torch
 from detection import (  # type: ignore[import-not-found]
     WAYS,
     config_of,
-    data_set,
+    make_data_set,
     score,
     show,
     summary,
@@ -155,14 +157,6 @@ def monai_network() -> BasicUNet:
     return BasicUNet(3, 1, 1, features=(8, 16, 32, 64, 128, 8))
 
 
-def look_ours(out: Path, image: Scan, predictors: dict[Path, Predictor]) -> NDArray[np.float32]:
-    """Our probabilities on the scan's voxels."""
-    if out not in predictors:
-        bundle = read_bundle(out / "run")
-        predictors[out] = Predictor(bundle, bundle.config.predict, torch.device("cpu"), torch.float32)
-    return predictors[out].probability(image)
-
-
 def look_monai(network: BasicUNet, path: Path, image: Scan) -> NDArray[np.float32]:
     """MONAI's probabilities, on its own resampled copy and from there to the scan's voxels."""
     data = Compose(monai_transforms(["image"]))({"image": str(path)})["image"]
@@ -186,16 +180,17 @@ def train_and_look(job: tuple[Path, str, int, float]) -> tuple[str, int, dict[st
     out.mkdir(parents=True, exist_ok=True)
     used = (ours if name == "ours" else monai)(folder, seed, budget, out)
     torch.set_num_threads(1)
-    network = monai_network().eval()
-    if name == "MONAI":
+    look: Callable[[Path, Scan], NDArray[np.float32]]
+    if name == "ours":
+        bundle = read_bundle(out / "run")
+        predictor = Predictor(bundle, bundle.config.predict, torch.device("cpu"), torch.float32)
+        look = lambda _, image: predictor.probability(image)  # noqa: E731
+    else:
+        network = monai_network().eval()
         network.load_state_dict(torch.load(out / "monai.pt", weights_only=True))
-    predictors: dict[Path, Predictor] = {}
+        look = partial(look_monai, network)
     for source in test_sources(folder):
-        image, _ = truth_of(source)
-        if name == "ours":
-            values = look_ours(out, image, predictors)
-        else:
-            values = look_monai(network, source.image, image)
+        values = look(source.image, truth_of(source)[0])
         np.save(out / f"{source.case}.npy", values.astype(np.float16))
     (out / "used.json").write_text(json.dumps(used))
     return name, seed, used
@@ -226,7 +221,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("accuracy.json"))
     options = parser.parse_args()
     folder = options.folder
-    data_set(folder)
+    make_data_set(folder)
     jobs = [(folder, name, s, options.budget) for s in range(options.seeds) for name in ("ours", "MONAI")]
     used = []
     with ProcessPoolExecutor(options.processes) as pool:

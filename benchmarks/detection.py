@@ -78,14 +78,11 @@ def config_of(recipe: str, seed: int, samples: int) -> Config:
     return load(sets=[*BASE, *RECIPES[recipe], f"train.seed={seed}", f"train.samples={samples}"])
 
 
-def data_set(folder: Path) -> tuple[Path, list[Source]]:
-    """The phantoms' store and the scans of its test split, made where they are not there."""
+def make_data_set(folder: Path) -> None:
+    """The phantoms and their store, made where they are not there."""
     config = load(sets=BASE)
     table = write_phantoms(config.phantom, folder / "scans")
-    store = folder / "store"
-    prepare(list_sources(table), store, config.prepare)
-    unseen = {info.case for info in open_store(store).split("test")}
-    return store, [source for source in list_sources(table) if source.case in unseen]
+    prepare(list_sources(table), folder / "store", config.prepare)
 
 
 def train_and_look(job: tuple[Path, str, int, int]) -> Path:
@@ -184,7 +181,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("detection.json"))
     options = parser.parse_args()
-    data_set(options.folder)
+    make_data_set(options.folder)
     jobs = [(options.folder, r, s, options.samples) for s in range(options.seeds) for r in RECIPES]
     with ProcessPoolExecutor(options.processes) as pool:
         for done in pool.map(train_and_look, jobs):

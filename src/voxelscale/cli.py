@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +98,11 @@ def tell_failed(failed: Sequence[tuple[str, str, str]], verb: str) -> int:
         names = ", ".join(case for case, _, _ in failed)
         print(f"{len(failed)} not {verb}: {names}", file=sys.stderr)
     return 2 if failed else 0
+
+
+def rows_of(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The failed cases of a summary, as `tell_failed` takes them."""
+    return [(f["case"], f["error"], f["hint"]) for f in summary["failed"]]
 
 
 def read_config(path: Path | None, sets: list[str] | None, base: Config | None = None) -> Config:
@@ -523,7 +528,7 @@ def evaluate(
     settings = read_config(config, set_).prepare
     summary = evaluate_folder(predictions, data, out or predictions, settings, layout, annotations)
     print("\n".join(text_summary(summary)))
-    return tell_failed([(f["case"], f["error"], f["hint"]) for f in summary["failed"]], "evaluated")
+    return tell_failed(rows_of(summary), "evaluated")
 
 
 @verb
@@ -557,7 +562,7 @@ def calibrate(
         f"({summary['method']}, cross-validated by scans)"
     )
     print(f"calibrated model in {model}, reliability diagram in calibration.svg beside it")
-    return tell_failed([(f["case"], f["error"], f["hint"]) for f in summary["failed"]], "read")
+    return tell_failed(rows_of(summary), "read")
 
 
 @verb
@@ -596,7 +601,7 @@ def compare(
         seed=seed,
     )
     print(json.dumps(result) if as_json else "\n".join(text_table(result)))
-    return tell_failed([(f["case"], f["error"], f["hint"]) for f in result["failed"]], "compared")
+    return tell_failed(rows_of(result), "compared")
 
 
 @verb

@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
+
+Way = TypeVar("Way")
 
 
 def default_device() -> torch.device:
@@ -161,13 +163,10 @@ def choose_inference(
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             model(image)
 
-    times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    for dtype in times:
-        step(dtype)
-    for _ in range(2):
-        for dtype, seconds in times.items():
-            seconds.append(seconds_of(partial(step, dtype), device))
-    return min(times, key=lambda dtype: min(times[dtype]))
+    passes = {dtype: partial(step, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    for warm in passes.values():
+        warm()
+    return _quickest(passes, device, rounds=2)
 
 
 def bf16_agrees(make_model: Callable[[], nn.Module], shape: Sequence[int], device: torch.device) -> bool:
@@ -214,7 +213,12 @@ def _fastest(
             passes[way] = step
     if not passes:
         return ways[0]
-    times: dict[Arithmetic, list[float]] = {way: [] for way in passes}
+    return _quickest(passes, device, rounds)
+
+
+def _quickest(passes: Mapping[Way, Callable[[], None]], device: torch.device, rounds: int) -> Way:
+    """The way whose fastest pass is the fastest, timed in turns."""
+    times: dict[Way, list[float]] = {way: [] for way in passes}
     for _ in range(rounds):
         for way, step in passes.items():
             times[way].append(seconds_of(step, device))

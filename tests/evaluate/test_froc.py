@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conftest import SHARED, Command
+from tests.evaluate.test_evaluate import finding
 
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match, pool, resampled
 from voxelscale.evaluate.luna16 import score_submission
-from voxelscale.predict.findings import Finding
 
 LUNA16 = SHARED / "luna16"
 needs_tables = pytest.mark.skipif(not LUNA16.is_dir(), reason="no shared/data")
@@ -467,20 +466,6 @@ def test_the_other_submission_is_checked_too(tmp_path: Path) -> None:
 
 
 # Our own masks.
-
-
-def finding(x: float, probability: float = 1.0, diameter: float = 10.0) -> Finding:
-    return Finding(
-        case="a",
-        x=x,
-        y=0.0,
-        z=0.0,
-        index=(0.0, 0.0, x),
-        diameter_mm=diameter,
-        axial_diameter_mm=diameter,
-        volume_mm3=math.pi / 6 * diameter**3,
-        probability=probability,
-    )
 
 
 def test_a_masks_tiny_lesion_counts_as_3_mm_and_a_tables_does_not(tmp_path: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import Command
 
-from voxelscale import cli
 from voxelscale.config import Config, ModelConfig, dump
 from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
@@ -83,22 +82,16 @@ def test_no_package_takes_our_own_name() -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_train_and_predict(
-    tiny: Config, store: Store, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    voxelscale: Command, tiny: Config, store: Store, scans: Path, tmp_path: Path
 ) -> None:
-    def voxelscale(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["voxelscale", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return int(caught.value.code or 0)
-
     settings = replace(tiny, train=replace(tiny.train, samples=8))
     (tmp_path / "config.yaml").write_text(dump(settings))
     train = ["train", store.path, tmp_path / "run", "--config", tmp_path / "config.yaml", "-q"]
-    assert voxelscale(*train, "--set", "model.name=one_kernal") == 2
+    assert voxelscale(*train, "--set", "model.name=one_kernal")[0] == 2
     assert not (tmp_path / "run").exists(), "a wrong name must not begin a run"
-    assert voxelscale(*train, "--set", "model.name=one_kernel") == 0
+    assert voxelscale(*train, "--set", "model.name=one_kernel")[0] == 0
     bundle = read_bundle(tmp_path / "run")
     assert set(bundle.weights) == {"weight", "bias"}
     image = sorted((scans / "images").iterdir())[0]
-    assert voxelscale("predict", tmp_path / "run", image, tmp_path / "out", "-q") == 0
+    assert voxelscale("predict", tmp_path / "run", image, tmp_path / "out", "-q")[0] == 0
     assert json.loads(next((tmp_path / "out").glob("*/case.json")).read_text())["key"]

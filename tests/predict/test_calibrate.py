@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conftest import Command
+from tests.evaluate.test_evaluate import finding as plain_finding
 
 from voxelscale.config import Config, PrepareConfig
 from voxelscale.data.augment import Normalisation
@@ -42,18 +43,7 @@ def judged(truth: Curve, count: int = 600, scans: int = 40, seed: int = 0) -> Ju
 
 
 def finding(x: float, score: float, case: str = "a", diameter: float = 10.0) -> Finding:
-    return Finding(
-        case=case,
-        x=x,
-        y=0.0,
-        z=0.0,
-        index=(0.0, 0.0, x),
-        diameter_mm=diameter,
-        axial_diameter_mm=diameter,
-        volume_mm3=500.0,
-        probability=score,
-        score=score,
-    )
+    return replace(plain_finding(x, score, diameter, case), score=score)
 
 
 def test_too_sure_a_model_is_put_right() -> None:

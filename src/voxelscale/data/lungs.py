@@ -63,7 +63,7 @@ def lung_field(scan: Scan) -> Lungs:
         scan: HU, axes running nearly as in LPS (`voxelscale.geometry.reorient`).
     """
     shape = scan.array.shape
-    factors = [max(1, min(n, round(COARSE_MM / s))) for n, s in zip(shape, scan.spacing, strict=True)]
+    factors = coarse_factors(scan)
     coarse = _block_means(scan.array, factors)
     z, y, x = (s * k for s, k in zip(scan.spacing, factors, strict=True))
     spacing = (z, y, x)
@@ -93,7 +93,7 @@ def body_field(scan: Scan) -> NDArray[np.bool_]:
     from scipy import ndimage
 
     shape = scan.array.shape
-    factors = [max(1, min(n, round(COARSE_MM / s))) for n, s in zip(shape, scan.spacing, strict=True)]
+    factors = coarse_factors(scan)
     coarse = _block_means(scan.array, factors)
     inside = ~_outside(coarse, coarse < DENSEST_HU)
     reach = [round(BODY_MARGIN_MM / (s * k)) for s, k in zip(scan.spacing, factors, strict=True)]
@@ -101,6 +101,13 @@ def body_field(scan: Scan) -> NDArray[np.bool_]:
         # The largest of each neighbourhood, axis by axis: a box grown round every block.
         inside = ndimage.maximum_filter1d(inside, 2 * blocks + 1, axis=axis)
     return _blown_up(inside, factors, shape)
+
+
+def coarse_factors(scan: Scan) -> list[int]:
+    """Voxels along (z, y, x) that together are about `COARSE_MM` long."""
+    return [
+        max(1, min(n, round(COARSE_MM / s))) for n, s in zip(scan.array.shape, scan.spacing, strict=True)
+    ]
 
 
 def _block_means(array: NDArray[np.generic], factors: list[int]) -> NDArray[np.float32]:

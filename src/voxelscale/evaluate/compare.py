@@ -12,16 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
-from voxelscale.console import Progress, notice
+from voxelscale.console import notice
 from voxelscale.data.listing import Source, list_sources
 from voxelscale.data.names import names_of
 from voxelscale.data.reading import read_truth
-from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.bootstrap import RESAMPLES, interval, p_value, resampled_means
-from voxelscale.evaluate.evaluate import lesions_in_box, read_prediction
+from voxelscale.evaluate.cases import each_case, none_usable
+from voxelscale.evaluate.evaluate import read_prediction
 from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match, pool, resampled
-from voxelscale.evaluate.overlap import common_box, overlap
+from voxelscale.evaluate.overlap import overlap
 from voxelscale.files import write_atomic
+from voxelscale.predict.findings import lesions_of_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,27 +70,21 @@ def compare_folders(
     """
     config = config or PrepareConfig()
     shared = _shared_cases(first, second, data, config, layout, annotations)
-    pairs: dict[str, Pair] = {}
-    failed, told = [], []
-    with Progress("compare", len(shared)) as progress:
-        for done, (source, folders) in enumerate(shared, start=1):
-            try:
-                pairs[source.case] = _score(source, folders, config)
-            except VoxelscaleError as error:
-                failed.append({"case": source.case, "error": error.message, "hint": error.hint})
-                told.append({**failed[-1], "error": source.without_paths(error.message)})
-            progress.update(done, source.case)
+    folders = {source.case: both for source, both in shared}
+    pairs, failed = each_case(
+        "compare",
+        [source for source, _ in shared],
+        lambda source: _score(source, folders[source.case], config),
+    )
     if not pairs:
-        reason = f": {failed[0]['error']}" if failed else ""
-        raise VoxelscaleError(
-            f"{first} and {second}: no case of {data} with a mask that both predicted{reason}",
-            "run voxelscale predict with both models on that data set first",
-        )
+        what = f"{first} and {second}: no case of {data} with a mask that both predicted"
+        raise none_usable(what, failed, "run voxelscale predict with both models on that data set first")
     head = {"a": str(first), "b": str(second)}
     result = {**head, **compare_scores(pairs, resamples, seed)}
     if out is not None:
-        write_atomic(out, json.dumps({**result, "failed": told}, indent=1))
-    return {**result, "failed": failed}
+        kept = {**result, "failed": [failure.kept for failure in failed]}
+        write_atomic(out, json.dumps(kept, indent=1))
+    return {**result, "failed": [failure.told for failure in failed]}
 
 
 def _shared_cases(
@@ -118,7 +113,7 @@ def _shared_cases(
 def _score(source: Source, folders: tuple[Path, Path], config: PrepareConfig) -> Pair:
     """Both predictions of a case held against its truth."""
     truth = read_truth(source, config)
-    lesions = lesions_in_box(source.case, truth, common_box(truth.array, truth.array))
+    lesions = lesions_of_mask(source.case, truth.array, truth.grid)
     scores = []
     for folder in folders:
         mask, findings = read_prediction(folder, source, truth)

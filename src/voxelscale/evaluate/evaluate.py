@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
-from voxelscale.console import Progress
-from voxelscale.data.listing import Source, list_sources
-from voxelscale.data.names import names_of
+from voxelscale.data.listing import Source
 from voxelscale.data.reading import read_truth
-from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.bootstrap import RESAMPLES, interval, resampled_means
+from voxelscale.evaluate.cases import each_case, none_usable, predicted_sources
 from voxelscale.evaluate.froc import OPERATING_POINTS, Froc, Matches, froc, match, pool, resampled
 from voxelscale.evaluate.lesions import (
     IOU_THRESHOLDS,
@@ -79,7 +77,7 @@ def evaluate_case(
     box = common_box(truth.array, prediction.array)
     true, predicted = truth.array[box] != 0, prediction.array[box] != 0
     grid = truth.grid.window([axis.start for axis in box], true.shape)
-    lesions = lesions_in_box(case, truth, box)
+    lesions = lesions_of_mask(case, truth.array, truth.grid)
     paired = pair_components(true, predicted, grid, findings)
     return CaseResult(
         case=case,
@@ -92,22 +90,6 @@ def evaluate_case(
         nodules=tuple(nodules),
         nodule_hits=hits_on_nodules(nodules, findings),
     )
-
-
-def lesions_in_box(case: str, truth: Scan, box: tuple[slice, slice, slice]) -> list[Finding]:
-    """`lesions_of_mask` of a mask that is empty outside a box, in a fraction of the time."""
-    start = [axis.start for axis in box]
-    part = truth.array[box] != 0
-    lesions = lesions_of_mask(case, part, truth.grid.window(start, part.shape))
-    z, y, x = start
-    return [
-        replace(
-            lesion,
-            index=(lesion.index[0] + z, lesion.index[1] + y, lesion.index[2] + x),
-            axial_slice=None,  # of the box; nobody asks for it
-        )
-        for lesion in lesions
-    ]
 
 
 def evaluate_folder(
@@ -135,33 +117,24 @@ def evaluate_folder(
         VoxelscaleError: no case has both a mask and a prediction that can be read.
     """
     config = config or PrepareConfig()
-    listed = list_sources(data, layout, annotations, names_of(config, predictions))
-    sources = [s for s in listed if s.label and (predictions / s.case / "mask.nii.gz").is_file()]
+    sources = predicted_sources(predictions, "mask.nii.gz", data, config, layout, annotations)
     nodules = read_nodules(data)
-    results, failed, told = [], [], []
-    with Progress("evaluate", len(sources)) as progress:
-        for done, source in enumerate(sources, start=1):
-            try:
-                truth = read_truth(source, config)
-                mask, findings = read_prediction(predictions / source.case, source, truth)
-                known = nodules.get(source.case, ())
-                results.append(evaluate_case(source.case, truth, mask, findings, known))
-            except VoxelscaleError as error:
-                failed.append({"case": source.case, "error": error.message, "hint": error.hint})
-                told.append({**failed[-1], "error": source.without_paths(error.message)})
-            progress.update(done, source.case)
+
+    def score(source: Source) -> CaseResult:
+        truth = read_truth(source, config)
+        mask, findings = read_prediction(predictions / source.case, source, truth)
+        return evaluate_case(source.case, truth, mask, findings, nodules.get(source.case, ()))
+
+    results, failed = each_case("evaluate", sources, score)
     if not results:
-        reason = f": {failed[0]['error']}" if failed else ""
-        raise VoxelscaleError(
-            f"{predictions}: no prediction of a case of {data} that has a mask{reason}",
-            "run voxelscale predict on that data set first",
-        )
-    summary = summarise(results)
-    # A path helps who mends it now; what is kept and shown to others must not hold it.
-    write_atomic(out / "evaluation.json", json.dumps({**summary, "failed": told}, indent=1))
+        what = f"{predictions}: no prediction of a case of {data} that has a mask"
+        raise none_usable(what, failed, "run voxelscale predict on that data set first")
+    summary = summarise(list(results.values()))
+    kept = {**summary, "failed": [failure.kept for failure in failed]}
+    write_atomic(out / "evaluation.json", json.dumps(kept, indent=1))
     cases = summary["cases"]
     write_csv(out / "cases.csv", [cases[0].keys(), *(case.values() for case in cases)])
-    return {**summary, "failed": failed}
+    return {**summary, "failed": [failure.told for failure in failed]}
 
 
 def read_prediction(folder: Path, source: Source, truth: Scan) -> tuple[Scan, list[Finding]]:

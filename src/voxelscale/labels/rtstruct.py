@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
+from voxelscale.formats.dicom.header import FARTHEST_MM
 from voxelscale.geometry import Scan
 from voxelscale.labels.contours import inside
 from voxelscale.labels.dicom import check_series, read_dataset
@@ -23,9 +24,6 @@ TUMOUR = re.compile(r"gtv|nodul|lesion|tumou?r|metasta", re.IGNORECASE)
 
 MOST_POINTS = 2**16
 """Of a contour; what a person draws has hundreds, what a program draws thousands."""
-
-FARTHEST_MM = 1e5
-"""Nothing of a patient lies this far from a scanner's isocentre."""
 
 Contours = dict[int, list[NDArray[np.float64]]]
 

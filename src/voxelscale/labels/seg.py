@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
+from voxelscale.formats.dicom.header import FARTHEST_MM
 from voxelscale.geometry import Scan
 from voxelscale.labels.dicom import check_series, read_dataset
 
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
 APART = 0.05
 """Of a voxel, that a frame's pixels may lie beside the image's: headers keep decimals."""
-
-FARTHEST_MM = 1e5
-"""Nothing of a patient lies this far from a scanner's isocentre."""
 
 LARGEST = 2**33
 """Pixels of an object at most."""

@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
-from voxelscale.console import Progress
-from voxelscale.data.listing import Source, list_sources
-from voxelscale.data.names import names_of
+from voxelscale.data.listing import Source
 from voxelscale.data.reading import read_truth
 from voxelscale.errors import VoxelscaleError
+from voxelscale.evaluate.cases import each_case, none_usable, predicted_sources
 from voxelscale.evaluate.froc import match
 from voxelscale.files import write_atomic
 from voxelscale.predict.bundle import Calibration, bundle_path, read_bundle, write_bundle
@@ -75,9 +74,16 @@ def calibrate_run(
     """
     model = bundle_path(run)
     bundle = read_bundle(model)
-    judged, failed = _judge_folder(predictions, data, config or PrepareConfig(), layout, annotations)
+    config = config or PrepareConfig()
+    sources = predicted_sources(predictions, "findings.json", data, config, layout, annotations)
+    cases, failed = each_case(
+        "calibrate", sources, lambda source: _read_case(source, predictions / source.case, config)
+    )
+    if not cases:
+        what = f"{predictions}: no prediction of a case of {data} that has a mask"
+        raise none_usable(what, failed, "run voxelscale predict on that data set first")
     try:
-        calibration, summary = calibrate(judged)
+        calibration, summary = calibrate(judge(list(cases.values())))
     except ValueError as error:
         hint = "predict more scans that the model was not trained on, as with --split val"
         raise VoxelscaleError(f"{predictions}: {error}", hint) from None
@@ -85,29 +91,7 @@ def calibrate_run(
     # Beside the model, where others see it, stays nothing of paths.
     write_atomic(model.with_name("calibration.json"), json.dumps(summary, indent=1))
     write_atomic(model.with_name("calibration.svg"), reliability_figure(summary))
-    return {**summary, "failed": failed}
-
-
-def _judge_folder(
-    predictions: Path, data: Path, config: PrepareConfig, layout: str, annotations: Path | None
-) -> tuple[Judged, list[dict[str, str]]]:
-    listed = list_sources(data, layout, annotations, names_of(config, predictions))
-    sources = [s for s in listed if s.label and (predictions / s.case / "findings.json").is_file()]
-    cases, failed = [], []
-    with Progress("calibrate", len(sources)) as progress:
-        for done, source in enumerate(sources, start=1):
-            try:
-                cases.append(_read_case(source, predictions / source.case, config))
-            except VoxelscaleError as error:
-                failed.append({"case": source.case, "error": error.message, "hint": error.hint})
-            progress.update(done, source.case)
-    if not cases:
-        reason = f": {failed[0]['error']}" if failed else ""
-        raise VoxelscaleError(
-            f"{predictions}: no prediction of a case of {data} that has a mask{reason}",
-            "run voxelscale predict on that data set first",
-        )
-    return judge(cases), failed
+    return {**summary, "failed": [failure.told for failure in failed]}
 
 
 def _read_case(

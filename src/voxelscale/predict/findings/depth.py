@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.data.lungs import COARSE_MM, lung_field
+from voxelscale.data.lungs import coarse_factors, lung_field
 from voxelscale.geometry import Grid, Scan, reorient
 
 
@@ -24,9 +24,7 @@ def lung_depth(image: Scan) -> Scan | None:
     lungs = lung_field(image)
     if not lungs.ok:
         return None
-    steps = [
-        max(1, min(n, round(COARSE_MM / s))) for n, s in zip(image.array.shape, image.spacing, strict=True)
-    ]
+    steps = coarse_factors(image)
     inside = lungs.mask[:: steps[0], :: steps[1], :: steps[2]]
     affine = image.affine.copy()
     affine[:3, 3] = image.grid.index_to_mm([(step - 1) / 2 for step in steps])
