@@ -16,11 +16,13 @@ import argparse
 import csv
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import centres  # type: ignore[import-not-found]
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,7 +33,7 @@ from voxelscale.data.phantom.dataset import write_phantoms
 from voxelscale.data.prepare import prepare
 from voxelscale.data.reading import read_case
 from voxelscale.data.store import open_store
-from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match
+from voxelscale.evaluate.froc import OPERATING_POINTS, froc, match
 from voxelscale.evaluate.overlap import overlap
 from voxelscale.geometry import Scan
 from voxelscale.predict.bundle import read_bundle
@@ -55,20 +57,27 @@ BASE = [
     "train.threads=1",
     "train.ranks=1",
     "train.validate_every=0",
+    "train.precision=bf16",
     "optim.lr=0.004",
     "predict.lungs=true",
 ]
+CENTRES = "cross-entropy 5, centres"
+"""With a heat map of the lesions' centres beside the mask (benchmarks/centres.py)."""
 RECIPES: dict[str, list[str]] = {
     "plain": ["loss.cross_entropy=1"],
     "small lesions weigh more": ["loss.cross_entropy=1", "loss.small=0.5"],
     "hardest tenth of the voxels": ["loss.cross_entropy=1", "loss.hardest=0.1"],
     "cross-entropy 5": ["loss.cross_entropy=5"],
-    "more background": ["loss.cross_entropy=1", "data.foreground=0.25"],
+    "cross-entropy 5, small": ["loss.cross_entropy=5", "loss.small=0.5"],
+    "cross-entropy 5, hardest": ["loss.cross_entropy=5", "loss.hardest=0.1"],
+    "cross-entropy 5, small, hardest": ["loss.cross_entropy=5", "loss.small=0.5", "loss.hardest=0.1"],
+    CENTRES: ["loss.cross_entropy=5"],
 }
 WAYS: dict[str, dict[str, float | None]] = {
     "components at 0.5": {"threshold": 0.5, "candidates": None},
     "doubtful from 0.2": {"threshold": 0.5, "candidates": 0.2},
     "doubtful from 0.05": {"threshold": 0.5, "candidates": 0.05},
+    "doubtful from 0.01": {"threshold": 0.5, "candidates": 0.01},
 }
 """Ways to make findings of a probability map; the first is the plain one."""
 
@@ -85,22 +94,37 @@ def make_data_set(folder: Path) -> None:
     prepare(list_sources(table), folder / "store", config.prepare)
 
 
-def train_and_look(job: tuple[Path, str, int, int]) -> Path:
-    """Train a recipe with a seed and keep its probability maps of the unseen scans; where they are."""
-    folder, recipe, seed, samples = job
+def recipe_folder(folder: Path, recipe: str, seed: int) -> Path:
+    """Where a training of a recipe lies."""
+    return folder / "runs" / f"{recipe.replace(' ', '_')}-{seed}"
+
+
+def train_and_look(job: tuple[Path, str, int, int, Path]) -> Path:
+    """Train a recipe with a seed and keep its probability maps of the unseen scans; where they are.
+
+    Args:
+        job: the folder for trainings, recipe, seed, samples, the data set's folder.
+    """
+    folder, recipe, seed, samples, data = job
     torch.set_num_threads(1)
-    maps = folder / "runs" / f"{recipe.replace(' ', '_')}-{seed}"
-    store, sources = folder / "store", test_sources(folder)
+    maps = recipe_folder(folder, recipe, seed)
+    store, sources = data / "store", test_sources(data)
     if all((maps / f"{source.case}.npy").is_file() for source in sources):
         return maps
     config = config_of(recipe, seed, samples)
-    start(config, store, maps)
+    look: Callable[[Scan], dict[str, NDArray[np.float32]]]
+    if recipe == CENTRES:
+        network = centres.train(config, store, maps)
+        look = partial(centres.look, network, config, store)
+    else:
+        start(config, store, maps)
+        predictor = Predictor(read_bundle(maps), config.predict, torch.device("cpu"), torch.float32)
+        look = lambda image: {"": predictor.probability(image)}  # noqa: E731
     torch.set_num_threads(1)
-    predictor = Predictor(read_bundle(maps), config.predict, torch.device("cpu"), torch.float32)
     for source in sources:
-        probability = predictor.probability(truth_of(source)[0])
-        np.save(maps / f".{source.case}.npy", probability.astype(np.float16))
-        (maps / f".{source.case}.npy").rename(maps / f"{source.case}.npy")
+        for kind, values in reversed(look(truth_of(source)[0]).items()):
+            np.save(maps / ".new.npy", values.astype(np.float16))
+            (maps / ".new.npy").rename(maps / f"{source.case}{kind}.npy")
     return maps
 
 
@@ -116,21 +140,46 @@ def truth_of(source: Source) -> tuple[Scan, Scan]:
     return image, labels.mask
 
 
+def maps_of(folders: Sequence[Path], case: str, kind: str = "") -> NDArray[np.float32]:
+    """The mean of the folders' maps of a case."""
+    parts = [np.load(folder / f"{case}{kind}.npy").astype(np.float32) for folder in folders]
+    return np.asarray(np.mean(parts, axis=0), np.float32)
+
+
 def score(
     maps: Sequence[Path], sources: Sequence[Source], truths: Sequence[Scan], way: dict[str, Any]
 ) -> dict[str, Any]:
     """Figures of one network, or of several whose probabilities are averaged, over all unseen scans."""
-    matches: list[Matches] = []
-    dices = []
+    found, masks = [], []
     for source, truth in zip(sources, truths, strict=True):
-        parts = [np.load(folder / f"{source.case}.npy").astype(np.float32) for folder in maps]
-        probability: NDArray[np.float32] = np.mean(parts, axis=0)
+        probability = maps_of(maps, source.case)
         findings, mask = find_lesions(source.case, probability, truth.grid, min_volume_mm3=10.0, **way)
-        lesions: list[Finding] = lesions_of_mask(source.case, truth.array, truth.grid)
-        matches.append(match(lesions, findings))
-        dices.append(overlap(truth.array, mask).dice)
-    curve = froc(matches)
+        found.append(findings)
+        masks.append(mask)
+    return figures(truths, found, masks)
+
+
+def score_centres(maps: Path, sources: Sequence[Source], truths: Sequence[Scan]) -> dict[str, Any]:
+    """Figures of a network with a heat map whose peaks are the findings."""
+    found, masks = [], []
+    for source, truth in zip(sources, truths, strict=True):
+        findings, mask = find_lesions(
+            source.case, maps_of([maps], source.case), truth.grid, threshold=0.5, min_volume_mm3=10.0
+        )
+        heat = maps_of([maps], source.case, centres.KIND)
+        found.append(centres.peaks_of(findings, heat, truth.grid, source.case))
+        masks.append(mask)
+    return figures(truths, found, masks)
+
+
+def figures(
+    truths: Sequence[Scan], found: Sequence[Sequence[Finding]], masks: Sequence[NDArray[np.uint8]]
+) -> dict[str, Any]:
+    """Dice, CPM and the sensitivities of findings and masks held against true masks."""
+    lesions = [lesions_of_mask("", truth.array, truth.grid) for truth in truths]
+    curve = froc([match(true, findings) for true, findings in zip(lesions, found, strict=True)])
     points = {f"{p:g}": curve.sensitivity_at(p) for p in OPERATING_POINTS}
+    dices = [overlap(truth.array, mask).dice for truth, mask in zip(truths, masks, strict=True)]
     return {"dice": statistics.mean(dices), "cpm": curve.cpm, "points": points}
 
 
@@ -140,10 +189,13 @@ def rows_of(folder: Path, seeds: int, samples: int) -> list[dict[str, Any]]:
     truths = [truth_of(source)[1] for source in sources]
     rows = []
     for recipe in RECIPES:
-        maps = [train_and_look((folder, recipe, seed, samples)) for seed in range(seeds)]
+        maps = [train_and_look((folder, recipe, seed, samples, folder)) for seed in range(seeds)]
         for name, way in WAYS.items():
             each = [score([one], sources, truths, way) for one in maps]
             rows.append({"recipe": recipe, "way": name, **summary(each)})
+        if recipe == CENTRES:
+            each = [score_centres(one, sources, truths) for one in maps]
+            rows.append({"recipe": recipe, "way": "peaks of the heat map", **summary(each)})
         together = score(maps, sources, truths, WAYS["doubtful from 0.05"])
         rows.append({"recipe": recipe, "way": f"{seeds} networks, from 0.05", **summary([together])})
     return rows
@@ -182,7 +234,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("detection.json"))
     options = parser.parse_args()
     make_data_set(options.folder)
-    jobs = [(options.folder, r, s, options.samples) for s in range(options.seeds) for r in RECIPES]
+    jobs = [
+        (options.folder, recipe, seed, options.samples, options.folder)
+        for seed in range(options.seeds)
+        for recipe in RECIPES
+    ]
     with ProcessPoolExecutor(options.processes) as pool:
         for done in pool.map(train_and_look, jobs):
             print(f"{done.name}: done", flush=True)

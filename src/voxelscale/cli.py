@@ -139,6 +139,7 @@ def common(
     voxelscale compare predictions/ others/ scans/    whether one model is better than another
     voxelscale froc findings.csv --annotations ...    a submission scored as LUNA16 does
     voxelscale calibrate run/ val/ scans/             confidence that means what it says
+    voxelscale ensemble all.vxs run1/ run2/           several models as one
     voxelscale report predictions/ scans/ --run run/  one HTML page
 
     No scans at hand: voxelscale phantom scans/ makes synthetic ones, and voxelscale quickstart does
@@ -449,7 +450,7 @@ def scale(
 
 @verb
 def predict(
-    model: Annotated[Path, typer.Argument(help="A run's folder, or a model.vxs.")],
+    model: Annotated[Path, typer.Argument(help="A run's folder, a model.vxs, or an ensemble's file.")],
     scans: Annotated[Path, typer.Argument(help="A scan, a DICOM folder, a folder of scans, or a CSV.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     store: Annotated[Path | None, typer.Option(help="Look only at cases of this store's --split.")] = None,
@@ -501,6 +502,29 @@ def predict(
             print(f"  and {len(findings) - 5} less certain ones")
     print(f"masks and findings in {out}")
     return code
+
+
+@verb
+def ensemble(
+    out: Annotated[Path, typer.Argument(help="The model file to write, as all.vxs.")],
+    models: Annotated[list[Path], typer.Argument(help="Runs' folders, or model files; two or more.")],
+) -> None:
+    """Put several models into one file.
+
+    \b
+    voxelscale train store/ run1/ --set train.seed=1
+    voxelscale train store/ run2/ --set train.seed=2
+    voxelscale ensemble all.vxs run1/ run2/
+    voxelscale predict all.vxs scans/ predictions/
+
+    The networks' probabilities are averaged; they may differ in size, patch and spacing. Windows and
+    thresholds are the first one's. Finds more than each alone, in so many times the time; calibrate it
+    anew, since the networks' own calibrations are left behind.
+    """
+    from voxelscale.predict.ensemble import ensemble as run_ensemble
+
+    bundle = run_ensemble(models, out)
+    print(f"{len(bundle.networks)} networks in {out}")
 
 
 @verb

@@ -231,6 +231,30 @@ def test_the_command(voxelscale: Command, model: Path, scans: Path, tmp_path: Pa
     assert (run / "calibration.json").read_bytes() == before
 
 
+def test_predictions_of_another_model_are_refused(
+    voxelscale: Command, model: Path, scans: Path, tmp_path: Path
+) -> None:
+    bundle = read_bundle(model)
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    write_bundle(run / "model.vxs", bundle)
+    made_up(scans, tmp_path / "val", wrong=20)
+    folders = sorted(path for path in (tmp_path / "val").iterdir() if path.is_dir())
+    for folder in folders:
+        (folder / "case.json").write_text(json.dumps({"model": bundle.identity}))
+    assert voxelscale("--quiet", "calibrate", run, tmp_path / "val", scans)[0] == 0
+    # Calibrated, it is still the model that made them.
+    assert voxelscale("--quiet", "calibrate", run, tmp_path / "val", scans)[0] == 0
+    other.mkdir()
+    weights = {name: weight * 2 for name, weight in bundle.weights.items()}
+    write_bundle(other / "model.vxs", replace(bundle, weights=weights))
+    code, _, err = voxelscale("--quiet", "calibrate", other, tmp_path / "val", scans)
+    assert code == 2
+    assert f"{folders[0]}: predicted by another model than {other}" in err
+    assert f"voxelscale predict {other}" in err
+    assert read_bundle(other).calibration is None
+
+
 def test_later_predictions_are_calibrated(model: Path, tmp_path: Path) -> None:
     bundle = read_bundle(model)
     config = replace(bundle.config.predict, threshold=0.5, candidates=0.3)

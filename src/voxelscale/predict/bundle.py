@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ from voxelscale.model.build import build_model
 from voxelscale.model.registry import check_name
 from voxelscale.model.unet import fold_batch_norms
 
-FORMAT = 1
+FORMAT, FORMAT_OF_SEVERAL = 1, 2
+"""Of a file with one network; with several, which a reader of the first alone would take for one."""
+
+MOST_NETWORKS = 100
 
 RETRAIN = "name a model.vxs that voxelscale train wrote"
 
@@ -70,6 +75,8 @@ class Bundle:
         trained: facts for a person: samples seen, validation Dice, version, data set.
         digest: of the file it was read from; "" where it was not.
         calibration: of the findings' confidence; None: none was made.
+        others: further networks whose probabilities are averaged with this one's, each a bundle of its own
+            without others or calibration.
     """
 
     config: Config
@@ -79,6 +86,23 @@ class Bundle:
     trained: dict[str, Any]
     digest: str = ""
     calibration: Calibration | None = None
+    others: tuple[Bundle, ...] = ()
+
+    @property
+    def networks(self) -> tuple[Bundle, ...]:
+        """Itself alone, then the others."""
+        return replace(self, others=(), calibration=None), *self.others
+
+    @property
+    def identity(self) -> str:
+        """Of what makes its scores: weights, spacing and normalisation; not of its calibration."""
+        digest = hashlib.sha256()
+        for one in self.networks:
+            digest.update(repr((one.spacing, one.normalisation)).encode())
+            for name, weight in sorted(one.weights.items()):
+                digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+                digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
 
     @property
     def patch(self) -> IntTriple:
@@ -103,16 +127,25 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
     """Write it, atomically and with a checksum."""
     buffer = io.BytesIO()
     content = {
-        "format": FORMAT,
+        "format": FORMAT_OF_SEVERAL if bundle.others else FORMAT,
+        **_content(bundle),
+        "calibration": None if bundle.calibration is None else asdict(bundle.calibration),
+    }
+    if bundle.others:
+        content["others"] = [_content(one) for one in bundle.others]
+    torch.save(content, buffer)
+    write_sealed(path, buffer.getvalue())
+
+
+def _content(bundle: Bundle) -> dict[str, Any]:
+    """One network's part of a file."""
+    return {
         "config": to_dict(bundle.config),
         "weights": {name: value.detach().cpu() for name, value in bundle.weights.items()},
         "spacing": list(bundle.spacing),
         "normalisation": asdict(bundle.normalisation),
         "trained": bundle.trained,
-        "calibration": None if bundle.calibration is None else asdict(bundle.calibration),
     }
-    torch.save(content, buffer)
-    write_sealed(path, buffer.getvalue())
 
 
 def bundle_path(path: Path) -> Path:
@@ -137,22 +170,34 @@ def read_bundle(path: Path) -> Bundle:
     path = bundle_path(path)
     content = load_untrusted(path)
     try:
-        if content["format"] != FORMAT:
+        if content["format"] not in (FORMAT, FORMAT_OF_SEVERAL):
             raise VoxelscaleError(f"{path}: format {content['format']}, not {FORMAT}", "train again")
-        z, y, x = (float(step) for step in content["spacing"])
-        bundle = Bundle(
-            config=from_dict(content["config"], str(path)),
-            weights=content["weights"],
-            spacing=(z, y, x),
-            normalisation=Normalisation(**content["normalisation"]),
-            trained=content["trained"],
+        several = content["others"] if content["format"] == FORMAT_OF_SEVERAL else []
+        if not isinstance(several, list) or len(several) >= MOST_NETWORKS:
+            raise ValueError("its networks are no list, or too many")
+        bundle = replace(
+            _of_content(content, path),
             digest=seal_of(path),
             calibration=_calibration(content.get("calibration")),
+            others=tuple(_of_content(one, path) for one in several),
         )
-        _check(bundle)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise VoxelscaleError(f"{path}: not a model bundle ({reason})", RETRAIN) from None
+    return bundle
+
+
+def _of_content(content: Mapping[str, Any], path: Path) -> Bundle:
+    """What `_content` made; raise a KeyError, TypeError, ValueError or the like where it is none."""
+    z, y, x = (float(step) for step in content["spacing"])
+    bundle = Bundle(
+        config=from_dict(content["config"], str(path)),
+        weights=content["weights"],
+        spacing=(z, y, x),
+        normalisation=Normalisation(**content["normalisation"]),
+        trained=content["trained"],
+    )
+    _check(bundle)
     return bundle
 
 

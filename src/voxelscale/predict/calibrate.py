@@ -22,8 +22,9 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.cases import each_case, none_usable, predicted_sources
 from voxelscale.evaluate.froc import match
 from voxelscale.files import write_atomic
-from voxelscale.predict.bundle import Calibration, bundle_path, read_bundle, write_bundle
+from voxelscale.predict.bundle import Bundle, Calibration, bundle_path, read_bundle, write_bundle
 from voxelscale.predict.findings import Finding, lesions_of_mask, read_findings
+from voxelscale.predict.predict import predicted_by
 from voxelscale.predict.reliability import BINS, calibration_error, reliability, reliability_figure
 
 LEAST_FINDINGS = 20
@@ -70,12 +71,14 @@ def calibrate_run(
         the content of ``calibration.json``; and ``failed``, the cases that could not be read.
 
     Raises:
-        VoxelscaleError: there is no model or no prediction, or too few findings to fit on.
+        VoxelscaleError: there is no model or no prediction, another model made it, or there are too few
+            findings to fit on.
     """
     model = bundle_path(run)
     bundle = read_bundle(model)
     config = config or PrepareConfig()
     sources = predicted_sources(predictions, "findings.json", data, config, layout, annotations)
+    _require_own(bundle, run, predictions, sources)
     cases, failed = each_case(
         "calibrate", sources, lambda source: _read_case(source, predictions / source.case, config)
     )
@@ -92,6 +95,17 @@ def calibrate_run(
     write_atomic(model.with_name("calibration.json"), json.dumps(summary, indent=1))
     write_atomic(model.with_name("calibration.svg"), reliability_figure(summary))
     return {**summary, "failed": [failure.told for failure in failed]}
+
+
+def _require_own(bundle: Bundle, run: Path, predictions: Path, sources: Sequence[Source]) -> None:
+    """Raise a VoxelscaleError where a prediction says that another model made it."""
+    identity = bundle.identity
+    for source in sources:
+        if predicted_by(predictions / source.case) not in ("", identity):
+            raise VoxelscaleError(
+                f"{predictions / source.case}: predicted by another model than {run}",
+                f"run voxelscale predict {run} on these scans, into a folder of its own",
+            )
 
 
 def _read_case(

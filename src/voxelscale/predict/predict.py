@@ -25,11 +25,14 @@ from voxelscale.device import choose_inference, default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.formats import write_scan
-from voxelscale.geometry import SAME_MM, Scan, reorient, resample
+from voxelscale.geometry import SAME_MM, Grid, Scan, Triple, reorient, resample
 from voxelscale.predict.bundle import Bundle
 from voxelscale.predict.findings import Finding, find_lesions, read_findings, write_findings
 from voxelscale.predict.findings.depth import lung_depth
 from voxelscale.predict.sliding_window import Windows, predict_volume
+
+CASE_FACTS = "case.json"
+"""Beside a case's mask and findings: by what they were made, and that they are whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,54 +52,56 @@ class Outcome:
     rank: int = 0
 
 
-class Predictor:
-    """A trained network ready to look at scans.
+@dataclass(frozen=True, kw_only=True)
+class _Region:
+    """A scan as a network takes it.
 
-    Args:
-        bundle: what training wrote.
-        config: windows and thresholds.
-        device: where it computes.
-        precision: float32 or bfloat16; None: what the training says, and the faster where it says nothing.
+    Attributes:
+        volume: all of it, at the network's spacing.
+        box: where it is looked at.
+        within: (z, y, x) bool, of the box; None: all of it.
     """
 
+    volume: Scan
+    box: tuple[slice, ...]
+    within: NDArray[np.bool_] | None
+
+    @classmethod
+    def of(cls, image: Scan, spacing: Triple, config: PredictConfig) -> _Region:
+        """Resample the scan and bound what is looked at."""
+        volume = resample_hu(reorient(image), spacing)
+        box = tuple(slice(0, n) for n in volume.array.shape)
+        if config.lungs:
+            start, shape = lung_field(volume).box  # the whole scan where no lungs were found
+            box = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
+        return cls(volume=volume, box=box, within=body_field(volume)[box] if config.skip_air else None)
+
+
+class _Network:
+    """One trained network on its device."""
+
     def __init__(
-        self,
-        bundle: Bundle,
-        config: PredictConfig,
-        device: torch.device,
-        precision: torch.dtype | None = None,
+        self, bundle: Bundle, config: PredictConfig, device: torch.device, precision: torch.dtype | None
     ) -> None:
-        self._bundle, self._config, self._device = bundle, config, device
+        self._normalisation, self._device = bundle.normalisation, device
         self._network: nn.Module = bundle.network(device)
         self._patch = config.patch_size or bundle.patch
+        self._config = config
         wanted = bundle.config.train.precision
         shape = (1, 1, *self._patch)
         self._precision = precision or choose_inference(self._network, shape, device, wanted)
 
-    def probability(self, image: Scan) -> NDArray[np.float32]:
-        """Lesion probability in [0, 1] at every voxel of a scan in HU, on the scan's own grid."""
-        volume = resample_hu(reorient(image), self._bundle.spacing)
-        box = tuple(slice(0, n) for n in volume.array.shape)
-        if self._config.lungs:
-            start, shape = lung_field(volume).box  # the whole scan where no lungs were found
-            box = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
-        within = body_field(volume)[box] if self._config.skip_air else None
+    def __call__(self, region: _Region) -> NDArray[np.float32]:
+        """Lesion probability in [0, 1] at every voxel of the region's box."""
         probability = predict_volume(
             self._network,
-            torch.from_numpy(volume.array[box]),
+            torch.from_numpy(region.volume.array[region.box]),
             self._windows,
-            prepare=self._bundle.normalisation,
-            within=None if within is None else torch.from_numpy(within),
+            prepare=self._normalisation,
+            within=None if region.within is None else torch.from_numpy(region.within),
             device=self._device,
-        ).numpy()
-        if probability.shape != volume.array.shape:
-            whole = np.zeros(volume.array.shape, np.float32)
-            whole[box] = probability
-            probability = whole
-        if volume.grid.same_as(image.grid, SAME_MM):
-            return probability
-        coarse = Scan(probability, volume.affine)
-        return np.asarray(resample(coarse, image.grid, "linear", fill=0.0).array, np.float32)
+        )
+        return probability.numpy()
 
     @property
     def _windows(self) -> Windows:
@@ -112,6 +117,48 @@ class Predictor:
             threads=threads,
         )
 
+
+class Predictor:
+    """A trained network, or several as one, ready to look at scans.
+
+    Args:
+        bundle: what training wrote.
+        config: windows and thresholds.
+        device: where it computes.
+        precision: float32 or bfloat16; None: what the training says, and the faster where it says nothing.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        config: PredictConfig,
+        device: torch.device,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        self._config, self._calibration = config, bundle.calibration
+        self._networks: dict[Triple, list[_Network]] = {}
+        for one in bundle.networks:
+            same_spacing = self._networks.setdefault(one.spacing, [])
+            same_spacing.append(_Network(one, config, device, precision))
+
+    def probability(self, image: Scan) -> NDArray[np.float32]:
+        """Lesion probability in [0, 1] at every voxel of a scan in HU, on the scan's own grid.
+
+        Of several networks it is the mean.
+        """
+        count = sum(map(len, self._networks.values()))
+        total: NDArray[np.float32] | None = None
+        for spacing, networks in self._networks.items():
+            region = _Region.of(image, spacing, self._config)
+            mean = networks[0](region)
+            for network in networks[1:]:
+                mean += network(region)
+            mean *= 1 / count
+            mean = _on_grid(mean, region, image.grid)
+            total = mean if total is None else np.add(total, mean, out=total)
+        assert total is not None  # noqa: S101 (a bundle has a network)
+        return total
+
     def look(self, case: str, image: Scan) -> tuple[list[Finding], Scan]:
         """The findings in a scan, most confident first, and their mask on the scan's own voxels."""
         findings, mask = find_lesions(
@@ -126,12 +173,25 @@ class Predictor:
             image=image.array,
             depth=lung_depth(image),
         )
-        if (calibration := self._bundle.calibration) is not None:
+        if (calibration := self._calibration) is not None:
             findings = [
                 replace(f, probability=float(calibration(f.probability if f.score is None else f.score)))
                 for f in findings
             ]
         return findings, Scan(mask, image.affine)
+
+
+def _on_grid(probability: NDArray[np.float32], region: _Region, grid: Grid) -> NDArray[np.float32]:
+    """A box's probabilities on a scan's own voxels; 0 elsewhere."""
+    volume = region.volume
+    if probability.shape != volume.array.shape:
+        whole = np.zeros(volume.array.shape, np.float32)
+        whole[region.box] = probability
+        probability = whole
+    if volume.grid.same_as(grid, SAME_MM):
+        return probability
+    coarse = Scan(probability, volume.affine)
+    return np.asarray(resample(coarse, grid, "linear", fill=0.0).array, np.float32)
 
 
 def predict(sources: Sequence[Source], bundle: Bundle, config: PredictConfig, out: Path) -> Outcome:
@@ -184,6 +244,7 @@ def _predict_each(
     sources: Sequence[Source], bundle: Bundle, config: PredictConfig, out: Path, device: torch.device
 ) -> Outcome:
     predictor: Predictor | None = None
+    identity = bundle.identity
     findings: dict[str, list[Finding]] = {}
     failed: list[tuple[str, str, str]] = []
     kept = 0
@@ -197,24 +258,36 @@ def _predict_each(
                     kept += 1
                 else:
                     predictor = predictor or Predictor(bundle, config, device)
-                    findings[source.case] = _predict_case(predictor, source, folder, key)
+                    findings[source.case] = _predict_case(
+                        predictor, source, folder, {"key": key, "model": identity}
+                    )
             except VoxelscaleError as error:
                 failed.append((source.case, error.message, error.hint))
             progress.update(done, source.case)
     return Outcome(findings=findings, kept=kept, failed=tuple(failed))
 
 
-def _predict_case(predictor: Predictor, source: Source, folder: Path, key: str) -> list[Finding]:
+def _predict_case(
+    predictor: Predictor, source: Source, folder: Path, facts: dict[str, Any]
+) -> list[Finding]:
     started = time.monotonic()
     image = read_image(source)
     findings, mask = predictor.look(source.case, image)
     write_scan(mask, folder / "mask.nii.gz")
     write_findings(findings, folder / "findings.csv", folder / "findings.json")
-    facts = {"key": key, "seconds": round(time.monotonic() - started, 2)}
-    notice(f"{source.case}: {len(findings)} findings in {facts['seconds']} s", level=2)
+    seconds = round(time.monotonic() - started, 2)
+    notice(f"{source.case}: {len(findings)} findings in {seconds} s", level=2)
     # Last, so that its being there says that the case is whole.
-    write_atomic(folder / "case.json", json.dumps(facts))
+    write_atomic(folder / CASE_FACTS, json.dumps({**facts, "seconds": seconds}))
     return findings
+
+
+def predicted_by(folder: Path) -> str:
+    """The `Bundle.identity` of the model that predicted a case; "" where its folder does not say."""
+    try:
+        return str(json.loads((folder / CASE_FACTS).read_text(encoding="utf-8"))["model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _key(source: Source, bundle: Bundle, config: PredictConfig) -> str:
@@ -223,6 +296,6 @@ def _key(source: Source, bundle: Bundle, config: PredictConfig) -> str:
 
 def _done(folder: Path, key: str) -> bool:
     try:
-        return bool(json.loads((folder / "case.json").read_text(encoding="utf-8"))["key"] == key)
+        return bool(json.loads((folder / CASE_FACTS).read_text(encoding="utf-8"))["key"] == key)
     except (OSError, ValueError, KeyError, TypeError):
         return False
