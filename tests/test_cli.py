@@ -161,9 +161,7 @@ def test_ranks_share_the_scans_out(
     what = [job / "run", job / "scans"]
     more = ["--config", config_file, "--store", job / "store", "--split", "train", "--quiet"]
     assert voxelscale("predict", *what, tmp_path / "alone", *more)[0] == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "voxelscale.cli", "predict", *what, tmp_path / "shared", *more]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    done = in_two_ranks("predict", *what, tmp_path / "shared", *more)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("masks and findings in") == 1
     cases = sorted(p.name for p in (tmp_path / "alone").iterdir() if p.is_dir())
@@ -174,7 +172,38 @@ def test_ranks_share_the_scans_out(
             for how in ("alone", "shared")
         )
         assert np.array_equal(alone, shared)
-    tables = [list(csv.reader((tmp_path / how / "findings.csv").open())) for how in ("alone", "shared")]
+    assert_same_findings(tmp_path / "alone", tmp_path / "shared")
+
+
+def test_ranks_look_at_one_scan_together(voxelscale: Command, job: Path, tmp_path: Path) -> None:
+    """Two ranks, each a part of the windows; then with a scan that is torn."""
+    good = sorted((job / "scans" / "images").iterdir())[0]
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    (scans / "good.nii.gz").write_bytes(good.read_bytes())
+    assert voxelscale("predict", job / "run", scans, tmp_path / "alone", "--quiet")[0] == 0
+    done = in_two_ranks("predict", job / "run", scans, tmp_path / "shared", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert_same_findings(tmp_path / "alone", tmp_path / "shared")
+    # What is there stays; a scan that no rank can read is told once, and holds nobody up.
+    before = (tmp_path / "shared" / "good" / "mask.nii.gz").stat().st_mtime_ns
+    (scans / "torn.nii.gz").write_bytes(good.read_bytes()[:3000])
+    done = in_two_ranks("predict", job / "run", scans, tmp_path / "shared", "--quiet")
+    assert done.returncode != 0
+    assert done.stderr.count("1 not predicted: torn") == 1
+    assert (tmp_path / "shared" / "good" / "mask.nii.gz").stat().st_mtime_ns == before
+    assert_same_findings(tmp_path / "alone", tmp_path / "shared")
+
+
+def in_two_ranks(*arguments: object) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "voxelscale.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def assert_same_findings(one: Path, other: Path) -> None:
+    """Two folders of predictions have the same table, to a rounding."""
+    tables = [list(csv.reader((folder / "findings.csv").open())) for folder in (one, other)]
     assert [row[0] for row in tables[0]] == [row[0] for row in tables[1]]
     alone, shared = (np.asarray([row[1:] for row in table[1:]], float) for table in tables)
     assert np.allclose(alone, shared, atol=1e-3)

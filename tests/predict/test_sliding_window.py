@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from voxelscale.config import IntTriple
 from voxelscale.model.unet import UNet
-from voxelscale.predict.sliding_window import Windows, flip_axes, predict_volume, window_starts
+from voxelscale.predict.sliding_window import Share, Windows, flip_axes, predict_volume, window_starts
 
 
 class Identity(nn.Module):
@@ -202,3 +202,30 @@ def test_a_fault_of_the_network_comes_out_of_the_threads() -> None:
 
     with pytest.raises(RuntimeError, match="no such kernel"):
         predict_volume(Broken(), torch.randn(20, 20, 20), Windows(patch=(8, 8, 8), threads=2))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 40])
+def test_several_processes_give_what_one_gives(parts: int) -> None:
+    """Played one after another: the first comes last and adds what the others would have sent."""
+    torch.manual_seed(0)
+    model = UNet(dims=3, depth=2, filters=4).eval()
+    volume, windows = torch.randn(30, 33, 20), Windows(patch=(8, 12, 10), batch_size=2)
+    within = torch.zeros(volume.shape, dtype=torch.bool)
+    within[3:12, :20] = within[20:] = True
+    whole = predict_volume(model, volume, windows, within=within)
+    sent: list[list[Tensor]] = []
+    for part in reversed(range(1, parts)):
+        sent.append([])
+        share = Share(part=part, parts=parts, combine=lambda sums: sent[-1].append(sums.clone()))
+        predict_volume(model, volume, windows, within=within, share=share)
+    assert len({len(slabs) for slabs in sent}) == 1
+    arrived = iter(zip(*sent, strict=True))
+
+    def combine(sums: Tensor) -> None:
+        sums += sum(next(arrived))
+
+    first = predict_volume(
+        model, volume, windows, within=within, share=Share(part=0, parts=parts, combine=combine)
+    )
+    assert torch.allclose(first, whole, atol=1e-6)
+    assert next(arrived, None) is None

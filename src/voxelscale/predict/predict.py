@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from voxelscale.geometry import SAME_MM, Grid, Scan, Triple, reorient, resample
 from voxelscale.predict.bundle import Bundle
 from voxelscale.predict.findings import Finding, find_lesions, read_findings, write_findings
 from voxelscale.predict.findings.depth import lung_depth
-from voxelscale.predict.sliding_window import Windows, predict_volume
+from voxelscale.predict.sliding_window import Share, Windows, predict_volume
 
 CASE_FACTS = "case.json"
 """Beside a case's mask and findings: by what they were made, and that they are whole."""
@@ -89,9 +90,9 @@ class _Network:
         self._config = config
         wanted = bundle.config.train.precision
         shape = (1, 1, *self._patch)
-        self._precision = precision or choose_inference(self._network, shape, device, wanted)
+        self.precision = precision or choose_inference(self._network, shape, device, wanted)
 
-    def __call__(self, region: _Region) -> NDArray[np.float32]:
+    def __call__(self, region: _Region, share: Share | None) -> NDArray[np.float32]:
         """Lesion probability in [0, 1] at every voxel of the region's box."""
         probability = predict_volume(
             self._network,
@@ -100,6 +101,7 @@ class _Network:
             prepare=self._normalisation,
             within=None if region.within is None else torch.from_numpy(region.within),
             device=self._device,
+            share=share,
         )
         return probability.numpy()
 
@@ -113,7 +115,7 @@ class _Network:
             # Threads have a window each at a time: together they are a batch.
             batch_size=config.batch_size if threads == 1 else 1,
             flips=config.flips,
-            precision=self._precision,
+            precision=self.precision,
             threads=threads,
         )
 
@@ -141,29 +143,40 @@ class Predictor:
             same_spacing = self._networks.setdefault(one.spacing, [])
             same_spacing.append(_Network(one, config, device, precision))
 
-    def probability(self, image: Scan) -> NDArray[np.float32]:
+    @property
+    def precisions(self) -> list[torch.dtype]:
+        """The precision of each network."""
+        return [network.precision for networks in self._networks.values() for network in networks]
+
+    @precisions.setter
+    def precisions(self, precisions: Sequence[torch.dtype]) -> None:
+        each = [network for networks in self._networks.values() for network in networks]
+        for network, precision in zip(each, precisions, strict=True):
+            network.precision = precision
+
+    def probability(self, image: Scan, share: Share | None = None) -> NDArray[np.float32]:
         """Lesion probability in [0, 1] at every voxel of a scan in HU, on the scan's own grid.
 
-        Of several networks it is the mean.
+        Of several networks it is the mean. With a share, only the process with part 0 has it.
         """
         count = sum(map(len, self._networks.values()))
         total: NDArray[np.float32] | None = None
         for spacing, networks in self._networks.items():
             region = _Region.of(image, spacing, self._config)
-            mean = networks[0](region)
+            mean = networks[0](region, share)
             for network in networks[1:]:
-                mean += network(region)
+                mean += network(region, share)
             mean *= 1 / count
             mean = _on_grid(mean, region, image.grid)
             total = mean if total is None else np.add(total, mean, out=total)
         assert total is not None  # noqa: S101 (a bundle has a network)
         return total
 
-    def look(self, case: str, image: Scan) -> tuple[list[Finding], Scan]:
+    def look(self, case: str, image: Scan, share: Share | None = None) -> tuple[list[Finding], Scan]:
         """The findings in a scan, most confident first, and their mask on the scan's own voxels."""
         findings, mask = find_lesions(
             case,
-            self.probability(image),
+            self.probability(image, share),
             image.grid,
             threshold=self._config.threshold,
             low=self._config.low,
@@ -200,19 +213,17 @@ def predict(sources: Sequence[Source], bundle: Bundle, config: PredictConfig, ou
     ``<out>/<case>/mask.nii.gz`` lies voxel on voxel on the scan, ``<case>/findings.csv`` is LUNA16's
     table and ``findings.json`` has every field; ``<out>/findings.csv`` is the table of all cases. Run
     again with the same arguments it keeps what is whole and unchanged. Started by torchrun, the ranks share
-    the scans out.
+    the scans out, and what remains of them by windows (`voxelscale.predict.ranks`).
 
     Raises:
         VoxelscaleError: no scan could be predicted at all.
     """
     if "RANK" not in os.environ:
-        outcome = _predict_each(sources, bundle, config, out, default_device())
+        outcome = Work(bundle, config, out, default_device()).each(sources)
     else:
-        from voxelscale.train.distributed import join
+        from voxelscale.predict.ranks import predict_in_ranks
 
-        with join(virtual=1, threads=0) as workers:
-            own = _predict_each(sources[workers.rank :: workers.ranks], bundle, config, out, workers.device)
-            outcome = _gathered(own, sources, workers.rank, workers.ranks)
+        outcome = predict_in_ranks(sources, bundle, config, out)
     if outcome.rank:
         return outcome
     if not outcome.findings:
@@ -222,80 +233,102 @@ def predict(sources: Sequence[Source], bundle: Bundle, config: PredictConfig, ou
     return outcome
 
 
-def _gathered(own: Outcome, sources: Sequence[Source], rank: int, ranks: int) -> Outcome:
-    """On rank 0 what became of all ranks' scans, in their order."""
-    import torch.distributed as dist
+@dataclass(frozen=True, kw_only=True)
+class Together(Share):
+    """This process's share of scans that several look at together.
 
-    if ranks == 1:
-        return own
-    parts: list[Any] = [None] * ranks
-    dist.all_gather_object(parts, own)
-    if rank:
-        return replace(own, rank=rank)
-    found = {case: found for part in parts for case, found in part.findings.items()}
-    return Outcome(
-        findings={s.case: found[s.case] for s in sources if s.case in found},
-        kept=sum(part.kept for part in parts),
-        failed=tuple(sorted(fault for part in parts for fault in part.failed)),
-    )
+    Attributes:
+        all_well: whether it is so in all of these processes.
+    """
+
+    all_well: Callable[[bool], bool]
 
 
-def _predict_each(
-    sources: Sequence[Source], bundle: Bundle, config: PredictConfig, out: Path, device: torch.device
-) -> Outcome:
-    predictor: Predictor | None = None
-    identity = bundle.identity
-    findings: dict[str, list[Finding]] = {}
-    failed: list[tuple[str, str, str]] = []
-    kept = 0
-    with Progress("predict", len(sources)) as progress:
-        for done, source in enumerate(sources, start=1):
-            key = _key(source, bundle, config)
-            folder = out / source.case
-            try:
-                if _done(folder, key):
-                    findings[source.case] = read_findings(folder / "findings.json")
-                    kept += 1
-                else:
-                    predictor = predictor or Predictor(bundle, config, device)
-                    findings[source.case] = _predict_case(
-                        predictor, source, folder, {"key": key, "model": identity}
-                    )
-            except VoxelscaleError as error:
-                failed.append((source.case, error.message, error.hint))
-            progress.update(done, source.case)
-    return Outcome(findings=findings, kept=kept, failed=tuple(failed))
+class Work:
+    """Scans to look at with a model, and what is written of each.
+
+    Args:
+        bundle: the model.
+        config: windows and thresholds.
+        out: the folder that gets a folder of each case.
+        device: where it computes.
+    """
+
+    def __init__(self, bundle: Bundle, config: PredictConfig, out: Path, device: torch.device) -> None:
+        self._bundle, self._config, self._out, self._device = bundle, config, out, device
+        self._identity = bundle.identity
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """Made when it is first needed."""
+        return Predictor(self._bundle, self._config, self._device)
+
+    def is_done(self, source: Source) -> bool:
+        """Whether what was written of a scan is whole and unchanged."""
+        return _facts(self._out / source.case).get("key") == self._key(source)
+
+    def each(self, sources: Sequence[Source], together: Together | None = None) -> Outcome:
+        """Look at the scans in turn; of several processes only that with part 0 knows what was found."""
+        findings: dict[str, list[Finding]] = {}
+        failed: list[tuple[str, str, str]] = []
+        kept = 0
+        with Progress("predict", len(sources)) as progress:
+            for done, source in enumerate(sources, start=1):
+                try:
+                    if together is None and self.is_done(source):
+                        findings[source.case] = read_findings(self._out / source.case / "findings.json")
+                        kept += 1
+                    else:
+                        findings[source.case] = self._look(source, together)
+                except VoxelscaleError as error:
+                    failed.append((source.case, error.message, error.hint))
+                progress.update(done, source.case)
+        if together is not None and together.part:
+            return Outcome(findings={}, kept=0, failed=())
+        return Outcome(findings=findings, kept=kept, failed=tuple(failed))
+
+    def _look(self, source: Source, together: Together | None) -> list[Finding]:
+        started = time.monotonic()
+        image = read_image(source) if together is None else _read_together(source, together)
+        if together is not None and together.part:
+            self.predictor.probability(image, together)
+            return []
+        findings, mask = self.predictor.look(source.case, image, together)
+        folder = self._out / source.case
+        write_scan(mask, folder / "mask.nii.gz")
+        write_findings(findings, folder / "findings.csv", folder / "findings.json")
+        seconds = round(time.monotonic() - started, 2)
+        notice(f"{source.case}: {len(findings)} findings in {seconds} s", level=2)
+        facts = {"key": self._key(source), "model": self._identity, "seconds": seconds}
+        # Last, so that its being there says that the case is whole.
+        write_atomic(folder / CASE_FACTS, json.dumps(facts))
+        return findings
+
+    def _key(self, source: Source) -> str:
+        return digest_of([source_stamp(source), self._bundle.digest, asdict(self._config)])[:16]
 
 
-def _predict_case(
-    predictor: Predictor, source: Source, folder: Path, facts: dict[str, Any]
-) -> list[Finding]:
-    started = time.monotonic()
-    image = read_image(source)
-    findings, mask = predictor.look(source.case, image)
-    write_scan(mask, folder / "mask.nii.gz")
-    write_findings(findings, folder / "findings.csv", folder / "findings.json")
-    seconds = round(time.monotonic() - started, 2)
-    notice(f"{source.case}: {len(findings)} findings in {seconds} s", level=2)
-    # Last, so that its being there says that the case is whole.
-    write_atomic(folder / CASE_FACTS, json.dumps({**facts, "seconds": seconds}))
-    return findings
+def _read_together(source: Source, together: Together) -> Scan:
+    """The scan, where all processes could read it: one that could not must not leave the others waiting."""
+    try:
+        image = read_image(source)
+    except VoxelscaleError:
+        together.all_well(False)
+        raise
+    if not together.all_well(True):
+        raise VoxelscaleError(f"{source.image}: another process could not read it", "run it again")
+    return image
 
 
 def predicted_by(folder: Path) -> str:
     """The `Bundle.identity` of the model that predicted a case; "" where its folder does not say."""
+    return str(_facts(folder).get("model", ""))
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What a case's folder says of how it was made; nothing where it is not whole."""
     try:
-        return str(json.loads((folder / CASE_FACTS).read_text(encoding="utf-8"))["model"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
-def _key(source: Source, bundle: Bundle, config: PredictConfig) -> str:
-    return digest_of([source_stamp(source), bundle.digest, asdict(config)])[:16]
-
-
-def _done(folder: Path, key: str) -> bool:
-    try:
-        return bool(json.loads((folder / CASE_FACTS).read_text(encoding="utf-8"))["key"] == key)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        facts = json.loads((folder / CASE_FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}

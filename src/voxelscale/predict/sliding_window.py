@@ -46,6 +46,21 @@ class Windows:
     threads: int = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One of several processes that look at the same volume with the same network.
+
+    Attributes:
+        part, parts: of the windows, every `parts`-th from the `part`-th on is this process's.
+        combine: sums a float32 tensor over the processes, in place in the one with part 0. All of them call
+            it as often and in the same order.
+    """
+
+    part: int
+    parts: int
+    combine: Callable[[Tensor], None]
+
+
 @torch.inference_mode()
 def predict_volume(
     model: nn.Module,
@@ -56,6 +71,7 @@ def predict_volume(
     within: Tensor | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    share: Share | None = None,
 ) -> Tensor:
     """Lesion probability at every voxel, by overlapping windows whose logits are averaged.
 
@@ -70,9 +86,12 @@ def predict_volume(
             left out. What is within is as without it.
         device: where the network is; None: where the volume is.
         dtype: of the result, float32 or float16 (which is exact to 0.0005).
+        share: this process's share of the work; None: all of it. Rows are summed over the processes, so
+            that it is the same to float32's rounding.
 
     Returns:
-        ``(z, y, x)`` in [0, 1], where the volume is.
+        ``(z, y, x)`` in [0, 1], where the volume is. Of several processes only that with part 0 has it;
+        what the others return is not to be used.
     """
     size = volume.shape
     padded = _pad_to(volume, windows.patch)
@@ -85,8 +104,11 @@ def predict_volume(
     if within is not None:
         framed = _framed(within, padded.shape, low)
         places = (p for p in places if _window(framed, p, windows.patch).any())
+    if share is not None:
+        places = itertools.islice(places, share.part, None, share.parts)
     logits = _logits(model, padded, windows, prepare, place, places)
-    probability = _merge(logits, padded.shape, starts, windows.patch, place, volume.device, dtype)
+    combine = None if share is None else share.combine
+    probability = _merge(logits, padded.shape, starts, windows.patch, place, volume.device, dtype, combine)
     result = _window(probability, low, size)
     return result if within is None else result.masked_fill_(~within, 0)
 
@@ -152,6 +174,7 @@ def _merge(
     device: torch.device,
     home: torch.device,
     dtype: torch.dtype,
+    combine: Callable[[Tensor], None] | None,
 ) -> Tensor:
     """Probabilities from the windows' logits, which come by rows along z."""
     profiles = [gaussian_profile(p).to(device) for p in patch]
@@ -163,23 +186,24 @@ def _merge(
     plane = along_y[:, None] * along_x
     result = torch.zeros(tuple(shape), dtype=dtype, device=home)
     slab = torch.zeros((patch[0], *shape[1:]), device=device)
-    first = 0
 
-    def finish(until: int) -> None:
+    def finish(begin: int, until: int) -> None:
         """Slices before `until` are complete: write them, and move the others up."""
-        nonlocal first, slab
-        for z in range(first, until, patch[0]):
-            count = min(until - z, patch[0])
-            sums = along_z[z : z + count, None, None] * plane
-            result[z : z + count] = (slab[:count] / sums).sigmoid_().to(home, dtype)
-            slab = torch.cat([slab[count:], torch.zeros_like(slab[:count])])
-        first = until
+        nonlocal slab
+        count = until - begin
+        if combine is not None:
+            combine(slab[:count])
+        sums = along_z[begin:until, None, None] * plane
+        result[begin:until] = (slab[:count] / sums).sigmoid_().to(home, dtype)
+        slab = torch.cat([slab[count:], torch.zeros_like(slab[:count])])
 
-    for place, part in logits:
-        if place[0] > first:
-            finish(place[0])
-        _window(slab, (0, *place[1:]), patch).addcmul_(part, weight)
-    finish(min(first + patch[0], shape[0]))
+    waiting = next(logits, None)
+    for row, following in itertools.pairwise([*starts[0], shape[0]]):
+        while waiting is not None and waiting[0][0] == row:
+            place, part = waiting
+            _window(slab, (0, *place[1:]), patch).addcmul_(part, weight)
+            waiting = next(logits, None)
+        finish(row, following)
     return result
 
 
