@@ -139,6 +139,7 @@ def common(
     voxelscale compare predictions/ others/ scans/    whether one model is better than another
     voxelscale froc findings.csv --annotations ...    a submission scored as LUNA16 does
     voxelscale calibrate run/ val/ scans/             confidence that means what it says
+    voxelscale refine run/ store/                     a second look at every finding
     voxelscale ensemble all.vxs run1/ run2/           several models as one
     voxelscale report predictions/ scans/ --run run/  one HTML page
 
@@ -502,6 +503,37 @@ def predict(
             print(f"  and {len(findings) - 5} less certain ones")
     print(f"masks and findings in {out}")
     return code
+
+
+@verb
+def refine(
+    run: Annotated[Path, typer.Argument(help="A trained run's folder, or its model.vxs.")],
+    store: Annotated[Path, typer.Argument(help="The store that it was trained on.")],
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> int:
+    """Train a second look at what a model finds.
+
+    \b
+    voxelscale refine run/ store/
+    voxelscale refine run/ store/ --set refine.samples=30000
+
+    The model looks at its own training scans; a second, small network learns from crops around what it
+    found there, and around the lesions, to tell them apart. It becomes part of the model: predict then
+    gives each finding the geometric mean of both confidences, and also lists what only reaches
+    refine.candidates. Masks stay. Calibrate afterwards. Ctrl-C saves; the same command goes on.
+    """
+    from voxelscale.predict.bundle import read_bundle
+    from voxelscale.predict.refine import refine as run_refine
+
+    settings = read_config(config, set_, read_bundle(run).config)
+    found = run_refine(run, store, settings)
+    if found is None:
+        notice(f"stopped and saved; to go on: voxelscale refine {run} {store}")
+        return 130
+    print(f"trained on {len(found.lesions)} lesions and {len(found.others)} candidates that are none")
+    print(f"the second look is in {run if run.is_file() else run / 'model.vxs'}")
+    return 0
 
 
 @verb

@@ -308,6 +308,18 @@ class PredictConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RefineConfig:
+    """The second network, which judges what the first one finds."""
+
+    candidates: float = 0.01
+    """Lesion probability from which on a component is judged."""
+    samples: int = 16_000
+    """Crops, half of them of lesions, that it is trained on."""
+    batch_size: int = 32
+    lr: float = 2e-3
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScaleConfig:
     """The scaling study: which trainings, and on what machine the time is told."""
 
@@ -391,6 +403,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
 
@@ -658,6 +671,10 @@ def _check(config: Config) -> None:
             c.predict.low is None or 0 < c.predict.low <= c.predict.threshold,
             "above 0 and at most predict.threshold, or null",
         ),
+        ("refine.candidates", 0 < c.refine.candidates < 1, "between 0 and 1"),
+        ("refine.samples", c.refine.samples >= 1, "at least 1"),
+        ("refine.batch_size", c.refine.batch_size >= 2, "at least 2"),
+        ("refine.lr", c.refine.lr > 0, "above 0"),
         ("predict.merge_mm", 0 <= c.predict.merge_mm < float("inf"), "at least 0 mm"),
     ]
     for key, right, wanted in rules:

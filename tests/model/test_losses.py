@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from monai.losses.dice import DiceLoss
+from scipy import ndimage
 from torch.nn import functional as F
 
-from voxelscale.model.losses import dice_cross_entropy, small_lesion_weight, soft_dice
+from voxelscale.model.losses import AROUND, dice_cross_entropy, small_lesion_weight, soft_dice
 
 
 @pytest.fixture
@@ -77,6 +79,19 @@ def test_the_hardest_voxels_of_each_sample(batch: tuple[torch.Tensor, torch.Tens
     wanted = entropy.sort(descending=True).values[:, :count].mean()
     loss, _ = dice_cross_entropy(logits, target, dice=0.0, hardest=0.1)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(12, 30, 22), (26, 17)])
+def test_the_weight_is_of_the_cube_about_each_voxel(shape: tuple[int, ...]) -> None:
+    """Against SciPy's mean filter, for samples with lesions here, there and nowhere."""
+    random = np.random.default_rng(0)
+    masks = np.zeros((3, *shape), bool)
+    masks[0] = ndimage.binary_dilation(random.random(shape) > 0.995, iterations=2)
+    masks[1].flat[-1] = True  # in a corner
+    share = [ndimage.uniform_filter(mask.astype(float), AROUND, mode="constant") for mask in masks]
+    wanted = np.where(masks, (0.5 / np.maximum(share, 1e-9)) ** 0.7, 1).clip(1)
+    weight = small_lesion_weight(torch.from_numpy(masks[:, None]).float(), 0.7)
+    assert weight[:, 0].numpy() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_voxels_of_small_lesions_weigh_more() -> None:

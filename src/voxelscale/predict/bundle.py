@@ -21,11 +21,12 @@ from voxelscale.device import to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import read_sealed, seal_of, write_sealed
 from voxelscale.model.build import build_model
+from voxelscale.model.judge import JudgeNet
 from voxelscale.model.registry import check_name
 from voxelscale.model.unet import fold_batch_norms
 
-FORMAT, FORMAT_OF_SEVERAL = 1, 2
-"""Of a file with one network; with several, which a reader of the first alone would take for one."""
+FORMAT, FORMAT_OF_MORE = 1, 2
+"""Of a file with one network; with more, which a reader of the first kind would take for one."""
 
 MOST_NETWORKS = 100
 
@@ -75,6 +76,8 @@ class Bundle:
         trained: facts for a person: samples seen, validation Dice, version, data set.
         digest: of the file it was read from; "" where it was not.
         calibration: of the findings' confidence; None: none was made.
+        judge: weights of a `voxelscale.model.judge.JudgeNet` that looks again at what the network finds;
+            None: there is none.
         others: further networks whose probabilities are averaged with this one's, each a bundle of its own
             without others or calibration.
     """
@@ -86,6 +89,7 @@ class Bundle:
     trained: dict[str, Any]
     digest: str = ""
     calibration: Calibration | None = None
+    judge: dict[str, Tensor] | None = None
     others: tuple[Bundle, ...] = ()
 
     @property
@@ -95,13 +99,15 @@ class Bundle:
 
     @property
     def identity(self) -> str:
-        """Of what makes its scores: weights, spacing and normalisation; not of its calibration."""
+        """Of what makes its scores: all weights, spacing and normalisation; not of its calibration."""
         digest = hashlib.sha256()
         for one in self.networks:
             digest.update(repr((one.spacing, one.normalisation)).encode())
-            for name, weight in sorted(one.weights.items()):
-                digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-                digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            for weights in (one.weights, one.judge or {}):
+                for name, weight in sorted(weights.items()):
+                    digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+                    plain = weight.detach().cpu().contiguous().flatten()
+                    digest.update(plain.view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
     @property
@@ -122,12 +128,20 @@ class Bundle:
             ) from None
         return to_channels_last(fold_batch_norms(model.eval()).to(device))
 
+    def judge_network(self, device: torch.device) -> nn.Module | None:
+        """The second network, in evaluation mode, on a device; None where there is none."""
+        if self.judge is None:
+            return None
+        network = JudgeNet()
+        network.load_state_dict(self.judge)
+        return to_channels_last(network.eval().to(device))
+
 
 def write_bundle(path: Path, bundle: Bundle) -> None:
     """Write it, atomically and with a checksum."""
     buffer = io.BytesIO()
     content = {
-        "format": FORMAT_OF_SEVERAL if bundle.others else FORMAT,
+        "format": FORMAT_OF_MORE if bundle.others or bundle.judge else FORMAT,
         **_content(bundle),
         "calibration": None if bundle.calibration is None else asdict(bundle.calibration),
     }
@@ -145,6 +159,7 @@ def _content(bundle: Bundle) -> dict[str, Any]:
         "spacing": list(bundle.spacing),
         "normalisation": asdict(bundle.normalisation),
         "trained": bundle.trained,
+        "judge": None if bundle.judge is None else {n: v.detach().cpu() for n, v in bundle.judge.items()},
     }
 
 
@@ -170,9 +185,9 @@ def read_bundle(path: Path) -> Bundle:
     path = bundle_path(path)
     content = load_untrusted(path)
     try:
-        if content["format"] not in (FORMAT, FORMAT_OF_SEVERAL):
+        if content["format"] not in (FORMAT, FORMAT_OF_MORE):
             raise VoxelscaleError(f"{path}: format {content['format']}, not {FORMAT}", "train again")
-        several = content["others"] if content["format"] == FORMAT_OF_SEVERAL else []
+        several = content.get("others", [])
         if not isinstance(several, list) or len(several) >= MOST_NETWORKS:
             raise ValueError("its networks are no list, or too many")
         bundle = replace(
@@ -196,6 +211,7 @@ def _of_content(content: Mapping[str, Any], path: Path) -> Bundle:
         spacing=(z, y, x),
         normalisation=Normalisation(**content["normalisation"]),
         trained=content["trained"],
+        judge=content.get("judge"),
     )
     _check(bundle)
     return bundle
@@ -231,21 +247,34 @@ def _check(bundle: Bundle) -> None:
         raise ValueError(f"a patch of {bundle.patch} voxels")
     if not isinstance(bundle.trained, dict):
         raise TypeError("what it says of its training is no table")
+    _check_plain(bundle.weights)
     _check_network(bundle)
-    for name, weight in bundle.weights.items():
-        if not weight.isfinite().all():
-            raise ValueError(f"its weight {name} is not finite")
+    _check_finite(bundle.weights)
+    if bundle.judge is not None:
+        _check_plain(bundle.judge)
+        with torch.device("meta"):
+            _check_same(JudgeNet().state_dict(), bundle.judge)
+        _check_finite(bundle.judge)
 
 
-def _check_network(bundle: Bundle) -> None:
-    """Whether the weights are those of the network, by name, kind and shape."""
-    config = bundle.config.model
-    for name, weight in bundle.weights.items():
+def _check_plain(weights: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
         if not isinstance(name, str) or not isinstance(weight, Tensor):
             raise TypeError("its weights are none")
         real = weight.layout == torch.strided and not weight.is_complex() and not weight.is_quantized
         if not real or weight.numel() * weight.element_size() > weight.untyped_storage().nbytes():
             raise TypeError(f"its weight {name} is not a plain array")
+
+
+def _check_finite(weights: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"its weight {name} is not finite")
+
+
+def _check_network(bundle: Bundle) -> None:
+    """Whether the weights are those of the network, by name and shape."""
+    config = bundle.config.model
     try:
         if config.name != "unet":  # what it is made of, only its package knows
             check_name(config.name)
@@ -256,10 +285,14 @@ def _check_network(bundle: Bundle) -> None:
             wanted = build_model(config, bundle.config.data.patch_size, bundle.spacing).state_dict()
     except VoxelscaleError as error:
         raise ValueError(error.message) from None
-    for name in sorted(wanted.keys() | bundle.weights.keys()):
-        if name not in wanted or name not in bundle.weights:
+    _check_same(wanted, bundle.weights)
+
+
+def _check_same(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    for name in sorted(wanted.keys() | weights.keys()):
+        if name not in wanted or name not in weights:
             raise ValueError(f"its weights are of another network: {name} is in one of them only")
-        if wanted[name].shape != bundle.weights[name].shape:
+        if wanted[name].shape != weights[name].shape:
             raise ValueError(f"its weights are of another network: {name} has another shape")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -22,15 +23,20 @@ from voxelscale.data.listing import Source
 from voxelscale.data.lungs import body_field, lung_field
 from voxelscale.data.prepare import resample_hu, source_stamp
 from voxelscale.data.reading import read_image
+from voxelscale.data.store import AIR_HU
 from voxelscale.device import choose_inference, default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.formats import write_scan
-from voxelscale.geometry import SAME_MM, Grid, Scan, Triple, reorient, resample
+from voxelscale.geometry import SAME_MM, Grid, IntTriple, Scan, Triple, reorient, resample
+from voxelscale.model.judge import crop_shape, crop_start
 from voxelscale.predict.bundle import Bundle
 from voxelscale.predict.findings import Finding, find_lesions, read_findings, write_findings
 from voxelscale.predict.findings.depth import lung_depth
 from voxelscale.predict.sliding_window import Share, Windows, predict_volume
+
+JUDGED_AT_ONCE = 64
+"""Findings in a batch of the second look."""
 
 CASE_FACTS = "case.json"
 """Beside a case's mask and findings: by what they were made, and that they are whole."""
@@ -139,6 +145,7 @@ class Predictor:
     ) -> None:
         self._config, self._calibration = config, bundle.calibration
         self._networks: dict[Triple, list[_Network]] = {}
+        self._judges = [judge for one in bundle.networks if (judge := _Judge.of(one, device))]
         for one in bundle.networks:
             same_spacing = self._networks.setdefault(one.spacing, [])
             same_spacing.append(_Network(one, config, device, precision))
@@ -159,10 +166,15 @@ class Predictor:
 
         Of several networks it is the mean. With a share, only the process with part 0 has it.
         """
+        return self._look(image, share)[0]
+
+    def _look(self, image: Scan, share: Share | None) -> tuple[NDArray[np.float32], dict[Triple, _Region]]:
+        """The probability, and the scan as it was resampled to each spacing."""
+        regions = {spacing: _Region.of(image, spacing, self._config) for spacing in self._networks}
         count = sum(map(len, self._networks.values()))
         total: NDArray[np.float32] | None = None
         for spacing, networks in self._networks.items():
-            region = _Region.of(image, spacing, self._config)
+            region = regions[spacing]
             mean = networks[0](region, share)
             for network in networks[1:]:
                 mean += network(region, share)
@@ -170,13 +182,14 @@ class Predictor:
             mean = _on_grid(mean, region, image.grid)
             total = mean if total is None else np.add(total, mean, out=total)
         assert total is not None  # noqa: S101 (a bundle has a network)
-        return total
+        return total, regions
 
     def look(self, case: str, image: Scan, share: Share | None = None) -> tuple[list[Finding], Scan]:
         """The findings in a scan, most confident first, and their mask on the scan's own voxels."""
+        probability, regions = self._look(image, share)
         findings, mask = find_lesions(
             case,
-            self.probability(image, share),
+            probability,
             image.grid,
             threshold=self._config.threshold,
             low=self._config.low,
@@ -186,12 +199,64 @@ class Predictor:
             image=image.array,
             depth=lung_depth(image),
         )
+        if self._judges and findings:
+            verdicts = [judge(findings, regions[judge.spacing].volume) for judge in self._judges]
+            findings = _with_verdict(findings, np.mean(verdicts, axis=0))
         if (calibration := self._calibration) is not None:
             findings = [
                 replace(f, probability=float(calibration(f.probability if f.score is None else f.score)))
                 for f in findings
             ]
         return findings, Scan(mask, image.affine)
+
+
+class _Judge:
+    """A network that looks again at what was found."""
+
+    def __init__(self, network: nn.Module, bundle: Bundle, device: torch.device) -> None:
+        self._network, self._device = network, device
+        self._normalise, self.spacing = bundle.normalisation, bundle.spacing
+
+    @classmethod
+    def of(cls, bundle: Bundle, device: torch.device) -> _Judge | None:
+        """A bundle's, if it has one."""
+        network = bundle.judge_network(device)
+        return None if network is None else cls(network, bundle, device)
+
+    def __call__(self, findings: Sequence[Finding], volume: Scan) -> NDArray[np.float64]:
+        """(n,) probabilities of being lesions, each the mean over crops mirrored along one axis or none."""
+        centres = volume.grid.mm_to_index([(f.x, f.y, f.z) for f in findings])
+        shape = crop_shape(self.spacing)
+        starts = [crop_start(centre, shape) for centre in centres]
+        verdicts = []
+        for first in range(0, len(starts), JUDGED_AT_ONCE):
+            crops = [_crop(volume.array, start, shape) for start in starts[first : first + JUDGED_AT_ONCE]]
+            batch = self._normalise(torch.from_numpy(np.stack(crops)[:, None]).to(self._device))
+            batch = batch.contiguous(memory_format=torch.channels_last_3d)
+            with torch.inference_mode():
+                looks = [self._network(batch.flip(axes)).sigmoid() for axes in ((), (2,), (3,), (4,))]
+            verdicts.append(torch.stack(looks).mean(0)[:, 0].double().cpu().numpy())
+        return np.concatenate(verdicts)
+
+
+def _crop(volume: NDArray[np.int16], start: IntTriple, shape: IntTriple) -> NDArray[np.int16]:
+    """A window of a scan; air beyond it."""
+    out = np.full(shape, AIR_HU, np.int16)
+    low = [max(0, s) for s in start]
+    high = [min(s + n, size) for s, n, size in zip(start, shape, volume.shape, strict=True)]
+    if all(h > a for h, a in zip(high, low, strict=True)):
+        there = tuple(slice(a - s, h - s) for a, h, s in zip(low, high, start, strict=True))
+        out[there] = volume[tuple(map(slice, low, high))]
+    return out
+
+
+def _with_verdict(findings: Sequence[Finding], verdicts: NDArray[np.float64]) -> list[Finding]:
+    """Each finding's score becomes its geometric mean with what the second look says; in the new order."""
+    judged = []
+    for finding, verdict in zip(findings, verdicts, strict=True):
+        score = math.sqrt(finding.probability * float(verdict))
+        judged.append(replace(finding, probability=score, score=score))
+    return sorted(judged, key=lambda f: (-f.probability, f.index))
 
 
 def _on_grid(probability: NDArray[np.float32], region: _Region, grid: Grid) -> NDArray[np.float32]:

@@ -1,0 +1,209 @@
+"""Training the second look: what a trained network takes for lesions in its training scans, and which are.
+
+`docs/benchmarks.md` ("False positives") holds it against hard negatives in the first network's training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from voxelscale.config import Config, PredictConfig
+from voxelscale.console import Progress
+from voxelscale.data.augment import Normalisation
+from voxelscale.data.randomness import generator
+from voxelscale.data.store import CaseInfo, Reader, Store, open_store
+from voxelscale.device import default_device
+from voxelscale.errors import VoxelscaleError
+from voxelscale.evaluate.froc import match
+from voxelscale.geometry import Scan, Triple
+from voxelscale.model.judge import JudgeNet, crop_shape, crop_start
+from voxelscale.predict.bundle import Bundle, bundle_path, read_bundle, write_bundle
+from voxelscale.predict.findings import find_lesions, lesions_of_mask
+from voxelscale.predict.predict import Predictor
+from voxelscale.train.fitting import fit
+
+FOLDER = "refine"
+"""Beside the model: the candidates and the training."""
+NOISE_HU = 15.0
+LEAST = 10
+"""Of candidates that are none, and of lesions; fewer teach nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Places in the training scans, in voxels (z, y, x) of the store.
+
+    Attributes:
+        lesions: case and centre of each true lesion.
+        others: case and centre of what the network took for one, and is none.
+    """
+
+    lesions: list[tuple[str, Triple]]
+    others: list[tuple[str, Triple]]
+
+
+def refine(run: Path, store_path: Path, config: Config) -> Candidates | None:
+    """Train a second look for a run's model and put it into its ``model.vxs``.
+
+    Interrupted, it goes on where it was. The model's calibration, which is of other scores, is dropped.
+
+    Args:
+        run: the run's folder, or a model file.
+        store_path: the store that it was trained on.
+        config: `refine`, `predict` and `train` of it are used.
+
+    Returns:
+        what it was trained on; None after Ctrl-C, which saves.
+
+    Raises:
+        VoxelscaleError: the model is of another store, or an ensemble; too few candidates.
+    """
+    path = bundle_path(run)
+    bundle, store = read_bundle(path), open_store(store_path)
+    _check(bundle, store, path)
+    before, bundle = bundle, replace(bundle, judge=None, calibration=None)
+    folder = path.parent / FOLDER
+    candidates = find_candidates(bundle, store, config, folder)
+    for there, what in ((candidates.lesions, "lesions"), (candidates.others, "candidates that are none")):
+        if len(there) < LEAST:
+            raise VoxelscaleError(
+                f"{store_path}: {len(there)} {what} in the training scans; {LEAST} are needed",
+                "lower refine.candidates, or train on more scans",
+            )
+    torch.manual_seed(config.train.seed)
+    network = JudgeNet()
+    crops = Crops(candidates, store, bundle.normalisation, config.train.seed)
+    training, loss = training_of(config), F.binary_cross_entropy_with_logits
+    result = fit(network, loss, crops, training, run=folder / bundle.identity)
+    if not result.finished:
+        return None
+    weights = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+    lowered = min(bundle.config.predict.candidates, config.refine.candidates)
+    predict = replace(bundle.config.predict, candidates=lowered)
+    refined = replace(bundle, judge=weights, config=replace(bundle.config, predict=predict))
+    if refined.identity != before.identity:  # else it is there, and perhaps calibrated
+        write_bundle(path, refined)
+    return candidates
+
+
+def _check(bundle: Bundle, store: Store, path: Path) -> None:
+    if "RANK" in os.environ:
+        raise VoxelscaleError("refine runs in one process", "start it without torchrun")
+    if bundle.others:
+        raise VoxelscaleError(
+            f"{path}: is an ensemble", "refine each of its models, then voxelscale ensemble again"
+        )
+    if bundle.trained.get("data") != store.fingerprint["digest"]:
+        raise VoxelscaleError(
+            f"{path}: was not trained on {store.path}", "name the store that it was trained on"
+        )
+
+
+def training_of(config: Config) -> Config:
+    """The config of the second network's training."""
+    wanted = config.refine
+    train = replace(
+        config.train,
+        samples=wanted.samples,
+        batch_size=wanted.batch_size,
+        validate_every=0,
+        ranks=1,
+        virtual_workers=1,
+    )
+    optim = replace(
+        config.optim, name="adamw", lr=wanted.lr, reference_batch=wanted.batch_size, grow_from=0
+    )
+    # Windows and thresholds play no part in it, and must not keep it from going on.
+    return replace(config, train=train, optim=optim, predict=PredictConfig())
+
+
+def find_candidates(bundle: Bundle, store: Store, config: Config, folder: Path) -> Candidates:
+    """Look at the training scans; each one's result is kept in the folder, for the same command again."""
+    lines = _Lines(folder / f"{bundle.identity}-{config.refine.candidates:g}.jsonl")
+    cases = store.split("train")
+    predictor: Predictor | None = None
+    with Progress("look for candidates", len(cases)) as progress:
+        for done, info in enumerate(cases, start=1):
+            if info.case not in lines.known:
+                predictor = predictor or Predictor(bundle, config.predict, default_device())
+                lines.add(info.case, _candidates_in(info, store, predictor, config))
+            progress.update(done, info.case)
+    found = [(info.case, lines.known[info.case]) for info in cases]
+    return Candidates(
+        lesions=[(case, place) for case, places in found for place in places["lesions"]],
+        others=[(case, place) for case, places in found for place in places["others"]],
+    )
+
+
+def _candidates_in(
+    info: CaseInfo, store: Store, predictor: Predictor, config: Config
+) -> dict[str, list[Triple]]:
+    image, mask = store.read(info.case)
+    scan = Scan(image, np.asarray(info.affine))
+    findings, _ = find_lesions(
+        info.case,
+        predictor.probability(scan),
+        scan.grid,
+        threshold=config.predict.threshold,
+        low=config.predict.low,
+        candidates=config.refine.candidates,
+        merge_mm=config.predict.merge_mm,
+        min_volume_mm3=config.predict.min_volume_mm3,
+    )
+    lesions = lesions_of_mask(info.case, mask, scan.grid)
+    others = [f.index for f in findings if match(lesions, [f]).false_positives]
+    return {"lesions": [lesion.index for lesion in lesions], "others": others}
+
+
+class _Lines:
+    """What was found in each case, a line of JSON a case; a torn last line counts as none."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.known: dict[str, dict[str, list[Triple]]] = {}
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                    self.known[entry["case"]] = {name: entry[name] for name in ("lesions", "others")}
+                except (ValueError, KeyError, TypeError):
+                    continue
+
+    def add(self, case: str, places: dict[str, list[Triple]]) -> None:
+        self.known[case] = places
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps({'case': case, **places})}")
+
+
+class Crops:
+    """Crops about lesions and about candidates that are none, as often; mirrored, moved and noised.
+
+    Sample i is a pure function of (seed, i).
+    """
+
+    def __init__(self, candidates: Candidates, store: Store, normalise: Normalisation, seed: int) -> None:
+        self._candidates, self._normalise, self._seed = candidates, normalise, seed
+        self._reader = Reader(store.path)
+        self._shape = crop_shape(store.spacing)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        random = generator(self._seed, index, 0)
+        lesion = random.random() < 0.5
+        places = self._candidates.lesions if lesion else self._candidates.others
+        case, centre = places[int(random.random() * len(places))]
+        moved = np.asarray(centre) + random.integers(-1, 1, 3, endpoint=True)
+        region = self._reader.region(case, crop_start(moved.tolist(), self._shape), self._shape)
+        sides = tuple(slice(None, None, int(side)) for side in random.choice([-1, 1], 3))
+        crop: NDArray[Any] = region[0][sides] + random.normal(0, NOISE_HU, self._shape)
+        return self._normalise(torch.from_numpy(crop))[None], torch.tensor([float(lesion)])
