@@ -59,6 +59,8 @@ BASE = [
     "train.validate_every=0",
     "train.precision=bf16",
     "optim.lr=0.004",
+    "loss.small=0",
+    "loss.hardest=1",
     "predict.lungs=true",
 ]
 CENTRES = "cross-entropy 5, centres"

@@ -172,10 +172,10 @@ class LossConfig:
     """Weight of the voxel-wise cross-entropy; a mean over voxels, of which a lesion's are few."""
     smooth: float = 1.0
     """Added to the soft Dice's numerator and denominator, in voxels."""
-    small: float = 0.0
+    small: float = 0.5
     """How much more voxels of small lesions weigh in the cross-entropy: an exponent; 0: not at all, 1:
     inversely to how much lesion there is around them."""
-    hardest: float = 1.0
+    hardest: float = 0.1
     """Share of a patch's voxels, those of the largest cross-entropy, that make its mean; 1: all of them."""
 
 
@@ -293,7 +293,7 @@ class PredictConfig:
     low: float | None = None
     """Lesion probability down to which the voxels that hang together with such a one belong to the finding
     and its mask; null: the threshold itself."""
-    candidates: float = 0.2
+    candidates: float = 0.05
     """Lesion probability above which a component is listed as a doubtful finding, outside the mask."""
     merge_mm: float = 0.0
     """Findings whose surfaces are at most so many mm apart are one; doubtful ones likewise; 0: off."""
