@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
-from voxelscale.config import Config
+from voxelscale.config import Config, LossConfig
 from voxelscale.data.augment import Normalisation, make_batch
 from voxelscale.data.lungs import lung_field
 from voxelscale.data.patches import PatchSource, Sample
@@ -46,13 +47,14 @@ def heat_map(mask: NDArray[np.bool_], spacing: Triple) -> NDArray[np.float32]:
     return heat
 
 
-def loss(logits: Tensor, target: Tensor) -> Tensor:
+def loss(logits: Tensor, target: Tensor, config: LossConfig) -> Tensor:
     """The product's loss of the mask and a focal loss of the heat map (Law and Deng, "CornerNet", 2018).
 
     Args:
         logits, target: ``(batch, 2, z, y, x)``, mask and heat map.
     """
-    mask_loss, _ = dice_cross_entropy(logits[:, :1], target[:, :1], cross_entropy=5.0)
+    weights = {name: getattr(config, name) for name in ("cross_entropy", "small", "hardest")}
+    mask_loss, _ = dice_cross_entropy(logits[:, :1], target[:, :1], **weights)
     x, heat = logits[:, 1], target[:, 1]
     p = x.sigmoid()
     peak = (heat == 1).float()
@@ -79,7 +81,7 @@ def train(config: Config, store_path: Path, run: Path) -> nn.Module:
     pools = plan_pooling(config.data.patch_size, store.spacing, model.depth)
     network = UNet(classes=2, depth=model.depth, filters=model.filters, norm=model.norm, pools=pools)
     source = PatchSource(store, config.data, config.augment, config.train.seed)
-    fit(network, loss, source, config, run=run, collate=collate)
+    fit(network, partial(loss, config=config.loss), source, config, run=run, collate=collate)
     return network.eval()
 
 
