@@ -61,6 +61,7 @@ BASE = [
     "optim.lr=0.004",
     "loss.small=0",
     "loss.hardest=1",
+    "loss.centres=0",
     "predict.lungs=true",
 ]
 CENTRES = "centres"
