@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from voxelscale.data.store import CaseInfo, Reader, Store, open_store
 from voxelscale.device import default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import match
+from voxelscale.files import digest_of
 from voxelscale.geometry import Scan, Triple
 from voxelscale.model.judge import JudgeNet, crop_shape, crop_start
 from voxelscale.predict.bundle import Bundle, bundle_path, read_bundle, write_bundle
@@ -35,7 +36,7 @@ from voxelscale.train.fitting import fit
 FOLDER = "refine"
 """Beside the model: the candidates and the training."""
 NOISE_HU = 15.0
-LEAST = 10
+LEAST = 5
 """Of candidates that are none, and of lesions; fewer teach nothing."""
 
 
@@ -84,7 +85,8 @@ def refine(run: Path, store_path: Path, config: Config) -> Candidates | None:
     network = JudgeNet()
     crops = Crops(candidates, store, bundle.normalisation, config.train.seed)
     training, loss = training_of(config), F.binary_cross_entropy_with_logits
-    result = fit(network, loss, crops, training, run=folder / bundle.identity)
+    key = digest_of([bundle.identity, asdict(config.refine), config.train.seed])[:16]
+    result = fit(network, loss, crops, training, run=folder / key)
     if not result.finished:
         return None
     weights = {name: value.detach().cpu() for name, value in network.state_dict().items()}
