@@ -1,4 +1,4 @@
-"""A network that keeps its heat map of lesions' centres, for benchmarks/detection.py: are peaks findings?"""
+"""A network that keeps its heat map of lesions' centres, for benchmarks/detection.py: do peaks find more?"""
 
 from __future__ import annotations
 
