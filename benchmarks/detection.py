@@ -61,12 +61,11 @@ BASE = [
     "optim.lr=0.004",
     "loss.small=0",
     "loss.hardest=1",
-    "loss.centres=0",
     "predict.lungs=true",
 ]
-DEFAULT = "all four (the default)"
-PEAKS = "cross-entropy 5, centres"
-"""With the heat map of lesions' centres kept, so that its peaks can be findings (benchmarks/centres.py)."""
+DEFAULT = "cross-entropy 5, small, hardest"
+CENTRES = "centres"
+"""In a recipe's name: with a heat map of the lesions' centres beside the mask (benchmarks/centres.py)."""
 RECIPES: dict[str, list[str]] = {
     "plain": ["loss.cross_entropy=1"],
     "small lesions weigh more": ["loss.cross_entropy=1", "loss.small=0.5"],
@@ -74,9 +73,13 @@ RECIPES: dict[str, list[str]] = {
     "cross-entropy 5": ["loss.cross_entropy=5"],
     "cross-entropy 5, small": ["loss.cross_entropy=5", "loss.small=0.5"],
     "cross-entropy 5, hardest": ["loss.cross_entropy=5", "loss.hardest=0.1"],
-    "cross-entropy 5, small, hardest": ["loss.cross_entropy=5", "loss.small=0.5", "loss.hardest=0.1"],
-    PEAKS: ["loss.cross_entropy=5", "loss.centres=0.25"],
-    DEFAULT: ["loss.cross_entropy=5", "loss.small=0.5", "loss.hardest=0.1", "loss.centres=0.25"],
+    DEFAULT: ["loss.cross_entropy=5", "loss.small=0.5", "loss.hardest=0.1"],
+    "cross-entropy 5, centres": ["loss.cross_entropy=5"],
+    "cross-entropy 5, small, hardest, centres": [
+        "loss.cross_entropy=5",
+        "loss.small=0.5",
+        "loss.hardest=0.1",
+    ],
 }
 WAYS: dict[str, dict[str, float | None]] = {
     "components at 0.5": {"threshold": 0.5, "candidates": None},
@@ -118,7 +121,7 @@ def train_and_look(job: tuple[Path, str, int, int, Path]) -> Path:
         return maps
     config = config_of(recipe, seed, samples)
     look: Callable[[Scan], dict[str, NDArray[np.float32]]]
-    if recipe == PEAKS:
+    if CENTRES in recipe:
         network = centres.train(config, store, maps)
         look = partial(centres.look, network, config, store)
     else:
@@ -198,7 +201,7 @@ def rows_of(folder: Path, seeds: int, samples: int) -> list[dict[str, Any]]:
         for name, way in WAYS.items():
             each = [score([one], sources, truths, way) for one in maps]
             rows.append({"recipe": recipe, "way": name, **summary(each)})
-        if recipe == PEAKS:
+        if CENTRES in recipe:
             each = [score_centres(one, sources, truths) for one in maps]
             rows.append({"recipe": recipe, "way": "peaks of the heat map", **summary(each)})
         together = score(maps, sources, truths, WAYS["doubtful from 0.05"])

@@ -177,9 +177,6 @@ class LossConfig:
     inversely to how much lesion there is around them."""
     hardest: float = 0.1
     """Share of a patch's voxels, those of the largest cross-entropy, that make its mean; 1: all of them."""
-    centres: float = 0.25
-    """Weight of a heat map of the lesions' centres that the U-Net learns beside the mask; the trained model
-    leaves it out. 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -609,7 +606,6 @@ def _check(config: Config) -> None:
         ("data.foreground", 0 <= c.data.foreground <= 1, "between 0 and 1"),
         ("data.patches_per_case", c.data.patches_per_case >= 0, "at least 0"),
         ("loss.small", 0 <= c.loss.small <= 2, "between 0 and 2"),
-        ("loss.centres", c.loss.centres >= 0, "at least 0"),
         ("loss.hardest", 0 < c.loss.hardest <= 1, "above 0 and at most 1"),
         ("augment.strength", c.augment.strength >= 0, "at least 0"),
         ("data.readers", c.data.readers >= 1, "at least 1"),

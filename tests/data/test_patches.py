@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from voxelscale.config import AugmentConfig, Config, DataConfig, load
 from voxelscale.data import augment
-from voxelscale.data.augment import CENTRE_SIGMA_MM, Normalisation, centre_maps, make_batch
+from voxelscale.data.augment import Normalisation, make_batch
 from voxelscale.data.augment_plan import Augmentation, draw_augmentation, region_of
 from voxelscale.data.patches import PatchSource, place_window, read_ahead, worker_indices
 from voxelscale.data.randomness import generator
@@ -380,51 +380,6 @@ def test_a_turned_mask_is_the_whole_regions(store: Store) -> None:
         # A voxel within rounding of one half may fall to either side.
         near_half = (whole.flip(flips) - 0.5).abs() < 1e-3
         assert torch.equal(mask[0, 0][~near_half], wanted[~near_half])
-
-
-@pytest.mark.parametrize("augmented", [PLAIN, replace(TURNED, p_affine=0.0), TURNED])
-def test_centres_move_with_their_lesions(store: Store, augmented: AugmentConfig) -> None:
-    """A ball drawn into the region: its turned mask's centroid is where the heat map is 1."""
-    patches, spacing = source(store, augmented, foreground=1.0), (5.0, 4.0, 4.0)
-    for index in range(12):
-        sample = patches[index]
-        region = sample.region.copy()
-        centre = (np.asarray(region.shape[1:]) - 1) / 2 + np.array([1.2, -2.1, 3.3])
-        offsets = np.indices(region.shape[1:]) - centre[:, None, None, None]
-        region[1] = (offsets**2).sum(0) <= 3**2
-        ball = replace(sample, region=region, centres=centre[None])
-        _, mask = make_batch([ball], DATA.patch_size, NORMALISE, CPU, 0)
-        heat = centre_maps([ball], DATA.patch_size, spacing, CPU)
-        assert heat.shape == mask.shape
-        assert int((heat == 1).sum()) == 1
-        (peak,) = np.argwhere(heat[0, 0].numpy() == 1)
-        assert np.abs(peak - ndimage.center_of_mass(mask[0, 0].numpy())).max() < 0.75
-        far = (np.indices(DATA.patch_size).T - peak) * spacing
-        wanted = np.exp(-(far**2).sum(-1).T / (2 * CENTRE_SIGMA_MM**2))
-        assert heat[0, 0].numpy() == pytest.approx(wanted, abs=1e-6)
-
-
-def test_centres_are_those_of_the_scans_lesions(store: Store) -> None:
-    """Also where a patch's border cuts a lesion; of two the greater value counts."""
-    patches = source(store, foreground=1.0)
-    seen = 0
-    for index in range(20):
-        sample = patches[index]
-        _, mask = store.read(sample.case)
-        numbers, count = ndimage.label(mask, np.ones((3, 3, 3)))
-        true = np.array(ndimage.center_of_mass(mask, numbers, range(1, count + 1))) - sample.start
-        # Of a large lesion only some voxels are indexed.
-        assert np.abs(np.sort(sample.centres, axis=0) - np.sort(true, axis=0)).max() < 0.75
-        each = [
-            centre_maps([replace(sample, centres=one[None])], DATA.patch_size, (5.0, 4.0, 4.0), CPU)
-            for one in sample.centres
-        ]
-        every = centre_maps([sample], DATA.patch_size, (5.0, 4.0, 4.0), CPU)
-        assert torch.equal(every, torch.stack(each).amax(0))
-        seen += int((every == 1).sum())
-    assert seen > 5
-    none = replace(patches[0], centres=np.zeros((0, 3)))
-    assert not centre_maps([none], DATA.patch_size, (5.0, 4.0, 4.0), CPU).any()
 
 
 @pytest.mark.parametrize("p_affine", [0.0, 1.0])

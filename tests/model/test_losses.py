@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ from monai.losses.dice import DiceLoss
 from scipy import ndimage
 from torch.nn import functional as F
 
-from voxelscale.model.losses import AROUND, centre_loss, dice_cross_entropy, small_lesion_weight, soft_dice
+from voxelscale.model.losses import AROUND, dice_cross_entropy, small_lesion_weight, soft_dice
 
 
 @pytest.fixture
@@ -111,31 +109,3 @@ def test_voxels_of_small_lesions_weigh_more() -> None:
     (slope,) = torch.autograd.grad(loss, one)
     ratio = slope[0, 0, 10, 10, 10] / slope[0, 0, 30, 30, 30]
     assert ratio.item() == pytest.approx((0.5 * 9**3) ** 0.5, rel=1e-4)
-
-
-def test_the_heat_maps_loss_is_cornernets() -> None:
-    """Written out voxel by voxel (Law and Deng 2018, equation 1), for two centres, one and none."""
-    torch.manual_seed(0)
-    logits = torch.randn(3, 1, 4, 5, 6, requires_grad=True)
-    heat = torch.rand(3, 1, 4, 5, 6) * 0.9
-    heat[0, 0, 1, 2, 3] = heat[0, 0, 3, 0, 0] = heat[1, 0, 0, 0, 0] = 1
-    wanted = 0.0
-    for x, y in zip(logits.detach().double(), heat.double(), strict=True):
-        total, peaks = 0.0, 0
-        for value, target in zip(x.flatten().tolist(), y.flatten().tolist(), strict=True):
-            p = 1 / (1 + math.exp(-value))
-            if target == 1:
-                total -= (1 - p) ** 2 * math.log(p)
-                peaks += 1
-            else:
-                total -= (1 - target) ** 4 * p**2 * math.log(1 - p)
-        wanted += total / max(1, peaks) / 3
-    loss = centre_loss(logits, heat)
-    assert loss.item() == pytest.approx(wanted, rel=1e-5)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert logits.grad is not None
-    assert logits.grad.isfinite().all()
-    extreme = centre_loss(
-        torch.tensor([[[80.0, -80.0]]], dtype=torch.bfloat16), torch.tensor([[[1.0, 0.0]]])
-    )
-    assert extreme.item() == pytest.approx(0, abs=1e-6)

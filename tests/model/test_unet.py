@@ -182,17 +182,3 @@ def test_folded_batch_norms_change_nothing(dims: int, norm: str, residual: bool)
         assert torch.allclose(folded(image), before, rtol=1e-4, atol=1e-4)
     left = [m for m in folded.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert not left
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_the_heat_map_is_there_in_training_only(dims: int) -> None:
-    torch.manual_seed(0)
-    plain = UNet(dims=dims, depth=2, filters=4)
-    torch.manual_seed(0)
-    model = UNet(dims=dims, depth=2, filters=4, centres=True)
-    image = torch.randn(2, 1, *(1, 9, 10)[3 - dims :]) if dims == 2 else torch.randn(2, 1, 8, 9, 10)
-    assert model(image).shape == (2, 2, *image.shape[2:])
-    shared = {name: w for name, w in model.state_dict().items() if not name.startswith("centres.")}
-    plain.load_state_dict(shared)
-    assert torch.equal(model.eval()(image), plain.eval()(image))
-    assert torch.equal(model.train()(image)[:, :1], plain.train()(image))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from voxelscale.config import IntTriple, Triple
+from voxelscale.config import IntTriple
 from voxelscale.data.augment_plan import Augmentation
 from voxelscale.data.patches import NOISE, Sample
 from voxelscale.data.randomness import generator
@@ -57,9 +57,6 @@ class Normalisation:
 
 Box = tuple[slice, slice, slice]
 
-CENTRE_SIGMA_MM = 4.0
-"""Of a lesion's Gaussian in `centre_maps`, about the radius of the nodules that are missed."""
-
 
 def make_batch(
     samples: Sequence[Sample],
@@ -93,35 +90,6 @@ def make_batch(
                 _turn_mask(labels, matrix, mask[row, 0])
         image[row, 0] = _intensities(normalise.standardise(values), plan, seed, sample.index)
     return image, mask
-
-
-def centre_maps(
-    samples: Sequence[Sample], patch: IntTriple, spacing: Triple, device: torch.device
-) -> Tensor:
-    """Heat maps of the lesions' centres, as the samples were turned.
-
-    Each is 1 in the voxel that holds a lesion's centroid, with a Gaussian of `CENTRE_SIGMA_MM` around it,
-    the greatest of all lesions'.
-
-    Returns:
-        ``(batch, 1, z, y, x)`` float32 in [0, 1] on `device`.
-    """
-    heat = torch.zeros((len(samples), 1, *patch), device=device)
-    reach = 4 * CENTRE_SIGMA_MM / np.asarray(spacing)
-    for row, sample in enumerate(samples):
-        plan = sample.augmentation
-        matrix = (np.eye(3) if plan.matrix is None else plan.matrix) * np.where(plan.flips, -1.0, 1.0)
-        middle = (np.asarray(sample.region.shape[1:]) - 1) / 2
-        places = (sample.centres - middle) @ np.linalg.inv(matrix).T + (np.asarray(patch) - 1) / 2
-        for place in np.round(places[((places > -reach) & (places < patch + reach)).all(axis=1)]):
-            lines = [
-                torch.exp(-0.5 * ((torch.arange(n) - centre) * (step / CENTRE_SIGMA_MM)) ** 2)
-                for n, centre, step in zip(patch, place.tolist(), spacing, strict=True)
-            ]
-            z, y, x = (line.to(device) for line in lines)
-            own = z[:, None, None] * y[:, None] * x
-            torch.maximum(heat[row, 0], own, out=heat[row, 0])
-    return heat
 
 
 def _turn_mask(region: NDArray[np.int16], matrix: NDArray[np.float64], out: Tensor) -> None:

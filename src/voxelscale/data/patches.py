@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, TypeVar
 
@@ -49,7 +49,6 @@ class Sample:
         region: (2, z, y, x) int16, HU and mask; larger than the patch where it will be rotated or
             zoomed, so that what turns in from outside is real.
         augmentation: what the device will do to it.
-        centres: (n, 3) centroids of the scan's lesions in voxels (z, y, x) of `region`, within it or not.
     """
 
     index: int
@@ -57,7 +56,6 @@ class Sample:
     start: tuple[int, int, int]
     region: NDArray[np.int16]
     augmentation: Augmentation
-    centres: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 3)))
 
 
 class PatchSource:
@@ -102,14 +100,7 @@ class PatchSource:
         margin = (np.asarray(plan.region) - self._data.patch_size) // 2
         z, y, x = (int(v) for v in np.asarray(start) - margin)
         region = self._reader.region(info.case, (z, y, x), plan.region)
-        return Sample(
-            index=index,
-            case=info.case,
-            start=(z, y, x),
-            region=region,
-            augmentation=plan,
-            centres=self._reader.centroids(info.case) - (z, y, x),
-        )
+        return Sample(index=index, case=info.case, start=(z, y, x), region=region, augmentation=plan)
 
     def _place(self, index: int) -> tuple[CaseInfo, NDArray[np.int64]]:
         """The case and the patch's centre voxel of a sample.

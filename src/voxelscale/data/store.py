@@ -111,7 +111,6 @@ class Reader:
         self._path = path
         self._local = threading.local()
         self._lesions: dict[str, list[NDArray[np.int32]]] = {}
-        self._centroids: dict[str, NDArray[np.float64]] = {}
 
     def region(self, case: str, start: Sequence[int], shape: Sequence[int]) -> NDArray[np.int16]:
         """``(2, *shape)`` int16, HU and mask, of the window that begins at voxel `start`.
@@ -151,13 +150,6 @@ class Reader:
                 for raw in flat
             ]
         return self._lesions[case]
-
-    def centroids(self, case: str) -> NDArray[np.float64]:
-        """(n, 3) the mean of each lesion's indexed voxels, (z, y, x)."""
-        if case not in self._centroids:
-            means = [voxels.mean(axis=0) for voxels in self.lesions(case)]
-            self._centroids[case] = np.reshape(means, (len(means), 3))
-        return self._centroids[case]
 
 
 def open_case(store: Path, case: str) -> Any:

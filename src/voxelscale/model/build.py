@@ -12,24 +12,19 @@ from voxelscale.model import registry
 from voxelscale.model.unet import UNet, plan_pooling
 
 
-def build_model(
-    config: ModelConfig, patch_size: Sequence[int], spacing: Sequence[float], *, centres: bool = False
-) -> nn.Module:
+def build_model(config: ModelConfig, patch_size: Sequence[int], spacing: Sequence[float]) -> nn.Module:
     """The untrained network for patches of `patch_size` voxels (z, y, x) at `spacing` mm.
 
     `config.name` is ``unet`` or a network that an installed package has registered (see
     `voxelscale.model.registry`); a name that none has registered is refused and never imported, so that
     a config from an untrusted bundle can choose among installed networks only.
 
-    Args:
-        centres: whether the U-Net learns a heat map of lesions' centres, too (see `UNet`).
-
     Raises:
         VoxelscaleError: the patch is too small for the depth; no network has that name, or its package
             is at fault.
     """
     if config.name == "unet":
-        return _unet(config, patch_size, spacing, centres)
+        return _unet(config, patch_size, spacing)
     model = registry.load(config.name)(config, patch_size, spacing)
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
@@ -38,9 +33,7 @@ def build_model(
     return model
 
 
-def _unet(
-    config: ModelConfig, patch_size: Sequence[int], spacing: Sequence[float], centres: bool
-) -> nn.Module:
+def _unet(config: ModelConfig, patch_size: Sequence[int], spacing: Sequence[float]) -> nn.Module:
     size, step = list(patch_size)[-config.dims :], list(spacing)[-config.dims :]
     pools = plan_pooling(size, step, config.depth)
     idle = sum(max(stride) == 1 for stride in pools)
@@ -58,5 +51,4 @@ def _unet(
         norm=config.norm,
         residual=config.residual,
         pools=pools,
-        centres=centres,
     )

@@ -64,25 +64,6 @@ def dice_cross_entropy(
     return loss, overlap.detach()
 
 
-def centre_loss(logits: Tensor, heat: Tensor) -> Tensor:
-    """Focal loss of a heat map of lesions' centres, summed over a sample's voxels, for each of its centres.
-
-    (Law and Deng, "CornerNet: detecting objects as paired keypoints", 2018, with alpha 2 and beta 4.) The
-    mean over samples.
-
-    Args:
-        logits: ``(batch, 1, ...)``, any float type; the arithmetic is float32.
-        heat: ``(batch, 1, ...)`` in [0, 1], exactly 1 at centres.
-    """
-    x, heat = logits.float(), heat.float()
-    peak = heat == 1
-    # (1 - p)^2 log p at a centre, (1 - heat)^4 p^2 log(1 - p) elsewhere, in one expression of x or -x.
-    signed = torch.where(peak, x, -x)
-    weight = torch.where(peak, 1.0, (1 - heat) ** 4)
-    each = weight * (-signed).sigmoid().square() * F.logsigmoid(signed)
-    return -(each.flatten(1).sum(1) / peak.flatten(1).sum(1).clamp_min(1)).mean()
-
-
 def small_lesion_weight(target: Tensor, exponent: float) -> Tensor:
     """What a lesion's voxel weighs by how little lesion there is around it; 1 elsewhere.
 

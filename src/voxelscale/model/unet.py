@@ -188,8 +188,6 @@ class UNet(nn.Module):
         depth: levels, the bottom included.
         filters: channels of the first level; each level below has twice as many, up to `max_filters`.
         pools: strides between levels; None: 2 along every axis (see `plan_pooling`).
-        centres: adds a second output, logits of a heat map of lesions' centres, to what training gives; in
-            evaluation there is none. Learning where lesions are in the middle helps finding them at all.
         prior: lesion probability that the untrained network answers everywhere. Lesions are rare; a
             start near their frequency spares the first updates (Lin et al., "Focal loss", 2017).
     """
@@ -207,7 +205,6 @@ class UNet(nn.Module):
         norm: str = "instance",
         residual: bool = False,
         pools: Sequence[Pool] | None = None,
-        centres: bool = False,
         prior: float = 0.01,
     ) -> None:
         super().__init__()
@@ -224,23 +221,15 @@ class UNet(nn.Module):
         self.encode = EncodeModel(in_channels, channels, strides, dims=dims, **options)
         self.decode = DecodeModel(channels, strides, dims=dims, **options)
         self.head = _conv(dims, channels[0], classes, 1, bias=True)
-        self.centres = _conv(dims, channels[0], 1, 1, bias=True) if centres else None
         self.apply(_initialise)
-        for head in (self.head, self.centres):
-            if head is not None and head.bias is not None:
-                nn.init.constant_(head.bias, math.log(prior / (1 - prior)))
+        if self.head.bias is not None:
+            nn.init.constant_(self.head.bias, math.log(prior / (1 - prior)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(batch, in_channels, ...)`` to logits ``(batch, classes, ...)`` of the same size.
-
-        In training with `centres` a channel more, the heat map's.
-        """
+        """``(batch, in_channels, ...)`` to logits ``(batch, classes, ...)`` of the same size."""
         if self.dims == 2 and x.ndim == 5:
             return self.forward(x.squeeze(2)).unsqueeze(2)
-        features = self.decode(self.encode(x))
-        if self.centres is None or not self.training:
-            return self.head(features)  # type: ignore[no-any-return]
-        return torch.cat([self.head(features), self.centres(features)], 1)
+        return self.head(self.decode(self.encode(x)))  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

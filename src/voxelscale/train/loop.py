@@ -18,16 +18,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from voxelscale import __version__
-from voxelscale.config import Config, Triple
+from voxelscale.config import Config
 from voxelscale.console import notice
-from voxelscale.data.augment import Normalisation, centre_maps, make_batch
+from voxelscale.data.augment import Normalisation, make_batch
 from voxelscale.data.patches import PatchSource, Sample
 from voxelscale.data.store import CaseInfo, Store, open_store
 from voxelscale.device import Arithmetic, choose_arithmetic, choose_precision
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.model.build import build_model
-from voxelscale.model.losses import centre_loss, dice_cross_entropy
+from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.predict.bundle import Bundle, write_bundle
 from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.distributed import Workers, join
@@ -158,11 +158,19 @@ def patch_task(config: Config, store: Store, device: torch.device) -> Task:
     """The config's network, on patches of a store's training scans, judged on its validation scans."""
     normalise = Normalisation.of_fingerprint(store.fingerprint["lesion_hu"])
     torch.manual_seed(config.train.seed)
+    loss = config.loss
     return Task(
         model=_network(config, store).to(device),
-        loss=_loss(config),
+        loss=partial(
+            dice_cross_entropy,
+            dice=loss.dice,
+            cross_entropy=loss.cross_entropy,
+            smooth=loss.smooth,
+            small=loss.small,
+            hardest=loss.hardest,
+        ),
         source=PatchSource(store, config.data, config.augment, config.train.seed, config.model.dims),
-        collate=partial(_collate, config=config, normalise=normalise, spacing=store.spacing, device=device),
+        collate=partial(_collate, config=config, normalise=normalise, device=device),
         describe=lambda sample: f"sample {sample.index} ({sample.case})",
         digest=store.fingerprint["digest"],
         too_large=partial(ran_out, config, device),
@@ -177,39 +185,8 @@ def patch_task(config: Config, store: Store, device: torch.device) -> Task:
     )
 
 
-def _learns_centres(config: Config) -> bool:
-    """Whether there is a heat map beside the mask; other networks than ours have no output for it."""
-    return config.loss.centres > 0 and config.model.name == "unet"
-
-
-def _loss(config: Config) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    loss = config.loss
-    of_mask = partial(
-        dice_cross_entropy,
-        dice=loss.dice,
-        cross_entropy=loss.cross_entropy,
-        smooth=loss.smooth,
-        small=loss.small,
-        hardest=loss.hardest,
-    )
-    return partial(_loss_with_centres, of_mask, loss.centres) if _learns_centres(config) else of_mask
-
-
-def _loss_with_centres(
-    of_mask: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    weight: float,
-    logits: Tensor,
-    target: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The mask's loss and Dice, of the first channels, and the heat map's loss, of the second ones."""
-    loss, dice = of_mask(logits[:, :1], target[:, :1])
-    return loss + weight * centre_loss(logits[:, 1:], target[:, 1:]), dice
-
-
 def _network(config: Config, store: Store) -> nn.Module:
-    model = build_model(
-        config.model, config.data.patch_size, store.spacing, centres=_learns_centres(config)
-    )
+    model = build_model(config.model, config.data.patch_size, store.spacing)
     if config.train.checkpoint_activations:
         from voxelscale.train.memory import checkpoint_activations
 
@@ -218,19 +195,12 @@ def _network(config: Config, store: Store) -> nn.Module:
 
 
 def _collate(
-    samples: Sequence[Sample],
-    config: Config,
-    normalise: Normalisation,
-    spacing: Triple,
-    device: torch.device,
+    samples: Sequence[Sample], config: Config, normalise: Normalisation, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    image, target = make_batch(samples, config.data.patch_size, normalise, device, config.train.seed)
-    if _learns_centres(config):
-        heat = centre_maps(samples, config.data.patch_size, spacing, device)
-        target = torch.cat([target, heat], 1)
+    image, mask = make_batch(samples, config.data.patch_size, normalise, device, config.train.seed)
     if config.train.formatted:
         image = image.contiguous(memory_format=torch.channels_last_3d)
-    return image, target
+    return image, mask
 
 
 def validation_cases(store: Store, config: Config) -> tuple[CaseInfo, ...]:
@@ -243,12 +213,9 @@ def validation_cases(store: Store, config: Config) -> tuple[CaseInfo, ...]:
 def _write_bundle(
     path: Path, config: Config, store: Store, model: nn.Module, facts: dict[str, Any]
 ) -> None:
-    weights = model.state_dict()
-    if _learns_centres(config):  # which has done its work
-        weights = {name: weight for name, weight in weights.items() if not name.startswith("centres.")}
     bundle = Bundle(
         config=config,
-        weights=weights,
+        weights=model.state_dict(),
         spacing=store.spacing,
         normalisation=Normalisation.of_fingerprint(store.fingerprint["lesion_hu"]),
         trained={**facts, "voxelscale": __version__, "data": store.fingerprint["digest"]},
