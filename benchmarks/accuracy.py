@@ -15,7 +15,6 @@ command goes on.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import time
@@ -33,6 +32,7 @@ from detection import (  # type: ignore[import-not-found]
     WAYS,
     config_of,
     make_data_set,
+    parser_of,
     score,
     show,
     summary,
@@ -218,12 +218,8 @@ def in_the_lungs(folder: Path, maps: Path) -> Path:
 
 def main() -> None:
     """Read the arguments, train what is missing, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser = parser_of(__doc__, "accuracy.json")
     parser.add_argument("--budget", type=float, default=240.0)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("accuracy.json"))
     options = parser.parse_args()
     folder = options.folder
     make_data_set(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +11,17 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
-from voxelscale.config import Config, LossConfig
-from voxelscale.data.augment import Normalisation, make_batch
+from voxelscale.config import Config
+from voxelscale.data.augment import Normalisation
 from voxelscale.data.lungs import lung_field
-from voxelscale.data.patches import PatchSource, Sample
+from voxelscale.data.patches import Sample
 from voxelscale.data.store import open_store
 from voxelscale.geometry import Grid, Scan, Triple
-from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.model.unet import UNet, plan_pooling
 from voxelscale.predict.findings import Finding
 from voxelscale.predict.sliding_window import Windows, predict_volume
 from voxelscale.train import fit
+from voxelscale.train.loop import patch_task
 
 KIND = "-centres"
 """Of a file with a heat map."""
@@ -47,41 +46,39 @@ def heat_map(mask: NDArray[np.bool_], spacing: Triple) -> NDArray[np.float32]:
     return heat
 
 
-def loss(logits: Tensor, target: Tensor, config: LossConfig) -> Tensor:
-    """The product's loss of the mask and a focal loss of the heat map (Law and Deng, "CornerNet", 2018).
+def focal_loss(x: Tensor, heat: Tensor) -> Tensor:
+    """Of a heat map's logits (Law and Deng, "CornerNet", 2018), the mean over samples.
 
     Args:
-        logits, target: ``(batch, 2, z, y, x)``, mask and heat map.
+        x, heat: ``(batch, z, y, x)``, logits and what they should be.
     """
-    weights = {name: getattr(config, name) for name in ("cross_entropy", "small", "hardest")}
-    mask_loss, _ = dice_cross_entropy(logits[:, :1], target[:, :1], **weights)
-    x, heat = logits[:, 1], target[:, 1]
     p = x.sigmoid()
     peak = (heat == 1).float()
     found = peak * (1 - p) ** 2 * nn.functional.logsigmoid(x)
     quiet = (1 - peak) * (1 - heat) ** 4 * p**2 * nn.functional.logsigmoid(-x)
     focal = -(found + quiet).flatten(1).sum(1) / peak.flatten(1).sum(1).clamp_min(1)
-    return mask_loss + WEIGHT * focal.mean()
+    return focal.mean()
 
 
 def train(config: Config, store_path: Path, run: Path) -> nn.Module:
     """The trained network of two outputs, in evaluation mode."""
     store = open_store(store_path)
-    normalise = Normalisation.of_fingerprint(store.fingerprint["lesion_hu"])
+    task = patch_task(config, store, torch.device("cpu"))
 
     def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        image, mask = make_batch(
-            samples, config.data.patch_size, normalise, torch.device("cpu"), config.train.seed
-        )
+        image, mask = task.collate(samples)
         heats = [torch.from_numpy(heat_map(one[0].numpy() > 0, store.spacing))[None] for one in mask]
         return image, torch.cat([mask, torch.stack(heats)], 1)
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        of_mask = task.loss(logits[:, :1], target[:, :1])[0]
+        return of_mask + WEIGHT * focal_loss(logits[:, 1], target[:, 1])
 
     torch.manual_seed(config.train.seed)
     model = config.model
     pools = plan_pooling(config.data.patch_size, store.spacing, model.depth)
     network = UNet(classes=2, depth=model.depth, filters=model.filters, norm=model.norm, pools=pools)
-    source = PatchSource(store, config.data, config.augment, config.train.seed)
-    fit(network, partial(loss, config=config.loss), source, config, run=run, collate=collate)
+    fit(network, loss, task.source, config, run=run, collate=collate)
     return network.eval()
 
 

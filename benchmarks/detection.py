@@ -232,14 +232,20 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{row['recipe']:30}{row['way']:26}{row['dice']:7.3f}{row['cpm']:7.3f}{shown:>16}{read}")
 
 
-def main() -> None:
-    """Read the arguments, train what is missing, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser_of(about: str, out: str) -> argparse.ArgumentParser:
+    """What the benchmarks on these phantoms are told: folder, seeds, processes, where to write."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=12_000)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("detection.json"))
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
+
+
+def main() -> None:
+    """Read the arguments, train what is missing, measure, print, write."""
+    parser = parser_of(__doc__, "detection.json")
+    parser.add_argument("--samples", type=int, default=12_000)
     options = parser.parse_args()
     make_data_set(options.folder)
     jobs = [

@@ -12,7 +12,6 @@ Interrupted, the same command goes on.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from detection import (  # type: ignore[import-not-found]
     config_of,
     figures,
     make_data_set,
+    parser_of,
     recipe_folder,
     show,
     summary,
@@ -35,19 +35,17 @@ from detection import (  # type: ignore[import-not-found]
     truth_of,
 )
 from numpy.typing import NDArray
-from torch import Tensor
 
 from voxelscale.config import Config
-from voxelscale.data.augment import make_batch
-from voxelscale.data.patches import PatchSource, Sample
+from voxelscale.data.patches import PatchSource
 from voxelscale.data.randomness import generator
 from voxelscale.data.store import CaseInfo, Store, open_store
 from voxelscale.geometry import Triple
-from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.predict.bundle import Bundle, read_bundle
 from voxelscale.predict.predict import Predictor
 from voxelscale.predict.refine import find_candidates, refine
 from voxelscale.train import fit
+from voxelscale.train.loop import patch_task
 
 RECIPE = "cross-entropy 5, small, hardest"
 MINED = 0.2
@@ -97,16 +95,15 @@ def go_on(folder: Path, seed: int, samples: int, mined: bool) -> Bundle:
     print(f"seed {seed}: {len(places)} hard negatives", flush=True)
     source = Mined(places, store, config.data, config.augment, config.train.seed)
     network = bundle.network(torch.device("cpu")).train()
-
-    def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        return make_batch(
-            samples, config.data.patch_size, bundle.normalisation, torch.device("cpu"), config.train.seed
-        )
-
-    def loss(logits: Tensor, target: Tensor) -> Tensor:
-        return dice_cross_entropy(logits, target, cross_entropy=5.0, small=0.5, hardest=0.1)[0]
-
-    fit(network, loss, source, config, run=out / "run", collate=collate)
+    task = patch_task(config, store, torch.device("cpu"))
+    fit(
+        network,
+        lambda logits, target: task.loss(logits, target)[0],
+        source,
+        config,
+        run=out / "run",
+        collate=task.collate,
+    )
     torch.set_num_threads(1)
     return replace(bundle, weights=network.state_dict())
 
@@ -154,12 +151,8 @@ def work(job: tuple[Path, str, int, int]) -> tuple[str, int, dict[str, dict[str,
 
 def main() -> None:
     """Read the arguments, train what is missing, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = parser_of(__doc__, "false_positives.json")
     parser.add_argument("--samples", type=int, default=12_000)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("false_positives.json"))
     options = parser.parse_args()
     folder, seeds = options.folder, range(options.seeds)
     make_data_set(folder)

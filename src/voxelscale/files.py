@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from voxelscale.errors import VoxelscaleError
 
@@ -49,6 +50,17 @@ def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
 def digest_of(tree: object) -> str:
     """SHA-256, in hexadecimal, of nested plain values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The entries of a file, one a line, in order; of a line that a kill cut short there is none."""
+    values = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            continue
+    return values
 
 
 def write_sealed(path: Path, payload: bytes) -> None:

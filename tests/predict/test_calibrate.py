@@ -16,16 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conftest import Command
 from tests.evaluate.test_evaluate import finding as plain_finding
+from tests.predict.test_ensemble import made
 
 from voxelscale.config import Config, PrepareConfig
-from voxelscale.data.augment import Normalisation
 from voxelscale.data.listing import list_sources
 from voxelscale.data.reading import read_truth
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import froc, match
 from voxelscale.geometry import Grid, Scan, affine_from_itk
-from voxelscale.model.build import build_model
-from voxelscale.predict.bundle import Bundle, Calibration, read_bundle, write_bundle
+from voxelscale.predict.bundle import Calibration, read_bundle, write_bundle
 from voxelscale.predict.calibrate import FITS, Judged, calibrate, cross_validated, judge
 from voxelscale.predict.findings import Finding, lesions_of_mask, read_findings, write_findings
 from voxelscale.predict.predict import Predictor
@@ -180,17 +179,8 @@ def test_too_little_to_calibrate_on(change: Callable[[Judged], Judged], words: s
 @pytest.fixture(scope="module")
 def model(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that trained nothing."""
-    torch.manual_seed(0)
-    spacing = (5.0, 4.0, 4.0)
-    bundle = Bundle(
-        config=tiny,
-        weights=build_model(tiny.model, tiny.data.patch_size, spacing).state_dict(),
-        spacing=spacing,
-        normalisation=Normalisation(low=-1000.0, high=400.0, mean=-400.0, std=300.0),
-        trained={},
-    )
     folder = tmp_path_factory.mktemp("run")
-    write_bundle(folder / "model.vxs", bundle)
+    write_bundle(folder / "model.vxs", made(tiny, 0))
     return folder
 
 

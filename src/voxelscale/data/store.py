@@ -124,18 +124,15 @@ class Reader:
         if case not in handles:
             handles[case] = open_case(self._path, case)
         array = handles[case]
-        low = [max(0, s) for s in start]
-        high = [min(s + n, size) for s, n, size in zip(start, shape, array.shape[1:], strict=True)]
-        inside = (slice(None), *map(slice, low, high))
-        if list(start) == low and all(h - a == n for h, a, n in zip(high, low, shape, strict=True)):
+        inside, target = overlap_slices(start, shape, array.shape[1:])
+        if all(side.stop - side.start == n for side, n in zip(inside, shape, strict=True)):
             with _damage_told(case_path(self._path, case)):
-                return np.asarray(array[inside])
+                return np.asarray(array[(slice(None), *inside)])
         out = np.zeros((2, *shape), np.int16)
         out[0] = AIR_HU
-        if all(h > a for h, a in zip(high, low, strict=True)):
-            target = tuple(slice(a - s, h - s) for a, h, s in zip(low, high, start, strict=True))
+        if all(side.stop > side.start for side in inside):
             with _damage_told(case_path(self._path, case)):
-                out[(slice(None), *target)] = array[inside]
+                out[(slice(None), *target)] = array[(slice(None), *inside)]
         return out
 
     def lesions(self, case: str) -> list[NDArray[np.int32]]:
@@ -150,6 +147,21 @@ class Reader:
                 for raw in flat
             ]
         return self._lesions[case]
+
+
+def overlap_slices(
+    start: Sequence[int], shape: Sequence[int], whole: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where a window that may lie beyond an array meets it: in the array, and in the window.
+
+    Where they do not meet, some slice of the array ends before it begins.
+    """
+    low = [max(0, s) for s in start]
+    high = [min(s + n, size) for s, n, size in zip(start, shape, whole, strict=True)]
+    return (
+        tuple(map(slice, low, high)),
+        tuple(slice(a - s, h - s) for a, h, s in zip(low, high, start, strict=True)),
+    )
 
 
 def open_case(store: Path, case: str) -> Any:

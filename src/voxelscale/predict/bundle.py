@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class Bundle:
         """Itself alone, then the others."""
         return replace(self, others=(), calibration=None), *self.others
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Of what makes its scores: all weights, spacing and normalisation; not of its calibration."""
         digest = hashlib.sha256()

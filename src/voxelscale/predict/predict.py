@@ -23,7 +23,7 @@ from voxelscale.data.listing import Source
 from voxelscale.data.lungs import body_field, lung_field
 from voxelscale.data.prepare import resample_hu, source_stamp
 from voxelscale.data.reading import read_image
-from voxelscale.data.store import AIR_HU
+from voxelscale.data.store import AIR_HU, overlap_slices
 from voxelscale.device import choose_inference, default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
@@ -31,7 +31,7 @@ from voxelscale.formats import write_scan
 from voxelscale.geometry import SAME_MM, Grid, IntTriple, Scan, Triple, reorient, resample
 from voxelscale.model.judge import crop_shape, crop_start
 from voxelscale.predict.bundle import Bundle
-from voxelscale.predict.findings import Finding, find_lesions, read_findings, write_findings
+from voxelscale.predict.findings import Finding, find_lesions, ranked, read_findings, write_findings
 from voxelscale.predict.findings.depth import lung_depth
 from voxelscale.predict.sliding_window import Share, Windows, predict_volume
 
@@ -145,7 +145,11 @@ class Predictor:
     ) -> None:
         self._config, self._calibration = config, bundle.calibration
         self._networks: dict[Triple, list[_Network]] = {}
-        self._judges = [judge for one in bundle.networks if (judge := _Judge.of(one, device))]
+        self._judges = [
+            _Judge(network, one, device)
+            for one in bundle.networks
+            if (network := one.judge_network(device)) is not None
+        ]
         for one in bundle.networks:
             same_spacing = self._networks.setdefault(one.spacing, [])
             same_spacing.append(_Network(one, config, device, precision))
@@ -187,17 +191,8 @@ class Predictor:
     def look(self, case: str, image: Scan, share: Share | None = None) -> tuple[list[Finding], Scan]:
         """The findings in a scan, most confident first, and their mask on the scan's own voxels."""
         probability, regions = self._look(image, share)
-        findings, mask = find_lesions(
-            case,
-            probability,
-            image.grid,
-            threshold=self._config.threshold,
-            low=self._config.low,
-            candidates=self._config.candidates,
-            merge_mm=self._config.merge_mm,
-            min_volume_mm3=self._config.min_volume_mm3,
-            image=image.array,
-            depth=lung_depth(image),
+        findings, mask = lesions_by(
+            self._config, case, probability, image.grid, image=image.array, depth=lung_depth(image)
         )
         if self._judges and findings:
             verdicts = [judge(findings, regions[judge.spacing].volume) for judge in self._judges]
@@ -210,18 +205,36 @@ class Predictor:
         return findings, Scan(mask, image.affine)
 
 
+def lesions_by(
+    config: PredictConfig,
+    case: str,
+    probability: NDArray[np.float32],
+    grid: Grid,
+    *,
+    image: NDArray[Any] | None = None,
+    depth: Scan | None = None,
+) -> tuple[list[Finding], NDArray[np.uint8]]:
+    """`find_lesions` with a config's thresholds."""
+    return find_lesions(
+        case,
+        probability,
+        grid,
+        threshold=config.threshold,
+        low=config.low,
+        candidates=config.candidates,
+        merge_mm=config.merge_mm,
+        min_volume_mm3=config.min_volume_mm3,
+        image=image,
+        depth=depth,
+    )
+
+
 class _Judge:
     """A network that looks again at what was found."""
 
     def __init__(self, network: nn.Module, bundle: Bundle, device: torch.device) -> None:
         self._network, self._device = network, device
         self._normalise, self.spacing = bundle.normalisation, bundle.spacing
-
-    @classmethod
-    def of(cls, bundle: Bundle, device: torch.device) -> _Judge | None:
-        """A bundle's, if it has one."""
-        network = bundle.judge_network(device)
-        return None if network is None else cls(network, bundle, device)
 
     def __call__(self, findings: Sequence[Finding], volume: Scan) -> NDArray[np.float64]:
         """(n,) probabilities of being lesions, each the mean over crops mirrored along one axis or none."""
@@ -242,11 +255,9 @@ class _Judge:
 def _crop(volume: NDArray[np.int16], start: IntTriple, shape: IntTriple) -> NDArray[np.int16]:
     """A window of a scan; air beyond it."""
     out = np.full(shape, AIR_HU, np.int16)
-    low = [max(0, s) for s in start]
-    high = [min(s + n, size) for s, n, size in zip(start, shape, volume.shape, strict=True)]
-    if all(h > a for h, a in zip(high, low, strict=True)):
-        there = tuple(slice(a - s, h - s) for a, h, s in zip(low, high, start, strict=True))
-        out[there] = volume[tuple(map(slice, low, high))]
+    inside, target = overlap_slices(start, shape, volume.shape)
+    if all(side.stop > side.start for side in inside):
+        out[target] = volume[inside]
     return out
 
 
@@ -256,7 +267,7 @@ def _with_verdict(findings: Sequence[Finding], verdicts: NDArray[np.float64]) ->
     for finding, verdict in zip(findings, verdicts, strict=True):
         score = math.sqrt(finding.probability * float(verdict))
         judged.append(replace(finding, probability=score, score=score))
-    return sorted(judged, key=lambda f: (-f.probability, f.index))
+    return ranked(judged)
 
 
 def _on_grid(probability: NDArray[np.float32], region: _Region, grid: Grid) -> NDArray[np.float32]:
@@ -321,7 +332,6 @@ class Work:
 
     def __init__(self, bundle: Bundle, config: PredictConfig, out: Path, device: torch.device) -> None:
         self._bundle, self._config, self._out, self._device = bundle, config, out, device
-        self._identity = bundle.identity
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -364,7 +374,7 @@ class Work:
         write_findings(findings, folder / "findings.csv", folder / "findings.json")
         seconds = round(time.monotonic() - started, 2)
         notice(f"{source.case}: {len(findings)} findings in {seconds} s", level=2)
-        facts = {"key": self._key(source), "model": self._identity, "seconds": seconds}
+        facts = {"key": self._key(source), "model": self._bundle.identity, "seconds": seconds}
         # Last, so that its being there says that the case is whole.
         write_atomic(folder / CASE_FACTS, json.dumps(facts))
         return findings

@@ -73,20 +73,14 @@ def _group(workers: Workers, groups: int) -> Together:
 
 
 def _gathered(outcomes: Sequence[Outcome], sources: Sequence[Source], rank: int, ranks: int) -> Outcome:
-    """On rank 0 what became of all ranks' scans, in their order."""
-    own = Outcome(
-        findings={case: found for outcome in outcomes for case, found in outcome.findings.items()},
-        kept=sum(outcome.kept for outcome in outcomes),
-        failed=tuple(fault for outcome in outcomes for fault in outcome.failed),
-        rank=rank,
-    )
+    """On rank 0 what became of all ranks' scans, in their order; on others of their own."""
     parts: list[Any] = [None] * ranks
-    dist.all_gather_object(parts, own)
-    if rank:
-        return own
-    found = {case: found for part in parts for case, found in part.findings.items()}
+    dist.all_gather_object(parts, outcomes)
+    every: list[Outcome] = [outcome for part in (parts if rank == 0 else [outcomes]) for outcome in part]
+    found = {case: found for outcome in every for case, found in outcome.findings.items()}
     return Outcome(
         findings={s.case: found[s.case] for s in sources if s.case in found},
-        kept=sum(part.kept for part in parts),
-        failed=tuple(sorted(fault for part in parts for fault in part.failed)),
+        kept=sum(outcome.kept for outcome in every),
+        failed=tuple(sorted(fault for outcome in every for fault in outcome.failed)),
+        rank=rank,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,12 @@ from voxelscale.data.store import CaseInfo, Reader, Store, open_store
 from voxelscale.device import default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import match
-from voxelscale.files import digest_of
+from voxelscale.files import digest_of, read_json_lines
 from voxelscale.geometry import Scan, Triple
 from voxelscale.model.judge import JudgeNet, crop_shape, crop_start
 from voxelscale.predict.bundle import Bundle, bundle_path, read_bundle, write_bundle
-from voxelscale.predict.findings import find_lesions, lesions_of_mask
-from voxelscale.predict.predict import Predictor
+from voxelscale.predict.findings import lesions_of_mask
+from voxelscale.predict.predict import Predictor, lesions_by
 from voxelscale.train.fitting import fit
 
 FOLDER = "refine"
@@ -152,16 +153,8 @@ def _candidates_in(
 ) -> dict[str, list[Triple]]:
     image, mask = store.read(info.case)
     scan = Scan(image, np.asarray(info.affine))
-    findings, _ = find_lesions(
-        info.case,
-        predictor.probability(scan),
-        scan.grid,
-        threshold=config.predict.threshold,
-        low=config.predict.low,
-        candidates=config.refine.candidates,
-        merge_mm=config.predict.merge_mm,
-        min_volume_mm3=config.predict.min_volume_mm3,
-    )
+    rules = replace(config.predict, candidates=config.refine.candidates)
+    findings, _ = lesions_by(rules, info.case, predictor.probability(scan), scan.grid)
     lesions = lesions_of_mask(info.case, mask, scan.grid)
     others = [f.index for f in findings if match(lesions, [f]).false_positives]
     return {"lesions": [lesion.index for lesion in lesions], "others": others}
@@ -173,13 +166,9 @@ class _Lines:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.known: dict[str, dict[str, list[Triple]]] = {}
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                    self.known[entry["case"]] = {name: entry[name] for name in ("lesions", "others")}
-                except (ValueError, KeyError, TypeError):
-                    continue
+        for entry in read_json_lines(path):
+            with suppress(KeyError, TypeError):
+                self.known[entry["case"]] = {name: entry[name] for name in ("lesions", "others")}
 
     def add(self, case: str, places: dict[str, list[Triple]]) -> None:
         self.known[case] = places

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from voxelscale import __version__
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import write_atomic
+from voxelscale.files import read_json_lines, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -99,14 +99,7 @@ def note_out_of_memory(run: Path, seen: int | None = None) -> None:
 
 def read_events(run: Path) -> list[dict[str, Any]]:
     """The events of a run, in order; a last line cut short by a kill is left out."""
-    path = run / "metrics.jsonl"
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events
+    return read_json_lines(run / "metrics.jsonl")
 
 
 def environment(device: torch.device, ranks: int, virtual: int, precision: str) -> dict[str, Any]:

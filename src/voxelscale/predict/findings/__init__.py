@@ -29,6 +29,7 @@ __all__ = [
     "components",
     "find_lesions",
     "lesions_of_mask",
+    "ranked",
     "read_findings",
     "write_findings",
 ]
@@ -144,7 +145,12 @@ def find_lesions(
         if depth is not None:
             fields["pleura_mm"] = nearest_border(voxels, grid, depth)
         findings.append(Finding(**fields, probability=score, score=score))
-    return sorted(findings, key=lambda f: (-f.probability, f.index)), mask
+    return ranked(findings), mask
+
+
+def ranked(findings: Iterable[Finding]) -> list[Finding]:
+    """Most confident first; equal ones by place."""
+    return sorted(findings, key=lambda f: (-f.probability, f.index))
 
 
 def lesions_of_mask(case: str, mask: NDArray[Any], grid: Grid) -> list[Finding]:
