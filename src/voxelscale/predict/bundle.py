@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -297,6 +298,20 @@ def _check_same(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> 
             raise ValueError(f"its weights are of another network: {name} has another shape")
 
 
+def _check_archive(payload: bytes) -> None:
+    """Raise a ValueError or BadZipFile where it is not as PyTorch writes it, whole and uncompressed.
+
+    PyTorch itself does not look at the archive's checksums.
+    """
+    with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+        parts = archive.infolist()
+        stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+        if not stored or sum(part.file_size for part in parts) > len(payload):
+            raise ValueError("its parts are not plainly stored")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"its part {damaged} is damaged")
+
+
 def load_untrusted(path: Path) -> dict[str, Any]:
     """The dictionary in a sealed file, without ever executing code from it.
 
@@ -305,6 +320,7 @@ def load_untrusted(path: Path) -> dict[str, Any]:
     """
     payload = read_sealed(path)
     try:
+        _check_archive(payload)
         content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:
         # Whatever an unpickler says of a hostile file, the person needs one line.
