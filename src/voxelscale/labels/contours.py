@@ -56,8 +56,28 @@ def _before(
 def _odd_by_search(first: int, last: int, y: int, edges: Edges) -> NDArray[np.bool_]:
     """Which x of [first, last) lie before an odd number of the crossings.
 
-    Of each crossing, what lies before it ends at one x, rounding included: that is found by halving.
+    Of each crossing, what lies before it ends at one x, rounding included: that is where the crossing
+    is computed to be, or found by halving where the two pixels around there say otherwise.
     """
+    end = _near(first, last, y, edges)
+    settled = ((end == first) | _before(end - 1, y, *edges)) & ((end == last) | ~_before(end, y, *edges))
+    if not settled.all():
+        a, b, c, d, up = (values[~settled] for values in edges)
+        end[~settled] = _end_by_halving(first, last, y, (a, b, c, d, up.astype(np.bool_)))
+    ended = np.cumsum(np.bincount(end - first, minlength=last - first + 1))[:-1]
+    odd: NDArray[np.bool_] = (len(end) - ended) % 2 == 1
+    return odd
+
+
+def _near(first: int, last: int, y: int, edges: Edges) -> NDArray[np.int64]:
+    """The first x in [first, last] beyond each crossing, as far as roundings let it be computed."""
+    a, b, c, d, _ = edges
+    at = a + (y - b) / (d - b) * (c - a)
+    return np.floor(np.clip(at, first - 1, last - 1)).astype(np.int64) + 1
+
+
+def _end_by_halving(first: int, last: int, y: int, edges: Edges) -> NDArray[np.int64]:
+    """Where in [first, last] what lies before each crossing ends."""
     low = np.full(len(edges[0]), first)
     high = np.full(len(edges[0]), last)
     while (undecided := low < high).any():
@@ -65,6 +85,4 @@ def _odd_by_search(first: int, last: int, y: int, edges: Edges) -> NDArray[np.bo
         before = _before(middle, y, *edges)
         low = np.where(undecided & before, middle + 1, low)
         high = np.where(undecided & ~before, middle, high)
-    ended = np.cumsum(np.bincount(low - first, minlength=last - first + 1))[:-1]
-    odd: NDArray[np.bool_] = (len(low) - ended) % 2 == 1
-    return odd
+    return low

@@ -80,7 +80,7 @@ def _points(contour: Dataset) -> NDArray[np.float64]:
         raise ValueError(f"a contour of {count} coordinates, which is no multiple of 3")
     if count > 3 * MOST_POINTS:
         raise ValueError(f"a contour of {count // 3} points")
-    points = np.array([float(word) for word in text.split(b"\\")]).reshape(-1, 3)
+    points = np.fromiter(map(float, text.split(b"\\")), np.float64, count).reshape(-1, 3)
     if not (np.abs(points) < FARTHEST_MM).all():
         raise ValueError("a point that is nowhere in a patient")
     return points

@@ -6,6 +6,7 @@ else; a library that makes an object of each is ten times as slow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from struct import Struct
@@ -61,8 +62,11 @@ class _Item(NamedTuple):
 class _Cursor:
     """Where in the file the reading stands, and what is looked for."""
 
-    def __init__(self, handle: BinaryIO, place: int, *, little: bool, wanted: Collection[int]) -> None:
+    def __init__(
+        self, handle: BinaryIO, place: int, *, little: bool, wanted: Collection[int], most: float
+    ) -> None:
         self.handle, self.place, self.little, self.wanted = handle, place, little, frozenset(wanted)
+        self.left = most
         order = "<" if little else ">"
         self.implicit, self.long, self.short = (Struct(order + code) for code in ("HHI", "I", "6xH"))
         self.empty = Elements(values={}, little=little)
@@ -87,6 +91,9 @@ class _Cursor:
         self.place += 8
         if len(data) < 8:
             return None
+        self.left -= 1
+        if self.left < 0:
+            raise DamagedError("a header without an end")
         group, element, length = self.implicit.unpack(data)
         vr = b""
         # Delimiters have no VR; some writers change to implicit within a file.
@@ -104,6 +111,7 @@ def read_elements(
     little: bool,
     wanted: Collection[int],
     nested: Collection[int],
+    most: float = math.inf,
 ) -> tuple[Elements, tuple[int, int] | None]:
     """The wanted elements in front of the pixels; offset and length of the pixels' value, if any.
 
@@ -111,14 +119,16 @@ def read_elements(
         start, size: of the data set and of all, in bytes.
         wanted: tags; in the items of sequences the same.
         nested: those of them that are sequences to be looked into.
+        most: elements, items and delimiters that may be passed.
 
     Raises:
-        DamagedError: an element ends beyond the file, or a sequence holds something other than items.
+        DamagedError: an element ends beyond the file, a sequence holds something other than items, or
+            there are more than `most`.
     """
     handle.seek(start)
     # Some files are explicit where they say implicit, and the other way round: the first element shows it.
     explicit = _is_vr(handle.read(6)[4:])
-    cursor = _Cursor(handle, start, little=little, wanted=wanted)
+    cursor = _Cursor(handle, start, little=little, wanted=wanted, most=most)
     values: Values = {}
     within = frozenset(nested)
     while (head := cursor.head(explicit)) is not None:

@@ -36,8 +36,8 @@ NOT_VOLUMES = {"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "RTIMAGE", "SR", "KO", "PR
 FARTHEST_MM = 1e5
 """Nothing of a patient lies this far from a scanner's isocentre."""
 
-MOST_READS = 2**20
-"""Functional groups of ten thousand frames take half as many; a file that takes more is a trap."""
+MOST_ELEMENTS = 2**20
+"""Functional groups of ten thousand frames are half as many; a header that holds more is a trap."""
 
 INFLATED_HEADER = 2**22
 """So much of a deflated file is unpacked to find its header."""
@@ -151,18 +151,6 @@ class Header:
     left_out: str
 
 
-class _Counted(BufferedReader):
-    """A file whose header ends somewhere, or is damaged."""
-
-    reads = 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self.reads += 1
-        if self.reads > MOST_READS:
-            raise DamagedError("a header without an end")
-        return super().read(size)
-
-
 def is_dicom(head: bytes) -> bool:
     """Whether a file's first bytes are DICOM's preamble, or an element of group 2 or 8 without one."""
     return head[128:132] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and head[3:4] == b"\x00")
@@ -175,7 +163,7 @@ def read_header(path: Path) -> Header | None:
         DamagedError: it is cut short or garbled before its pixels.
     """
     try:
-        with _Counted(FileIO(path)) as handle:
+        with BufferedReader(FileIO(path)) as handle:
             size = os.fstat(handle.fileno()).st_size
             if not is_dicom(handle.read(132)):
                 return None
@@ -198,7 +186,7 @@ def _meta(handle: BinaryIO, size: int) -> tuple[str, str, int]:
     handle.seek(128)
     place = 132 if handle.read(4) == b"DICM" else 0
     texts: dict[bytes, str] = {}
-    while True:
+    for _ in range(MOST_ELEMENTS):
         handle.seek(place)
         element = handle.read(12)
         if element[:2] != b"\x02\x00" or len(element) < 8:
@@ -212,6 +200,8 @@ def _meta(handle: BinaryIO, size: int) -> tuple[str, str, int]:
         if element[2:4] in (b"\x02\x00", b"\x10\x00"):
             handle.seek(value)
             texts[element[2:4]] = handle.read(min(length, 64)).strip(b"\0 ").decode("latin-1")
+    else:
+        raise DamagedError("a header without an end")
     explicit = element[4:6].isalpha() and element[4:6].isupper()
     guess = EXPLICIT if explicit else IMPLICIT
     return texts.get(b"\x02\x00", ""), texts.get(b"\x10\x00", "") or guess, place
@@ -224,7 +214,10 @@ def _dataset(
     if syntax == DEFLATED:
         handle = BytesIO(inflate(handle, start, INFLATED_HEADER))
         start, size = 0, INFLATED_HEADER
-    return read_elements(handle, start, size, little=syntax != BIG_ENDIAN, wanted=WANTED, nested=SEQUENCES)
+    little = syntax != BIG_ENDIAN
+    return read_elements(
+        handle, start, size, little=little, wanted=WANTED, nested=SEQUENCES, most=MOST_ELEMENTS
+    )
 
 
 def inflate(handle: BinaryIO, start: int, limit: int) -> bytes:
@@ -251,7 +244,7 @@ def inflated_size(path: Path, limit: int) -> int:
         DamagedError: its first group or its code is garbled.
     """
     try:
-        with _Counted(FileIO(path)) as handle:
+        with BufferedReader(FileIO(path)) as handle:
             _, _, start = _meta(handle, os.fstat(handle.fileno()).st_size)
             return sum(map(len, _inflated(handle, start, limit)))
     except (zlib.error, struct.error) as error:
