@@ -207,8 +207,7 @@ def in_the_lungs(folder: Path, maps: Path) -> Path:
     inside.mkdir(exist_ok=True)
     for source in test_sources(folder):
         image, _ = truth_of(source)
-        begin, shape = lung_field(image).box
-        box = tuple(slice(s, s + n) for s, n in zip(begin, shape, strict=True))
+        box = lung_field(image).slices
         values = np.load(maps / f"{source.case}.npy")
         kept = np.zeros_like(values)
         kept[box] = values[box]

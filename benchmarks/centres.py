@@ -99,8 +99,7 @@ def look(
 ) -> dict[str, NDArray[np.float32]]:
     """Mask ("") and heat map (`KIND`) of a scan that has the store's spacing, in the lungs' box."""
     normalise = Normalisation.of_fingerprint(open_store(store_path).fingerprint["lesion_hu"])
-    start, shape = lung_field(image).box
-    box = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
+    box = lung_field(image).slices
     windows = Windows(patch=config.data.patch_size, overlap=config.predict.overlap)
     volume = torch.from_numpy(np.ascontiguousarray(image.array[box]))
     maps = {}

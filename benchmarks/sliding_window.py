@@ -72,8 +72,7 @@ def contenders(network: nn.Module, scan: Scan) -> dict[str, Look]:
     ours = Windows(patch=PATCH, batch_size=1, threads=threads)
     half = Windows(patch=PATCH, batch_size=1, threads=threads, precision=torch.bfloat16)
     body = torch.from_numpy(body_field(scan))
-    start, shape = lung_field(scan).box
-    lungs = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
+    lungs = lung_field(scan).slices
 
     def monai(model: nn.Module, batch: int, order: torch.memory_format) -> Tensor:
         def look(windows: Tensor) -> Tensor:

@@ -79,8 +79,7 @@ class _Region:
         volume = resample_hu(reorient(image), spacing)
         box = tuple(slice(0, n) for n in volume.array.shape)
         if config.lungs:
-            start, shape = lung_field(volume).box  # the whole scan where no lungs were found
-            box = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
+            box = lung_field(volume).slices  # the whole scan where no lungs were found
         return cls(volume=volume, box=box, within=body_field(volume)[box] if config.skip_air else None)
 
 
