@@ -15,6 +15,7 @@ from voxelscale.evaluate.evaluate import evaluate_folder
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan
 from voxelscale.predict.findings import lesions_of_mask, write_findings
+from voxelscale.report import charts
 from voxelscale.report.charts import Line, line_chart
 from voxelscale.report.overlays import Slice, draw_slice, overlay_views, point_of_interest
 from voxelscale.report.report import write_report
@@ -128,3 +129,8 @@ def test_charts() -> None:
     assert "<a>" not in svg
     assert line_chart([Line(name="none", points=[])], x_label="x", y_label="y")
     assert line_chart([Line(name="one", points=[(0, 0)])], x_label="x", y_label="y")
+
+
+def test_ticks_are_short_on_both_sides_of_zero() -> None:
+    values = (-25_000, -1000, -0.125, 0, 1234, 10_000)
+    assert [charts.number(value) for value in values] == ["-25k", "-1000", "-0.125", "0", "1234", "10k"]

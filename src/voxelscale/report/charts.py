@@ -210,7 +210,7 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Three digits, or thousands as k from 10 000 on."""
-    if value >= 10_000:
+    """Three digits, or whole from 1000 on, or thousands as k from 10 000 on."""
+    if abs(value) >= 10_000:
         return f"{value / 1000:g}k"
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

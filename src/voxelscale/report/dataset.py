@@ -53,7 +53,8 @@ def write_dataset_page(found: Inspection, name: str, out: Path) -> None:
         _table(found.cases),
         _thumbnails(found.cases),
         "<footer>Spacing and voxels in the order z, y, x. Diameters are those of spheres of the same "
-        "volume; lesions are 26-connected components of the mask. Lungs.</footer>",
+        "volume; lesions are 26-connected components of the mask; lungs are what was "
+        "found of them in the scan.</footer>",
     ]
     page = resources.files("voxelscale.report").joinpath("page.html").read_text(encoding="utf-8")
     title = escape(f"Voxelscale: {name}")
