@@ -434,6 +434,16 @@ def load(path: Path | None = None, sets: Sequence[str] = (), base: Config | None
     return from_dict(tree)
 
 
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """A section's keys and their types, evaluated once: it takes most of a config's time."""
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
+
+
 def from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
     """The config of a nested mapping over the defaults (YAML's or JSON's plain types)."""
     return _build(Config, tree, where, "")
@@ -490,7 +500,7 @@ def _parse(value: str, text: str) -> Any:
 
 def _merge(tree: dict[str, Any], over: Mapping[str, Any], cls: type, where: str, path: str = "") -> None:
     """Lay `over` on `tree` in place, refusing keys that `cls` does not have."""
-    known = typing.get_type_hints(cls)
+    known = _hints(cls)
     for key, value in over.items():
         dotted = f"{path}{key}"
         if key not in known:
@@ -507,8 +517,8 @@ def _merge(tree: dict[str, Any], over: Mapping[str, Any], cls: type, where: str,
 
 
 def _dotted_keys() -> list[str]:
-    sections = typing.get_type_hints(Config)
-    keys = [f"{name}.{key}" for name, cls in sections.items() for key in typing.get_type_hints(cls)]
+    sections = _hints(Config)
+    keys = [f"{name}.{key}" for name, cls in sections.items() for key in _hints(cls)]
     return keys + list(sections)
 
 
@@ -517,7 +527,7 @@ def _all_keys() -> list[str]:
 
 
 def _build(cls: type[T], tree: Mapping[str, Any], where: str, path: str) -> T:
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in hints:
