@@ -223,13 +223,13 @@ def summary(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print them."""
     points = list(rows[0]["points"])
-    head = f"{'recipe':30}{'findings':26}{'Dice':>7}{'CPM':>7}{'95 %':>16}"
+    head = f"{'recipe':42}{'findings':26}{'Dice':>7}{'CPM':>7}{'95 %':>16}"
     print(head + "".join(f"{p:>7}" for p in points))
     for row in rows:
         spread = row["cpm_interval"]
         shown = f"{spread[0]:.3f} to {spread[1]:.3f}" if spread else ""
         read = "".join(f"{row['points'][p]:7.3f}" for p in points)
-        print(f"{row['recipe']:30}{row['way']:26}{row['dice']:7.3f}{row['cpm']:7.3f}{shown:>16}{read}")
+        print(f"{row['recipe']:42}{row['way']:26}{row['dice']:7.3f}{row['cpm']:7.3f}{shown:>16}{read}")
 
 
 def parser_of(about: str, out: str) -> argparse.ArgumentParser:
