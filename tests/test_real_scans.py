@@ -23,7 +23,11 @@ from voxelscale.formats import read_scan
 from voxelscale.geometry import reorient
 from voxelscale.predict.findings import find_lesions
 
-pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the real scans are not here")
+# The training takes ten minutes of processor time, which a busy machine stretches.
+pytestmark = [
+    pytest.mark.skipif(not SHARED.is_dir(), reason="the real scans are not here"),
+    pytest.mark.timeout(1800),
+]
 
 LUNG1 = SHARED / "lung_tumour" / "lung1_image.nrrd"
 LUNG1_LABEL = SHARED / "lung_tumour" / "lung1_label.nrrd"
