@@ -32,9 +32,9 @@ def inside(outline: ArrayLike, shape: tuple[int, int]) -> NDArray[np.bool_]:
     for y in range(low, high):
         up = y1 >= y
         crossing = np.flatnonzero((y0 >= y) != up)
-        edges = (x0[crossing], y0[crossing], x1[crossing], y1[crossing], up[crossing])
+        edges = _chosen((x0, y0, x1, y1, up), crossing)
         if len(crossing) * len(x) <= DENSE:
-            odd = _before(x, y, *(values[:, None] for values in edges)).sum(axis=0) % 2 == 1
+            odd = _before(x, y, *_chosen(edges, np.s_[:, None])).sum(axis=0) % 2 == 1
         else:
             odd = _odd_by_search(first, last, y, edges)
         mask[first:last, y] = odd
@@ -43,6 +43,12 @@ def inside(outline: ArrayLike, shape: tuple[int, int]) -> NDArray[np.bool_]:
 
 Floats = NDArray[np.float64]
 Edges = tuple[Floats, Floats, Floats, Floats, NDArray[np.bool_]]
+
+
+def _chosen(edges: Edges, which: NDArray[np.intp] | tuple[slice, None]) -> Edges:
+    """Every array indexed alike: some of the edges, or all as a column."""
+    a, b, c, d, up = edges
+    return a[which], b[which], c[which], d[which], up[which]
 
 
 def _before(
@@ -61,9 +67,9 @@ def _odd_by_search(first: int, last: int, y: int, edges: Edges) -> NDArray[np.bo
     """
     end = _near(first, last, y, edges)
     settled = ((end == first) | _before(end - 1, y, *edges)) & ((end == last) | ~_before(end, y, *edges))
-    if not settled.all():
-        a, b, c, d, up = (values[~settled] for values in edges)
-        end[~settled] = _end_by_halving(first, last, y, (a, b, c, d, up.astype(np.bool_)))
+    doubtful = np.flatnonzero(~settled)
+    if len(doubtful):
+        end[doubtful] = _end_by_halving(first, last, y, _chosen(edges, doubtful))
     ended = np.cumsum(np.bincount(end - first, minlength=last - first + 1))[:-1]
     odd: NDArray[np.bool_] = (len(end) - ended) % 2 == 1
     return odd
