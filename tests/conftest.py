@@ -29,6 +29,9 @@ settings.load_profile("patient")
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 """Real scans beside the checkout, where there are any."""
 
+CASES = SHARED.parent / "cases"
+"""Generators of inputs that once failed, where there are any."""
+
 
 Command = Callable[..., tuple[int, str, str]]
 """Runs a command: exit code, stdout, stderr."""
@@ -62,6 +65,21 @@ def voxelscale(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         return int(caught.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture
+def reported(tmp_path: Path) -> Callable[..., Path]:
+    """Write an input that once failed: ``reported(name, *arguments)`` returns its folder."""
+
+    def write(name: str, *arguments: str) -> Path:
+        script = CASES / f"{name}.py"
+        if not script.is_file():
+            pytest.skip(f"no {script.name} beside the checkout")
+        out = tmp_path / name
+        subprocess.run([sys.executable, script, out, *arguments], check=True, capture_output=True)
+        return out
+
+    return write
 
 
 @pytest.fixture(autouse=True)

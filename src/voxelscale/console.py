@@ -30,6 +30,11 @@ def notice(text: str, level: int = 1) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def warn(text: str) -> None:
+    """A line on stderr that even ``--quiet`` shows: the result may not mean what a reader takes it for."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 class Progress:
     """A bar with rate and ETA on a terminal; elsewhere a line every few seconds.
 
