@@ -5,6 +5,7 @@ Progress goes to stderr, results to stdout, so that a command's output can be pi
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -35,15 +36,38 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+def count(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun in the right form: "1 scan", "2 scans", "0 studies", "3 series".
+
+    Args:
+        plural: where it is not the noun's regular one.
+    """
+    if number == 1:
+        return f"1 {noun}"
+    regular = noun if noun.endswith("series") else f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number} {plural or regular}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, in at most two units: "0.4 s", "45 s", "4 min 10 s", "2 h 10 min", "3 d 4 h"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f}".removesuffix(".0") + " s"
+    # The smaller unit and its seconds; the larger one and how many smaller ones it has; up to which time.
+    units = (("s", 1, "min", 60, 3600.0), ("min", 60, "h", 60, 48 * 3600.0), ("h", 3600, "d", 24, math.inf))
+    small, size, large, each = next(u[:4] for u in units if round(seconds / u[1]) * u[1] < u[4])
+    whole, rest = divmod(round(seconds / size), each)
+    return " ".join(f"{number} {unit}" for number, unit in ((whole, large), (rest, small)) if number)
+
+
 class Progress:
-    """A bar with rate and ETA on a terminal; elsewhere a line every few seconds.
+    """A bar with rate and time left on a terminal; elsewhere a line every few seconds.
 
     Args:
         label: what is being done.
         total: units of work.
-        done: units that an earlier run did already; they count neither for the rate nor the ETA.
+        done: units that an earlier run did already; they count neither for the rate nor the time left.
         every: seconds between lines where stderr is no terminal.
-        rate: whether to tell the units a second, or a minute; not where the notes do.
+        rate: whether to say the units a second, or a minute; not where the notes do.
     """
 
     def __init__(
@@ -51,6 +75,7 @@ class Progress:
     ) -> None:
         self.label, self.total, self.done, self.note = label, total, done, ""
         self._first, self._every, self._rated = done, every, rate
+        self._left: float | None = None
         self._start = self._last = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -58,14 +83,13 @@ class Progress:
     def __enter__(self) -> Progress:
         if _level >= 1 and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )
@@ -73,22 +97,32 @@ class Progress:
             self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, note="")
         return self
 
-    def update(self, done: int, note: str = "") -> None:
-        """`done` units are finished; `note` is shown beside the bar."""
-        self.done, self.note = done, note
+    def update(self, done: int, note: str = "", left: float | None = None) -> None:
+        """`done` units are finished; `note` is shown beside the bar.
+
+        Args:
+            left: seconds still to go, where the caller knows better than the mean rate so far.
+        """
+        self.done, self.note, self._left = done, note, left
         if self._bar is not None:
-            told = "; ".join(filter(None, (self._rate(), note)))
-            self._bar.update(self._task, completed=done, note=told)
+            self._bar.update(self._task, completed=done, note=self._said())
         elif time.monotonic() - self._last >= self._every:
             self._line()
 
     def _line(self) -> None:
         self._last = time.monotonic()
-        new = self.done - self._first
-        left = (self.total - self.done) * (self._last - self._start) / new if new > 0 else float("nan")
-        parts = [f"{self.done}/{self.total}", self._rate(), f"{left:.0f} s left" if new > 0 else ""]
-        told = ", ".join(filter(None, parts))
-        notice(f"{self.label}: {told}{'; ' + self.note if self.note else ''}")
+        notice(f"{self.label}: {self.done}/{self.total}{', ' * bool(self._said())}{self._said()}")
+
+    def _said(self) -> str:
+        """Rate, time left and note."""
+        return "; ".join(filter(None, (", ".join(filter(None, (self._rate(), self._to_go()))), self.note)))
+
+    def _to_go(self) -> str:
+        passed, new = time.monotonic() - self._start, self.done - self._first
+        if self.done >= self.total or (self._left is None and new <= 0):
+            return ""
+        left = (self.total - self.done) * passed / new if self._left is None else self._left
+        return f"{duration(round(left))} left"
 
     def _rate(self) -> str:
         """Units done by this run over the time it took."""
