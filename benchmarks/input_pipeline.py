@@ -87,7 +87,7 @@ class Task:
 def make_task(scan: list[Path] | None, patch: int, batch_size: int, folder: Path) -> Task:
     """Two phantoms, or a scan and its mask, prepared."""
     if scan:
-        sources = [Source(case="scan", patient="scan", image=scan[0], label=scan[1])]
+        sources = [Source(case="scan", patient="scan", image=scan[0], labels=(scan[1],))]
         config = PrepareConfig(split=(1, 0, 0), workers=1)
     else:
         spacing = (1.5, 1.0, 1.0)

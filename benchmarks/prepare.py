@@ -44,7 +44,7 @@ def ours(image: Path, mask: Path, spacing: list[float], out: Path) -> Callable[[
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     target = (spacing[0], spacing[1], spacing[2])
     config = PrepareConfig(spacing=target)
-    source = Source(case="case", patient="case", image=image, label=mask)
+    source = Source(case="case", patient="case", image=image, labels=(mask,))
     return lambda: prepare_case(source, config, out, target)
 
 

@@ -47,7 +47,7 @@ def assert_same_place(mask: sitk.Image, scan: sitk.Image) -> None:
 
 def read_pair(image: Path, label: Path, values: tuple[int, ...] | None = None) -> tuple[Scan, Scan]:
     """A scan and its mask, as `prepare` reads them."""
-    source = Source(case="case", patient="case", image=image, label=label)
+    source = Source(case="case", patient="case", image=image, labels=(label,))
     scan, labels = read_case(source, PrepareConfig(labels=values))
     return scan, labels.mask
 

@@ -147,7 +147,7 @@ def test_what_is_found_in_the_lungs_lies_on_the_scans_own_lattice(
 def test_lungs_are_prepared(scans: Path, tmp_path: Path, config_file: Path) -> None:
     rows = ["case,image,label"]
     for source in list_sources(scans)[:2]:
-        rows.append(f"{source.case},{source.image},{source.label}")
+        rows.append(f"{source.case},{source.image},{source.labels[0]}")
     block = np.zeros(water().array.shape, np.uint8)
     block[10:14, 10:14, 10:14] = 1
     write_scan(water(), tmp_path / "water.nii.gz")

@@ -202,12 +202,12 @@ def test_the_split_is_the_same_under_any_key(tmp_path: Path) -> None:
 def test_lidc_with_its_xml_beside_or_elsewhere(tmp_path: Path) -> None:
     assert detect_layout(SHARED / "lidc") == "lidc"
     found = list_sources(SHARED / "lidc", names=Names(how="file"))
-    assert sorted(s.label.name for s in found if s.label) == ["69.xml", "71.xml"]
+    assert sorted(label.name for s in found for label in s.labels) == ["69.xml", "71.xml"]
     series = tmp_path / "scans" / "LIDC-IDRI-0001" / "study" / "series"
     shutil.copytree(SHARED / "lidc" / "LIDC-IDRI-0001" / "ct", series)
     (tmp_path / "xml" / "157").mkdir(parents=True)
     shutil.copy(SHARED / "lidc" / "LIDC-IDRI-0001" / "69.xml", tmp_path / "xml" / "157" / "158.xml")
     (apart,) = list_sources(tmp_path / "scans", annotations=tmp_path / "xml", names=Names(how="file"))
-    assert apart.label == tmp_path / "xml" / "157" / "158.xml"
+    assert apart.labels == (tmp_path / "xml" / "157" / "158.xml",)
     _, labels = read_case(apart, PrepareConfig())
     assert labels.findings[0].readers == 4

@@ -36,8 +36,8 @@ def info(case: str, patient: str) -> CaseInfo:
 
 def test_a_stored_case_is_the_resampled_scan(tiny: Config, scans: Path, store: Store) -> None:
     source = list_sources(scans)[0]
-    assert source.label is not None
-    image, label = read_pair(source.image, source.label)
+    assert source.labels
+    image, label = read_pair(source.image, source.labels[0])
     stored = next(c for c in store.cases if c.case == source.case)
     hu, mask = store.read(source.case)
     reference = to_itk(Scan(np.zeros(stored.shape, np.float32), stored.grid.affine))
@@ -105,8 +105,8 @@ def test_a_broken_case_does_not_stop_the_others(tiny: Config, scans: Path, tmp_p
     good = list_sources(scans)[:2]
     (tmp_path / "torn.nii.gz").write_bytes(good[0].image.read_bytes()[:2000])
     torn = replace(good[0], case="torn", patient="torn", image=tmp_path / "torn.nii.gz")
-    swapped = replace(good[0], case="swapped", patient="swapped", label=good[1].label)
-    lost = replace(good[0], case="lost", patient="lost", label=None)
+    swapped = replace(good[0], case="swapped", patient="swapped", labels=good[1].labels)
+    lost = replace(good[0], case="lost", patient="lost", labels=())
     outcome = prepare([torn, *good, swapped, lost], tmp_path / "store", tiny.prepare)
     assert [c.case for c in outcome.done] == [s.case for s in good]
     failed = {case: message for case, message, _ in outcome.failed}
@@ -146,15 +146,15 @@ def test_listings(scans: Path, tmp_path: Path) -> None:
     images.mkdir()
     labels.mkdir()
     for source in table[:2]:
-        assert source.label is not None
+        assert source.labels
         (images / f"{source.case}_0000.nii.gz").symlink_to(source.image)
-        (labels / f"{source.case}.nii.gz").symlink_to(source.label)
+        (labels / f"{source.case}.nii.gz").symlink_to(source.labels[0])
     found = list_sources(tmp_path)
     assert [s.case for s in found] == [s.case for s in table[:2]]
-    assert all(s.label for s in found)
+    assert all(s.labels for s in found)
     assert [s.case for s in list_scans(images)] == [f"{s.case}_0000" for s in table[:2]]
     assert list_scans(table[0].image) == [
-        Source(case=table[0].case, patient=table[0].case, image=table[0].image, label=None)
+        Source(case=table[0].case, patient=table[0].case, image=table[0].image)
     ]
 
 

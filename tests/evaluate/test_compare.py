@@ -129,8 +129,8 @@ def predicted(scans: Path, tmp_path: Path) -> tuple[Path, Path]:
     """Two models on four scans: the truth, and the truth less some slices; one of them lacks a scan."""
     folders = tmp_path / "good", tmp_path / "worse"
     for number, source in enumerate(list_sources(scans)[:4]):
-        assert source.label is not None
-        truth = read_label(source.label)
+        assert source.labels
+        truth = read_label(source.labels[0])
         for model, folder in enumerate(folders):
             mask = truth.array.copy()
             inside = np.flatnonzero(mask.any(axis=(1, 2)))

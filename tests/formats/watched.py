@@ -145,7 +145,7 @@ def _read_pair(label: Path) -> int:
 
     image = label.parent / "ct"
     patient, series = identity(image) or ("", "")
-    source = Source(case="case", patient=patient, image=image, label=label, series=series)
+    source = Source(case="case", patient=patient, image=image, labels=(label,), series=series)
     return int(read_case(source, PrepareConfig())[1].mask.array.sum())
 
 

@@ -45,8 +45,8 @@ class Balanced(HTMLParser):
 def predicted(scans: Path, tmp_path: Path) -> Path:
     """Predictions for three scans: the truth, half of it, nothing."""
     for number, source in enumerate(list_sources(scans)[:3]):
-        assert source.label is not None
-        truth = read_label(source.label)
+        assert source.labels
+        truth = read_label(source.labels[0])
         mask = truth.array.copy()
         if number:
             mask[:, :, : mask.shape[2] // number**3] = 0
@@ -110,8 +110,8 @@ def test_outlines_lie_around_the_mask_in_mm() -> None:
 
 def test_the_view_is_where_most_of_the_truth_is(scans: Path) -> None:
     source = list_sources(scans)[0]
-    assert source.label is not None
-    truth = read_label(source.label)
+    assert source.labels
+    truth = read_label(source.labels[0])
     z, y, x = point_of_interest(truth.array, 0 * truth.array)
     assert truth.array[z, y, x] == 1
     assert np.count_nonzero(truth.array[z]) == np.count_nonzero(truth.array, axis=(1, 2)).max()

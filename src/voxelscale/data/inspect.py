@@ -177,8 +177,7 @@ def _without_places(problems: Sequence[Problem], data: Path, sources: Sequence[S
         if source is not None:
             places = {file: f"file {n} of {source.case}" for n, file in enumerate(source.files, start=1)}
             places[source.image] = source.case
-            if source.label is not None:
-                places[source.label] = f"the label of {source.case}"
+            places |= {label: f"the label of {source.case}" for label in source.labels}
             for place in sorted(places, key=lambda path: -len(str(path))):  # one may begin another
                 text = text.replace(str(place), places[place])
         bare.append(replace(problem, text=text.replace(f"{data}/", "")))
@@ -194,7 +193,7 @@ def look_at(source: Source, config: PrepareConfig) -> Facts:
     raw = read_image(source, config.fill_gaps)
     image, problems = reorient(raw), []
     mask = None
-    if source.label is None:
+    if not source.labels:
         problems.append(Problem(severity="note", case=source.case, text="has no mask"))
     else:
         try:
@@ -202,7 +201,7 @@ def look_at(source: Source, config: PrepareConfig) -> Facts:
         except VoxelscaleError as error:
             problems.append(Problem(severity="error", case=source.case, text=error.message))
     names = (source.case, source.patient, axis_codes(raw.grid))
-    return describe(names, image, mask, problems, labelled=source.label is not None)
+    return describe(names, image, mask, problems, labelled=bool(source.labels))
 
 
 def look_at_stored(store: Store, info: CaseInfo) -> Facts:

@@ -156,7 +156,7 @@ def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Trip
     lesions = lesion_voxels(label)
     if mask.array.any() and not lesions:
         hint = "choose a finer prepare.spacing"
-        raise VoxelscaleError(f"{source.label}: the mask vanishes at {spacing} mm", hint)
+        raise VoxelscaleError(f"{source.label_names}: the mask vanishes at {spacing} mm", hint)
     voxel = float(np.prod(spacing))
     info = CaseInfo(
         case=source.case,
@@ -334,7 +334,7 @@ def source_stamp(source: Source) -> list[list[Any]]:
 
 def label_stamp(source: Source) -> list[list[Any]]:
     """The same of what says where its lesions are."""
-    return _stamps([source.label, source.label.with_name(EXCLUDED)] if source.label else [])
+    return _stamps([file for label in source.labels for file in (label, label.with_name(EXCLUDED))])
 
 
 def _stamps(files: Sequence[Path]) -> list[list[Any]]:

@@ -56,17 +56,17 @@ def read_case(source: Source, config: PrepareConfig, image: Scan | None = None) 
             `prepare.allow_empty` does not allow it.
     """
     image = reorient(read_image(source, config.fill_gaps) if image is None else image)
-    if source.label is None:
+    if not source.labels:
         if not config.allow_empty:
             hint = "add its mask, or say prepare.allow_empty=true where scans without one are healthy"
             raise VoxelscaleError(f"{source.image}: has no mask", hint)
         return image, Labels(mask=Scan(np.zeros(image.array.shape, np.uint8), image.affine))
     labels = labels_of(source, image, config)
     # A reading that found nothing is an answer; a mask without a voxel is more likely a mistake.
-    reading = kind_of(source.label) in ("LIDC", "spheres")
+    reading = kind_of(source.labels[0]) in ("LIDC", "spheres")
     if not (labels.mask.array.any() or reading or config.allow_empty):
         hint = "check the mask, or say prepare.allow_empty=true where healthy scans are meant to be there"
-        raise VoxelscaleError(f"{source.label}: an empty mask: no voxel of a lesion", hint)
+        raise VoxelscaleError(f"{source.label_names}: an empty mask: no voxel of a lesion", hint)
     return image, labels
 
 
@@ -78,10 +78,10 @@ def read_truth(source: Source, config: PrepareConfig) -> Scan:
     """
     from voxelscale.formats import read_label
 
-    if source.label is None:
+    if not source.labels:
         raise VoxelscaleError(f"{source.image}: has no mask", "add its mask")
-    if kind_of(source.label) == "mask":
-        mask = reorient(read_label(source.label))
+    if kind_of(source.labels[0]) == "mask":
+        mask = reorient(read_label(source.labels[0]))
         return Scan(lesion_in(mask, _values(source, config)).astype(np.uint8), mask.affine)
     return read_case(source, replace(config, allow_empty=True))[1].mask
 
@@ -90,13 +90,12 @@ def labels_of(source: Source, image: Scan, config: PrepareConfig) -> Labels:
     """The lesions of an image that has been read (LPS order)."""
     from voxelscale.formats.dicom import thickness_of
 
-    assert source.label is not None  # noqa: S101 - the callers have seen to it
     thickness = None
-    if kind_of(source.label) == "LIDC":
+    if kind_of(source.labels[0]) == "LIDC":
         # Who agrees with whom goes by what only a DICOM header knows.
         thickness = thickness_of(source.files[0] if source.files else source.image)
     return read_labels(
-        source.label,
+        source.labels[0],
         image,
         image_path=source.image,
         series=source.series,

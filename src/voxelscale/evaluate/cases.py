@@ -44,7 +44,7 @@ def predicted_sources(
 ) -> list[Source]:
     """The cases of a data set that have a mask, and in the folder of their prediction this file."""
     listed = list_sources(data, layout, annotations, names_of(config, predictions))
-    return [s for s in listed if s.label and (predictions / s.case / file).is_file()]
+    return [s for s in listed if s.labels and (predictions / s.case / file).is_file()]
 
 
 def each_case(

@@ -97,7 +97,7 @@ def _shared_cases(
     found: list[dict[tuple[Path, str], tuple[Source, Path]]] = []
     for predictions in (first, second):
         listed = list_sources(data, layout, annotations, names_of(config, predictions))
-        folders = [(source, predictions / source.case) for source in listed if source.label]
+        folders = [(source, predictions / source.case) for source in listed if source.labels]
         here = {(s.image, s.series): (s, f) for s, f in folders if (f / "mask.nii.gz").is_file()}
         found.append(here)
     for at, predictions in enumerate((first, second)):

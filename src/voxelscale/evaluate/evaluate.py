@@ -145,7 +145,7 @@ def read_prediction(folder: Path, source: Source, truth: Scan) -> tuple[Scan, li
     """
     path = folder / "mask.nii.gz"
     mask = reorient(read_label(path))
-    check_same_place(path, mask, source.label or source.image, truth)
+    check_same_place(path, mask, source.labels[0] if source.labels else source.image, truth)
     return mask, read_findings(folder / "findings.json")
 
 

@@ -214,7 +214,7 @@ def _overlays(
 def _views(mask: Path, source: Source, config: PrepareConfig) -> list[tuple[str, str]]:
     prediction = read_label(mask)
     empty = Scan(0 * prediction.array, prediction.affine)
-    truth = read_truth(source, config) if source.label else empty
+    truth = read_truth(source, config) if source.labels else empty
     return overlay_views(read_image(source, config.fill_gaps), truth, prediction)
 
 

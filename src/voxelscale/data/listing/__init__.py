@@ -162,12 +162,12 @@ def _loose_file(path: Path, names: Names) -> Source:
     if not series or names.how == "file":
         return _unlabelled(path)
     case = safe_name(series) if names.how == "series" else names.case(series)
-    return Source(case=case, patient=names.patient(patient), image=path, label=None, series=series)
+    return Source(case=case, patient=names.patient(patient), image=path, series=series)
 
 
 def _unlabelled(path: Path) -> Source:
     name = safe_name(case_name(path.absolute()))
-    return Source(case=name, patient=name, image=path, label=None)
+    return Source(case=name, patient=name, image=path)
 
 
 def _is_scan_file(path: Path) -> bool:
@@ -209,7 +209,7 @@ def _distinct(data: Path, sources: list[Source]) -> list[Source]:
 
 
 def _tell(layout: str, sources: Sequence[Source], found: Found) -> None:
-    bare = sum(source.label is None and not source.fault for source in sources)
+    bare = sum(not source.labels and not source.fault for source in sources)
     parts = [f"layout: {LAYOUTS[layout]}, {len(sources)} case{'s' * (len(sources) != 1)}"]
     parts += [f"{bare} without labels"] if bare else []
     parts += (

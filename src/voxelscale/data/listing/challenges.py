@@ -58,14 +58,14 @@ def from_decathlon(path: Path) -> Found:
     channel = _one_channel(path, tree.get("modality", {}))
     values, remarks = _classes(path, tree)
     sources = [
-        Source(case=name, patient=name, image=image, label=label, values=values)
+        Source(case=name, patient=name, image=image, labels=(label,), values=values)
         for image, label in _listed(path, tree)
         for name in [safe_name(case_name(image))]
     ]
     if not sources:
         raise VoxelscaleError(f"{path}: lists no training cases", "copy it again")
     tests = [
-        Source(case=name, patient=name, image=image, label=None)
+        Source(case=name, patient=name, image=image)
         for entry in _list(path, tree, "test")
         for image in [_inside(path, entry.get("image") if isinstance(entry, Mapping) else entry)]
         for name in [safe_name(case_name(image))]
@@ -88,7 +88,7 @@ def from_nnunet(path: Path) -> Found:
                 case=safe_name(name),
                 patient=safe_name(name),
                 image=image,
-                label=labels.get(name),
+                labels=(labels[name],) if name in labels else (),
                 values=values,
             )
             for name, image in _first_channels(data / "imagesTr", ending)
@@ -101,7 +101,7 @@ def from_nnunet(path: Path) -> Found:
     if isinstance(wanted, int) and wanted != len(sources):
         remarks = (*remarks, f"warning: {path} says {wanted} training cases, {len(sources)} are there")
     tests = [
-        Source(case=safe_name(name), patient=safe_name(name), image=image, label=None)
+        Source(case=safe_name(name), patient=safe_name(name), image=image)
         for name, image in _first_channels(data / "imagesTs", _ending(path, tree))
     ]
     return Found(sources=sources, tests=tests, remarks=(*channel, *remarks))
@@ -118,7 +118,7 @@ def _named_cases(path: Path, cases: Any, values: tuple[int, ...] | None) -> list
             raise VoxelscaleError(f"{path}: case {safe_name(name)} has {count} images", ONE_CHANNEL)
         image, label = _inside(path, images[0]), _inside(path, case.get("label"))
         safe = safe_name(name)
-        sources.append(Source(case=safe, patient=safe, image=image, label=label, values=values))
+        sources.append(Source(case=safe, patient=safe, image=image, labels=(label,), values=values))
     return sources
 
 
@@ -245,7 +245,9 @@ def from_luna16(data: Path, annotations: Path | None = None) -> Found:
     if table is not None:
         _check_spheres(table)
     sources = [
-        Source(case=safe_name(name), patient=name, image=scan, label=table, series=name)
+        Source(
+            case=safe_name(name), patient=name, image=scan, labels=(table,) if table else (), series=name
+        )
         for scan in scans
         for name in [case_name(scan)]
     ]

@@ -32,8 +32,8 @@ class Source:
         case: its name, unique, fit for a file name.
         patient: whose it is; cases of one patient stay on one side of a split. Of DICOM a keyed hash.
         image: file or DICOM folder.
-        label: what says where the lesions are (a mask, DICOM SEG or RTSTRUCT, LIDC's XML, a CSV of
-            spheres), or None where there is nothing.
+        labels: the files that say where the lesions are (masks, DICOM SEG or RTSTRUCT, LIDC's XML, a CSV
+            of spheres); empty where there are none.
         series: SeriesInstanceUID, where it is known.
         files: those of the image, where it is a series among others, and damaged ones that may be its.
         values: mask values that are the lesion, where the data set says so; None: every value above 0.
@@ -43,15 +43,20 @@ class Source:
     case: str
     patient: str
     image: Path
-    label: Path | None
+    labels: tuple[Path, ...] = ()
     series: str = ""
     files: tuple[Path, ...] = field(default=(), repr=False)
     values: tuple[int, ...] | None = None
     fault: str = ""
 
+    @property
+    def label_names(self) -> str:
+        """The label files, for a message."""
+        return ", ".join(map(str, self.labels))
+
     def without_paths(self, message: str) -> str:
         """A message with the case's name for its files, which may be called after the patient."""
-        paths = [path for path in (self.image, self.label) if path is not None]
+        paths = [self.image, *self.labels]
         for named in sorted((str(name) for p in paths for name in (p, p.name)), key=len, reverse=True):
             message = message.replace(named, self.case)
         return message

@@ -47,8 +47,8 @@ def _row(path: Path, number: int, row: dict[str, str | None]) -> Source:
         raise VoxelscaleError(f"{path}: line {number} names no possible path", "mend the line")
     image = path.parent / image_text
     case = safe_name(case_text or case_name(image))
-    label = path.parent / label_text if label_text else None
-    return Source(case=case, patient=patient or case, image=image, label=label)
+    labels = (path.parent / label_text,) if label_text else ()
+    return Source(case=case, patient=patient or case, image=image, labels=labels)
 
 
 def find_pair(data: Path) -> tuple[Path, Path] | None:
@@ -74,7 +74,8 @@ def from_folders(data: Path) -> Found:
                 raise VoxelscaleError(f"{image}: a second channel of {name}", ONE_CHANNEL)
         if image.suffix.lower() not in (".raw", ".zraw"):
             case = safe_name(name)
-            sources.append(Source(case=case, patient=case, image=image, label=label_of.get(name)))
+            found = (label_of[name],) if name in label_of else ()
+            sources.append(Source(case=case, patient=case, image=image, labels=found))
     if not sources:
         raise VoxelscaleError(f"{images}: empty", "put the scans there")
     return Found(sources=sources)

@@ -116,7 +116,7 @@ def _cases(
                 case=_name(data, folder, series, shared[folder] > 1, names),
                 patient=names.patient(series.patient),
                 image=folder,
-                label=found[0] if len(found) == 1 else None,
+                labels=tuple(found) if len(found) == 1 else (),
                 series=series.uid,
                 files=(*series.files, *series.doubtful),
                 fault=fault,
