@@ -1,4 +1,4 @@
-"""Durable writing: under a temporary name, synced, renamed."""
+"""Durable writing (under a temporary name, synced, renamed), and the files of a tree."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +91,28 @@ def read_sealed(path: Path) -> bytes:
     if hashlib.sha256(payload).digest() != data[len(_MAGIC) : start]:
         raise VoxelscaleError(f"{path}: truncated or altered (checksum differs)", "use another copy")
     return payload
+
+
+def files_below(
+    folder: Path, *, hidden: bool = False, unreadable: Callable[[OSError], None] | None = None
+) -> Iterator[Path]:
+    """Every file in a folder, however deep, in the order of names.
+
+    Links to folders are followed. Each real folder is read once, so loops end; a link to a folder that
+    holds this one is passed over.
+
+    Args:
+        hidden: whether files and folders whose names begin with a dot count.
+        unreadable: gets the error of each folder that cannot be read.
+    """
+    top = os.path.realpath(folder)
+    seen: set[str] = set()
+    for name, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(name)
+        above = real != top and os.path.commonpath([real, top]) == real
+        if real in seen or above:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if hidden or not f.startswith("."))
+        yield from (Path(name, file) for file in sorted(files) if hidden or not file.startswith("."))

@@ -970,6 +970,21 @@ def test_a_damaged_end_slice_is_not_passed_over(tmp_path: Path, left: int) -> No
     assert read(folder).array.shape == (3, 9, 7)
 
 
+@pytest.mark.parametrize("how", ["link that leads nowhere", "damaged"])
+def test_a_lost_end_slice_is_not_passed_over(tmp_path: Path, how: str) -> None:
+    """A slice that a versioned archive did not fetch, or an error page under a slice's name."""
+    folder = write(small_series(), tmp_path / "ct", [f"{i}.dcm" for i in range(4)])
+    victim = folder / "3.dcm"
+    victim.unlink()
+    if how == "damaged":
+        victim.write_text("<html>404</html>")
+    else:
+        victim.symlink_to(tmp_path / "annex" / "3.dcm")
+    assert str(victim) in fails(folder, how).message
+    with pytest.raises(VoxelscaleError, match=how):
+        read_image(list_scans(folder)[0])
+
+
 def test_an_unknown_code_names_its_syntax(tmp_path: Path) -> None:
     files = small_series()
     for ds in files:

@@ -17,7 +17,6 @@ from voxelscale.data.listing.source import (
     Found,
     Source,
     case_name,
-    files_below,
     is_path,
     read_json,
     read_table,
@@ -26,6 +25,7 @@ from voxelscale.data.listing.source import (
 )
 from voxelscale.data.listing.tables import CHANNEL, ONE_CHANNEL
 from voxelscale.errors import VoxelscaleError
+from voxelscale.files import files_below
 
 TABLE = "annotations.csv"
 TABLE_PLACES = ("", "CSVFILES", "evaluationScript/annotations")

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from voxelscale.data.names import Names
 from voxelscale.errors import VoxelscaleError
+from voxelscale.files import files_below
 
 LARGEST_TABLE = 2**26
 """Bytes of a CSV or JSON that says what a data set holds; a line a case, so some 100,000 of them."""
@@ -108,13 +109,6 @@ def visible(folder: Path) -> list[Path]:
     except OSError as error:
         hint = "check the path and its permissions"
         raise VoxelscaleError(f"{folder}: cannot be read ({error.strerror})", hint) from None
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """Every visible file in a folder, however deep, in the order of names."""
-    for name, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        yield from (Path(name, file) for file in sorted(files) if not file.startswith("."))
 
 
 def read_table(path: Path) -> bytes:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from voxelscale.data.listing.source import Found, Source, files_below, safe_name
+from voxelscale.data.listing.source import Found, Source, safe_name
 from voxelscale.data.names import Names
 from voxelscale.errors import VoxelscaleError
+from voxelscale.files import files_below
 
 if TYPE_CHECKING:
     from voxelscale.formats.dicom import Series

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.console import notice
+from voxelscale.console import notice, warn
 from voxelscale.errors import VoxelscaleError
+from voxelscale.files import files_below
 from voxelscale.formats._voxels import Opened
 from voxelscale.formats.dicom.elements import DamagedError
 from voxelscale.formats.dicom.header import MARKS, Frame, Header, is_dicom, read_header
@@ -44,6 +44,9 @@ def _pydicom_held() -> Iterator[None]:
 
 KEPT = {"SEG", "RTSTRUCT"}
 """Objects that `find_series` lists although they are no volumes."""
+
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+"""Of files that are meant to be DICOM whatever they hold."""
 
 LISTED = 4
 """So many series a message names."""
@@ -122,7 +125,7 @@ def open_scan(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[
     """
     if not files:
         files = list(_files_below(path) if path.is_dir() else _files_beside(path))
-    elif gone := [file for file in files if not file.is_file()]:
+    elif gone := [file for file in files if not (file.is_file() or file.is_symlink())]:
         # What is missing at an end of the scan nobody would miss.
         raise VoxelscaleError(f"{gone[0]}: no such file, and is a slice", "was it moved? Start again")
     headers, broken = _headers(files)
@@ -150,16 +153,12 @@ def open_scan(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Every regular file, links followed, each folder once."""
-    seen: set[str] = set()
-    for name, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(name)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield from (Path(name, file) for file in sorted(files))
+    """Every file, hidden ones too: some archives name files by a dot and a number."""
+    return files_below(folder, hidden=True, unreadable=_unreadable)
+
+
+def _unreadable(error: OSError) -> None:
+    warn(f"{error.filename}: cannot be read ({error.strerror}); what lies there is left out")
 
 
 def _files_beside(path: Path) -> Iterator[Path]:
@@ -178,9 +177,17 @@ def _headers(files: Iterable[Path]) -> tuple[list[Header], list[Path]]:
             continue
         if header is not None:
             headers.append(header)
-        elif file.is_file() and file.stat().st_size == 0:
+        elif _is_lost(file):
             broken.append(file)
     return headers, broken
+
+
+def _is_lost(file: Path) -> bool:
+    """Whether a file that is no DICOM by its content may have been: empty, a link that leads nowhere, or
+    only its name says so."""
+    if not file.exists():
+        return file.is_symlink()
+    return file.is_file() and (file.stat().st_size == 0 or file.suffix.lower() in DICOM_SUFFIXES)
 
 
 def _check_whole(group: Sequence[Header], broken: Sequence[Path]) -> None:
@@ -194,12 +201,15 @@ def _doubtful(group: Sequence[Header], broken: Sequence[Path]) -> Iterator[Path]
     folders = {header.path.parent for header in group}
     names = {header.path.suffix for header in group}
     for file in broken:
-        if file.parent in folders and (file.suffix in names or file.stat().st_size > 0):
+        there = file.stat().st_size if file.exists() else 0
+        if file.parent in folders and (file.suffix in names or there > 0):
             yield file
 
 
 def _damaged(file: Path) -> VoxelscaleError:
     hint = "copy or export it again, or remove it if it is no slice of this series"
+    if not file.exists():
+        return VoxelscaleError(f"{file}: a link that leads nowhere, and may be a slice", hint)
     return VoxelscaleError(f"{file}: damaged or empty, and may be a slice", hint)
 
 
