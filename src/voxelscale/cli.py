@@ -14,25 +14,38 @@ import typer
 from voxelscale import __version__
 from voxelscale.console import notice, set_verbosity
 from voxelscale.errors import VoxelscaleError
+from voxelscale.usage import LEVELS, Commands, RunsByDefault, UsageError, explain
 
 if TYPE_CHECKING:
     from voxelscale.config import Config
 
 app = typer.Typer(
     name="voxelscale",
-    no_args_is_help=True,
-    add_completion=False,
+    cls=Commands,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+
+def _keys() -> list[str]:
+    """For the shell's completion of ``--set``."""
+    from voxelscale.config import keys
+
+    return [f"{key}=" for key in keys()]
+
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML with any of the config's keys.")
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="One config key, as train.samples=4000; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="One config key, as train.samples=4000; repeatable.",
+        autocompletion=_keys,
+    ),
 ]
 
 Layout = Annotated[
@@ -45,42 +58,62 @@ Annotations = Annotated[
 
 
 def main() -> None:
-    """Entry point; --quiet and --verbose may stand anywhere."""
-    levels = [a for a in sys.argv[1:] if a in ("-q", "--quiet", "-v", "--verbose")]
-    app(levels + [a for a in sys.argv[1:] if a not in levels])
+    """Entry point; --quiet and --verbose may stand anywhere before a bare ``--``."""
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    levels = [word for word in words[:end] if word in LEVELS]
+    others = [word for word in words[:end] if word not in LEVELS] + words[end:]
+    try:
+        code = app([*levels, *(others or ["--help"])], prog_name="voxelscale", standalone_mode=False)
+    except (VoxelscaleError, UsageError) as error:
+        fault = error if isinstance(error, VoxelscaleError) else explain(error)
+        tell(fault.message, fault.hint)
+        code = 2
+    sys.exit(code or 0)
 
 
-def verb(command: Callable[..., int | None], to: typer.Typer = app) -> Callable[..., None]:
-    """A command whose faults are told as two lines and exit code 2, and that ends well on Ctrl-C."""
-
-    @functools.wraps(command)
-    def told(*args: Any, **kwargs: Any) -> None:
-        try:
-            code = command(*args, **kwargs) or 0
-        except VoxelscaleError as error:
-            tell(error.message, error.hint)
-            code = 2
-        except KeyboardInterrupt:
-            tell("interrupted", "the same command goes on where this one stopped")
-            code = 130
-        raise typer.Exit(code)
-
-    to.command()(told)
-    return told
+Verb = Callable[..., int | None]
 
 
-class _RunsByDefault(typer.core.TyperGroup):
-    """A verb with a few verbs of its own: without one of them it runs."""
+def verb(
+    group: str, *, goes_on: bool = False, to: typer.Typer = app, name: str | None = None
+) -> Callable[[Verb], Verb]:
+    """A command whose errors are two lines and exit code 2, and that ends well on Ctrl-C.
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put ``run`` before arguments that name no verb."""
-        named = bool(args) and args[0] in self.commands
-        parsed: list[str] = super().parse_args(ctx, args if named else ["run", *args])
-        return parsed
+    Args:
+        group: under which the help lists it.
+        goes_on: whether the same command, given again, keeps what an interrupted one has done.
+        to: the commands that it becomes one of.
+        name: where it is not the function's.
+    """
+
+    def register(command: Verb) -> Verb:
+        @functools.wraps(command)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            try:
+                code = command(*args, **kwargs) or 0
+            except VoxelscaleError as error:
+                tell(error.message, error.hint)
+                code = 2
+            except KeyboardInterrupt:
+                again = "goes on where this one stopped" if goes_on else "begins again"
+                tell("interrupted", f"the same command {again}")
+                code = 130
+            raise typer.Exit(code)
+
+        to.command(name, rich_help_panel=group)(guarded)
+        return command
+
+    return register
 
 
-search_app = typer.Typer(cls=_RunsByDefault, rich_markup_mode=None)
-app.add_typer(search_app, name="search", help="Find better settings by parallel Bayesian optimisation.")
+search_app = typer.Typer(cls=RunsByDefault, rich_markup_mode=None)
+app.add_typer(
+    search_app,
+    name="search",
+    help="Find better settings by parallel Bayesian optimisation.",
+    rich_help_panel="Studies",
+)
 
 
 def tell(message: str, hint: str) -> None:
@@ -149,7 +182,7 @@ def common(
     set_verbosity(0 if quiet else 2 if verbose else 1)
 
 
-@verb
+@verb("Data", goes_on=True)
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write: images/, labels/, dataset.csv.")],
     cases: Annotated[int | None, typer.Option(help="How many scans (phantom.cases).")] = None,
@@ -194,7 +227,7 @@ def phantom(
     return code
 
 
-@verb
+@verb("Data", goes_on=True)
 def prepare(
     data: Annotated[Path, typer.Argument(help="CSV with the columns image,label, or a data set's folder.")],
     store: Annotated[Path, typer.Argument(help="Folder of the training store to write.")],
@@ -237,7 +270,7 @@ def prepare(
     return code
 
 
-@verb
+@verb("Data")
 def inspect(
     data: Annotated[Path, typer.Argument(help="A data set as for prepare, or a store.")],
     out: Annotated[Path | None, typer.Argument(help="HTML page to write.")] = None,
@@ -273,7 +306,7 @@ def inspect(
         print(f"page in {out}")
 
 
-@verb
+@verb("Training", goes_on=True)
 def train(
     store: Annotated[Path, typer.Argument(help="What voxelscale prepare wrote.")],
     run: Annotated[Path, typer.Argument(help="Folder of the run; if it has begun, it goes on.")],
@@ -311,6 +344,7 @@ def train(
     return 0
 
 
+@verb("Search", goes_on=True, to=search_app)
 def run(
     store: Annotated[Path, typer.Argument(help="What voxelscale prepare wrote.")],
     out: Annotated[Path, typer.Argument(help="Folder of the search; if it has begun, it goes on.")],
@@ -370,6 +404,7 @@ def run(
     return 0
 
 
+@verb("Search", to=search_app)
 def status(
     out: Annotated[Path, typer.Argument(help="Folder of the search.")],
     follow: Annotated[
@@ -387,6 +422,7 @@ def status(
     follow_status(out, forever=follow)
 
 
+@verb("Search", to=search_app, name="report")
 def report_search(
     out: Annotated[Path, typer.Argument(help="Folder of the search.")],
 ) -> None:
@@ -402,13 +438,7 @@ def report_search(
     print(f"report in {out / 'search.html'}")
 
 
-verb(run, search_app)
-verb(status, search_app)
-report_search.__name__ = "report"
-verb(report_search, search_app)
-
-
-@verb
+@verb("Studies", goes_on=True)
 def scale(
     store: Annotated[Path, typer.Argument(help="What voxelscale prepare wrote.")],
     out: Annotated[Path, typer.Argument(help="Folder of the study; if it has begun, it goes on.")],
@@ -449,7 +479,7 @@ def scale(
     print(f"figure in {out / 'scaling.html'}")
 
 
-@verb
+@verb("Prediction", goes_on=True)
 def predict(
     model: Annotated[Path, typer.Argument(help="A run's folder, a model.vxs, or an ensemble's file.")],
     scans: Annotated[Path, typer.Argument(help="A scan, a DICOM folder, a folder of scans, or a CSV.")],
@@ -505,7 +535,7 @@ def predict(
     return code
 
 
-@verb
+@verb("Training", goes_on=True)
 def refine(
     run: Annotated[Path, typer.Argument(help="A trained run's folder, or its model.vxs.")],
     store: Annotated[Path, typer.Argument(help="The store that it was trained on.")],
@@ -536,7 +566,7 @@ def refine(
     return 0
 
 
-@verb
+@verb("Training")
 def ensemble(
     out: Annotated[Path, typer.Argument(help="The model file to write, as all.vxs.")],
     models: Annotated[list[Path], typer.Argument(help="Runs' folders, or model files; two or more.")],
@@ -559,7 +589,7 @@ def ensemble(
     print(f"{len(bundle.networks)} networks in {out}")
 
 
-@verb
+@verb("Evaluation")
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="What voxelscale predict wrote.")],
     data: Annotated[Path, typer.Argument(help="The data set with the true masks, as for prepare.")],
@@ -587,7 +617,7 @@ def evaluate(
     return tell_failed(rows_of(summary), "evaluated")
 
 
-@verb
+@verb("Training")
 def calibrate(
     model: Annotated[Path, typer.Argument(help="A run's folder, or a model.vxs.")],
     predictions: Annotated[Path, typer.Argument(help="What voxelscale predict wrote with it.")],
@@ -621,7 +651,7 @@ def calibrate(
     return tell_failed(rows_of(summary), "read")
 
 
-@verb
+@verb("Evaluation")
 def compare(
     predictions_a: Annotated[Path, typer.Argument(help="What voxelscale predict wrote.")],
     predictions_b: Annotated[Path, typer.Argument(help="The same of another model.")],
@@ -660,7 +690,7 @@ def compare(
     return tell_failed(rows_of(result), "compared")
 
 
-@verb
+@verb("Evaluation")
 def froc(
     submission: Annotated[Path, typer.Argument(help="CSV: seriesuid,coordX,coordY,coordZ,probability.")],
     annotations: Annotated[Path, typer.Option(help="CSV of the nodules, with diameter_mm.")],
@@ -697,7 +727,7 @@ def froc(
     print(json.dumps(result) if as_json else "\n".join(text_table(result)))
 
 
-@verb
+@verb("Evaluation")
 def report(
     predictions: Annotated[Path, typer.Argument(help="What voxelscale predict wrote.")],
     data: Annotated[Path, typer.Argument(help="The data set with images and true masks.")],
@@ -721,7 +751,7 @@ def report(
     print(f"report in {out}")
 
 
-@verb
+@verb("Help", goes_on=True)
 def quickstart(
     out: Annotated[Path, typer.Argument(help="Folder for everything.")] = Path("quickstart"),
     config: ConfigFile = None,
@@ -754,7 +784,7 @@ def quickstart(
     print(json.dumps(summary))
 
 
-@verb
+@verb("Help")
 def config(
     config: ConfigFile = None,
     set_: Sets = None,

@@ -7,7 +7,6 @@ writes the whole tree back, so a run's ``config.yaml`` says everything that shap
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from voxelscale.errors import VoxelscaleError
+from voxelscale.suggest import meant, nearest, nearest_keys
 
 Triple = tuple[float, float, float]
 IntTriple = tuple[int, int, int]
@@ -430,7 +430,7 @@ def load(path: Path | None = None, sets: Sequence[str] = (), base: Config | None
         nested: Any = _parse(value, text)
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
-        _merge(tree, nested, Config, where="--set")
+        _merge(tree, nested, Config, where="command line")
     return from_dict(tree)
 
 
@@ -482,7 +482,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     except (OSError, *_UNREADABLE) as error:
         problem = str(error).splitlines()[0][:200]
         raise VoxelscaleError(
-            f"{path}: not readable as YAML: {problem}", "mend the file's syntax"
+            f"{path}: not readable as YAML: {problem}", "correct the file's syntax"
         ) from None
     if tree is None:
         return {}
@@ -504,10 +504,10 @@ def _merge(tree: dict[str, Any], over: Mapping[str, Any], cls: type, where: str,
     for key, value in over.items():
         dotted = f"{path}{key}"
         if key not in known:
-            near = difflib.get_close_matches(str(key), _all_keys(), n=1, cutoff=0.5)
-            near = [k for k in _dotted_keys() if k.split(".")[-1] == near[0]] if near else []
-            hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
-            raise VoxelscaleError(f"{where}: unknown key {dotted}", hint)
+            whole = _full_key(dotted, value)
+            near = nearest_keys(whole, keys())
+            hint = meant(near) if near else f"known keys here: {', '.join(known)}"
+            raise VoxelscaleError(f"{where}: unknown key {whole}", hint)
         if is_dataclass(known[key]):
             if not isinstance(value, dict):
                 raise VoxelscaleError(f"{where}: {dotted} is a section, not a value", f"set {dotted}.KEY")
@@ -516,14 +516,17 @@ def _merge(tree: dict[str, Any], over: Mapping[str, Any], cls: type, where: str,
             tree[key] = _coerce(known[key], value, where, dotted)
 
 
-def _dotted_keys() -> list[str]:
-    sections = _hints(Config)
-    keys = [f"{name}.{key}" for name, cls in sections.items() for key in _hints(cls)]
-    return keys + list(sections)
+def _full_key(dotted: str, value: Any) -> str:
+    """An unknown section with the one key that was set in it."""
+    while isinstance(value, dict) and len(value) == 1:
+        key, value = next(iter(value.items()))
+        dotted = f"{dotted}.{key}"
+    return dotted
 
 
-def _all_keys() -> list[str]:
-    return [key.split(".")[-1] for key in _dotted_keys()]
+def keys() -> list[str]:
+    """All keys, as ``section.key``, in the tree's order."""
+    return [f"{name}.{key}" for name, section in _hints(Config).items() for key in _hints(section)]
 
 
 def _build(cls: type[T], tree: Mapping[str, Any], where: str, path: str) -> T:
@@ -552,7 +555,9 @@ def _coerce(kind: Any, value: Any, where: str, path: str) -> Any:
     if origin is Literal:
         if value in args and type(value) in {type(a) for a in args}:
             return value
-        raise _mistyped(where, path, value, "one of " + ", ".join(map(str, args)))
+        near = nearest(str(value), [str(arg) for arg in args])
+        choices = "one of " + ", ".join(map(str, args))
+        raise _mistyped(where, path, value, f"{choices}; {meant([near])}" if near else choices)
     if origin is tuple:
         many = len(args) == 2 and args[1] is Ellipsis
         if not isinstance(value, list | tuple) or not (many or len(value) == len(args)):
