@@ -765,23 +765,28 @@ def quickstart(
 
     The last line printed is JSON with dice, sensitivity_at_1_fp, seconds and report.
     """
+    from voxelscale.evaluate.text import text_value
     from voxelscale.quickstart import quickstart as run_quickstart
     from voxelscale.quickstart import quickstart_config
 
     result = run_quickstart(out, quickstart_config(config, tuple(set_ or ())))
     total = sum(result.seconds.values())
     laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
-    print(f"Dice on scans never seen: {result.dice:.3f}")
-    print(f"sensitivity at 1 false positive per scan: {result.sensitivity_at_1_fp:.3f}")
+    print(f"Dice on scans never seen: {text_value(result.dice)}")
+    print(f"sensitivity at 1 false positive per scan: {text_value(result.sensitivity_at_1_fp)}")
     print(f"time: {total:.0f} s ({laps})")
     print(f"report: {result.report}")
     summary = {
-        "dice": round(result.dice, 4),
-        "sensitivity_at_1_fp": round(result.sensitivity_at_1_fp, 4),
+        "dice": _rounded(result.dice),
+        "sensitivity_at_1_fp": _rounded(result.sensitivity_at_1_fp),
         "seconds": round(total, 1),
         "report": str(result.report),
     }
     print(json.dumps(summary))
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 @verb("Help")

@@ -17,14 +17,14 @@ class QuickstartResult:
     """What it came to.
 
     Attributes:
-        dice: mean over the test scans.
-        sensitivity_at_1_fp: lesions found at one false positive per scan.
+        dice: mean over the test scans; None where neither they nor their predictions hold a lesion.
+        sensitivity_at_1_fp: lesions found at one false positive per scan; None without a lesion.
         seconds: of each step, by name.
         report: the page.
     """
 
-    dice: float
-    sensitivity_at_1_fp: float
+    dice: float | None
+    sensitivity_at_1_fp: float | None
     seconds: dict[str, float]
     report: Path
 

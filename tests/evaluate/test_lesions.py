@@ -367,12 +367,16 @@ def test_the_whole_summary_of_three_cases() -> None:
     json.dumps(summary, allow_nan=False)
     narrow, wide = summary["surface_dice"]
     assert (narrow["tolerance_mm"], wide["tolerance_mm"]) == (1, 2)
-    assert wide["mean"] == pytest.approx((1 + 0 + 1) / 3)
+    # Two empty masks have no Dice, no surface and no distance: they make no mean better.
+    assert wide["mean"] == pytest.approx((1 + 0) / 2)
     assert 1 / 3 < narrow["mean"] <= wide["mean"]
+    assert (summary["dice"]["cases"], wide["cases"]) == (2, 2)
     assert summary["hd95_mm"]["one_mask_empty"] == 1
-    assert summary["hd95_mm"]["cases"] == 2
-    assert 0 < summary["hd95_mm"]["mean"] < 1  # of about 1.4 mm and of 0
-    assert [case["hd95_mm"] is None for case in summary["cases"]] == [False, True, False]
+    assert summary["hd95_mm"]["cases"] == 1
+    assert 1 < summary["hd95_mm"]["mean"] < 2  # about 1.4 mm
+    assert [case["hd95_mm"] is None for case in summary["cases"]] == [False, True, True]
+    assert [case["dice"] is None for case in summary["cases"]] == [False, False, True]
+    assert summary["healthy"] == {"scans": 1, "without_false_positives": 1, "false_positives": 0}
     sizes = {size["from_mm"]: size for size in summary["sizes"]}
     assert (sizes[8.0]["lesions"], sizes[8.0]["sensitivity"]) == (2, 0.5)
     growth = np.count_nonzero(found) / np.count_nonzero(ball(5)) - 1
@@ -383,6 +387,10 @@ def test_the_whole_summary_of_three_cases() -> None:
     assert strict["average_precision"] == pytest.approx(51 / 101)
     text = "\n".join(text_summary(summary))
     assert "1 without: one mask is empty" in text
+    assert "1 scan without: both masks are empty" in text
+    assert "1 healthy scan: 1 without a false positive, 0 false positives in all" in text
+    assert "(no interval: 2 cases)" in text
+    assert "(no interval: 2 scans with a lesion)" in text
     assert "8 to 15 mm" in text
     assert "kind solid" in text
 

@@ -63,6 +63,11 @@ class CaseResult:
     nodules: tuple[Nodule, ...] = ()
     nodule_hits: tuple[float, ...] = ()
 
+    @property
+    def both_empty(self) -> bool:
+        """A healthy scan in which nothing was found: it has no Dice, no surface and no distance."""
+        return not self.overlap.truth and not self.overlap.prediction
+
 
 def evaluate_case(
     case: str, truth: Scan, prediction: Scan, findings: Sequence[Finding], nodules: Sequence[Nodule] = ()
@@ -152,44 +157,33 @@ def read_prediction(folder: Path, source: Source, truth: Scan) -> tuple[Scan, li
 def summarise(results: Sequence[CaseResult]) -> dict[str, Any]:
     """Everything a report shows, as plain values; `docs/measures.md` says how each is counted.
 
-    ``cases`` and ``lesions`` are tables; ``dice`` the mean, median and least over cases with the 95 %
-    interval of the mean; ``surface_dice`` likewise, a row a tolerance; ``hd95_mm`` its mean and median over
-    the cases where it is finite, and how many it is not; ``froc`` the curve, its seven points and their
-    mean (CPM); ``operating_point`` the sensitivity and false positives per scan with every finding counted;
-    ``sizes`` lesions by diameter; ``nodules`` synthetic ones by kind, margin and place; ``iou`` components
-    matched by intersection over union. What has no value is None.
+    ``cases`` and ``lesions`` are tables; ``healthy`` what was found in scans without a lesion; ``dice`` the
+    mean, median and least over the cases where a mask has a voxel, with the 95 % interval of the mean;
+    ``surface_dice`` likewise, a row a tolerance; ``hd95_mm`` its mean and median over the cases where both
+    masks have one; ``froc`` the curve, its seven points and their mean (CPM); ``operating_point`` the
+    sensitivity and false positives per scan with every finding counted; ``sizes`` lesions by diameter;
+    ``nodules`` synthetic ones by kind, margin and place; ``iou`` components matched by intersection over
+    union. What has no value is None: all sensitivities where there is no lesion, and intervals of fewer
+    than `voxelscale.evaluate.bootstrap.MIN_SCANS` cases, or of fewer scans with a lesion.
     """
     matches = [r.matches for r in results]
-    curve = froc(matches)
-    samples = resampled([pool(matches)], RESAMPLES)[0]
+    lesions = sum(len(r.lesions) for r in results)
+    outlined = [r for r in results if not r.both_empty]
     pooled = sum((r.overlap for r in results), Overlap(truth=0, prediction=0, both=0))
+    curve = froc(matches)
     return {
         "scans": len(results),
-        "lesion_count": sum(len(r.lesions) for r in results),
-        "dice": spread([r.overlap.dice for r in results]),
-        "dice_pooled": pooled.dice,
+        "scans_with_lesions": sum(bool(r.lesions) for r in results),
+        "lesion_count": lesions,
+        "healthy": _healthy(results),
+        "dice": spread([r.overlap.dice for r in outlined]),
+        "dice_pooled": pooled.dice if outlined else None,
         "surface_dice": [
-            {"tolerance_mm": tolerance, **spread([r.surface.dice[at] for r in results])}
+            {"tolerance_mm": tolerance, **spread([r.surface.dice[at] for r in outlined])}
             for at, tolerance in enumerate(TOLERANCES_MM)
         ],
-        "hd95_mm": _finite([r.surface.hd95_mm for r in results]),
-        "sensitivity_at_1_fp": curve.sensitivity_at(1.0),
-        "sensitivity_at_1_fp_interval": interval(samples[:, OPERATING_POINTS.index(1.0)]) or [0.0, 0.0],
-        "froc": {
-            "fp_per_scan": curve.fp_per_scan.tolist(),
-            "sensitivity": curve.sensitivity.tolist(),
-            "points": [
-                {"fp_per_scan": point, "sensitivity": curve.sensitivity_at(point)}
-                for point in OPERATING_POINTS
-            ],
-            "cpm": curve.cpm,
-            "cpm_interval": interval(samples.mean(axis=1)) or [0.0, 0.0],
-        },
-        "operating_point": {
-            "threshold": float(curve.thresholds[-1]) if len(curve.thresholds) > 1 else None,
-            "sensitivity": float(curve.sensitivity[-1]),
-            "fp_per_scan": float(curve.fp_per_scan[-1]),
-        },
+        "hd95_mm": _finite([r.surface.hd95_mm for r in outlined]),
+        **(_froc_figures(matches, curve) if lesions else _no_froc(curve)),
         **_lesion_tables(results, threshold_at_1_fp(curve)),
         "iou": [
             {"iou": threshold, **detection_figures([r.iou_matches[at] for r in results])}
@@ -200,14 +194,60 @@ def summarise(results: Sequence[CaseResult]) -> dict[str, Any]:
     }
 
 
+def _healthy(results: Sequence[CaseResult]) -> dict[str, int]:
+    """Scans without a lesion: how many, how many of them without a false positive, all false positives."""
+    wrong = [len(r.matches.false_positives) for r in results if not r.lesions]
+    return {"scans": len(wrong), "without_false_positives": wrong.count(0), "false_positives": sum(wrong)}
+
+
+def _froc_figures(matches: Sequence[Matches], curve: Froc) -> dict[str, Any]:
+    samples = resampled([pool(matches)], RESAMPLES)[0]
+    scans = sum(bool(m.hits) for m in matches)
+    at_1_fp = OPERATING_POINTS.index(1.0)
+    return {
+        "sensitivity_at_1_fp": curve.sensitivity_at(1.0),
+        "sensitivity_at_1_fp_interval": interval(samples[:, at_1_fp], scans),
+        "froc": {
+            "fp_per_scan": curve.fp_per_scan.tolist(),
+            "sensitivity": curve.sensitivity.tolist(),
+            "points": [
+                {"fp_per_scan": point, "sensitivity": curve.sensitivity_at(point)}
+                for point in OPERATING_POINTS
+            ],
+            "cpm": curve.cpm,
+            "cpm_interval": interval(samples.mean(axis=1), scans),
+        },
+        "operating_point": {**_every_finding(curve), "sensitivity": float(curve.sensitivity[-1])},
+    }
+
+
+def _no_froc(curve: Froc) -> dict[str, Any]:
+    """The same without a lesion: no sensitivity is defined, only the number of false positives."""
+    points = [{"fp_per_scan": point, "sensitivity": None} for point in OPERATING_POINTS]
+    return {
+        "sensitivity_at_1_fp": None,
+        "sensitivity_at_1_fp_interval": None,
+        "froc": {"fp_per_scan": [], "sensitivity": [], "points": points, "cpm": None, "cpm_interval": None},
+        "operating_point": {**_every_finding(curve), "sensitivity": None},
+    }
+
+
+def _every_finding(curve: Froc) -> dict[str, float | None]:
+    threshold = float(curve.thresholds[-1]) if len(curve.thresholds) > 1 else None
+    return {"threshold": threshold, "fp_per_scan": float(curve.fp_per_scan[-1])}
+
+
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean, median and least of a figure of each case, and the 95 % interval of the mean."""
+    if not values:
+        return dict.fromkeys(("mean", "median", "least", "interval")) | {"cases": 0}
     array: NDArray[np.float64] = np.asarray(values, np.float64)
     return {
         "mean": float(array.mean()),
         "median": float(np.median(array)),
         "least": float(array.min()),
-        "interval": interval(resampled_means(array)),
+        "interval": interval(resampled_means(array), len(array)),
+        "cases": len(array),
     }
 
 
@@ -239,17 +279,18 @@ def _lesion_tables(results: Sequence[CaseResult], threshold: float) -> dict[str,
 
 
 def _case_row(result: CaseResult) -> dict[str, Any]:
-    surface = zip(TOLERANCES_MM, result.surface.dice, strict=True)
+    surface = [None if result.both_empty else dice for dice in result.surface.dice]
+    distance = result.surface.hd95_mm
     return {
         "case": result.case,
-        "dice": result.overlap.dice,
+        "dice": None if result.both_empty else result.overlap.dice,
         "truth_voxels": result.overlap.truth,
         "predicted_voxels": result.overlap.prediction,
         "lesions": len(result.lesions),
         "detected": sum(not math.isnan(hit) for hit in result.matches.hits),
         "false_positives": len(result.matches.false_positives),
-        **{f"surface_dice_{tolerance:g}mm": value for tolerance, value in surface},
-        "hd95_mm": result.surface.hd95_mm if math.isfinite(result.surface.hd95_mm) else None,
+        **{f"surface_dice_{mm:g}mm": value for mm, value in zip(TOLERANCES_MM, surface, strict=True)},
+        "hd95_mm": distance if math.isfinite(distance) and not result.both_empty else None,
     }
 
 

@@ -5,23 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from voxelscale.console import count
+
 
 def text_summary(summary: Mapping[str, Any]) -> list[str]:
     """What `voxelscale.evaluate.evaluate.summarise` returned, in lines for a person."""
-    dice, found, cpm = summary["dice"], summary["sensitivity_at_1_fp"], summary["froc"]
-    surface = ", ".join(
-        f"{row['mean']:.3f} within {row['tolerance_mm']:g} mm ({_text_interval(row['interval'])})"
-        for row in summary["surface_dice"]
-    )
     lines = [
-        f"{summary['scans']} scans, {summary['lesion_count']} lesions",
-        f"Dice {dice['mean']:.3f} ({_text_interval(dice['interval'])}), median {dice['median']:.3f}, "
-        f"least {dice['least']:.3f}, pooled {summary['dice_pooled']:.3f}",
-        f"surface Dice {surface}",
-        _text_distances(summary["hd95_mm"]),
-        f"sensitivity at 1 FP/scan {found:.3f} "
-        f"({_text_interval(summary['sensitivity_at_1_fp_interval'])}), "
-        f"CPM {cpm['cpm']:.3f} ({_text_interval(cpm['cpm_interval'])})",
+        f"{count(summary['scans'], 'scan')}, {count(summary['lesion_count'], 'lesion')}",
+        *_text_healthy(summary["healthy"]),
+        *_text_overlap(summary),
+        _text_sensitivity(summary),
     ]
     for row in summary["iou"]:
         lines.append(
@@ -30,6 +23,47 @@ def text_summary(summary: Mapping[str, Any]) -> list[str]:
             f"average precision {text_value(row['average_precision'])}"
         )
     return [*lines, *_text_tables(summary)]
+
+
+def _text_healthy(row: Mapping[str, Any]) -> list[str]:
+    if not row["scans"]:
+        return []
+    scans, wrong = count(row["scans"], "healthy scan"), count(row["false_positives"], "false positive")
+    return [f"{scans}: {row['without_false_positives']} without a false positive, {wrong} in all"]
+
+
+def _text_overlap(summary: Mapping[str, Any]) -> list[str]:
+    dice = summary["dice"]
+    if not dice["cases"]:
+        return ["Dice and surface Dice: no value, as all masks are empty"]
+    surface = ", ".join(
+        f"{row['mean']:.3f} within {row['tolerance_mm']:g} mm "
+        f"({text_interval(row['interval'], row['cases'])})"
+        for row in summary["surface_dice"]
+    )
+    empty = summary["scans"] - dice["cases"]
+    without = f"; {count(empty, 'scan')} without: both masks are empty" if empty else ""
+    return [
+        f"Dice {dice['mean']:.3f} ({text_interval(dice['interval'], dice['cases'])}), "
+        f"median {dice['median']:.3f}, least {dice['least']:.3f}, "
+        f"pooled {summary['dice_pooled']:.3f}{without}",
+        f"surface Dice {surface}",
+        _text_distances(summary["hd95_mm"]),
+    ]
+
+
+def _text_sensitivity(summary: Mapping[str, Any]) -> str:
+    cpm, scans = summary["froc"], summary["scans_with_lesions"]
+    if cpm["cpm"] is None:
+        return (
+            "sensitivity and CPM: no value without a lesion; "
+            f"{summary['operating_point']['fp_per_scan']:.3g} false positives per scan"
+        )
+    return (
+        f"sensitivity at 1 FP/scan {summary['sensitivity_at_1_fp']:.3f} "
+        f"({text_interval(summary['sensitivity_at_1_fp_interval'], scans, 'scan with a lesion')}), "
+        f"CPM {cpm['cpm']:.3f} ({text_interval(cpm['cpm_interval'], scans, 'scan with a lesion')})"
+    )
 
 
 def _text_tables(summary: Mapping[str, Any]) -> list[str]:
@@ -55,11 +89,15 @@ def _text_distances(row: Mapping[str, Any]) -> str:
         return f"HD95: of no case{without}"
     return (
         f"HD95 mean {row['mean']:.1f} mm, median {row['median']:.1f} mm, "
-        f"of {row['cases']} case{'s' * (row['cases'] != 1)}{without}"
+        f"of {count(row['cases'], 'case')}{without}"
     )
 
 
-def _text_interval(bounds: Sequence[float]) -> str:
+def text_interval(bounds: Sequence[float] | None, cases: int, noun: str = "case") -> str:
+    """A 95 % interval, or why there is none: so few cases."""
+    if bounds is None:
+        plural = noun.replace("scan ", "scans ") if " " in noun else ""
+        return f"no interval: {count(cases, noun, plural)}"
     return f"95 % {bounds[0]:.3f} to {bounds[1]:.3f}"
 
 

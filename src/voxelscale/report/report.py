@@ -73,7 +73,7 @@ def write_report(
         "scans.</footer>",
     ]
     page = resources.files("voxelscale.report").joinpath("page.html").read_text(encoding="utf-8")
-    title = f"Voxelscale report: Dice {summary['dice']['mean']:.3f}"
+    title = f"Voxelscale report: Dice {text_value(summary['dice']['mean'])}"
     write_atomic(out, Template(page).substitute(title=escape(title), body="\n".join(sections)))
 
 
@@ -108,10 +108,14 @@ def _head(summary: Mapping[str, Any], run: Path | None) -> str:
 def _cards(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
     dice, found = summary["dice"], summary["sensitivity_at_1_fp"]
     cards = [
-        ("Dice, mean of cases", f"{dice['mean']:.3f}", _range(dice["interval"])),
-        ("Dice, all voxels pooled", f"{summary['dice_pooled']:.3f}", f"least case {dice['least']:.3f}"),
-        ("Sensitivity at 1 FP/scan", f"{found:.3f}", _range(summary["sensitivity_at_1_fp_interval"])),
-        ("CPM", f"{summary['froc']['cpm']:.3f}", "mean of 7 operating points"),
+        ("Dice, mean of cases", text_value(dice["mean"]), _range(dice["interval"])),
+        (
+            "Dice, all voxels pooled",
+            text_value(summary["dice_pooled"]),
+            f"least case {text_value(dice['least'])}",
+        ),
+        ("Sensitivity at 1 FP/scan", text_value(found), _range(summary["sensitivity_at_1_fp_interval"])),
+        ("CPM", text_value(summary["froc"]["cpm"]), "mean of 7 operating points"),
         _surface_card(summary),
     ]
     if events:
@@ -131,10 +135,12 @@ def _cards(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> s
 def _surface_card(summary: Mapping[str, Any]) -> tuple[str, str, str]:
     narrow, median = summary["surface_dice"][0], summary["hd95_mm"]["median"]
     note = "" if median is None else f"HD95 {median:.1f} mm, median"
-    return f"Surface Dice at {narrow['tolerance_mm']:g} mm", f"{narrow['mean']:.3f}", note
+    return f"Surface Dice at {narrow['tolerance_mm']:g} mm", text_value(narrow["mean"]), note
 
 
-def _range(interval: Sequence[float]) -> str:
+def _range(interval: Sequence[float] | None) -> str:
+    if interval is None:
+        return "no interval: too few cases"
     return f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
 
 
@@ -148,8 +154,9 @@ def _warnings(summary: Mapping[str, Any]) -> str:
 def _charts(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
     froc = summary["froc"]
     curve = list(zip(froc["fp_per_scan"], froc["sensitivity"], strict=True))
-    curve.append((OPERATING_POINTS[-1], max(froc["sensitivity"])))
-    points = [(p["fp_per_scan"], p["sensitivity"]) for p in froc["points"]]
+    if curve:
+        curve.append((OPERATING_POINTS[-1], max(froc["sensitivity"])))
+    points = [(p["fp_per_scan"], p["sensitivity"]) for p in froc["points"] if curve]
     charts = [
         line_chart(
             [
@@ -186,7 +193,7 @@ def _smooth(events: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float,
 def _overlays(
     summary: Mapping[str, Any], predictions: Path, sources: Mapping[str, Source], config: PrepareConfig
 ) -> str:
-    ordered = sorted(summary["cases"], key=lambda row: -row["dice"])
+    ordered = sorted(summary["cases"], key=lambda row: -_dice_of(row))
     chosen = {0: "best", len(ordered) - 1: "worst"}
     chosen.setdefault(len(ordered) // 2, "median")
     toggles = "".join(
@@ -197,7 +204,7 @@ def _overlays(
     blocks = [f'<h2>Overlays <span class="toggles">{toggles}</span></h2>']
     for number in sorted(chosen):
         row = ordered[number]
-        title = f"{chosen[number].capitalize()} case: Dice {row['dice']:.3f}"
+        title = f"{chosen[number].capitalize()} case: Dice {text_value(row['dice'])}"
         try:
             views = _views(predictions / row["case"] / "mask.nii.gz", sources[row["case"]], config)
         except (VoxelscaleError, KeyError) as error:
@@ -209,6 +216,11 @@ def _overlays(
             f'<div class="views">{drawn}</div></div>'
         )
     return "".join(blocks)
+
+
+def _dice_of(row: Mapping[str, Any]) -> float:
+    """For the order: a healthy scan in which nothing was found has none, and is right."""
+    return 1.0 if row["dice"] is None else float(row["dice"])
 
 
 def _views(mask: Path, source: Source, config: PrepareConfig) -> list[tuple[str, str]]:
@@ -264,10 +276,10 @@ def _cases(cases: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(key: str, value: Any) -> str:
-    if key == "dice":
-        return f"{_meter(value)}{value:.3f}"
     if value is None:
         return "-"
+    if key == "dice":
+        return f"{_meter(value)}{value:.3f}"
     if isinstance(value, float):
         return f"{value:.1f}" if key == "hd95_mm" else f"{value:.3f}"
     return escape(f"{value:,}" if isinstance(value, int) else str(value))
