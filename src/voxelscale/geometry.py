@@ -10,7 +10,8 @@ and ITK).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import permutations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -110,6 +111,76 @@ class Grid:
         return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Slices:
+    """The slices that a scan was made of, as they were acquired: perhaps tilted or unevenly spaced.
+
+    Labels are drawn on these. Indexed like a lattice, ``(slice, row, column)``; between two slices, and
+    beyond the outermost ones, everything runs in a straight line.
+
+    Attributes:
+        shape: number of slices, rows and columns.
+        positions: (n, 3) LPS mm of the centre of each slice's first pixel, ascending along the normal.
+        down, right: (3,) LPS mm from one row to the next, and from one column to the next.
+        levels: (n,) where on the z axis of the scan's lattice each slice lies, in voxels, ascending.
+        shifts: (n, 2) where on the lattice's y and x axes each slice's first pixel lies, in voxels.
+        uids: each slice's SOPInstanceUID and number of its frame, from 1; ("", 0): the slice is missing,
+            and the scan's values there are interpolated.
+        frame_of_reference: the UID of the system of coordinates of the positions; "": not said.
+    """
+
+    shape: IntTriple
+    positions: NDArray[np.float64]
+    down: NDArray[np.float64]
+    right: NDArray[np.float64]
+    levels: NDArray[np.float64]
+    shifts: NDArray[np.float64]
+    uids: tuple[tuple[str, int], ...]
+    frame_of_reference: str = ""
+
+    @property
+    def heights(self) -> NDArray[np.float64]:
+        """(n,) mm of the slices along their normal."""
+        normal = np.cross(self.right, self.down)
+        heights: NDArray[np.float64] = self.positions @ (normal / np.linalg.norm(normal))
+        return heights
+
+    @property
+    def spacing(self) -> Triple:
+        """Usual distance of the slices, distance of rows, and of columns, in mm."""
+        step = np.median(np.diff(self.heights))
+        return float(step), float(np.linalg.norm(self.down)), float(np.linalg.norm(self.right))
+
+    @property
+    def regular(self) -> bool:
+        """Whether the slices are the lattice's own planes."""
+        return bool(not self.shifts.any() and np.array_equal(self.levels, np.arange(self.shape[0])))
+
+    def index_to_mm(self, index: ArrayLike) -> NDArray[np.float64]:
+        """Positions (..., 3) as LPS mm ``(x, y, z)`` of indices (..., 3) ``(slice, row, column)``."""
+        index = np.asarray(index, dtype=np.float64)
+        points: NDArray[np.float64] = self._first(index[..., 0])
+        return points + index[..., 1:2] * self.down + index[..., 2:3] * self.right
+
+    def mm_to_index(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Fractional indices (..., 3) ``(slice, row, column)`` of LPS mm positions (..., 3)."""
+        points, heights = np.asarray(points, dtype=np.float64), self.heights
+        normal = np.cross(self.right, self.down)
+        height = points @ (normal / np.linalg.norm(normal))
+        below = np.clip(np.searchsorted(heights, height) - 1, 0, len(heights) - 2)
+        number = below + (height - heights[below]) / (heights[below + 1] - heights[below])
+        beside = points - self._first(number)
+        row, column = (beside @ step / (step @ step) for step in (self.down, self.right))
+        return np.stack([number, row, column], axis=-1)
+
+    def _first(self, number: NDArray[np.float64]) -> NDArray[np.float64]:
+        """LPS mm (..., 3) of the first pixel of a slice, also between two or beyond."""
+        below = np.clip(np.floor(number).astype(int), 0, len(self.positions) - 2)
+        step = self.positions[below + 1] - self.positions[below]
+        first: NDArray[np.float64] = self.positions[below] + (number - below)[..., None] * step
+        return first
+
+
 @dataclass(frozen=True, eq=False)
 class Scan:
     """Voxel values and where they lie.
@@ -117,10 +188,12 @@ class Scan:
     Attributes:
         array: ``(z, y, x)``; HU for CT, class numbers for a mask.
         affine: (4, 4) float64, voxel index ``(z, y, x, 1)`` to LPS mm ``(x, y, z, 1)``.
+        slices: what it was made of, as read from DICOM; None once it is turned or resampled.
     """
 
     array: NDArray[Any]
     affine: NDArray[np.float64]
+    slices: Slices | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.array.ndim != 3:
@@ -220,23 +293,42 @@ def reorient(scan: Scan) -> Scan:
     return Scan(np.ascontiguousarray(np.flip(scan.array.transpose(order), tuple(flipped))), grid.affine)
 
 
+SAME_COSINE = 1e-3
+"""Direction cosines this near each other are equal: decimal text and float32 round them by less."""
+
+
 def as_lps(grid: Grid) -> tuple[list[int], list[int], Grid]:
-    """How `reorient` turns a lattice: the order of its axes, which are then flipped, and the lattice."""
-    columns = np.abs(grid.direction[:, ::-1])  # rows x, y, z; columns: array axes
-    # Greedy on the largest cosine keeps the assignment one-to-one for any rotation.
-    axis_of: dict[int, int] = {}
-    for flat in np.argsort(-columns, axis=None):
-        world, axis = divmod(int(flat), 3)
-        if world not in axis_of and axis not in axis_of.values():
-            axis_of[world] = axis
-    order = [axis_of[2], axis_of[1], axis_of[0]]
+    """How `reorient` turns a lattice: the order of its axes, which are then flipped, and the lattice.
+
+    The largest cosines decide which array axis becomes which patient axis. Equal ones (an axis at 45
+    degrees) are decided by the signs of the others. Only directions in the patient count, never the order
+    of the axes in the array: a scan and its mask end in one order, however each of them was written.
+    """
+    columns = grid.direction[:, ::-1]  # rows x, y, z; columns: array axes
+    turns = []
+    for axes in permutations(range(3)):  # the array axes that become x, y, z
+        signs = [_sign(columns[:, axis], world) for world, axis in enumerate(axes)]
+        turned = columns[:, axes] * signs
+        keys = [*sorted(turned.diagonal(), reverse=True), *turned.ravel()]
+        turns.append((axes, signs, keys))
+    for key in range(len(turns[0][2])):
+        best = max(keys[key] for _, _, keys in turns)
+        turns = [turn for turn in turns if turn[2][key] >= best - SAME_COSINE]
+    axes, signs, _ = turns[0]
+    order = list(axes[::-1])
     affine = grid.affine[:, [*order, 3]].copy()
     z, y, x = (grid.shape[axis] for axis in order)
-    flipped = [axis for axis, world in enumerate((2, 1, 0)) if affine[world, axis] < 0]
+    flipped = [axis for axis, world in enumerate((2, 1, 0)) if signs[world] < 0]
     for axis in flipped:
         affine[:3, 3] += affine[:3, axis] * ((z, y, x)[axis] - 1)
         affine[:3, axis] *= -1
     return order, flipped, Grid((z, y, x), affine)
+
+
+def _sign(direction: NDArray[np.float64], world: int) -> int:
+    """1 or -1: which way round a unit vector runs along a patient axis, or, at right angles, another."""
+    along = next(direction[w] for w in (world, 0, 1, 2) if abs(direction[w]) > SAME_COSINE)
+    return 1 if along > 0 else -1
 
 
 def crop_or_pad(scan: Scan, start: Sequence[int], shape: Sequence[int], fill: float = 0) -> Scan:

@@ -197,7 +197,7 @@ def look_at(source: Source, config: PrepareConfig) -> Facts:
         problems.append(Problem(severity="note", case=source.case, text="has no mask"))
     else:
         try:
-            mask = labels_of(source, image, config).mask.array
+            mask = reorient(labels_of(source, raw, config).mask).array
         except VoxelscaleError as error:
             problems.append(Problem(severity="error", case=source.case, text=error.message))
     names = (source.case, source.patient, axis_codes(raw.grid))

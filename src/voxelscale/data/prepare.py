@@ -128,12 +128,9 @@ def survey(source: Source, config: PrepareConfig) -> Grid:
 
 def axis_codes(grid: Grid) -> str:
     """Where the x, y and z index axis point, to the nearest direction of the patient; as ``LPS``."""
-    letters = ("RL", "AP", "IS")
-    codes = ""
-    for column in grid.direction.T:
-        world = int(np.argmax(np.abs(column)))
-        codes += letters[world][int(column[world] > 0)]
-    return codes
+    order, flipped, _ = as_lps(grid)
+    codes = {axis: ("IS", "AP", "RL")[n][n not in flipped] for n, axis in enumerate(order)}
+    return "".join(codes[axis] for axis in (2, 1, 0))
 
 
 def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Triple) -> CaseInfo:

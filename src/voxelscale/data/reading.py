@@ -55,15 +55,18 @@ def read_case(source: Source, config: PrepareConfig, image: Scan | None = None) 
         VoxelscaleError: one of them is unfit, they do not belong together, or there is no lesion where
             `prepare.allow_empty` does not allow it.
     """
-    image = reorient(read_image(source, config.fill_gaps) if image is None else image)
+    raw = read_image(source, config.fill_gaps) if image is None else image
+    image = reorient(raw)
     if not source.labels:
         if not config.allow_empty:
             hint = "add its mask, or say prepare.allow_empty=true where scans without one are healthy"
             raise VoxelscaleError(f"{source.image}: has no mask", hint)
         return image, Labels(mask=Scan(np.zeros(image.array.shape, np.uint8), image.affine))
-    labels = labels_of(source, image, config)
+    # Labels speak of the pixels that were drawn on: they are read before anything is turned.
+    drawn = labels_of(source, raw, config)
+    labels = replace(drawn, mask=reorient(drawn.mask))
     # A reading that found nothing is an answer; a mask without a voxel is more likely a mistake.
-    reading = kind_of(source.labels[0]) in ("LIDC", "spheres")
+    reading = any(kind_of(label) in ("LIDC", "spheres") for label in source.labels)
     if not (labels.mask.array.any() or reading or config.allow_empty):
         hint = "check the mask, or say prepare.allow_empty=true where healthy scans are meant to be there"
         raise VoxelscaleError(f"{source.label_names}: an empty mask: no voxel of a lesion", hint)
@@ -80,22 +83,26 @@ def read_truth(source: Source, config: PrepareConfig) -> Scan:
 
     if not source.labels:
         raise VoxelscaleError(f"{source.image}: has no mask", "add its mask")
-    if kind_of(source.labels[0]) == "mask":
+    if [kind_of(label) for label in source.labels] == ["mask"]:
         mask = reorient(read_label(source.labels[0]))
         return Scan(lesion_in(mask, _values(source, config)).astype(np.uint8), mask.affine)
     return read_case(source, replace(config, allow_empty=True))[1].mask
 
 
 def labels_of(source: Source, image: Scan, config: PrepareConfig) -> Labels:
-    """The lesions of an image that has been read (LPS order)."""
+    """The lesions of an image, on its own voxels.
+
+    Args:
+        image: what `read_image` gave, its axes as in its files.
+    """
     from voxelscale.formats.dicom import thickness_of
 
     thickness = None
-    if kind_of(source.labels[0]) == "LIDC":
+    if any(kind_of(label) == "LIDC" for label in source.labels):
         # Who agrees with whom goes by what only a DICOM header knows.
         thickness = thickness_of(source.files[0] if source.files else source.image)
     return read_labels(
-        source.labels[0],
+        source.labels,
         image,
         image_path=source.image,
         series=source.series,

@@ -6,7 +6,7 @@ One file per family, each with ``matches(path, head)`` and ``open_scan(path)``; 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,16 @@ def read_scan(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[
     """
     with _told(path):
         opened = _open(path, series, fill_gaps, files)
-        array = _as_hu(opened.load())
+    return _loaded(path, opened, opened.load)
+
+
+def _loaded(path: Path, opened: Opened, load: Callable[[], NDArray[Any]]) -> Scan:
+    with _told(path):
+        array = _as_hu(load())
         bad = int(array.size - np.isfinite(array).sum()) if array.dtype.kind == "f" else 0
     if bad:
         raise not_finite(path, bad)
-    return Scan(array, opened.grid.affine)
+    return Scan(array, opened.grid.affine, opened.slices)
 
 
 def read_grid(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[Path] = ()) -> Grid:
@@ -119,7 +124,9 @@ def read_label(path: Path) -> Scan:
     Raises:
         VoxelscaleError: as `read_scan`; or values that are no whole numbers, or negative.
     """
-    scan = read_scan(path)
+    with _told(path):
+        opened = _open(path, "", 0, ())
+    scan = _loaded(path, opened, opened.load_classes or opened.load)
     array = scan.array
     if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
         raise VoxelscaleError(f"{path}: a mask with fractions", "threshold it to whole class numbers first")

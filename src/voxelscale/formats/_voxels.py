@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.geometry import Grid, IntTriple
+from voxelscale.geometry import Grid, IntTriple, Slices
 
 MOST_VOXELS = 2**31
 """A header that claims more is lying, or the scan does not fit anyway (4 GiB of int16)."""
@@ -59,10 +59,14 @@ class Opened:
     Attributes:
         grid: where its voxels lie.
         load: reads them, (z, y, x), with slope and intercept applied.
+        slices: of DICOM, the slices that the scan is made of.
+        load_classes: of DICOM, reads them as class numbers, which are never mixed by resampling.
     """
 
     grid: Grid
     load: Callable[[], NDArray[Any]]
+    slices: Slices | None = None
+    load_classes: Callable[[], NDArray[Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

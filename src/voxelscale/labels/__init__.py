@@ -7,6 +7,7 @@ patient mm where the source has more to say than a mask can.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,7 +54,7 @@ class Labels:
 
 
 def read_labels(
-    path: Path,
+    paths: Path | Sequence[Path],
     image: Scan,
     *,
     image_path: Path | None = None,
@@ -65,9 +66,10 @@ def read_labels(
     """The lesions of a scan.
 
     Args:
-        path: a mask in any format that scans have, a DICOM SEG or RTSTRUCT, LIDC's XML, or a CSV with
-            LUNA16's columns.
-        image: the scan that they belong to.
+        paths: a mask in any format that scans have, a DICOM SEG or RTSTRUCT, LIDC's XML, or a CSV with
+            LUNA16's columns; or several of them: what any says is a lesion is one.
+        image: the scan that they belong to, as it was read: what was resampled or turned since no longer
+            knows the slices that they were drawn on.
         image_path: where it came from, to be named in a fault.
         series: its SeriesInstanceUID, where it is known; it picks the rows of a CSV, and what names
             another one is refused.
@@ -81,18 +83,29 @@ def read_labels(
     """
     from voxelscale.labels import lidc, rtstruct, seg, spheres
 
-    kind = kind_of(path)
-    if kind in ("SEG", "RTSTRUCT"):
-        read = seg.read if kind == "SEG" else rtstruct.read
-        with warnings.catch_warnings():
-            # What breaks a rule is either harmless or an error, which is told once.
-            warnings.filterwarnings("ignore", module="pydicom")
-            return Labels(mask=read(path, image, values, series))
-    if kind == "LIDC":
-        return lidc.read(path, image, consensus, series, thickness_mm)
-    if kind == "spheres":
-        return spheres.read(path, image, series)
-    return Labels(mask=_read_mask(path, image, image_path or path, values))
+    of_kind: dict[str, list[Path]] = {}
+    for path in [paths] if isinstance(paths, Path) else paths:
+        of_kind.setdefault(kind_of(path), []).append(path)
+    found: list[Labels] = []
+    with warnings.catch_warnings():
+        # What breaks a rule is either harmless or an error, which is reported once.
+        warnings.filterwarnings("ignore", module="pydicom")
+        for kind, read in (("SEG", seg.read), ("RTSTRUCT", rtstruct.read)):
+            if kind in of_kind:
+                found.append(Labels(mask=read(of_kind[kind], image, values, series)))
+    for path in of_kind.get("LIDC", ()):
+        found.append(lidc.read(path, image, consensus, series, thickness_mm, image_path))
+    for path in of_kind.get("spheres", ()):
+        found.append(spheres.read(path, image, series))
+    if "mask" in of_kind:
+        found.append(Labels(mask=_read_masks(of_kind["mask"], image, image_path, values)))
+    return found[0] if len(found) == 1 else _merged(found)
+
+
+def _merged(found: Sequence[Labels]) -> Labels:
+    mask = np.logical_or.reduce([labels.mask.array > 0 for labels in found]).astype(np.uint8)
+    findings = tuple(finding for labels in found for finding in labels.findings)
+    return Labels(mask=Scan(mask, found[0].mask.affine), findings=findings)
 
 
 def lesion_in(mask: Scan, values: tuple[int, ...] | None) -> NDArray[np.bool_]:
@@ -124,17 +137,25 @@ def _dicom_kind(path: Path) -> Literal["SEG", "RTSTRUCT", "mask"]:
     return "SEG" if modality == "SEG" else "RTSTRUCT" if modality == "RTSTRUCT" else "mask"
 
 
-def _read_mask(path: Path, image: Scan, image_path: Path, values: tuple[int, ...] | None) -> Scan:
+def _read_masks(
+    paths: Sequence[Path], image: Scan, image_path: Path | None, values: tuple[int, ...] | None
+) -> Scan:
+    """The union of masks on the image's voxels."""
     from voxelscale.formats import check_same_place, read_label
     from voxelscale.geometry import reorient, resample
 
-    mask, turned = reorient(read_label(path)), reorient(image)
-    check_same_place(path, mask, image_path, turned)
-    binary = lesion_in(mask, values)
-    if values is not None and mask.array.any() and not binary.any():
-        found = ", ".join(map(str, np.unique(mask.array)[:10]))
-        hint = "choose other prepare.labels, or leave them out for all"
-        raise VoxelscaleError(f"{path}: no voxel of the values {values} (it holds {found})", hint)
-    # The same lattice, perhaps in another order of voxels: the nearest is the very voxel.
-    placed = Scan(binary.astype(np.uint8), turned.affine)
-    return resample(placed, image.grid, "nearest")
+    turned, masks, held = reorient(image), [], {}
+    for path in paths:
+        mask = reorient(read_label(path))
+        check_same_place(path, mask, image_path or path, turned)
+        # The same lattice, perhaps in another order of voxels: the nearest is the very voxel.
+        placed = Scan(lesion_in(mask, values).astype(np.uint8), turned.affine)
+        masks.append(resample(placed, image.grid, "nearest").array)
+        held[path] = None if values is None or masks[-1].any() else np.unique(mask.array)[:10]
+    if values is not None and not any(mask.any() for mask in masks):
+        for path, numbers in held.items():
+            if numbers is not None and numbers.any():
+                hint = "choose other prepare.labels, or leave them out for all"
+                shown = ", ".join(map(str, numbers))
+                raise VoxelscaleError(f"{path}: no voxel of the values {values} (it holds {shown})", hint)
+    return Scan(np.maximum.reduce(masks), image.affine)

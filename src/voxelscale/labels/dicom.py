@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from voxelscale.console import notice, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats.dicom.elements import DamagedError
 from voxelscale.formats.dicom.header import DEFLATED, check_whole, inflated_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from pydicom.dataset import Dataset, FileDataset
+
+    from voxelscale.geometry import Scan
 
 LARGEST = 2**31
 """Bytes of an object at most."""
@@ -53,20 +56,28 @@ def _check_inflated(path: Path) -> None:
         raise VoxelscaleError(f"{path}: larger than {LARGEST_INFLATED >> 20} MiB when inflated", hint)
 
 
-def check_series(path: Path, data: Dataset, series: str) -> None:
-    """Raise a VoxelscaleError where an object says that it belongs to other series than the image's.
+def check_series(path: Path, data: Dataset, series: str, image: Scan) -> None:
+    """Raise a VoxelscaleError where an object says that it belongs to something else than the image.
 
     Args:
-        series: the image's SeriesInstanceUID; "": not known, and nothing is refused.
+        series: the image's SeriesInstanceUID; "": not known, and no series is refused.
+        image: its frame of reference counts where the object names no series.
     """
     try:
         known = {str(uid) for uid in _series_of(data)}
+        frames = {str(uid) for uid in _frames_of_reference(data)}
     except Exception:  # as above
         hint = "copy or export it again"
         raise VoxelscaleError(f"{path}: what it refers to is not readable", hint) from None
     if series and known and series not in known:
         hint = "give each scan the object that refers to its SeriesInstanceUID"
         raise VoxelscaleError(f"{path}: belongs to another series", hint)
+    frame = image.slices.frame_of_reference if image.slices else ""
+    if frame and frames and frame not in frames:
+        what = f"{path}: drawn in another frame of reference than the scan's"
+        if not known:
+            raise VoxelscaleError(what, "check that the pair belongs together")
+        warn(f"{what}, though it names the scan's series: its positions are taken as they are")
 
 
 def _series_of(data: Dataset) -> list[str]:
@@ -76,3 +87,25 @@ def _series_of(data: Dataset) -> list[str]:
         for study in frame.get("RTReferencedStudySequence") or []:
             found += study.get("RTReferencedSeriesSequence") or []
     return [item.SeriesInstanceUID for item in found if item.get("SeriesInstanceUID")]
+
+
+def _frames_of_reference(data: Dataset) -> list[str]:
+    items = [data, *(data.get("ReferencedFrameOfReferenceSequence") or [])]
+    return [item.FrameOfReferenceUID for item in items if item.get("FrameOfReferenceUID")]
+
+
+def check_values(held: Mapping[Path, set[int]], noun: str, values: tuple[int, ...] | None) -> None:
+    """Raise a VoxelscaleError where none of the objects has what is asked for; name those without.
+
+    Args:
+        held: the numbers of the segments or regions of each object.
+        noun: what they are called.
+        values: those that are asked for; None: all.
+    """
+    without = [path for path, numbers in held.items() if values is not None and not numbers & set(values)]
+    for path in without if len(without) < len(held) else without[:1]:
+        found = ", ".join(map(str, sorted(held[path])[:10])) or "none"
+        what = f"{path}: no {noun} {values} (it holds {found})"
+        if len(without) == len(held):
+            raise VoxelscaleError(what, "choose other prepare.labels")
+        notice(f"{what}, left out")

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.console import notice
+from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
-from voxelscale.geometry import Grid, Scan, sphere_diameter
+from voxelscale.geometry import Grid, Scan, Slices, as_lps, resample, sphere_diameter
 from voxelscale.labels import Finding, Labels
 from voxelscale.labels.contours import inside
+from voxelscale.labels.drawn import Lattice, on_scan
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -79,65 +80,111 @@ class Reading:
         return self.nodule and any(len(outline.points) > 1 for outline in self.outlines)
 
 
+UPRIGHT = 0.7
+"""Least cosine between the slices' normal and the patient's axis: outlines say no more than their z."""
+
+AS_STORED = (".mha", ".mhd", ".nrrd", ".nhdr")
+"""Files whose rows and columns are those of the DICOM slices: what wrote them (ITK) turns nothing."""
+
+
 def read(
-    path: Path, image: Scan, consensus: float, series: str = "", thickness_mm: float | None = None
+    path: Path,
+    image: Scan,
+    consensus: float,
+    series: str = "",
+    thickness_mm: float | None = None,
+    image_path: Path | None = None,
 ) -> Labels:
     """The nodules of at least 3 mm as a mask; these, smaller ones and non-nodules as findings.
 
-    A scan that is only a part of what was read keeps of each nodule what lies in it; who agrees with whom
-    is settled on the whole, and so are centre and diameter.
+    Outlines count the rows and columns of the DICOM slices, whichever way these run, and name a slice by
+    its z. A scan that is only a part of what was read keeps of each nodule what lies in it; who agrees with
+    whom is settled on the whole, and so are centre and diameter.
 
     Args:
+        image: the scan, its axes as in its files.
         thickness_mm: of the scan's slices, as its header says; None: as their distance.
+        image_path: where the scan came from.
 
     Raises:
         VoxelscaleError: the XML is damaged, says too much, or is of another series; or the scan's pixels
             are not LIDC's.
     """
-    if not np.allclose(image.grid.direction, np.eye(3), atol=1e-3):
-        hint = "give the slices as LIDC-IDRI has them"
-        raise VoxelscaleError(f"{path}: outlines in pixels of an axial scan, and this one is turned", hint)
+    lattice = _lattice(path, image, image_path)
     said, readings = read_xml(path)
     _check_counts(path, readings)
     if series and said and series != said:
         hint = "give each scan the XML that names its SeriesInstanceUID"
         raise VoxelscaleError(f"{path}: the readings of another series", hint)
-    _check_places(path, readings, image.grid)
-    mask = np.zeros(image.array.shape, np.uint8)
-    findings, outside = [], 0
-    for group in cluster([reading for reading in readings if reading.outlined], image.grid, thickness_mm):
-        _check_size(path, group, image.grid)
-        agreed, corner = agree(group, image.grid, consensus)
-        nodule = _nodule(agreed, corner, group, image.grid)
-        if _put(mask, agreed, corner) or (not agreed.any() and _lies_in(nodule, image.grid)):
+    _check_places(path, readings, lattice)
+    mask = np.zeros(lattice.shape, np.uint8)
+    findings, outside, cut = [], 0, 0
+    for group in cluster([reading for reading in readings if reading.outlined], lattice, thickness_mm):
+        _check_size(path, group, lattice)
+        agreed, corner = agree(group, lattice, consensus)
+        nodule = _nodule(agreed, corner, group, lattice)
+        there = _put(mask, agreed, corner)
+        if there or (not agreed.any() and _lies_in(nodule, lattice)):
             findings.append(nodule)
+            cut += there < int(np.count_nonzero(agreed))
         else:
             outside += 1
-    for mark in _marks([reading for reading in readings if not reading.outlined], image.grid):
-        if _lies_in(mark, image.grid):
+    for mark in _marks([reading for reading in readings if not reading.outlined], lattice):
+        if _lies_in(mark, lattice):
             findings.append(mark)
         else:
             outside += 1
     if outside:
-        notice(f"{path}: {outside} findings on slices that are not in the scan")
-    return Labels(mask=Scan(mask, image.affine), findings=tuple(findings))
+        warn(f"{path}: {outside} findings on slices that are not in the scan")
+    if cut:
+        warn(f"{path}: of {cut} nodules a part lies on slices that are not in the scan")
+    return Labels(mask=_on_scan(path, mask, lattice, image), findings=tuple(findings))
 
 
-def _put(mask: NDArray[np.uint8], agreed: NDArray[np.bool_], corner: tuple[int, int, int]) -> bool:
-    """Set what of the voxels lies in the scan; whether anything does."""
+def _lattice(path: Path, image: Scan, image_path: Path | None) -> Lattice:
+    """What the outlines' pixels are those of.
+
+    DICOM says it. Other files do not: rows that run to the front are turned, as converters to NIfTI turn
+    them. Columns that run to the right were so in the slices of a patient who lay face down, or were turned
+    by what wrote the file: only of MetaImage and NRRD is it known.
+    """
+    if image.slices is not None:
+        normal = np.cross(image.slices.right, image.slices.down)
+        if abs(normal[2]) / np.linalg.norm(normal) > UPRIGHT:
+            return image.slices
+    else:
+        _, flipped, turned = as_lps(image.grid)
+        stored = image_path is not None and image_path.suffix.lower() in AS_STORED
+        if stored and (1 in flipped) == (2 in flipped):
+            turned, flipped = image.grid, []
+        upright = np.abs(np.abs(turned.direction) - np.eye(3)).max() < 1e-3
+        if upright and 2 not in flipped:  # of the axes z, y, x
+            return turned
+    hint = "give the DICOM slices as LIDC-IDRI has them"
+    raise VoxelscaleError(f"{path}: outlines in pixels of an axial scan, and this one is turned", hint)
+
+
+def _on_scan(path: Path, mask: NDArray[np.uint8], lattice: Lattice, image: Scan) -> Scan:
+    if isinstance(lattice, Slices):
+        return on_scan(path, mask, lattice, image)
+    # The same lattice, perhaps in another order of voxels: the nearest is the very voxel.
+    return resample(Scan(mask, lattice.affine), image.grid, "nearest")
+
+
+def _put(mask: NDArray[np.uint8], agreed: NDArray[np.bool_], corner: tuple[int, int, int]) -> int:
+    """Set what of the voxels lies in the scan; how many do."""
     low = max(0, corner[0])
     high = min(mask.shape[0], corner[0] + agreed.shape[0])
     there = agreed[max(0, low - corner[0]) : max(0, high - corner[0])]
-    if not there.any():
-        return False
-    box = tuple(slice(c, c + n) for c, n in zip((low, *corner[1:]), there.shape, strict=True))
-    mask[box] |= there
-    return True
+    if there.any():
+        box = tuple(slice(c, c + n) for c, n in zip((low, *corner[1:]), there.shape, strict=True))
+        mask[box] |= there
+    return int(np.count_nonzero(there))
 
 
-def _lies_in(finding: Finding, grid: Grid) -> bool:
+def _lies_in(finding: Finding, lattice: Lattice) -> bool:
     """Whether its centre does, by slices: in-plane everything does."""
-    return bool(-0.5 <= grid.mm_to_index(finding.centre)[0] <= grid.shape[0] - 0.5)
+    return bool(-0.5 <= lattice.mm_to_index(finding.centre)[0] <= lattice.shape[0] - 0.5)
 
 
 def read_xml(path: Path) -> tuple[str, list[Reading]]:
@@ -235,20 +282,20 @@ def _check_counts(path: Path, readings: Sequence[Reading]) -> None:
             raise VoxelscaleError(f"{path}: {count} {what} in one scan", hint)
 
 
-def _check_places(path: Path, readings: Sequence[Reading], grid: Grid) -> None:
+def _check_places(path: Path, readings: Sequence[Reading], lattice: Lattice) -> None:
     """Raise a VoxelscaleError where outlines cannot be of this scan's pixels and slices."""
     hint = "give the slices as LIDC-IDRI has them, neither cropped nor resampled"
     for outline in (outline for reading in readings for outline in reading.outlines):
-        place = (outline.z_mm - grid.origin[2]) / grid.spacing[0]
+        place = _place(outline, lattice)
         if abs(place - round(place)) > OFF_SLICE or abs(place) > FARTHEST:
             raise VoxelscaleError(f"{path}: an outline at {outline.z_mm:g} mm, between the slices", hint)
-        if (outline.points < 0).any() or (outline.points >= grid.shape[1:]).any():
+        if (outline.points < 0).any() or (outline.points >= lattice.shape[1:]).any():
             raise VoxelscaleError(f"{path}: an outline beyond the scan's rows and columns", hint)
 
 
-def _check_size(path: Path, group: Sequence[Reading], grid: Grid) -> None:
+def _check_size(path: Path, group: Sequence[Reading], lattice: Lattice) -> None:
     """Raise a VoxelscaleError where outlines that hang together are no nodule: memory goes by their box."""
-    points = np.concatenate([_points(reading, grid) for reading in group])
+    points = np.concatenate([_points(reading, lattice) for reading in group])
     size = np.ptp(points, axis=0).astype(int) + 1
     if size.prod() > MOST_VOXELS:
         shown = " x ".join(map(str, size[::-1]))
@@ -256,13 +303,23 @@ def _check_size(path: Path, group: Sequence[Reading], grid: Grid) -> None:
         raise VoxelscaleError(f"{path}: a nodule of {shown} voxels", hint)
 
 
-def slice_of(outline: Outline, grid: Grid) -> int:
-    """The slice that an outline lies on."""
-    return round((outline.z_mm - grid.origin[2]) / grid.spacing[0])
+def slice_of(outline: Outline, lattice: Lattice) -> int:
+    """The slice that an outline lies on; beyond the outermost ones they are counted on."""
+    return round(_place(outline, lattice))
+
+
+def _place(outline: Outline, lattice: Lattice) -> float:
+    """Where among the slices an outline lies, by what these say of their own z."""
+    if isinstance(lattice, Grid):
+        return float((outline.z_mm - lattice.origin[2]) / lattice.affine[2, 0])
+    z = lattice.positions[:, 2]
+    up = 1 if z[-1] > z[0] else -1
+    below = int(np.clip(np.searchsorted(up * z, up * outline.z_mm) - 1, 0, len(z) - 2))
+    return float(below + (outline.z_mm - z[below]) / (z[below + 1] - z[below]))
 
 
 def cluster(
-    readings: Sequence[Reading], grid: Grid, thickness_mm: float | None = None
+    readings: Sequence[Reading], lattice: Lattice, thickness_mm: float | None = None
 ) -> list[list[Reading]]:
     """The readings by nodule, from the feet up.
 
@@ -273,8 +330,8 @@ def cluster(
 
     if not readings:
         return []
-    tolerance = grid.spacing[0] if thickness_mm is None else thickness_mm
-    clouds = [_points(reading, grid) for reading in readings]
+    tolerance = lattice.spacing[0] if thickness_mm is None else thickness_mm
+    clouds = [_points(reading, lattice) for reading in readings]
     apart = _distances(clouds, tolerance)
     while True:
         count, owner = connected_components(apart <= tolerance, directed=False)
@@ -282,7 +339,9 @@ def cluster(
             break
         tolerance *= SHRINK
     groups = [[r for r, o in zip(readings, owner, strict=True) if o == k] for k in range(count)]
-    return sorted(groups, key=lambda group: float(np.mean([_points(r, grid)[:, 0].mean() for r in group])))
+    return sorted(
+        groups, key=lambda group: float(np.mean([_points(r, lattice)[:, 0].mean() for r in group]))
+    )
 
 
 def _distances(clouds: Sequence[NDArray[np.float64]], farthest: float) -> NDArray[np.float64]:
@@ -306,32 +365,32 @@ def _distances(clouds: Sequence[NDArray[np.float64]], farthest: float) -> NDArra
     return apart
 
 
-def _points(reading: Reading, grid: Grid) -> NDArray[np.float64]:
+def _points(reading: Reading, lattice: Lattice) -> NDArray[np.float64]:
     """(n, 3) voxels (z, y, x) of all its outlines."""
     return np.concatenate(
-        [np.insert(o.points.astype(np.float64), 0, slice_of(o, grid), axis=1) for o in reading.outlines]
+        [np.insert(o.points.astype(np.float64), 0, slice_of(o, lattice), axis=1) for o in reading.outlines]
     )
 
 
 def agree(
-    group: Sequence[Reading], grid: Grid, consensus: float
+    group: Sequence[Reading], lattice: Lattice, consensus: float
 ) -> tuple[NDArray[np.bool_], tuple[int, int, int]]:
     """The voxels that at least this share of the readers outlined, and the first voxel of their box."""
-    points = np.concatenate([_points(reading, grid) for reading in group])
+    points = np.concatenate([_points(reading, lattice) for reading in group])
     low, high = points.min(axis=0).astype(int), points.max(axis=0).astype(int)
     votes = np.zeros(tuple(high - low + 1), np.uint16)
     for reading in group:
-        votes += fill(reading, grid, low, high)
+        votes += fill(reading, lattice, low, high)
     return votes / len(group) >= consensus, (int(low[0]), int(low[1]), int(low[2]))
 
 
 def fill(
-    reading: Reading, grid: Grid, low: NDArray[np.int64], high: NDArray[np.int64]
+    reading: Reading, lattice: Lattice, low: NDArray[np.int64], high: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
     """The voxels (z, y, x) between two corners, both included, that one reader outlined."""
     mask = np.zeros(tuple(high - low + 1), np.bool_)
     for outline in sorted(reading.outlines, key=lambda o: not o.inclusion):
-        z = slice_of(outline, grid) - int(low[0])
+        z = slice_of(outline, lattice) - int(low[0])
         points = outline.points - low[1:]
         filled = inside(points, (mask.shape[1], mask.shape[2]))
         if outline.inclusion:
@@ -343,19 +402,29 @@ def fill(
 
 
 def _nodule(
-    agreed: NDArray[np.bool_], corner: tuple[int, int, int], group: Sequence[Reading], grid: Grid
+    agreed: NDArray[np.bool_], corner: tuple[int, int, int], group: Sequence[Reading], lattice: Lattice
 ) -> Finding:
     """Centre of the consensus, or where it is empty of the outlines."""
     voxels = np.argwhere(agreed) + corner
-    places = voxels if len(voxels) else np.concatenate([_points(reading, grid) for reading in group])
-    volume = len(voxels) * grid.voxel_mm3
+    places = voxels if len(voxels) else np.concatenate([_points(reading, lattice) for reading in group])
+    volume = _volume(voxels, lattice)
     diameter = sphere_diameter(volume) if volume else None
     return Finding(
-        kind="nodule", centre=_mm(places.mean(axis=0), grid), diameter_mm=diameter, readers=len(group)
+        kind="nodule", centre=_mm(places.mean(axis=0), lattice), diameter_mm=diameter, readers=len(group)
     )
 
 
-def _marks(points: Sequence[Reading], grid: Grid) -> list[Finding]:
+def _volume(voxels: NDArray[np.int64], lattice: Lattice) -> float:
+    """In mm3; of slices in uneven steps each is as thick as half its distance to both neighbours."""
+    if isinstance(lattice, Grid):
+        return len(voxels) * lattice.voxel_mm3
+    steps = np.diff(lattice.heights)
+    thick = (np.concatenate([steps[:1], steps]) + np.concatenate([steps, steps[-1:]])) / 2
+    there = np.clip(voxels[:, 0], 0, len(thick) - 1)
+    return float(thick[there].sum() * np.prod(lattice.spacing[1:]))
+
+
+def _marks(points: Sequence[Reading], lattice: Lattice) -> list[Finding]:
     """Small nodules and non-nodules; marks of one kind within `SAME_MM` are of one thing."""
     from scipy.cluster.hierarchy import fcluster, linkage
 
@@ -363,7 +432,11 @@ def _marks(points: Sequence[Reading], grid: Grid) -> list[Finding]:
     kinds: tuple[Literal["small", "non-nodule"], ...] = ("small", "non-nodule")
     for kind in kinds:
         places = np.array(
-            [_mm(_points(r, grid).mean(axis=0), grid) for r in points if r.nodule == (kind == "small")]
+            [
+                _mm(_points(r, lattice).mean(axis=0), lattice)
+                for r in points
+                if r.nodule == (kind == "small")
+            ]
         )
         if not len(places):
             continue
@@ -376,6 +449,6 @@ def _marks(points: Sequence[Reading], grid: Grid) -> list[Finding]:
     return found
 
 
-def _mm(index: NDArray[np.float64], grid: Grid) -> tuple[float, float, float]:
-    x, y, z = grid.index_to_mm(index)
+def _mm(index: NDArray[np.float64], lattice: Lattice) -> tuple[float, float, float]:
+    x, y, z = lattice.index_to_mm(index)
     return float(x), float(y), float(z)

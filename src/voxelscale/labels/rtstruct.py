@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats.dicom.header import FARTHEST_MM
 from voxelscale.geometry import Scan
 from voxelscale.labels.contours import inside
-from voxelscale.labels.dicom import check_series, read_dataset
+from voxelscale.labels.dicom import check_series, check_values, read_dataset
+from voxelscale.labels.drawn import Lattice, lattice_of, on_scan, warn_outside
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -22,50 +26,106 @@ if TYPE_CHECKING:
 TUMOUR = re.compile(r"gtv|nodul|lesion|tumou?r|metasta", re.IGNORECASE)
 """What regions of interest are called that are lesions."""
 
+CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+"""Geometric types of contours that hold an area (PS3.3 C.8.8.6.3)."""
+
 MOST_POINTS = 2**16
 """Of a contour; what a person draws has hundreds, what a program draws thousands."""
 
-Contours = dict[int, list[NDArray[np.float64]]]
+SAME_PLANE_MM, SAME_PLANE = 0.2, 0.25
+"""Contours this near each other, in mm and in slices, lie in one plane: programs round to 0.1 mm."""
 
 
-def read(path: Path, image: Scan, values: tuple[int, ...] | None, series: str = "") -> Scan:
-    """The regions as one mask: the pixels whose centre lies inside, on the nearest slice.
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A region of interest.
 
-    Several contours of a region on one slice cut holes into each other (PS3.3 C.8.8.6.3: XOR).
+    Attributes:
+        name: as the structure set calls it.
+        tumour: whether it is named or typed as one.
+        contours: the closed ones, each (n, 3) LPS mm.
+        others: how many contours of each other geometric type it has, which hold no area.
+    """
+
+    name: str
+    tumour: bool
+    contours: list[NDArray[np.float64]]
+    others: Counter[str]
+
+
+Regions = dict[int, Region]
+
+
+def read(paths: Sequence[Path], image: Scan, values: tuple[int, ...] | None, series: str = "") -> Scan:
+    """The regions of one or several objects as one mask: the pixels whose centre lies inside.
+
+    A contour belongs to the nearest slice. Several contours of a region in one plane cut holes into each
+    other (PS3.3 C.8.8.6.3: XOR).
 
     Args:
-        values: numbers of regions; None: the only one, or those that are named or typed as a tumour.
+        image: the scan; where it was resampled, the contours are painted on its slices.
+        values: numbers of regions, the same for every object; None: those that are named or typed as a
+            tumour, or the only one.
         series: the image's SeriesInstanceUID, where it is known.
 
     Raises:
-        VoxelscaleError: it is damaged, of another series, drawn on other planes, or it is unclear which
+        VoxelscaleError: one is damaged, of another series, or drawn on other planes, or it is unclear which
             region is meant.
     """
-    data = read_dataset(path)
-    check_series(path, data, series)
-    try:
-        regions = _regions(data)
-        chosen = _chosen(path, data, regions, values)
-        mask = np.zeros(image.array.shape, np.uint8)
-        for number in chosen:
-            _paint(path, regions[number], image, mask)
-    except VoxelscaleError:
-        raise
-    except Exception as error:  # elements are decoded when they are asked for, garbled ones in any error
-        raise VoxelscaleError(f"{path}: a damaged structure set ({error})", "export it again") from None
+    sets = {path: _read_set(path, series, image) for path in paths}
+    lattice = lattice_of(image)
+    mask = np.zeros(image.array.shape, np.uint8)
+    for path, numbers in _chosen(sets, values).items():
+        drawn = np.zeros(lattice.shape, np.uint8)
+        outside = 0
+        for number in numbers:
+            region = sets[path][number]
+            if region.others:
+                kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(region.others.items()))
+                what = f"region {number} {region.name}".strip()
+                warn(f"{path}: {what} has contours that hold no area, left out: {kinds}")
+            outside += _paint(path, region.contours, lattice, drawn)
+        if outside == sum(len(sets[path][number].contours) for number in numbers) and not drawn.any():
+            hint = "check that the pair belongs together"
+            raise VoxelscaleError(f"{path}: it lies outside the scan", hint)
+        warn_outside(path, outside, "contour")
+        mask |= on_scan(path, drawn, lattice, image).array
     return Scan(mask, image.affine)
 
 
-def _regions(data: Dataset) -> Contours:
-    """Each region's contours, (n, 3) LPS mm."""
-    regions: Contours = {}
-    for region in data.get("ROIContourSequence") or []:
-        contours = []
-        for contour in region.get("ContourSequence") or []:
-            if str(contour.get("ContourGeometricType", "")).startswith("CLOSED_PLANAR"):
+def _read_set(path: Path, series: str, image: Scan) -> Regions:
+    data = read_dataset(path)
+    check_series(path, data, series, image)
+    try:
+        return _regions(data)
+    except Exception as error:  # elements are decoded when they are asked for, garbled ones in any error
+        raise VoxelscaleError(f"{path}: a damaged structure set ({error})", "export it again") from None
+
+
+def _regions(data: Dataset) -> Regions:
+    """The regions that have a contour of any kind, by their numbers."""
+    names = {int(r.ROINumber): str(r.get("ROIName", "")) for r in data.get("StructureSetROISequence") or []}
+    types = {
+        int(o.ReferencedROINumber): str(o.get("RTROIInterpretedType", ""))
+        for o in data.get("RTROIObservationsSequence") or []
+    }
+    regions: Regions = {}
+    for drawn in data.get("ROIContourSequence") or []:
+        contours, others = [], Counter[str]()
+        for contour in drawn.get("ContourSequence") or []:
+            kind = str(contour.get("ContourGeometricType", ""))
+            if kind in CLOSED:
                 contours.append(_points(contour))
-        regions[int(region.ReferencedROINumber)] = contours
-    return {number: contours for number, contours in regions.items() if contours}
+            else:
+                others[kind or "of no type"] += 1
+        number = int(drawn.ReferencedROINumber)
+        if number in regions:
+            raise ValueError(f"two regions of number {number}")
+        name = names.get(number, "")
+        tumour = types.get(number) == "GTV" or TUMOUR.search(name) is not None
+        if contours or others:
+            regions[number] = Region(name, tumour, contours, others)
+    return regions
 
 
 def _points(contour: Dataset) -> NDArray[np.float64]:
@@ -86,48 +146,84 @@ def _points(contour: Dataset) -> NDArray[np.float64]:
     return points
 
 
-def _chosen(path: Path, data: Dataset, regions: Contours, values: tuple[int, ...] | None) -> list[int]:
-    names = {int(r.ROINumber): str(r.get("ROIName", "")) for r in data.get("StructureSetROISequence") or []}
-    types = {
-        int(o.ReferencedROINumber): str(o.get("RTROIInterpretedType", ""))
-        for o in data.get("RTROIObservationsSequence") or []
-    }
-    if values is not None:
-        chosen = [number for number in regions if number in values]
-    elif len(regions) == 1:
-        chosen = list(regions)
+def _chosen(sets: dict[Path, Regions], values: tuple[int, ...] | None) -> dict[Path, list[int]]:
+    """The regions that are the lesion, of every object that has one."""
+    closed = {path: [n for n, r in regions.items() if r.contours] for path, regions in sets.items()}
+    if values is not None and any(set(numbers) & set(values) for numbers in closed.values()):
+        check_values({path: set(numbers) for path, numbers in closed.items()}, "region", values)
+        chosen = {path: [n for n in numbers if n in values] for path, numbers in closed.items()}
     else:
-        chosen = [n for n in regions if types.get(n) == "GTV" or TUMOUR.search(names.get(n, ""))]
-    if not chosen:
-        held = ", ".join(f"{n} {names.get(n, '')}".strip() for n in sorted(regions)) or "none"
+        # By their names in all of the objects: one beside a tumour that holds only organs is none.
+        chosen = {path: [n for n in numbers if sets[path][n].tumour] for path, numbers in closed.items()}
+        if values is not None or not any(chosen.values()):
+            single = values is None and all(len(numbers) == 1 for numbers in closed.values())
+            chosen = closed if single else {}
+    if not any(chosen.values()):
+        path, regions = next(iter(sets.items()))
+        named = (
+            f"{n} {r.name}".strip() + " (no area)" * (not r.contours) for n, r in sorted(regions.items())
+        )
         hint = "say which regions are the lesion, as prepare.labels=[1]"
+        held = ", ".join(named) or "none"
         raise VoxelscaleError(f"{path}: which of its regions is the lesion? It holds: {held}", hint)
-    return chosen
+    return {path: numbers for path, numbers in chosen.items() if numbers}
 
 
-def _paint(path: Path, contours: list[NDArray[np.float64]], image: Scan, mask: NDArray[np.uint8]) -> None:
-    drawn = [image.grid.mm_to_index(points) for points in contours]
-    region = np.zeros_like(mask)
+def _paint(
+    path: Path, contours: Sequence[NDArray[np.float64]], lattice: Lattice, mask: NDArray[np.uint8]
+) -> int:
+    """Set a region's voxels; how many of its contours reach beyond the scan."""
+    drawn = [lattice.mm_to_index(points) for points in contours]
     spread = np.max([np.ptp(points, axis=0) for points in drawn], axis=0)
     axis = int(np.argmin(spread))
     if spread[axis] > 0.5:
         hint = "export it on the planes of this scan"
         raise VoxelscaleError(f"{path}: its contours do not lie in the scan's planes", hint)
     others = [a for a in range(3) if a != axis]
-    shape = (mask.shape[others[0]], mask.shape[others[1]])
-    planes: dict[float, list[NDArray[np.float64]]] = defaultdict(list)
+    last = np.asarray(mask.shape) - 0.5
+    there = [((points >= -0.5) & (points <= last)).all(axis=1) for points in drawn]
+    slices: dict[int, list[tuple[float, NDArray[np.float64]]]] = {}
     for points in drawn:
         place = float(points[:, axis].mean())
-        if not -0.5 <= place <= mask.shape[axis] - 0.5:
-            hint = "check that the pair belongs together"
-            raise VoxelscaleError(f"{path}: a contour outside the scan", hint)
-        planes[round(place, 2)].append(points[:, others])
-    # Drawn on finer slices than the scan's, several planes are near one slice: the nearest is its.
-    nearest: dict[int, float] = {}
-    for place in sorted(planes, key=lambda p: -abs(p - np.rint(p))):
-        nearest[int(np.clip(np.rint(place), 0, mask.shape[axis] - 1))] = place
+        if -0.5 <= place <= last[axis]:
+            number = int(np.clip(np.rint(place), 0, mask.shape[axis] - 1))
+            slices.setdefault(number, []).append((place, points[:, others]))
+    region = np.zeros_like(mask)
     view = np.moveaxis(region, axis, 0)
-    for number, place in nearest.items():
-        for outline in planes[place]:
-            view[number] ^= inside(outline, shape)
+    step = min(SAME_PLANE, SAME_PLANE_MM / lattice.spacing[axis])
+    for number, placed in slices.items():
+        _fill(view[number], number, placed, step)
     mask |= region
+    return sum(not within.all() for within in there)
+
+
+def _fill(
+    plane: NDArray[np.uint8], number: int, placed: list[tuple[float, NDArray[np.float64]]], step: float
+) -> None:
+    """Set the pixels of a slice that its contours hold.
+
+    Drawn on finer slices than the scan's, several planes are near one slice: the nearest is its. Of the
+    others counts only what the nearer ones do not have, such as another lesion.
+
+    Args:
+        placed: each contour's place among the slices, and its points in pixels.
+        step: of the places, up to which contours lie in one plane.
+    """
+    placed = sorted(placed, key=lambda pair: pair[0])
+    cuts = np.flatnonzero(np.diff([place for place, _ in placed]) > step) + 1
+    planes = [placed[a:b] for a, b in zip([0, *cuts], [*cuts, len(placed)], strict=True)]
+    taken = np.zeros(plane.shape, np.bool_)
+    for contours in sorted(planes, key=lambda pairs: abs(np.mean([p for p, _ in pairs]) - number)):
+        filled = [inside(outline, (plane.shape[0], plane.shape[1])) for outline in _unlike(contours)]
+        new = [area for area in filled if not (area & taken).any()]
+        for area in new:
+            plane ^= area
+        taken |= np.logical_or.reduce(filled)
+
+
+def _unlike(contours: Sequence[tuple[float, NDArray[np.float64]]]) -> list[NDArray[np.float64]]:
+    """The outlines, one that is there twice only once: it would cut itself out."""
+    kept: dict[bytes, NDArray[np.float64]] = {}
+    for _, outline in contours:
+        kept.setdefault(np.rint(outline * 100).astype(np.int64).tobytes(), outline)
+    return list(kept.values())

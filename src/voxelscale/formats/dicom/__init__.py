@@ -25,7 +25,7 @@ from voxelscale.formats._voxels import Opened
 from voxelscale.formats.dicom.elements import DamagedError
 from voxelscale.formats.dicom.header import MARKS, Frame, Header, is_dicom, read_header
 from voxelscale.formats.dicom.stack import at_one_place, parallel, stack
-from voxelscale.formats.dicom.voxels import check_claims, read_voxels, slices_of
+from voxelscale.formats.dicom.voxels import check_claims, read_classes, read_voxels, slices_of
 
 
 @contextmanager
@@ -149,7 +149,10 @@ def open_scan(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[
         _tell(path, left_out if path.is_dir() else Counter(), (*told, *plan.told))
         return array
 
-    return Opened(grid=plan.grid, load=load)
+    def load_classes() -> NDArray[Any]:
+        return read_classes(plan)
+
+    return Opened(grid=plan.grid, load=load, slices=plan.slices, load_classes=load_classes)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

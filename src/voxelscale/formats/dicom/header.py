@@ -44,6 +44,7 @@ INFLATED_HEADER = 2**22
 
 IMAGE_TYPE, SOP_CLASS, SOP_UID, MODALITY = 0x00080008, 0x00080016, 0x00080018, 0x00080060
 PATIENT, STUDY, SERIES, FRAMES = 0x00100020, 0x0020000D, 0x0020000E, 0x00280008
+FRAME_OF_REFERENCE = 0x00200052
 POSITION, ORIENTATION, SPACING, THICKNESS = 0x00200032, 0x00200037, 0x00280030, 0x00180050
 SAMPLES, PHOTOMETRIC, ROWS, COLUMNS = 0x00280002, 0x00280004, 0x00280010, 0x00280011
 ALLOCATED, STORED, HIGH, SIGNED = 0x00280100, 0x00280101, 0x00280102, 0x00280103
@@ -73,7 +74,7 @@ MARKS = {
 WANTED = {
     *(IMAGE_TYPE, SOP_CLASS, SOP_UID, MODALITY, PATIENT, STUDY, SERIES, FRAMES, POSITION, ORIENTATION),
     *(SPACING, THICKNESS, SAMPLES, PHOTOMETRIC, ROWS, COLUMNS, ALLOCATED, STORED, HIGH, SIGNED, PADDING),
-    *(PADDING_LIMIT, INTERCEPT, SLOPE, LUT, FRAME_TYPE),
+    *(FRAME_OF_REFERENCE, PADDING_LIMIT, INTERCEPT, SLOPE, LUT, FRAME_TYPE),
     *(tag for _, tag in MARKS.values()),
     *SEQUENCES,
 }
@@ -130,6 +131,7 @@ class Frame:
     intercept: float
     padding: tuple[int, int] | None
     sop_uid: str
+    frame_of_reference: str
     marks: tuple[tuple[str, str], ...]
 
 
@@ -138,6 +140,7 @@ class Header:
     """A file's place in the study, and its slices.
 
     Attributes:
+        frames_of_reference: the systems of coordinates that its positions count in, by their UIDs.
         left_out: why it is no part of a volume ("localizer", "SR object", ...); empty if it may be.
     """
 
@@ -147,6 +150,7 @@ class Header:
     series: str
     modality: str
     refers_to: tuple[str, ...]
+    frames_of_reference: tuple[str, ...]
     frames: tuple[Frame, ...]
     left_out: str
 
@@ -288,6 +292,7 @@ def _header(
         series=_text(dataset, SERIES),
         modality=modality,
         refers_to=_refers_to(dataset),
+        frames_of_reference=_frames_of_reference(dataset),
         frames=frames,
         left_out=left_out,
     )
@@ -356,6 +361,7 @@ def _frame(
         intercept=intercept[0] if intercept else 0.0,
         padding=_padding(dataset, pixels.signed),
         sop_uid=_text(dataset, SOP_UID),
+        frame_of_reference=_text(dataset, FRAME_OF_REFERENCE),
         marks=tuple((name, text) for name, text in marks.items() if text),
     )
 
@@ -374,6 +380,12 @@ def _refers_to(dataset: Elements) -> tuple[str, ...]:
     for frame in _items(dataset, REFERENCED_FRAME):
         for study in _items(frame, RT_STUDY):
             uids += [_text(item, SERIES) for item in _items(study, RT_SERIES)]
+    return tuple(dict.fromkeys(uid for uid in uids if uid))
+
+
+def _frames_of_reference(dataset: Elements) -> tuple[str, ...]:
+    """The object's own, and those that a set of structures names."""
+    uids = [_text(item, FRAME_OF_REFERENCE) for item in (dataset, *_items(dataset, REFERENCED_FRAME))]
     return tuple(dict.fromkeys(uid for uid in uids if uid))
 
 

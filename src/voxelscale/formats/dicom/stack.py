@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats._voxels import check_header
 from voxelscale.formats.dicom.header import Frame
-from voxelscale.geometry import Grid
+from voxelscale.geometry import Grid, Slices
 
 SAME_MM = 0.01
 """Slices nearer to each other lie at one place."""
@@ -57,6 +57,34 @@ class Stack:
     levels: NDArray[np.float64]
     shifts: NDArray[np.float64]
     told: tuple[str, ...]
+
+    @property
+    def slices(self) -> Slices:
+        """The slices, on which labels are drawn; the missing ones that are interpolated among them."""
+        right, down = (self.grid.affine[:3, axis] for axis in (2, 1))
+        levels, uids = self.levels, [(frame.sop_uid, frame.index + 1) for frame in self.frames]
+        if np.array_equal(levels, np.rint(levels)):
+            there = dict(zip(levels.astype(int).tolist(), uids, strict=True))
+            levels = np.arange(self.grid.shape[0], dtype=np.float64)
+            uids = [there.get(level, ("", 0)) for level in range(self.grid.shape[0])]
+        rows, columns = self.frames[0].pixels.rows, self.frames[0].pixels.columns
+        return Slices(
+            shape=(len(levels), rows, columns),
+            positions=_between(levels, self.levels, _positions(self.frames)),
+            down=down,
+            right=right,
+            levels=levels,
+            shifts=_between(levels, self.levels, self.shifts),
+            uids=tuple(uids),
+            frame_of_reference=self.frames[0].frame_of_reference,
+        )
+
+
+def _between(
+    levels: NDArray[np.float64], known: NDArray[np.float64], values: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Columns of values at `known` levels, interpolated linearly to others."""
+    return np.stack([np.interp(levels, known, column) for column in values.T], axis=1)
 
 
 def stack(path: Path, frames: Sequence[Frame], fill_gaps: int = 0) -> Stack:

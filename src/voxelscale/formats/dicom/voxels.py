@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,15 @@ from voxelscale.formats.dicom import codec
 from voxelscale.formats.dicom.elements import UNDEFINED
 from voxelscale.formats.dicom.header import NATIVE, Frame, Pixels, inflate
 from voxelscale.formats.dicom.stack import Stack
+from voxelscale.geometry import Slices
 
 AIR_HU = -1024
+
+HALF = np.float32(0.5 - 1e-4)
+"""Share of a voxel from which on a mask has it; rounding must not lose what is just half full."""
+
+MOST_CLASSES = 1000
+"""In a mask; an image has more values."""
 
 BODY_HU = (-900, 3071)
 """A padding value that means one of these HU may well be tissue, too."""
@@ -43,6 +51,28 @@ def read_voxels(stack: Stack, *, ct: bool) -> NDArray[Any]:
             planes = planes.astype(np.float32)
         planes[place] = values
     return _levelled(planes, stack.levels, stack.grid.shape[0])
+
+
+def read_classes(stack: Stack) -> NDArray[Any]:
+    """As `read_voxels`, of a mask: what is resampled keeps its class numbers, which are never mixed.
+
+    Raises:
+        VoxelscaleError: as `read_voxels`.
+    """
+    slices = stack.slices
+    if slices.regular and ("", 0) not in slices.uids:
+        return read_voxels(stack, ct=False)
+    slots = [number for number, uid in enumerate(slices.uids) if uid != ("", 0)]
+    planes = np.zeros(slices.shape, np.float32)
+    for place, values in slices_of(stack.frames, ct=False):
+        planes[slots[place]] = values
+    classes = np.unique(planes[planes != 0])
+    if len(classes) > MOST_CLASSES:  # an image
+        return read_voxels(stack, ct=False)
+    result = np.zeros(stack.grid.shape, np.float32)
+    for value in classes:
+        result[onto_lattice(planes == value, slices, stack.grid.shape) > 0] = value
+    return result
 
 
 def slices_of(frames: Sequence[Frame], *, ct: bool) -> Iterator[tuple[int, NDArray[Any]]]:
@@ -200,14 +230,52 @@ def _levelled(planes: NDArray[Any], levels: NDArray[np.float64], count: int) -> 
         return planes
     result = np.empty((count, *planes.shape[1:]), planes.dtype)
     for level in range(count):
-        above = int(np.clip(np.searchsorted(levels, level), 1, len(levels) - 1))
-        step = levels[above] - levels[above - 1]
-        weight = float(np.clip((level - levels[above - 1]) / step, 0, 1))
-        if weight < 1e-3 or weight > 1 - 1e-3:
-            result[level] = planes[above if weight > 0.5 else above - 1]
+        above, weight = _neighbours(levels, level)
+        if weight in (0, 1):
+            result[level] = planes[above - 1 + int(weight)]
             continue
         low, high = planes[above - 1].astype(np.float32), planes[above].astype(np.float32)
         result[level] = _as_it_was(low + np.float32(weight) * (high - low), planes.dtype)
+    return result
+
+
+def _neighbours(levels: NDArray[np.float64], level: int) -> tuple[int, float]:
+    """The slice above a level of the lattice, and its weight against the one below it."""
+    above = int(np.clip(np.searchsorted(levels, level), 1, len(levels) - 1))
+    step = levels[above] - levels[above - 1]
+    weight = float(np.clip((level - levels[above - 1]) / step, 0, 1))
+    return above, 0.0 if weight < 1e-3 else 1.0 if weight > 1 - 1e-3 else weight
+
+
+def onto_lattice(mask: NDArray[Any], slices: Slices, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """A mask that was drawn on a scan's slices, brought to its lattice by the plan of its values.
+
+    What is at least half full is set, so that outlines stay where they are. A missing slice on which
+    something was drawn counts; any other is interpolated, as the scan is.
+
+    Args:
+        mask: (slice, row, column), above 0 where the label is.
+        shape: of the lattice (z, y, x).
+    """
+    planes = np.asarray(mask > 0)
+    full = planes.any(axis=(1, 2))
+    known = np.flatnonzero(full | np.array([uid != ("", 0) for uid in slices.uids]))
+    if slices.regular and len(known) == len(planes):
+        return planes.astype(np.uint8)
+    result = np.zeros(shape, np.uint8)
+
+    @lru_cache(maxsize=2)
+    def occupied(number: int) -> NDArray[np.float32]:
+        plane = planes[number].astype(np.float32)
+        return _shifted(plane, slices.shifts[number], shape[1:], 0) if slices.shifts.any() else plane
+
+    levels = slices.levels[known]
+    for level in range(shape[0]):
+        above, weight = _neighbours(levels, level)
+        parts = ((known[above - 1], 1 - weight), (known[above], weight))
+        shares = [part * occupied(int(number)) for number, part in parts if part and full[number]]
+        if shares:
+            result[level] = np.add.reduce(shares) >= HALF
     return result
 
 
