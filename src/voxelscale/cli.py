@@ -506,6 +506,7 @@ def predict(
     from voxelscale.data.store import open_store
     from voxelscale.predict.bundle import read_bundle
     from voxelscale.predict.predict import predict as run_predict
+    from voxelscale.predict.record import record_cases
 
     bundle = read_bundle(model)
     settings = read_config(config, set_, bundle.config)
@@ -513,11 +514,13 @@ def predict(
     sources = list_scans(scans, layout, names)
     names.keep_in(out)
     if store is not None:
-        wanted = {info.case for info in open_store(store).split(split)}
+        opened = open_store(store)
+        wanted = {info.case for info in opened.split(split)}
         sources = [source for source in sources if source.case in wanted]
         if not sources:
             hint = "check --split, and that prepare.names is as it was for prepare"
             raise VoxelscaleError(f"{scans}: no case of the split {split} of {store}", hint)
+        record_cases(out, (source.case for source in sources), split, opened.fingerprint["digest"])
     outcome = run_predict(sources, bundle, settings.predict, out)
     if outcome.rank:
         return 0
@@ -598,6 +601,9 @@ def evaluate(
     annotations: Annotations = None,
     config: ConfigFile = None,
     set_: Sets = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Score cases without a prediction, too: nothing was found there.")
+    ] = False,
 ) -> int:
     """Score predictions: Dice, surfaces, sensitivity, FROC.
 
@@ -606,13 +612,17 @@ def evaluate(
 
     Dice, surface Dice and HD95 of each case; lesions by size, and synthetic ones by kind, margin and place;
     FROC by LUNA16's rule; components matched by IoU. docs/measures.md says how each is counted.
-    Writes evaluation.json and cases.csv. Cases without a true mask are left out.
+    Writes evaluation.json and cases.csv. Cases without a true mask are left out, or are healthy with
+    prepare.allow_empty=true. A case that predict was asked for and that has no prediction is an error.
     """
     from voxelscale.evaluate.evaluate import evaluate_folder
     from voxelscale.evaluate.text import text_summary
 
     settings = read_config(config, set_).prepare
-    summary = evaluate_folder(predictions, data, out or predictions, settings, layout, annotations)
+    folder = out or predictions
+    summary = evaluate_folder(
+        predictions, data, folder, settings, layout, annotations, missing_is_empty=all_
+    )
     print("\n".join(text_summary(summary)))
     return tell_failed(rows_of(summary), "evaluated")
 

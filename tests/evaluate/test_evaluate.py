@@ -141,7 +141,7 @@ def test_a_summary_of_two_cases() -> None:
     assert summary["sensitivity_at_1_fp"] == 0.5
     assert summary["dice"]["interval"] is None  # two cases only
     assert summary["sensitivity_at_1_fp_interval"] is None
-    # Of 5 scans with 2 good ones a sample holds none with a chance of 7.8 %, 4 or more with 8.7 %, 5 with 1 %.
+    # 5 scans, 2 of them good: a sample has none of these in 7.8 %, 4 or more in 8.7 %, 5 in 1 % of draws.
     low, high = summarise([*results, *results, results[1]])["dice"]["interval"]
     assert low == 0
     assert high == pytest.approx(0.8 * dice)

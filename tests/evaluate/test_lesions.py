@@ -93,6 +93,7 @@ def components(
         prediction=np.asarray(prediction),
         shared=np.asarray(iou).reshape(len(truth), len(prediction)),
         confidence=np.asarray(confidence),
+        ignored=np.zeros(len(prediction), bool),
     )
 
 
@@ -185,7 +186,13 @@ def scan_of_pairs(random: np.random.Generator, lesions: int, marks: int) -> Comp
     truth, prediction = random.integers(40, 60, lesions), random.integers(40, 60, marks)
     shared = random.integers(0, 40, (lesions, marks)) * (random.random((lesions, marks)) < 0.5)
     confidence = random.random(marks)
-    return Components(truth=truth, prediction=prediction, shared=shared, confidence=confidence)
+    return Components(
+        truth=truth,
+        prediction=prediction,
+        shared=shared,
+        confidence=confidence,
+        ignored=np.zeros(len(prediction), bool),
+    )
 
 
 def numbered(scan: int, count: int) -> NDArray[np.int64]:

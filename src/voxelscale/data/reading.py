@@ -9,7 +9,7 @@ import numpy as np
 from voxelscale.config import PrepareConfig
 from voxelscale.data.listing import Source
 from voxelscale.errors import VoxelscaleError
-from voxelscale.geometry import Grid, Scan, reorient
+from voxelscale.geometry import Grid, Scan, as_lps, reorient
 from voxelscale.labels import Labels, kind_of, lesion_in, read_labels
 
 
@@ -74,19 +74,37 @@ def read_case(source: Source, config: PrepareConfig, image: Scan | None = None) 
 
 
 def read_truth(source: Source, config: PrepareConfig) -> Scan:
-    """The mask alone, uint8 of 0 and 1 (LPS order); the image is read only where the label needs it.
+    """The mask alone, uint8 of 0 and 1 (LPS order); see `read_truth_labels`."""
+    return read_truth_labels(source, config).mask
+
+
+def read_truth_labels(source: Source, config: PrepareConfig) -> Labels:
+    """The labels of a case without its image (LPS order), which is read only where a label needs it.
+
+    A case without a label is healthy where `prepare.allow_empty` says so.
 
     Raises:
-        VoxelscaleError: as `read_case`; an empty mask is none.
+        VoxelscaleError: as `read_case`; but an empty mask is an answer, too.
     """
     from voxelscale.formats import read_label
 
     if not source.labels:
-        raise VoxelscaleError(f"{source.image}: has no mask", "add its mask")
+        if not config.allow_empty:
+            hint = "add its mask, or say prepare.allow_empty=true where scans without one are healthy"
+            raise VoxelscaleError(f"{source.image}: has no mask", hint)
+        grid = as_lps(read_lattice(source, config.fill_gaps))[2]
+        return Labels(mask=Scan(np.zeros(grid.shape, np.uint8), grid.affine))
     if [kind_of(label) for label in source.labels] == ["mask"]:
         mask = reorient(read_label(source.labels[0]))
-        return Scan(lesion_in(mask, _values(source, config)).astype(np.uint8), mask.affine)
-    return read_case(source, replace(config, allow_empty=True))[1].mask
+        lesion = lesion_in(mask, _values(source, config))
+        if mask.array.any() and not lesion.any() and not config.allow_empty:
+            values = ", ".join(map(str, _values(source, config) or ()))
+            raise VoxelscaleError(
+                f"{source.label_names}: no voxel of the values {values}",
+                "choose other prepare.labels, or say prepare.allow_empty=true where such scans are healthy",
+            )
+        return Labels(mask=Scan(lesion.astype(np.uint8), mask.affine))
+    return read_case(source, replace(config, allow_empty=True))[1]
 
 
 def labels_of(source: Source, image: Scan, config: PrepareConfig) -> Labels:

@@ -12,17 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
-from voxelscale.console import notice
-from voxelscale.data.listing import Source, list_sources
-from voxelscale.data.names import names_of
-from voxelscale.data.reading import read_truth
-from voxelscale.evaluate.bootstrap import RESAMPLES, interval, p_value, resampled_means
-from voxelscale.evaluate.cases import each_case, none_usable
+from voxelscale.console import count, warn
+from voxelscale.data.listing import Source
+from voxelscale.evaluate.bootstrap import MIN_SCANS, RESAMPLES, interval, p_value, resampled_means
+from voxelscale.evaluate.cases import each_case, none_usable, predicted_cases
 from voxelscale.evaluate.evaluate import read_prediction
 from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match, pool, resampled
 from voxelscale.evaluate.overlap import overlap
+from voxelscale.evaluate.truth import truth_of
 from voxelscale.files import write_atomic
-from voxelscale.predict.findings import lesions_of_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +28,15 @@ class Score:
     """One model on one scan.
 
     Attributes:
-        dice: of the masks.
+        dice: of the masks; None where both are empty.
         matches: findings held against lesions.
     """
 
-    dice: float
+    dice: float | None
     matches: Matches
 
+
+NAN = float("nan")
 
 Pair = tuple[Score, Score]
 """Both models on one scan."""
@@ -63,23 +63,39 @@ def compare_folders(
         resamples, seed: of the bootstrap over scans.
 
     Returns:
-        plain values; ``failed`` are the cases that could not be read, and see `compare_scores`.
+        plain values: `compare_scores`; ``failed``, the cases that could not be read; ``only_a`` and
+        ``only_b``, names of cases that only one of them predicted; ``missing``, cases with truth that
+        neither did.
 
     Raises:
         VoxelscaleError: there is no case that both predicted and that can be read.
     """
     config = config or PrepareConfig()
-    shared = _shared_cases(first, second, data, config, layout, annotations)
-    folders = {source.case: both for source, both in shared}
-    pairs, failed = each_case(
+    both = [predicted_cases(folder, data, config, layout, annotations) for folder in (first, second)]
+    # Each folder may have a key of its own, by which its cases are called; scans are the same all the same.
+    scans = [{(s.image, s.series): s for s in cases.predicted} for cases in both]
+    shared = [scan for scan in scans[0] if scan in scans[1]]
+    folders = {
+        scans[0][scan].case: (first / scans[0][scan].case, second / scans[1][scan].case) for scan in shared
+    }
+    pairs, unreadable = each_case(
         "compare",
-        [source for source, _ in shared],
+        [scans[0][scan] for scan in shared],
         lambda source: _score(source, folders[source.case], config),
     )
+    lost = {f.source.case: f for cases in reversed(both) for f in cases.failed}
+    failed = [*lost.values(), *unreadable]
     if not pairs:
         what = f"{first} and {second}: no case of {data} with a mask that both predicted"
         raise none_usable(what, failed, "run voxelscale predict with both models on that data set first")
-    head = {"a": str(first), "b": str(second)}
+    only = [[s.case for scan, s in scans[at].items() if scan not in scans[1 - at]] for at in (0, 1)]
+    for cases, alone in zip(both, only, strict=True):
+        cases.tell()
+        if alone:
+            left = f"left out {count(len(alone), 'case')} that the other one lacks: {', '.join(alone)}"
+            warn(f"{cases.predictions}: {left}")
+    missing = [case for case in both[0].missing if case in both[1].missing]
+    head = {"a": str(first), "b": str(second), "only_a": only[0], "only_b": only[1], "missing": missing}
     result = {**head, **compare_scores(pairs, resamples, seed)}
     if out is not None:
         kept = {**result, "failed": [failure.kept for failure in failed]}
@@ -87,38 +103,16 @@ def compare_folders(
     return {**result, "failed": [failure.told for failure in failed]}
 
 
-def _shared_cases(
-    first: Path, second: Path, data: Path, config: PrepareConfig, layout: str, annotations: Path | None
-) -> list[tuple[Source, tuple[Path, Path]]]:
-    """The cases with a mask that both predicted, with the folders of their predictions; others are told.
-
-    Each folder may have a key of its own, by which its cases are called; scans are the same all the same.
-    """
-    found: list[dict[tuple[Path, str], tuple[Source, Path]]] = []
-    for predictions in (first, second):
-        listed = list_sources(data, layout, annotations, names_of(config, predictions))
-        folders = [(source, predictions / source.case) for source in listed if source.labels]
-        here = {(s.image, s.series): (s, f) for s, f in folders if (f / "mask.nii.gz").is_file()}
-        found.append(here)
-    for at, predictions in enumerate((first, second)):
-        if alone := len(found[at].keys() - found[1 - at].keys()):
-            notice(f"{predictions}: left out {alone} case{'s' * (alone != 1)} that the other one lacks")
-    return [
-        (source, (folder, found[1][scan][1]))
-        for scan, (source, folder) in found[0].items()
-        if scan in found[1]
-    ]
-
-
 def _score(source: Source, folders: tuple[Path, Path], config: PrepareConfig) -> Pair:
     """Both predictions of a case held against its truth."""
-    truth = read_truth(source, config)
-    lesions = lesions_of_mask(source.case, truth.array, truth.grid)
+    truth = truth_of(source, config)
+    lesions = truth.lesions
     scores = []
     for folder in folders:
-        mask, findings = read_prediction(folder, source, truth)
-        dice = overlap(truth.array, mask.array).dice
-        scores.append(Score(dice=dice, matches=match(lesions, findings)))
+        mask, findings = read_prediction(folder, source, truth.mask)
+        counts = overlap(truth.mask.array, mask.array)
+        dice = counts.dice if counts.truth or counts.prediction else None
+        scores.append(Score(dice=dice, matches=match(lesions, findings, truth.ignored)))
     return scores[0], scores[1]
 
 
@@ -134,24 +128,33 @@ def compare_scores(pairs: Mapping[str, Pair], resamples: int = RESAMPLES, seed: 
         plain values: ``scans``, ``lesion_count``, ``resamples``, ``seed``; ``cases``, a table of the Dice;
         ``measures``: ``dice`` (mean), ``cpm`` and ``sensitivity_at_1_fp``, each with ``a``, ``b``,
         ``difference`` (a less b), its 95 % ``interval`` and the two-sided ``p``; ``dice`` with
-        ``wilcoxon_p``, too. Without lesions CPM and sensitivity have None.
+        ``wilcoxon_p``, too. Without lesions CPM and sensitivity have None; so have intervals and p-values
+        of fewer than `voxelscale.evaluate.bootstrap.MIN_SCANS` scans, or of fewer with a lesion.
+
+    A scan where truth and prediction are empty has no Dice. Where that is so of one model only, the other
+    one has a false finding: its Dice is 0, and in the signed ranks the difference is 1.
     """
-    dices = np.asarray([[score.dice for score in pair] for pair in pairs.values()]).T
+    known = [pair for pair in pairs.values() if (pair[0].dice, pair[1].dice) != (None, None)]
+    dices = (
+        np.asarray([[NAN if s.dice is None else s.dice for s in pair] for pair in known]).reshape(-1, 2).T
+    )
     matches = [[pair[model].matches for pair in pairs.values()] for model in (0, 1)]
     lesions = sum(len(m.hits) for m in matches[0])
-    measures = {"dice": _measure(dices.mean(axis=1), resampled_means(dices, resamples, seed))}
-    measures["dice"]["wilcoxon_p"] = wilcoxon_p(dices[0] - dices[1])
+    measures = {"dice": _dice_measure(dices, resamples, seed)}
+    with_lesions = sum(bool(m.hits) for m in matches[0])
     samples = resampled([pool(m) for m in matches], resamples, seed)
     curves = [froc(m) for m in matches]
     at = OPERATING_POINTS.index(1.0)
-    measures["cpm"] = _measure([curve.cpm for curve in curves], samples.mean(axis=2))
+    measures["cpm"] = _measure([curve.cpm for curve in curves], samples.mean(axis=2), with_lesions)
     measures["sensitivity_at_1_fp"] = _measure(
-        [curve.sensitivity_at(1.0) for curve in curves], samples[:, :, at]
+        [curve.sensitivity_at(1.0) for curve in curves], samples[:, :, at], with_lesions
     )
     if not lesions:
         measures["cpm"] = measures["sensitivity_at_1_fp"] = dict.fromkeys(measures["cpm"])
     return {
         "scans": len(pairs),
+        "scans_with_lesions": with_lesions,
+        "scans_with_dice": len(known),
         "lesion_count": lesions,
         "resamples": resamples,
         "seed": seed,
@@ -160,20 +163,42 @@ def compare_scores(pairs: Mapping[str, Pair], resamples: int = RESAMPLES, seed: 
     }
 
 
-def _measure(values: Sequence[float] | NDArray[np.float64], samples: NDArray[np.float64]) -> dict[str, Any]:
+def _dice_measure(dices: NDArray[np.float64], resamples: int, seed: int) -> dict[str, Any]:
+    """The mean Dice of both.
+
+    Args:
+        dices: (2, scans); NaN where one of them has no Dice.
+    """
+    scans = dices.shape[1]
+    there = ~np.isnan(dices)
+    if not there.any(axis=1).all():
+        return dict.fromkeys(("a", "b", "difference", "interval", "p", "wilcoxon_p"))
+    sums, counts = (
+        resampled_means(v, resamples, seed) for v in (np.nan_to_num(dices), there.astype(float))
+    )
+    with np.errstate(invalid="ignore"):
+        measure = _measure(np.nanmean(dices, axis=1), sums / counts, scans)
+    right = np.where(there, dices, 1.0)
+    return {**measure, "wilcoxon_p": wilcoxon_p(right[0] - right[1]) if scans >= MIN_SCANS else None}
+
+
+def _measure(
+    values: Sequence[float] | NDArray[np.float64], samples: NDArray[np.float64], scans: int
+) -> dict[str, Any]:
     """A figure of both models, and their difference.
 
     Args:
         values: (2,) of all scans.
         samples: (2, resamples).
+        scans: how many have such a figure.
     """
     apart = samples[0] - samples[1]
     return {
         "a": float(values[0]),
         "b": float(values[1]),
         "difference": float(values[0] - values[1]),
-        "interval": interval(apart),
-        "p": p_value(apart),
+        "interval": interval(apart, scans),
+        "p": p_value(apart, scans),
     }
 
 
@@ -195,18 +220,29 @@ def text_table(result: Mapping[str, Any]) -> list[str]:
     lines = [
         f"A: {result['a']}",
         f"B: {result['b']}",
-        f"{result['scans']} scans, {result['lesion_count']} lesions",
+        f"{count(result['scans'], 'scan')}, {count(result['lesion_count'], 'lesion')}",
         "",
         f"{'':24}       A       B    A - B  95 % interval             p",
     ]
     for name, row in result["measures"].items():
         if row["difference"] is None:
-            lines.append(f"{NAMES[name]:24}  no lesions")
+            lines.append(f"{NAMES[name]:24}  {'no masks' if name == 'dice' else 'no lesions'}")
+            continue
+        shown = f"{NAMES[name]:24}  {row['a']:6.3f}  {row['b']:6.3f}  {row['difference']:+7.3f}  "
+        if row["interval"] is None:
+            lines.append(f"{shown}no interval, no p: {_too_few(result, name)}")
             continue
         low, high = row["interval"]
-        lines.append(
-            f"{NAMES[name]:24}  {row['a']:6.3f}  {row['b']:6.3f}  {row['difference']:+7.3f}  "
-            f"{low:+.3f} to {high:+.3f}      {row['p']:.3f}"
-        )
-    lines.append(f"Dice by Wilcoxon's signed ranks: p = {result['measures']['dice']['wilcoxon_p']:.3f}")
+        lines.append(f"{shown}{low:+.3f} to {high:+.3f}      {row['p']:.3f}")
+    p = result["measures"]["dice"]["wilcoxon_p"]
+    shown = f"no p: {_too_few(result, 'dice')}" if p is None else f"p = {p:.3f}"
+    lines.append(f"Dice by Wilcoxon's signed ranks: {shown}")
     return lines
+
+
+def _too_few(result: Mapping[str, Any], name: str) -> str:
+    """Why a measure has no interval."""
+    if name == "dice":
+        return f"{count(result['scans_with_dice'], 'scan')}, {MIN_SCANS} are needed"
+    with_lesions = result["scans_with_lesions"]
+    return f"{count(with_lesions, 'scan')} with a lesion, {MIN_SCANS} are needed"

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
 from voxelscale.data.listing import Source
-from voxelscale.data.reading import read_truth
 from voxelscale.evaluate.bootstrap import RESAMPLES, interval, resampled_means
-from voxelscale.evaluate.cases import each_case, none_usable, predicted_sources
-from voxelscale.evaluate.froc import OPERATING_POINTS, Froc, Matches, froc, match, pool, resampled
+from voxelscale.evaluate.cases import FINDINGS, MASK, each_case, predicted_cases
+from voxelscale.evaluate.froc import OPERATING_POINTS, Froc, Matches, Placed, froc, match, pool, resampled
 from voxelscale.evaluate.lesions import (
     IOU_THRESHOLDS,
     LesionOverlap,
@@ -31,10 +30,11 @@ from voxelscale.evaluate.lesions import (
 from voxelscale.evaluate.nodules import Nodule, by_trait, hits_on_nodules, read_nodules
 from voxelscale.evaluate.overlap import Overlap, common_box, overlap
 from voxelscale.evaluate.surface import TOLERANCES_MM, SurfaceScore, compare_surfaces
+from voxelscale.evaluate.truth import findings_in, truth_of
 from voxelscale.files import write_atomic, write_csv
 from voxelscale.formats import check_same_place, read_label
 from voxelscale.geometry import Scan, reorient
-from voxelscale.predict.findings import Finding, lesions_of_mask, read_findings
+from voxelscale.predict.findings import Finding, lesions_of_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,12 @@ class CaseResult:
 
 
 def evaluate_case(
-    case: str, truth: Scan, prediction: Scan, findings: Sequence[Finding], nodules: Sequence[Nodule] = ()
+    case: str,
+    truth: Scan,
+    prediction: Scan,
+    findings: Sequence[Finding],
+    nodules: Sequence[Nodule] = (),
+    excluded: Sequence[Placed] = (),
 ) -> CaseResult:
     """Score one case.
 
@@ -78,18 +83,19 @@ def evaluate_case(
         truth, prediction: masks on one lattice; not 0 is lesion.
         findings: of the same scan, LPS mm.
         nodules: synthetic ones in it.
+        excluded: what is neither right nor wrong to find.
     """
     box = common_box(truth.array, prediction.array)
     true, predicted = truth.array[box] != 0, prediction.array[box] != 0
     grid = truth.grid.window([axis.start for axis in box], true.shape)
     lesions = lesions_of_mask(case, truth.array, truth.grid)
-    paired = pair_components(true, predicted, grid, findings)
+    paired = pair_components(true, predicted, grid, findings, excluded)
     return CaseResult(
         case=case,
         overlap=overlap(true, predicted),
         surface=compare_surfaces(true, predicted, grid.spacing),
         lesions=tuple(lesions),
-        matches=match(lesions, findings),
+        matches=match(lesions, findings, excluded),
         lesion_overlaps=tuple(lesion_overlaps(paired)),
         iou_matches=tuple(match_by_iou(paired, threshold) for threshold in IOU_THRESHOLDS),
         nodules=tuple(nodules),
@@ -104,6 +110,8 @@ def evaluate_folder(
     config: PrepareConfig | None = None,
     layout: str = "auto",
     annotations: Path | None = None,
+    *,
+    missing_is_empty: bool = False,
 ) -> dict[str, Any]:
     """Score every case of a data set that has a prediction; write ``evaluation.json`` and ``cases.csv``.
 
@@ -114,31 +122,40 @@ def evaluate_folder(
         out: where the tables go.
         config: what in the labels is the lesion, and what cases are called after; None: the defaults.
         layout, annotations: as of `list_sources`.
+        missing_is_empty: score a case without a prediction as if nothing had been found in it.
 
     Returns:
-        the content of ``evaluation.json``; see `summarise`.
+        the content of ``evaluation.json``: `summarise`, ``failed``, and as ``coverage`` how many cases have
+        truth, how many are scored, and the names of the others (`voxelscale.evaluate.cases.Cases`).
 
     Raises:
         VoxelscaleError: no case has both a mask and a prediction that can be read.
     """
     config = config or PrepareConfig()
-    sources = predicted_sources(predictions, "mask.nii.gz", data, config, layout, annotations)
+    cases = predicted_cases(
+        predictions, data, config, layout, annotations, missing_is_empty=missing_is_empty
+    )
     nodules = read_nodules(data)
 
     def score(source: Source) -> CaseResult:
-        truth = read_truth(source, config)
-        mask, findings = read_prediction(predictions / source.case, source, truth)
-        return evaluate_case(source.case, truth, mask, findings, nodules.get(source.case, ()))
+        truth = truth_of(source, config)
+        mask, findings = Scan(np.zeros_like(truth.mask.array), truth.mask.affine), list[Finding]()
+        if not missing_is_empty or (predictions / source.case / MASK).is_file():
+            mask, findings = read_prediction(predictions / source.case, source, truth.mask)
+        return evaluate_case(
+            source.case, truth.mask, mask, findings, nodules.get(source.case, ()), truth.ignored
+        )
 
-    results, failed = each_case("evaluate", sources, score)
+    results, unreadable = each_case("evaluate", cases.predicted, score)
+    failed = [*cases.failed, *unreadable]
     if not results:
-        what = f"{predictions}: no prediction of a case of {data} that has a mask"
-        raise none_usable(what, failed, "run voxelscale predict on that data set first")
-    summary = summarise(list(results.values()))
+        raise cases.none_scored(failed)
+    cases.tell()
+    summary = {**summarise(list(results.values())), "coverage": cases.coverage(len(results))}
     kept = {**summary, "failed": [failure.kept for failure in failed]}
     write_atomic(out / "evaluation.json", json.dumps(kept, indent=1))
-    cases = summary["cases"]
-    write_csv(out / "cases.csv", [cases[0].keys(), *(case.values() for case in cases)])
+    rows = summary["cases"]
+    write_csv(out / "cases.csv", [rows[0].keys(), *(row.values() for row in rows)])
     return {**summary, "failed": [failure.told for failure in failed]}
 
 
@@ -146,12 +163,12 @@ def read_prediction(folder: Path, source: Source, truth: Scan) -> tuple[Scan, li
     """The mask (LPS order) and the findings that were predicted for a case.
 
     Raises:
-        VoxelscaleError: they cannot be read, or the mask does not lie on the truth.
+        VoxelscaleError: they cannot be read, or do not lie on the truth.
     """
-    path = folder / "mask.nii.gz"
+    path = folder / MASK
     mask = reorient(read_label(path))
     check_same_place(path, mask, source.labels[0] if source.labels else source.image, truth)
-    return mask, read_findings(folder / "findings.json")
+    return mask, findings_in(folder / FINDINGS, truth.grid)
 
 
 def summarise(results: Sequence[CaseResult]) -> dict[str, Any]:
@@ -289,6 +306,7 @@ def _case_row(result: CaseResult) -> dict[str, Any]:
         "lesions": len(result.lesions),
         "detected": sum(not math.isnan(hit) for hit in result.matches.hits),
         "false_positives": len(result.matches.false_positives),
+        "ignored": result.matches.on_excluded,
         **{f"surface_dice_{mm:g}mm": value for mm, value in zip(TOLERANCES_MM, surface, strict=True)},
         "hd95_mm": distance if math.isfinite(distance) and not result.both_empty else None,
     }

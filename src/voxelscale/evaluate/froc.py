@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,8 +89,21 @@ class Pool:
     lesions: NDArray[np.int64]
 
 
+class Placed(Protocol):
+    """What has a place, LPS mm, and a diameter in mm."""
+
+    @property
+    def x(self) -> float: ...
+    @property
+    def y(self) -> float: ...
+    @property
+    def z(self) -> float: ...
+    @property
+    def diameter_mm(self) -> float: ...
+
+
 def match(
-    lesions: Sequence[Finding], findings: Sequence[Finding], excluded: Sequence[Finding] = ()
+    lesions: Sequence[Finding], findings: Sequence[Finding], excluded: Sequence[Placed] = ()
 ) -> Matches:
     """Hold one scan's findings against the lesions of its true mask, all in LPS mm.
 
@@ -97,7 +111,7 @@ def match(
     be told apart; its radius counts as at least that of a 3 mm nodule. LUNA16's tables have no such rule.
 
     Args:
-        excluded: findings that neither count nor hurt.
+        excluded: what is neither right nor wrong to find.
     """
     return match_marks(
         np.asarray([(f.x, f.y, f.z, f.probability) for f in findings]),
@@ -106,7 +120,7 @@ def match(
     )
 
 
-def _spheres(findings: Sequence[Finding]) -> NDArray[np.float64]:
+def _spheres(findings: Sequence[Placed]) -> NDArray[np.float64]:
     return np.asarray([(f.x, f.y, f.z, max(f.diameter_mm, LEAST_DIAMETER_MM)) for f in findings])
 
 
@@ -130,6 +144,12 @@ def match_marks(
         doubles=int(hit.sum() - (~missed).sum()),
         on_excluded=int((free & ignored).sum()),
     )
+
+
+def inside_any(places: NDArray[np.float64], spheres: Sequence[Placed]) -> NDArray[np.bool_]:
+    """(n,) which of the places (n, 3), LPS mm, lie within one of the spheres, by the rule of `match`."""
+    inside: NDArray[np.bool_] = _within(places, _spheres(spheres)).any(axis=0)
+    return inside
 
 
 def _within(marks: NDArray[np.float64], spheres: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.evaluate.froc import Matches, pool
+from voxelscale.evaluate.froc import Matches, Placed, inside_any, pool
 from voxelscale.geometry import Grid, sphere_diameter
 from voxelscale.predict.findings import Finding, components
 
@@ -34,12 +34,14 @@ class Components:
         prediction: (n,) voxels of each predicted one.
         shared: (m, n) voxels that both have.
         confidence: (n,) of the predicted ones.
+        ignored: (n,) whether a predicted one that matches no true one is no false positive.
     """
 
     truth: NDArray[np.int64]
     prediction: NDArray[np.int64]
     shared: NDArray[np.int64]
     confidence: NDArray[np.float64]
+    ignored: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,11 @@ class LesionOverlap:
 
 
 def pair_components(
-    truth: NDArray[Any], prediction: NDArray[Any], grid: Grid, findings: Sequence[Finding]
+    truth: NDArray[Any],
+    prediction: NDArray[Any],
+    grid: Grid,
+    findings: Sequence[Finding],
+    excluded: Sequence[Placed] = (),
 ) -> Components:
     """Both masks' components and what they share.
 
@@ -74,6 +80,7 @@ def pair_components(
         truth, prediction: (z, y, x) on `grid`; above 0 is lesion.
         findings: of the prediction. A component is as confident as the finding whose centre lies nearest to
             its own, within the radius of either; where there is none, 0.
+        excluded: what is neither right nor wrong to find; a component whose centre lies in it is ignored.
     """
     true, predicted = components(truth > 0), components(prediction > 0)
     number = np.zeros(truth.shape, np.int32)
@@ -86,7 +93,16 @@ def pair_components(
         prediction=np.asarray([len(voxels) for voxels in predicted], np.int64),
         shared=np.asarray(shared, np.int64).reshape(len(true), len(predicted)),
         confidence=_confidences(predicted, grid, findings),
+        ignored=_ignored(predicted, grid, excluded),
     )
+
+
+def _ignored(
+    predicted: Sequence[NDArray[np.int64]], grid: Grid, excluded: Sequence[Placed]
+) -> NDArray[np.bool_]:
+    if not predicted or not excluded:
+        return np.zeros(len(predicted), np.bool_)
+    return inside_any(grid.index_to_mm([voxels.mean(axis=0) for voxels in predicted]), excluded)
 
 
 def _confidences(
@@ -132,7 +148,7 @@ def match_by_iou(found: Components, threshold: float) -> Matches:
         of_free = np.where(np.isnan(hits), iou[:, column], -1.0)
         if of_free.max(initial=-1.0) >= threshold:
             hits[int(of_free.argmax())] = found.confidence[column]
-        else:
+        elif not found.ignored[column]:
             wrong.append(float(found.confidence[column]))
     return Matches(hits=tuple(hits.tolist()), false_positives=tuple(wrong))
 

@@ -11,7 +11,8 @@ from voxelscale.console import count
 def text_summary(summary: Mapping[str, Any]) -> list[str]:
     """What `voxelscale.evaluate.evaluate.summarise` returned, in lines for a person."""
     lines = [
-        f"{count(summary['scans'], 'scan')}, {count(summary['lesion_count'], 'lesion')}",
+        f"{count(summary['scans'], 'scan')}, {count(summary['lesion_count'], 'lesion')}"
+        f"{_text_coverage(summary.get('coverage'))}",
         *_text_healthy(summary["healthy"]),
         *_text_overlap(summary),
         _text_sensitivity(summary),
@@ -23,6 +24,13 @@ def text_summary(summary: Mapping[str, Any]) -> list[str]:
             f"average precision {text_value(row['average_precision'])}"
         )
     return [*lines, *_text_tables(summary)]
+
+
+def _text_coverage(row: Mapping[str, Any] | None) -> str:
+    """Where not all of the data set is scored."""
+    if row is None or row["scored"] == row["with_truth"]:
+        return ""
+    return f"; scored {row['scored']} of {count(row['with_truth'], 'case')} with truth"
 
 
 def _text_healthy(row: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ the model was not trained on. `docs/measures.md` tells what is counted and how.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
+from voxelscale.console import count, warn
 from voxelscale.data.listing import Source
-from voxelscale.data.reading import read_truth
 from voxelscale.errors import VoxelscaleError
-from voxelscale.evaluate.cases import each_case, none_usable, predicted_sources
-from voxelscale.evaluate.froc import match
+from voxelscale.evaluate.cases import FINDINGS, each_case, predicted_cases
+from voxelscale.evaluate.froc import Placed, match
+from voxelscale.evaluate.truth import findings_in, truth_of
 from voxelscale.files import write_atomic
 from voxelscale.predict.bundle import Bundle, Calibration, bundle_path, read_bundle, write_bundle
-from voxelscale.predict.findings import Finding, lesions_of_mask, read_findings
+from voxelscale.predict.findings import Finding
 from voxelscale.predict.predict import predicted_by
+from voxelscale.predict.record import read_record
 from voxelscale.predict.reliability import BINS, calibration_error, reliability, reliability_figure
 
 LEAST_FINDINGS = 20
 """Below it nothing can be said of ten bins, nor of a curve."""
 FOLDS = 5
+"""Of scans, for cross-validation; each needs one, so fewer scans are refused."""
+
+MIN_OF_EACH = 10
+"""Lesions found, and false findings; fewer are refused. A logistic curve has two parameters,
+and 5 events for each are the fewest with which it can be fitted usefully (Vittinghoff and McCulloch,
+American Journal of Epidemiology 165, 2007)."""
+
+ENOUGH_OF_EACH = 100
+"""With fewer a calibration curve cannot be judged reliably (Collins, Ogundimu and Altman, Statistics in
+Medicine 35, 2016): there is a warning."""
 
 Array = NDArray[np.float64]
 
@@ -71,25 +83,30 @@ def calibrate_run(
         the content of ``calibration.json``; and ``failed``, the cases that could not be read.
 
     Raises:
-        VoxelscaleError: there is no model or no prediction, another model made it, or there are too few
-            findings to fit on.
+        VoxelscaleError: there is no model or no prediction, another model made one of them, or there are
+            too few findings or scans to fit on.
     """
     model = bundle_path(run)
     bundle = read_bundle(model)
     config = config or PrepareConfig()
-    sources = predicted_sources(predictions, "findings.json", data, config, layout, annotations)
-    _require_own(bundle, run, predictions, sources)
-    cases, failed = each_case(
-        "calibrate", sources, lambda source: _read_case(source, predictions / source.case, config)
+    cases = predicted_cases(predictions, data, config, layout, annotations, needs=(FINDINGS,))
+    _require_own(bundle, run, predictions, cases.predicted)
+    read, unreadable = each_case(
+        "calibrate", cases.predicted, lambda source: _read_case(source, predictions / source.case, config)
     )
-    if not cases:
-        what = f"{predictions}: no prediction of a case of {data} that has a mask"
-        raise none_usable(what, failed, "run voxelscale predict on that data set first")
+    failed = [*cases.failed, *unreadable]
+    if not read:
+        raise cases.none_scored(failed)
+    cases.tell()
+    _warn_of_training_scans(bundle, predictions, list(read))
+    held = list(read.values())
     try:
-        calibration, summary = calibrate(judge(list(cases.values())))
+        judged = judge([each[:2] for each in held], [each[2] for each in held])
+        calibration, summary = calibrate(judged)
     except ValueError as error:
         hint = "predict more scans that the model was not trained on, as with --split val"
         raise VoxelscaleError(f"{predictions}: {error}", hint) from None
+    _warn_of_few(summary)
     write_bundle(model, replace(bundle, calibration=calibration))
     # Beside the model, where others see it, stays nothing of paths.
     write_atomic(model.with_name("calibration.json"), json.dumps(summary, indent=1))
@@ -97,37 +114,71 @@ def calibrate_run(
     return {**summary, "failed": [failure.told for failure in failed]}
 
 
+def _warn_of_few(summary: Mapping[str, Any]) -> None:
+    hits = summary["hits"]
+    wrong = summary["findings"] - hits
+    if min(hits, wrong) < ENOUGH_OF_EACH:
+        warn(
+            f"calibrated on {count(hits, 'lesion')} and {count(wrong, 'false finding')} of "
+            f"{count(summary['scans'], 'scan')}: below {ENOUGH_OF_EACH} of each, confidence is rough"
+        )
+
+
 def _require_own(bundle: Bundle, run: Path, predictions: Path, sources: Sequence[Source]) -> None:
-    """Raise a VoxelscaleError where a prediction says that another model made it."""
+    """Raise a VoxelscaleError where another model made a prediction; warn where it does not say which."""
     identity = bundle.identity
+    by = {source.case: predicted_by(predictions / source.case) for source in sources}
+    unknown = [case for case, model in by.items() if not model]
+    if unknown:
+        warn(
+            f"{predictions}: {count(len(unknown), 'prediction')} without case.json, which says by which "
+            f"model: calibrated all the same, as if {run} had made them"
+        )
     for source in sources:
-        if predicted_by(predictions / source.case) not in ("", identity):
+        if by[source.case] not in ("", identity):
             raise VoxelscaleError(
                 f"{predictions / source.case}: predicted by another model than {run}",
                 f"run voxelscale predict {run} on these scans, into a folder of its own",
             )
 
 
+def _warn_of_training_scans(bundle: Bundle, predictions: Path, cases: Sequence[str]) -> None:
+    """Warn of scans that are in the training split of the store that the model was trained on."""
+    record = read_record(predictions)
+    stores = {str(one.trained.get("data")) for one in bundle.networks}
+    splits = [split for data, split in record.splits.items() if data in stores] if record else []
+    trained = [case for case in cases if any(split.get(case) == "train" for split in splits)]
+    if trained:
+        warn(
+            f"{predictions}: the model was trained on {count(len(trained), 'scan')} of these, and is surer "
+            "there than anywhere else; calibrate on --split val"
+        )
+
+
 def _read_case(
     source: Source, prediction: Path, config: PrepareConfig
-) -> tuple[Sequence[Finding], Sequence[Finding]]:
-    truth = read_truth(source, config)
-    lesions = lesions_of_mask(source.case, truth.array, truth.grid)
-    return lesions, read_findings(prediction / "findings.json")
+) -> tuple[Sequence[Finding], Sequence[Finding], Sequence[Placed]]:
+    """A case's lesions, its findings, and what is neither right nor wrong to find."""
+    truth = truth_of(source, config)
+    return truth.lesions, findings_in(prediction / FINDINGS, truth.mask.grid), truth.ignored
 
 
-def judge(cases: Sequence[tuple[Sequence[Finding], Sequence[Finding]]]) -> Judged:
+def judge(
+    cases: Sequence[tuple[Sequence[Finding], Sequence[Finding]]],
+    excluded: Sequence[Sequence[Placed]] | None = None,
+) -> Judged:
     """Which findings are lesions, by `voxelscale.evaluate.froc.match`.
 
     Of several hits on a lesion the most confident counts; the others are ignored, as for the FROC.
 
     Args:
         cases: of each scan the true lesions, and the findings.
+        excluded: of each scan what is neither right nor wrong to find; None: nothing.
     """
     rows: list[tuple[float, bool, int]] = []
     for scan, (lesions, findings) in enumerate(cases):
         scored = [f if f.score is None else replace(f, probability=f.score) for f in findings]
-        matches = match(lesions, scored)
+        matches = match(lesions, scored, excluded[scan] if excluded else ())
         rows += [(score, True, scan) for score in matches.hits if not np.isnan(score)]
         rows += [(score, False, scan) for score in matches.false_positives]
     score, hit, scan_of = zip(*rows, strict=True) if rows else ((), (), ())
@@ -145,22 +196,27 @@ def calibrate(judged: Judged) -> tuple[Calibration, dict[str, Any]]:
     reliability; all that is "after" is of maps fitted without the scan they are applied to.
 
     Raises:
-        ValueError: there are too few findings, all are hits or none is, or all are of one scan.
+        ValueError: there are too few findings, hits, false findings or scans.
     """
-    count, hits = len(judged.hit), int(judged.hit.sum())
-    if count < LEAST_FINDINGS:
-        raise ValueError(f"{count} findings are too few to calibrate on; {LEAST_FINDINGS} are needed")
-    if hits in (0, count):
-        raise ValueError(f"{'all' if hits else 'none'} of the {count} findings are lesions")
+    number, hits = len(judged.hit), int(judged.hit.sum())
+    if number < LEAST_FINDINGS:
+        raise ValueError(f"{number} findings are too few to calibrate on; {LEAST_FINDINGS} are needed")
+    if hits in (0, number):
+        raise ValueError(f"{'all' if hits else 'none'} of the {number} findings are lesions")
     if len(np.unique(judged.scan)) < 2:
-        raise ValueError("all findings are of one scan, and two are needed to check one against the other")
+        raise ValueError(f"all findings are of one scan; {FOLDS} are needed")
+    if min(hits, number - hits) < MIN_OF_EACH:
+        what = f"{hits} of the findings are lesions, {number - hits} are not"
+        raise ValueError(f"{what}; {MIN_OF_EACH} of each are needed")
+    if (scans := len(np.unique(judged.scan))) < FOLDS:
+        raise ValueError(f"all findings are of {scans} scans; {FOLDS} are needed")
     folded = {name: cross_validated(fit, judged) for name, fit in FITS.items()}
     losses = {name: _log_loss(probability, judged.hit) for name, probability in folded.items()}
     method = min(losses, key=lambda name: losses[name])
     calibration = FITS[method](judged.score, judged.hit)
     summary = {
         "method": method,
-        "findings": count,
+        "findings": number,
         "hits": hits,
         "scans": len(np.unique(judged.scan)),
         "ece_before": calibration_error(judged.score, judged.hit),

@@ -33,6 +33,7 @@ from voxelscale.model.judge import crop_shape, crop_start
 from voxelscale.predict.bundle import Bundle
 from voxelscale.predict.findings import Finding, find_lesions, ranked, read_findings, write_findings
 from voxelscale.predict.findings.depth import lung_depth
+from voxelscale.predict.record import record_cases
 from voxelscale.predict.sliding_window import Share, Windows, predict_volume
 
 JUDGED_AT_ONCE = 64
@@ -293,6 +294,8 @@ def predict(sources: Sequence[Source], bundle: Bundle, config: PredictConfig, ou
     Raises:
         VoxelscaleError: no scan could be predicted at all.
     """
+    if os.environ.get("RANK", "0") == "0":
+        record_cases(out, (source.case for source in sources))
     if "RANK" not in os.environ:
         outcome = Work(bundle, config, out, default_device()).each(sources)
     else:
@@ -397,6 +400,12 @@ def _read_together(source: Source, together: Together) -> Scan:
 def predicted_by(folder: Path) -> str:
     """The `Bundle.identity` of the model that predicted a case; "" where its folder does not say."""
     return str(_facts(folder).get("model", ""))
+
+
+def made_from_this(folder: Path, source: Source) -> bool | None:
+    """Whether a case was predicted from a scan's files as they are now; None: its folder does not say."""
+    stamp = _facts(folder).get("scan")
+    return None if stamp is None else bool(stamp == digest_of([source_stamp(source)])[:16])
 
 
 def _facts(folder: Path) -> dict[str, Any]:
