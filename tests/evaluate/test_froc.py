@@ -187,7 +187,8 @@ def test_a_step_on_an_operating_point_rounds_as_in_the_challenge(wrong: int, at_
 def test_no_hit_and_no_mark_are_a_cpm_of_0(tmp_path: Path) -> None:
     write(tmp_path, [("a", 50, 0, 0, 0.9)], [("a", 0, 0, 0, 10)])
     result = score(tmp_path)
-    assert (result["cpm"], result["cpm_interval"]) == (0.0, [0.0, 0.0])
+    assert (result["cpm"], result["cpm_interval"]) == (0.0, None)  # of one scan
+    assert result["sensitivity_interval"] == [None] * 7
     write(tmp_path, [], [("a", 0, 0, 0, 10)])
     assert score(tmp_path)["cpm"] == 0.0
 
@@ -342,11 +343,25 @@ def test_two_submissions_are_compared_in_pairs(tmp_path: Path) -> None:
 
 
 def test_a_difference_in_every_draw_has_the_least_p(tmp_path: Path) -> None:
-    uids = ["a", "b", "c"]
+    uids = ["a", "b", "c", "d", "e"]
     write(tmp_path, [], [(uid, 0, 0, 0, 10) for uid in uids], series=uids, name="none.csv")
     write(tmp_path, [(u, 0, 0, 0, 0.9) for u in uids], [(u, 0, 0, 0, 10) for u in uids], series=uids)
     difference = score(tmp_path, resamples=99, against=tmp_path / "none.csv")["difference"]
     assert difference == {"cpm": 1.0, "interval": [1.0, 1.0], "p": 0.02}
+
+
+def test_fewer_than_5_scans_with_a_nodule_give_no_interval(voxelscale: Command, tmp_path: Path) -> None:
+    uids = ["a", "b", "c", "d", "e", "f"]
+    for nodules, known in ((4, False), (5, True)):
+        spheres: list[Row] = [(uid, 0, 0, 0, 10) for uid in uids[:nodules]]
+        write(tmp_path, [("a", 0, 0, 0, 0.9)], spheres, series=uids)
+        result = score(tmp_path, against=tmp_path / "marks.csv")
+        values = (result["cpm_interval"], result["difference"]["interval"], result["difference"]["p"])
+        assert [value is not None for value in values] == [known] * 3
+        assert [value is not None for value in result["sensitivity_interval"]] == [known] * 7
+        code, out, _ = voxelscale("froc", tmp_path / "marks.csv", *options(tmp_path))
+        assert code == 0
+        assert ("no intervals: fewer than 5 scans with a nodule" in out) != known
 
 
 # The command.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from voxelscale.predict.bundle import Calibration, read_bundle, write_bundle
 from voxelscale.predict.calibrate import FITS, Judged, calibrate, cross_validated, judge
 from voxelscale.predict.findings import Finding, lesions_of_mask, read_findings, write_findings
 from voxelscale.predict.predict import Predictor
+from voxelscale.predict.record import record_cases
 from voxelscale.predict.reliability import BINS, calibration_error, reliability
 
 Curve = Callable[[Any], Any]
@@ -169,6 +171,15 @@ def test_expected_calibration_error_by_hand() -> None:
         (lambda j: replace(j, hit=np.ones(30, bool)), "all of the 30 findings"),
         (lambda j: replace(j, hit=np.zeros(30, bool)), "none of the 30 findings"),
         (lambda j: replace(j, scan=np.zeros(30, int)), "one scan"),
+        (lambda j: replace(j, scan=np.arange(30) % 2), "of 2 scans; 5 are needed"),
+        (
+            lambda j: replace(j, hit=np.arange(30) < 9),
+            "9 of the findings are lesions, 21 are not; 10 of each",
+        ),
+        (
+            lambda j: replace(j, hit=np.arange(30) > 8),
+            "21 of the findings are lesions, 9 are not; 10 of each",
+        ),
     ],
 )
 def test_too_little_to_calibrate_on(change: Callable[[Judged], Judged], words: str) -> None:
@@ -184,28 +195,36 @@ def model(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made_up(scans: Path, out: Path, wrong: int) -> None:
+def made_up(scans: Path, out: Path, wrong: int, model: Path | None = None) -> None:
     """Predictions too sure of themselves: each lesion found, and so many false ones a scan."""
     random = np.random.default_rng(0)
     for source in list_sources(scans):
         truth = read_truth(source, PrepareConfig())
         lesions = lesions_of_mask(source.case, truth.array, truth.grid)
         right = [replace(f, probability=p, score=p) for f in lesions for p in [random.uniform(0.7, 1)]]
-        far = [finding(1000.0 + i, float(random.uniform(0.4, 0.95)), source.case) for i in range(wrong)]
+        # Along an edge of the scan, where no lesion is.
+        edge = truth.grid.index_to_mm([(0, 0, i) for i in range(wrong)])
+        sure = [float(random.uniform(0.4, 0.95)) for _ in edge]
+        far = [
+            replace(finding(x, p, source.case), y=y, z=z) for (x, y, z), p in zip(edge, sure, strict=True)
+        ]
         folder = out / source.case
         write_findings([*right, *far], folder / "findings.csv", folder / "findings.json")
+        if model is not None:
+            (folder / "case.json").write_text(json.dumps({"model": read_bundle(model).identity}))
 
 
 def test_the_command(voxelscale: Command, model: Path, scans: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "model.vxs").write_bytes((model / "model.vxs").read_bytes())
-    made_up(scans, tmp_path / "val", wrong=20)
+    made_up(scans, tmp_path / "val", wrong=20, model=run)
     code, out, err = voxelscale("--quiet", "calibrate", run, tmp_path / "val", scans)
-    assert (code, err) == (0, "")
     summary = json.loads((run / "calibration.json").read_text())
     assert summary["scans"] == 5
     assert summary["findings"] == 100 + summary["hits"]
+    few = f"calibrated on {summary['hits']} lesions and 100 false findings of 5 scans: below 100 of each"
+    assert (code, err) == (0, f"warning: {few}, confidence is rough\n")
     assert summary["ece_after"] < summary["ece_before"] / 2
     assert f"ECE {summary['ece_before']:.3f} before, {summary['ece_after']:.3f} after" in out
     drawing = ElementTree.fromstring((run / "calibration.svg").read_text())
@@ -243,6 +262,31 @@ def test_predictions_of_another_model_are_refused(
     assert f"{folders[0]}: predicted by another model than {other}" in err
     assert f"voxelscale predict {other}" in err
     assert read_bundle(other).calibration is None
+
+
+def test_what_makes_a_calibration_doubtful_is_said(
+    voxelscale: Command, model: Path, scans: Path, tmp_path: Path
+) -> None:
+    """Two scans are refused; training scans, and predictions that do not say by which model, are named."""
+    run, val = tmp_path / "run", tmp_path / "val"
+    run.mkdir()
+    bundle = read_bundle(model)
+    write_bundle(run / "model.vxs", replace(bundle, trained={**bundle.trained, "data": "this store"}))
+    made_up(scans, val, wrong=20)
+    cases = sorted(path.name for path in val.iterdir())
+    record_cases(val, cases[:3], "train", "this store")
+    record_cases(val, cases[3:], "train", "another store")
+    code, _, err = voxelscale("--quiet", "calibrate", run, val, scans)
+    assert code == 0, err
+    assert "the model was trained on 3 scans of these" in err
+    assert "5 predictions without case.json" in err
+    before = (run / "model.vxs").read_bytes()
+    for case in cases[2:]:
+        shutil.rmtree(val / case)
+    code, _, err = voxelscale("--quiet", "calibrate", run, val, scans)
+    assert code == 2
+    assert "are needed" in err
+    assert (run / "model.vxs").read_bytes() == before
 
 
 def test_later_predictions_are_calibrated(model: Path, tmp_path: Path) -> None:

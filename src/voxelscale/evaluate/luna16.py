@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from voxelscale.console import notice
 from voxelscale.data.listing.source import read_table
 from voxelscale.errors import VoxelscaleError
-from voxelscale.evaluate.bootstrap import RESAMPLES, interval, p_value
+from voxelscale.evaluate.bootstrap import MIN_SCANS, RESAMPLES, interval, p_value
 from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match_marks, pool, resampled
 from voxelscale.files import write_atomic
 from voxelscale.predict.findings import LUNA16_COLUMNS
@@ -97,7 +97,8 @@ def score_submission(
 
     Returns:
         plain values, named as the challenge names them: ``sensitivity`` at ``false_positives_per_scan``,
-        ``cpm``, ``counts``, 95 % intervals; with `against` the same of it and the ``difference``.
+        ``cpm``, ``counts``, 95 % intervals; with `against` the same of it and the ``difference``. Intervals
+        and p are None where fewer than `voxelscale.evaluate.bootstrap.MIN_SCANS` scans have a nodule.
 
     Raises:
         VoxelscaleError: a table cannot be read, or does not fit the list of series.
@@ -115,7 +116,12 @@ def score_submission(
     if against is not None:
         other = _summary(against, scored[1], samples[1])
         apart = samples[0].mean(axis=1) - samples[1].mean(axis=1)
-        difference = {"cpm": result["cpm"] - other["cpm"], "interval": interval(apart), "p": p_value(apart)}
+        scans = _with_nodules(scored[0])
+        difference = {
+            "cpm": result["cpm"] - other["cpm"],
+            "interval": interval(apart, scans),
+            "p": p_value(apart, scans),
+        }
         result |= {"against": other, "difference": difference}
     if out is not None:
         write_atomic(out, json.dumps(result, indent=1))
@@ -143,15 +149,21 @@ def _most_confident(marks: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _summary(submission: Path, scored: Scored, samples: NDArray[np.float64]) -> dict[str, Any]:
     curve = froc(scored.matches)
+    scans = _with_nodules(scored)
     return {
         "submission": str(submission),
         "false_positives_per_scan": list(OPERATING_POINTS),
         "sensitivity": [curve.sensitivity_at(point) for point in OPERATING_POINTS],
-        "sensitivity_interval": [interval(values) for values in samples.T],
+        "sensitivity_interval": [interval(values, scans) for values in samples.T],
         "cpm": curve.cpm,
-        "cpm_interval": interval(samples.mean(axis=1)),
+        "cpm_interval": interval(samples.mean(axis=1), scans),
         "counts": _counts(scored),
     }
+
+
+def _with_nodules(scored: Scored) -> int:
+    """How many scans have a nodule."""
+    return sum(bool(m.hits) for m in scored.matches)
 
 
 def _counts(scored: Scored) -> dict[str, float]:
@@ -313,16 +325,21 @@ def text_table(result: Mapping[str, Any]) -> list[str]:
     lines = [f"{name}: {value:g}" for name, value in result["counts"].items()]
     lines += ["", "FP/scan  sensitivity  95 % interval"]
     columns = (result[key] for key in ("false_positives_per_scan", "sensitivity", "sensitivity_interval"))
-    for point, value, (low, high) in zip(*columns, strict=True):
-        lines.append(f"{point:7g}  {value:11.4f}  {low:.4f} to {high:.4f}")
-    low, high = result["cpm_interval"]
-    lines.append(f"    CPM  {result['cpm']:11.4f}  {low:.4f} to {high:.4f}")
+    for point, value, bounds in zip(*columns, strict=True):
+        lines.append(f"{point:7g}  {value:11.4f}  {_text_interval(bounds)}")
+    lines.append(f"    CPM  {result['cpm']:11.4f}  {_text_interval(result['cpm_interval'])}")
     if "against" in result:
         other, apart = result["against"], result["difference"]
-        low, high = apart["interval"]
-        lines += [
-            "",
-            f"CPM of {other['submission']}: {other['cpm']:.4f}",
-            f"difference: {apart['cpm']:+.4f} (95 % {low:+.4f} to {high:+.4f}), p = {apart['p']:.3f}",
-        ]
+        lines += ["", f"CPM of {other['submission']}: {other['cpm']:.4f}"]
+        known = "(no interval, no p)"
+        if apart["interval"] is not None:
+            low, high = apart["interval"]
+            known = f"(95 % {low:+.4f} to {high:+.4f}), p = {apart['p']:.3f}"
+        lines.append(f"difference: {apart['cpm']:+.4f} {known}")
+    if result["cpm_interval"] is None:
+        lines.append(f"no intervals: fewer than {MIN_SCANS} scans with a nodule")
     return lines
+
+
+def _text_interval(bounds: Sequence[float] | None) -> str:
+    return "-" if bounds is None else f"{bounds[0]:.4f} to {bounds[1]:.4f}"
