@@ -93,13 +93,20 @@ class Placed(Protocol):
     """What has a place, LPS mm, and a diameter in mm."""
 
     @property
-    def x(self) -> float: ...
+    def x(self) -> float:
+        """To the patient's left."""
+
     @property
-    def y(self) -> float: ...
+    def y(self) -> float:
+        """To the patient's back."""
+
     @property
-    def z(self) -> float: ...
+    def z(self) -> float:
+        """To the patient's head."""
+
     @property
-    def diameter_mm(self) -> float: ...
+    def diameter_mm(self) -> float:
+        """Of the sphere."""
 
 
 def match(
