@@ -158,6 +158,8 @@ def test_a_prediction_that_was_asked_for_and_is_missing_is_an_error(
     code, _, err = voxelscale("evaluate", predicted, scans, "--all")
     assert code == 0, err
     everything = evaluation(predicted)
+    assert everything["coverage"]["counted_as_empty"] == cases[2:]
+    assert "scored as if nothing had been found there" in err
     assert everything["scans"] == 5
     found = before["dice"]["mean"] * 3
     assert everything["dice"]["mean"] == pytest.approx(found / 5)

@@ -59,6 +59,7 @@ class Cases:
         other_models: cases predicted by another model than most.
         stale: cases predicted from other files than the scans here.
         twice: cases that are the same scan as another one.
+        counted_as_empty: cases among `predicted` that have no prediction.
     """
 
     predictions: Path
@@ -73,12 +74,13 @@ class Cases:
     other_models: tuple[str, ...]
     stale: tuple[str, ...]
     twice: tuple[str, ...]
+    counted_as_empty: tuple[str, ...]
 
     def coverage(self, scored: int) -> dict[str, Any]:
         """How much of the data set the figures are of, as plain values for JSON."""
         names = (
             *("missing", "without_truth", "unknown"),
-            *("unfinished", "other_models", "stale", "twice"),
+            *("unfinished", "other_models", "stale", "twice", "counted_as_empty"),
         )
         return {
             "with_truth": len(self.predicted) + len(self.failed) + len(self.missing),
@@ -92,6 +94,9 @@ class Cases:
             # Where there is a record, these were never asked for: training scans, mostly.
             what = f"{self.predictions}: no prediction of {_some('case with truth', self.missing)}"
             (notice if self.recorded else warn)(what)
+        if self.counted_as_empty:
+            cases = _some("case", self.counted_as_empty)
+            warn(f"{self.predictions}: no prediction of {cases}: scored as if nothing had been found there")
         if self.without_truth:
             warn(
                 f"{self.data}: left out {_some('predicted case without a mask', self.without_truth)}; "
@@ -178,6 +183,7 @@ def predicted_cases(
         other_models=tuple(case for case, model in by.items() if model not in ("", most)),
         stale=tuple(s.case for s in here if made_from_this(predictions / s.case, s) is False),
         twice=tuple(s.case for s in predicted if scans[s.image, s.series, s.files] > 1),
+        counted_as_empty=tuple(s.case for s in predicted if s.case not in there),
     )
 
 
