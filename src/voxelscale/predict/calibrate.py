@@ -97,8 +97,6 @@ def calibrate_run(
     failed = [*cases.failed, *unreadable]
     if not read:
         raise cases.none_scored(failed)
-    cases.tell()
-    _warn_of_training_scans(bundle, predictions, list(read))
     held = list(read.values())
     try:
         judged = judge([each[:2] for each in held], [each[2] for each in held])
@@ -106,6 +104,8 @@ def calibrate_run(
     except ValueError as error:
         hint = "predict more scans that the model was not trained on, as with --split val"
         raise VoxelscaleError(f"{predictions}: {error}", hint) from None
+    cases.tell()
+    _warn_of_origin(bundle, run, predictions, list(read))
     _warn_of_few(summary)
     write_bundle(model, replace(bundle, calibration=calibration))
     # Beside the model, where others see it, stays nothing of paths.
@@ -125,25 +125,24 @@ def _warn_of_few(summary: Mapping[str, Any]) -> None:
 
 
 def _require_own(bundle: Bundle, run: Path, predictions: Path, sources: Sequence[Source]) -> None:
-    """Raise a VoxelscaleError where another model made a prediction; warn where it does not say which."""
+    """Raise a VoxelscaleError where a prediction says that another model made it."""
     identity = bundle.identity
-    by = {source.case: predicted_by(predictions / source.case) for source in sources}
-    unknown = [case for case, model in by.items() if not model]
-    if unknown:
-        warn(
-            f"{predictions}: {count(len(unknown), 'prediction')} without case.json, which says by which "
-            f"model: calibrated all the same, as if {run} had made them"
-        )
     for source in sources:
-        if by[source.case] not in ("", identity):
+        if predicted_by(predictions / source.case) not in ("", identity):
             raise VoxelscaleError(
                 f"{predictions / source.case}: predicted by another model than {run}",
                 f"run voxelscale predict {run} on these scans, into a folder of its own",
             )
 
 
-def _warn_of_training_scans(bundle: Bundle, predictions: Path, cases: Sequence[str]) -> None:
-    """Warn of scans that are in the training split of the store that the model was trained on."""
+def _warn_of_origin(bundle: Bundle, run: Path, predictions: Path, cases: Sequence[str]) -> None:
+    """Warn of predictions that do not say by which model, and of scans that the model was trained on."""
+    unknown = [case for case in cases if not predicted_by(predictions / case)]
+    if unknown:
+        warn(
+            f"{predictions}: {count(len(unknown), 'prediction')} without case.json, which says by which "
+            f"model: calibrated all the same, as if {run} had made them"
+        )
     record = read_record(predictions)
     stores = {str(one.trained.get("data")) for one in bundle.networks}
     splits = [split for data, split in record.splits.items() if data in stores] if record else []
