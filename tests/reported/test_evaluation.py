@@ -21,7 +21,7 @@ from voxelscale.data.prepare import source_stamp
 from voxelscale.files import digest_of
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan
-from voxelscale.predict.findings import Finding, lesions_of_mask, write_findings
+from voxelscale.predict.findings import lesions_of_mask, read_findings, write_findings
 from voxelscale.predict.record import record_cases
 
 HEALTHY = ("--set", "prepare.allow_empty=true")
@@ -310,8 +310,7 @@ def test_a_comparison_ignores_them_too(voxelscale: Command, tmp_path: Path) -> N
     luna16(tmp_path)
     shutil.copytree(tmp_path / "predictions", tmp_path / "others")
     path = next((tmp_path / "others").glob("*/findings.json"))
-    rows = json.loads(path.read_text())
-    kept = [Finding(**{**row, "index": tuple(row["index"])}) for row in rows if row["x"] < 20 > row["y"]]
+    kept = [found for found in read_findings(path) if found.x < 20 > found.y]
     assert len(kept) == 1
     write_findings(kept, tmp_path / "findings.csv", path)
     code, out, err = voxelscale(
