@@ -14,6 +14,7 @@ import typer
 from voxelscale import __version__
 from voxelscale.console import notice, set_verbosity
 from voxelscale.errors import VoxelscaleError
+from voxelscale.files import check_output
 from voxelscale.usage import LEVELS, Commands, RunsByDefault, UsageError, explain
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ def phantom(
     else the copy is the scan, voxel by voxel. All copies keep the scan's patient. Use them as more
     training data, or to measure which nodules a model finds.
     """
+    check_output(out)
     from voxelscale.data.phantom import dataset
 
     sets = [*(set_ or []), *([f"phantom.cases={cases}"] if cases is not None else [])]
@@ -252,6 +254,7 @@ def prepare(
     A case that cannot be used is named with its fault and the others go on; the exit code is then 2.
     Patch, depth and batch are planned into store/plan.yaml, for voxelscale train --config.
     """
+    check_output(store)
     from voxelscale.data.listing import list_sources
     from voxelscale.data.names import names_of
     from voxelscale.data.prepare import prepare as run_prepare
@@ -289,6 +292,8 @@ def inspect(
 
     Nothing is changed. Problems are listed by severity and the exit code is 0 all the same.
     """
+    if out is not None:
+        check_output(out, file=True)
     from voxelscale.data.inspect import inspect as run_inspect
     from voxelscale.report.dataset import headline, text_table, write_dataset_page
 
@@ -330,6 +335,7 @@ def train(
     very next sample. The best model on the validation scans is run/model.vxs; metrics.jsonl and
     tensorboard/ have the curves.
     """
+    check_output(run)
     from voxelscale.config import load
     from voxelscale.train.launch import fit_to_memory, start
 
@@ -378,6 +384,7 @@ def run(
     joins; killed or stopped by Ctrl-C, the same command goes on, and no trial is lost or run twice.
     Leaves best.yaml, which voxelscale train takes as it is, and search.html.
     """
+    check_output(out)
     from voxelscale.config import load
     from voxelscale.search.definition import DEFINITION
     from voxelscale.search.search import retrain_best
@@ -431,6 +438,7 @@ def report_search(
     \b
     voxelscale search report search/
     """
+    check_output(out)
     from voxelscale.search.definition import reopen
     from voxelscale.search.search import write_results
 
@@ -467,6 +475,7 @@ def scale(
     the interconnect; the model is checked against two real ranks, and its error printed. Writes
     scaling.json, scaling.svg and scaling.html. Ctrl-C saves; the same command goes on.
     """
+    check_output(out)
     from voxelscale.scale.report import table
     from voxelscale.scale.scale import scale as run_scale
 
@@ -501,6 +510,7 @@ def predict(
     Writes <case>/mask.nii.gz (voxel on voxel on the scan), <case>/findings.csv (LUNA16's columns, LPS
     mm), <case>/findings.json (volume, diameters, mean HU, too) and findings.csv of all cases.
     """
+    check_output(out)
     from voxelscale.data.listing import list_scans
     from voxelscale.data.names import names_of
     from voxelscale.data.store import open_store
@@ -556,6 +566,7 @@ def refine(
     gives each finding the geometric mean of both confidences, and also lists what only reaches
     refine.candidates. Masks stay. Calibrate afterwards. Ctrl-C saves; the same command goes on.
     """
+    check_output(run.parent if run.is_file() else run)
     from voxelscale.predict.bundle import read_bundle
     from voxelscale.predict.refine import refine as run_refine
 
@@ -586,6 +597,7 @@ def ensemble(
     thresholds are the first one's. Finds more than each alone, in so many times the time; calibrate it
     anew, since the networks' own calibrations are left behind.
     """
+    check_output(out, file=True)
     from voxelscale.predict.ensemble import ensemble as run_ensemble
 
     bundle = run_ensemble(models, out)
@@ -615,6 +627,7 @@ def evaluate(
     Writes evaluation.json and cases.csv. Cases without a true mask are left out, or are healthy with
     prepare.allow_empty=true. A case that predict was asked for and that has no prediction is an error.
     """
+    check_output(out or predictions)
     from voxelscale.evaluate.evaluate import evaluate_folder
     from voxelscale.evaluate.text import text_summary
 
@@ -649,6 +662,7 @@ def calibrate(
     10 lesions found and 10 false findings; fewer are refused, below 100 of each there is a warning. Beside
     the model calibration.json and calibration.svg (reliability diagram) are written.
     """
+    check_output(model.parent if model.is_file() else model)
     from voxelscale.predict.calibrate import calibrate_run
 
     settings = read_config(config, set_).prepare
@@ -685,6 +699,8 @@ def compare(
     A less B, with 95 % intervals and two-sided p-values by paired bootstrap over scans; of Dice by
     Wilcoxon's signed ranks, too.
     """
+    if out is not None:
+        check_output(out, file=True)
     from voxelscale.evaluate.compare import compare_folders, text_table
 
     result = compare_folders(
@@ -724,6 +740,8 @@ def froc(
     Sensitivity at 1/8 to 8 false positives per scan, their mean (CPM) and the challenge's counts, with
     95 % intervals by bootstrap over scans. --against adds the difference of CPM, its interval and p.
     """
+    if out is not None:
+        check_output(out, file=True)
     from voxelscale.evaluate.luna16 import score_submission, text_table
 
     result = score_submission(
@@ -755,6 +773,7 @@ def report(
     \b
     voxelscale report predictions/ scans/ --run run/ --out report.html
     """
+    check_output(out, file=True)
     from voxelscale.report.report import write_report
 
     settings = read_config(config, set_).prepare
@@ -776,6 +795,7 @@ def quickstart(
 
     The last line printed is JSON with dice, sensitivity_at_1_fp, seconds and report.
     """
+    check_output(out)
     from voxelscale.evaluate.text import text_value
     from voxelscale.quickstart import quickstart as run_quickstart
     from voxelscale.quickstart import quickstart_config

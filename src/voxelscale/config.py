@@ -63,6 +63,9 @@ class PrepareConfig:
     labels: tuple[int, ...] | None = None
     """Values of the masks (numbers of segments, of regions) that are the lesion; null: every value above 0,
     or those that the data set calls so."""
+    keep_small: bool = False
+    """Whether a lesion that falls between the voxels of the target spacing is kept by one voxel of it (a
+    whole voxel, so larger than it is); otherwise it is lost, with a warning."""
     consensus: float = 0.5
     """Of LIDC's readings, the share of a nodule's readers who must have outlined a voxel."""
     names: Literal["auto", "file", "series", "hash"] = "auto"

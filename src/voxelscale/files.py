@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,54 @@ from typing import Any
 from voxelscale.errors import VoxelscaleError
 
 _MAGIC = b"voxelscale sealed 1\n"
+
+TO_WRITE = "free some space or choose another folder"
+PROBE = bytes(4096)
+"""What `check_output` writes for a trial: a block, which a full disk or a used-up quota refuses."""
+
+
+def check_output(path: Path, *, file: bool = False) -> None:
+    """Raise an error if an output cannot be written there; called by commands before they compute.
+
+    Nothing is left behind. Missing folders are not made; the nearest one that exists must be writable.
+
+    Args:
+        path: the folder that will be written, or the file.
+        file: whether it is a file.
+
+    Raises:
+        VoxelscaleError: it is of the other kind, lies below a file, or a trial file cannot be written.
+    """
+    path = path.absolute()
+    if path.is_dir() and file:
+        raise VoxelscaleError(f"{path}: a folder, not a file", "name a file in it")
+    if path.is_file() and not file:
+        raise VoxelscaleError(f"{path}: a file, not a folder", "choose another folder")
+    if path.exists() and not (path.is_dir() or path.is_file()):  # a device would be replaced
+        raise VoxelscaleError(f"{path}: not a regular file", "choose another path")
+    above = path.parent if file else path
+    while not os.path.lexists(above):
+        above = above.parent
+    try:
+        with tempfile.TemporaryFile(dir=above) as handle:
+            handle.write(PROBE)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise not_written(path, error) from None
+
+
+def not_written(path: Path, error: Exception) -> VoxelscaleError:
+    """What is said of a file or folder that cannot be written."""
+    words = getattr(error, "strerror", None) or str(error).strip() or "not all of it was taken"
+    return VoxelscaleError(f"{path}: cannot be written ({words.splitlines()[-1]})", TO_WRITE)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Bring a whole temporary file onto the disk, then give it its name."""
+    with temporary.open("rb") as handle:
+        os.fsync(handle.fileno())  # a full disk or quota may show only here
+    os.replace(temporary, path)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -29,12 +79,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as handle:
             handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        if temporary.stat().st_size != len(data):
+            raise OSError(errno.EIO, "the file is shorter than what was written")
+        put_in_place(temporary, path)
     except OSError as error:
-        hint = "free some space or choose another folder"
-        raise VoxelscaleError(f"{path}: cannot be written ({error.strerror})", hint) from None
+        raise not_written(path, error) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

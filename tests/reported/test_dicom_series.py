@@ -25,7 +25,7 @@ def test_linked_folders(reported: Reported, voxelscale: Command, extra: str) -> 
         (selected / "up").symlink_to(folder)
     elif extra == "twice":
         (selected / "z1").symlink_to(folder / "archive" / "p1")
-    code, out, err = voxelscale("inspect", selected)
+    code, _, err = voxelscale("inspect", selected)
     assert code == 0, err
     assert "2 cases" in err
     scans = list_scans(selected)

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
+from voxelscale.data.lesions import lesion_voxels
 from voxelscale.data.listing import Source, list_sources
 from voxelscale.data.lungs import lung_field
 from voxelscale.data.plan import target_spacing
-from voxelscale.data.prepare import axis_codes, lesion_voxels
+from voxelscale.data.prepare import axis_codes
 from voxelscale.data.reading import labels_of, read_image
 from voxelscale.data.store import CaseInfo, Store, open_store
 from voxelscale.errors import VoxelscaleError

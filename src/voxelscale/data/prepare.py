@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
-from voxelscale.console import notice
+from voxelscale.console import count, notice, warn
+from voxelscale.data.lesions import resample_mask
 from voxelscale.data.listing import Source
 from voxelscale.data.plan import target_spacing
 from voxelscale.data.reading import read_case, read_image, read_lattice
@@ -36,6 +38,14 @@ Made = TypeVar("Made")
 SPLITS = ("train", "val", "test")
 FINDINGS = "findings.csv"
 """Beside the store's table."""
+
+TO_KEEP = "choose a finer prepare.spacing, or keep a voxel of each: prepare.keep_small=true"
+MOST_SHOWN = 5
+"""Lost lesions of a case that a warning lists; its entry in the store has all."""
+
+ENDS = 1 << 14
+"""Bytes at both ends of an image's file that count besides its size and time: headers, small files, and
+the checksum at the end of gzip are all in them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +92,11 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outc
     made = _each(todo, work, "prepare", config, failed)
     infos = sorted([*kept.values(), *made], key=lambda info: info.case)
     for info in infos:
-        size, count = " x ".join(map(str, info.shape)), len(info.lesion_volumes_mm3)
-        notice(f"{info.case}: {size} voxels, {count} lesions{', kept' * (info.case in kept)}", level=2)
+        size, found = " x ".join(map(str, info.shape)), count(len(info.lesion_volumes_mm3), "lesion")
+        notice(f"{info.case}: {size} voxels, {found}{', kept' * (info.case in kept)}", level=2)
         if config.lungs and info.lungs is None:
             notice(f"{info.case}: no lungs found; patches are drawn from the whole scan")
+        _report_changed(info, spacing, config.keep_small)
     failures = tuple((case, *failed[case]) for case in sorted(failed))
     if not infos:
         raise _none_prepared(failed)
@@ -93,6 +104,29 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outc
     write_csv(out / FINDINGS, _finding_rows(infos))
     write_table(out, spacing, fingerprint(infos), infos)
     return Outcome(done=tuple(infos), kept=len(kept), failed=failures)
+
+
+def _report_changed(info: CaseInfo, spacing: Triple, kept: bool) -> None:
+    """Say which lesions resampling lost, merged or cut."""
+    size = " x ".join(f"{step:g}" for step in spacing)
+    if info.lost:
+        shown = ", ".join(
+            f"{one['diameter_mm']:.1f} mm at ({', '.join(f'{v:.1f}' for v in one['centre'])})"
+            for one in info.lost[:MOST_SHOWN]
+        )
+        more = f" and {len(info.lost) - MOST_SHOWN} more" if len(info.lost) > MOST_SHOWN else ""
+        lesions = count(len(info.lost), "lesion")
+        if kept:
+            notice(f"{info.case}: kept by one voxel each at {size} mm: {lesions}: {shown}{more}")
+        else:
+            warn(
+                f"{info.case}: too small for voxels of {size} mm, lost: {lesions}: {shown}{more}; {TO_KEEP}"
+            )
+    if info.merged or info.cut:
+        joined = f"{info.merged} lie together with another" if info.merged else ""
+        parted = f"{info.cut} fall into parts" if info.cut else ""
+        changed, left = " and ".join(filter(None, (joined, parted))), len(info.lesion_volumes_mm3)
+        notice(f"{info.case}: of the lesions at {size} mm {changed}: {count(left, 'lesion')} in the store")
 
 
 def _order(sources: Sequence[Source]) -> dict[str, str]:
@@ -142,18 +176,16 @@ def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Trip
     Raises:
         VoxelscaleError: the image or the mask is unfit; the message names the file.
     """
+    key = source_key(source, config, spacing)  # first: a file that changes meanwhile is noticed next time
     as_is = read_image(source, config.fill_gaps)
     axes = axis_codes(as_is.grid)
     image, labels = read_case(source, config, as_is)
     del as_is  # what was flipped is a copy
-    mask = labels.mask
     hu = resample_hu(image, spacing)
     target = hu.grid
-    label = resample(mask, target, "nearest").array
-    lesions = lesion_voxels(label)
-    if mask.array.any() and not lesions:
-        hint = "choose a finer prepare.spacing"
-        raise VoxelscaleError(f"{source.label_names}: the mask vanishes at {spacing} mm", hint)
+    label = resample_mask(labels.mask, target, config.keep_small)
+    if label.lost and not label.lesions:
+        raise VoxelscaleError(f"{source.label_names}: the mask vanishes at {spacing} mm", TO_KEEP)
     voxel = float(np.prod(spacing))
     info = CaseInfo(
         case=source.case,
@@ -161,15 +193,18 @@ def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Trip
         shape=target.shape,
         affine=tuple(tuple(row) for row in target.affine.tolist()),
         source_spacing=image.spacing,
-        lesion_volumes_mm3=tuple(round(len(flat) * voxel, 3) for flat in lesions),
-        intensities=_intensities(hu.array[label > 0]),
-        key=source_key(source, config, spacing),
+        lesion_volumes_mm3=tuple(round(len(flat) * voxel, 3) for flat in label.lesions),
+        intensities=_intensities(hu.array[label.array > 0]),
+        key=key,
         lungs=_lungs(hu) if config.lungs else None,
         findings=tuple(asdict(finding) for finding in labels.findings),
         axes=axes,
+        lost=label.lost,
+        merged=label.merged,
+        cut=label.cut,
     )
-    thinned = [_thin(flat) for flat in lesions]
-    write_case(out, info, hu.array, label, thinned, config.chunk)
+    thinned = [_thin(flat) for flat in label.lesions]
+    write_case(out, info, hu.array, label.array, thinned, config.chunk)
     return info
 
 
@@ -192,19 +227,6 @@ def resample_hu(image: Scan, spacing: Triple) -> Scan:
         # Padding outside the scanner's circle comes as -2048 or -3024: air, too.
         plane[:] = np.clip(np.rint(of_plane), AIR_HU, 32767)
     return Scan(hu, grid.affine)
-
-
-def lesion_voxels(mask: NDArray[np.uint8]) -> list[NDArray[np.int64]]:
-    """Flat (C-order) voxel indices of each 26-connected component, largest first."""
-    import cc3d
-
-    components = cc3d.connected_components(np.ascontiguousarray(mask), connectivity=26)
-    flat = np.flatnonzero(components)
-    owner = components.ravel()[flat]
-    order = np.argsort(owner, kind="stable")
-    cuts = np.flatnonzero(np.diff(owner[order])) + 1
-    groups = [np.sort(group) for group in np.split(flat[order], cuts) if len(group)]
-    return sorted(groups, key=lambda group: (-len(group), int(group[0])))
 
 
 def _thin(flat: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -314,7 +336,7 @@ def assign_splits(
 
 
 def source_key(source: Source, config: PrepareConfig, spacing: Triple) -> str:
-    """A digest of what shapes a stored case: the files' names, sizes and times, and the preparation."""
+    """A digest of what shapes a stored case: all files behind image and labels, and the preparation."""
     shaping = asdict(replace(config, split=(1, 0, 0), seed=0, workers=0, plan=False, memory_gib=0))
     shaping |= {"names": "", "name_key": ""}
     files = [source_stamp(source), label_stamp(source)]
@@ -322,21 +344,35 @@ def source_key(source: Source, config: PrepareConfig, spacing: Triple) -> str:
 
 
 def source_stamp(source: Source) -> list[list[Any]]:
-    """Name, size and time of an image's files, by which a changed one is known."""
-    if source.files:
-        return _stamps(source.files)
-    path = source.image
-    return _stamps(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
+    """What an image's files are known by, data files of headers and every slice among them."""
+    from voxelscale.formats import files_of
+
+    # A data set that is moved or copied with its times must stay known: no inodes, no folders.
+    return [_stamp(file, ENDS) for file in source.files or files_of(source.image)]
 
 
 def label_stamp(source: Source) -> list[list[Any]]:
-    """The same of what says where its lesions are."""
-    return _stamps([file for label in source.labels for file in (label, label.with_name(EXCLUDED))])
+    """The same of what says where its lesions are; of these files all bytes count."""
+    from voxelscale.formats import files_of
+
+    paths = [path for label in source.labels for path in (label, label.with_name(EXCLUDED))]
+    return [_stamp(file, 0) for path in paths for file in files_of(path)]
 
 
-def _stamps(files: Sequence[Path]) -> list[list[Any]]:
-    found = [(path.name, path.stat()) for path in files if path.exists()]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+def _stamp(file: Path, ends: int) -> list[Any]:
+    """Name, size, time and a digest of a file's bytes: all, or those at its beginning and its end."""
+    digest = hashlib.blake2b(digest_size=8)
+    try:
+        status = file.stat()
+        with file.open("rb") as handle:
+            if ends and status.st_size > 2 * ends:
+                digest.update(handle.read(ends))
+                handle.seek(-ends, os.SEEK_END)
+            for block in iter(lambda: handle.read(1 << 20), b""):
+                digest.update(block)
+    except OSError as error:  # reading the case says what is wrong
+        return [file.name, error.errno]
+    return [file.name, status.st_size, status.st_mtime_ns, digest.hexdigest()]
 
 
 def _kept(source: Source, out: Path, config: PrepareConfig, spacing: Triple) -> CaseInfo | None:

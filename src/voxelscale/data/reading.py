@@ -79,14 +79,14 @@ def read_truth(source: Source, config: PrepareConfig) -> Scan:
 
 
 def read_truth_labels(source: Source, config: PrepareConfig) -> Labels:
-    """The labels of a case without its image (LPS order), which is read only where a label needs it.
+    """The labels of a case on its image's lattice (LPS order); voxels are read only where labels need them.
 
     A case without a label is healthy where `prepare.allow_empty` says so.
 
     Raises:
         VoxelscaleError: as `read_case`; but an empty mask is an answer, too.
     """
-    from voxelscale.formats import read_label
+    from voxelscale.formats import on_lattice, read_label
 
     if not source.labels:
         if not config.allow_empty:
@@ -95,12 +95,16 @@ def read_truth_labels(source: Source, config: PrepareConfig) -> Labels:
         grid = as_lps(read_lattice(source, config.fill_gaps))[2]
         return Labels(mask=Scan(np.zeros(grid.shape, np.uint8), grid.affine))
     if [kind_of(label) for label in source.labels] == ["mask"]:
-        mask = reorient(read_label(source.labels[0]))
-        lesion = lesion_in(mask, _values(source, config))
+        values = _values(source, config)
+        mask = reorient(read_label(source.labels[0], values))
+        if source.image.exists():  # a mask may be cropped to what is drawn in it
+            lattice = as_lps(read_lattice(source, config.fill_gaps))[2]
+            mask = on_lattice(source.labels[0], mask, source.image, lattice)
+        lesion = lesion_in(mask, values)
         if mask.array.any() and not lesion.any() and not config.allow_empty:
-            values = ", ".join(map(str, _values(source, config) or ()))
+            shown = ", ".join(map(str, values or ()))
             raise VoxelscaleError(
-                f"{source.label_names}: no voxel of the values {values}",
+                f"{source.label_names}: no voxel of the values {shown}",
                 "choose other prepare.labels, or say prepare.allow_empty=true where such scans are healthy",
             )
         return Labels(mask=Scan(lesion.astype(np.uint8), mask.affine))

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import write_atomic
+from voxelscale.files import not_written, put_in_place, write_atomic
 from voxelscale.geometry import Grid, IntTriple, Triple
 
 FORMAT = 1
@@ -55,6 +55,8 @@ class CaseInfo:
         lungs: first voxel and shape (z, y, x) in the store of the box around the lungs; None where they
             were not looked for, or not found.
         axes: where the file's own x, y and z axis point, as ``LPS`` or ``RAS``; "" in older stores.
+        lost: lesions of the mask that resampling left without a voxel, and how many of the others it
+            merged or cut (`voxelscale.data.lesions.Resampled`).
     """
 
     case: str
@@ -69,6 +71,9 @@ class CaseInfo:
     lungs: tuple[IntTriple, IntTriple] | None = None
     findings: tuple[dict[str, Any], ...] = ()
     axes: str = ""
+    lost: tuple[dict[str, Any], ...] = ()
+    merged: int = 0
+    cut: int = 0
 
     @property
     def grid(self) -> Grid:
@@ -205,7 +210,7 @@ def write_case(
     lesions: Sequence[NDArray[np.int64]],
     chunk: int = 64,
 ) -> None:
-    """Write a case's file, atomically.
+    """Write a case's file, atomically; it gets its name once all of it has been read back.
 
     Args:
         image: (z, y, x) HU.
@@ -213,12 +218,14 @@ def write_case(
         lesions: for each, the flat (C-order) indices of voxels to sample from.
         chunk: edge of a chunk; a quarter of a chunk's voxels along each axis is one block, the unit
             that is decompressed.
+
+    Raises:
+        VoxelscaleError: it cannot be written.
     """
     import blosc2
 
     blosc2.set_nthreads(1)
     path = case_path(store, info.case)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part.b2nd")
     chunks = (1, *(min(chunk, n) for n in image.shape))
     blocks = (1, *(max(1, min(32, n)) for n in chunks[1:]))
@@ -230,23 +237,32 @@ def write_case(
         "filters": [blosc2.Filter.SHUFFLE],
         "nthreads": 1,
     }
+    voxels, entry = np.stack([image, mask.astype(np.int16)]), json.dumps(asdict(info))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         array = blosc2.asarray(
-            np.stack([image, mask.astype(np.int16)]),
+            voxels,
             urlpath=str(temporary),
             mode="w",
             chunks=chunks,
             blocks=blocks,
             cparams=parameters,
         )
-        array.schunk.vlmeta["info"] = json.dumps(asdict(info))
+        array.schunk.vlmeta["info"] = entry
         array.schunk.vlmeta["lesions"] = [flat.astype("<i4").tobytes() for flat in lesions]
         del array
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        # Blosc2 does not look whether the disk took what it wrote.
+        again = blosc2.open(str(temporary), mode="r")
+        told = again.schunk.vlmeta
+        whole = told["info"] == entry and len(told["lesions"]) == len(lesions)
+        if not (whole and np.array_equal(again[:], voxels)):
+            raise OSError("what was written reads differently")
+        put_in_place(temporary, path)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise not_written(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def read_info(store: Path, case: str) -> CaseInfo | None:
@@ -310,6 +326,7 @@ def _info(entry: dict[str, Any]) -> CaseInfo:
             "affine": tuple(tuple(row) for row in entry["affine"]),
             "lesion_volumes_mm3": tuple(entry["lesion_volumes_mm3"]),
             "findings": tuple(entry.get("findings", ())),
+            "lost": tuple(entry.get("lost", ())),
             "lungs": tuple(tuple(side) for side in box) if box else None,
         }
     )

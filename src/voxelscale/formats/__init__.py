@@ -6,23 +6,36 @@ One file per family, each with ``matches(path, head)`` and ``open_scan(path)``; 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
+from voxelscale.files import TO_WRITE, not_written, put_in_place
 from voxelscale.formats import dicom, meta, nifti, nrrd
-from voxelscale.formats._voxels import Opened, check_affine, not_finite
-from voxelscale.geometry import Grid, Scan, to_itk
+from voxelscale.formats._itk import told_of
+from voxelscale.formats._voxels import MOST_VOXELS, Opened, check_affine, not_finite
+from voxelscale.geometry import Grid, IntTriple, Scan, crop_or_pad, to_itk
 
 FAMILIES = {"nifti": nifti, "metaimage": meta, "nrrd": nrrd, "dicom": dicom}
 
 WRITTEN = (".nii.gz", ".nii", ".mha", ".nrrd")
 """Extensions that `write_scan` knows."""
+
+HEADERS = (".mhd", ".nhdr", ".hdr", ".hdr.gz")
+"""Extensions of headers whose voxels lie in another file."""
+
+DATA = (".raw", ".zraw", ".raw.gz", ".img", ".img.gz")
+"""Extensions of such files."""
+
+WHOLE = 1e-3
+"""How far a mask's values may be from whole numbers: nibabel scales floats saved as integers, which
+brings 1 back as 1.00002."""
 
 SAME_PLACE_MM = 0.05
 """How far a mask's corners may lie from its image's: formats that keep their geometry in float32 or
@@ -52,9 +65,10 @@ def detect_format(path: Path) -> str:
     if nifti.is_analyze(path, head):
         hint = "convert it to NIfTI with what wrote it, and check left and right"
         raise VoxelscaleError(f"{path}: Analyze 7.5, which does not say how it lies in the patient", hint)
-    header = path.with_suffix(".hdr")
-    if path.suffix.lower() == ".img" and header.is_file():
-        raise VoxelscaleError(f"{path}: voxels without their header", f"name {header.name} instead")
+    if path.name.lower().endswith(DATA):
+        header = next((h for e in HEADERS if (h := path.with_name(_stem(path) + e)).is_file()), None)
+        hint = f"name {header.name} instead" if header else f"put its {' or '.join(HEADERS[:3])} beside it"
+        raise VoxelscaleError(f"{path}: voxels without their header", hint)
     hint = "give NIfTI, MetaImage, NRRD, or a folder with a DICOM series"
     raise VoxelscaleError(f"{path}: not a scan in a known format", hint)
 
@@ -72,12 +86,9 @@ def read_scan(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[
     """
     with _told(path):
         opened = _open(path, series, fill_gaps, files)
-    return _loaded(path, opened, opened.load)
-
-
-def _loaded(path: Path, opened: Opened, load: Callable[[], NDArray[Any]]) -> Scan:
-    with _told(path):
-        array = _as_hu(load())
+        if opened.segments is not None:
+            raise VoxelscaleError(f"{path}: a segmentation, not a scan", "name the scan it was drawn on")
+        array = _as_hu(opened.load())
         bad = int(array.size - np.isfinite(array).sum()) if array.dtype.kind == "f" else 0
     if bad:
         raise not_finite(path, bad)
@@ -118,18 +129,24 @@ def _told(path: Path) -> Iterator[None]:
         raise VoxelscaleError(f"{path}: does not fit into memory", hint) from None
 
 
-def read_label(path: Path) -> Scan:
+def read_label(path: Path, values: Sequence[int] | None = None) -> Scan:
     """A mask: class numbers as uint8 where they fit, else int32.
+
+    Of a 3D Slicer segmentation the numbers are the label values of its segments; where layers of
+    overlapping segments use one value twice, the segments' places in the file, from 1.
+
+    Args:
+        values: those that are asked for; where segments overlap they are kept.
 
     Raises:
         VoxelscaleError: as `read_scan`; or values that are no whole numbers, or negative.
     """
     with _told(path):
         opened = _open(path, "", 0, ())
-    scan = _loaded(path, opened, opened.load_classes or opened.load)
-    array = scan.array
-    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
-        raise VoxelscaleError(f"{path}: a mask with fractions", "threshold it to whole class numbers first")
+        if opened.segments is not None:
+            array: NDArray[Any] = opened.segments.mask(values)
+        else:
+            array = _as_whole(path, (opened.load_classes or opened.load)())
     if array.size and array.min() < 0:
         raise VoxelscaleError(
             f"{path}: a mask with negative values", "is this the image rather than the mask?"
@@ -137,20 +154,124 @@ def read_label(path: Path) -> Scan:
     if array.size and array.max() >= 2**31:
         raise VoxelscaleError(f"{path}: a mask with values up to {array.max():g}", "is this a mask?")
     fits = array.size == 0 or array.max() <= 255
-    return Scan(array.astype(np.uint8 if fits else np.int32), scan.affine)
+    return Scan(array.astype(np.uint8 if fits else np.int32), opened.grid.affine)
+
+
+def _as_whole(path: Path, array: NDArray[Any]) -> NDArray[Any]:
+    """A mask's values, rounded where they are whole numbers but for rounding."""
+    if array.dtype.kind != "f":
+        return array
+    if bad := int(array.size - np.isfinite(array).sum()):
+        raise not_finite(path, bad)
+    whole: NDArray[Any] = np.rint(array)
+    if array.size and float(np.abs(array - whole).max()) > WHOLE:
+        raise VoxelscaleError(f"{path}: a mask with fractions", "threshold it to whole class numbers first")
+    return whole
+
+
+def is_segmentation(path: Path) -> bool:
+    """Whether a file is a segmentation of 3D Slicer, which often lies beside its scan."""
+    try:
+        return detect_format(path) == "nrrd" and nrrd.open_scan(path).segments is not None
+    except (VoxelscaleError, OSError):
+        return False  # whoever reads it says what is wrong
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """Every file that reading a scan or a mask opens: the header's data files, too, or a whole folder's.
+
+    What cannot be opened stands for itself, and a missing file for nothing.
+    """
+    if not path.is_dir() and not path.is_file():
+        return ()
+    try:
+        name = detect_format(path)
+        if name == "dicom":
+            return dicom.files_of(path)
+        opened: Opened = FAMILIES[name].open_scan(path)
+    except (VoxelscaleError, OSError):
+        return (path,)
+    return opened.files
+
+
+def without_data_files(paths: Sequence[Path]) -> list[Path]:
+    """The files of a folder without those that only hold the voxels of a header among them."""
+    headers = [path for path in paths if path.name.lower().endswith(HEADERS)]
+    held = {file for header in headers for file in files_of(header)[1:]}
+    stems = {_stem(header) for header in headers}  # of a header that cannot be read
+
+    def is_data(path: Path) -> bool:
+        return path in held or (path.name.lower().endswith(DATA) and _stem(path) in stems)
+
+    return [path for path in paths if not is_data(path)]
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    return next((name[: -len(e)] for e in (*HEADERS, *DATA) if name.lower().endswith(e)), name)
+
+
+def on_lattice(label: Path, mask: Scan, image: Path, grid: Grid) -> Scan:
+    """A mask on its image's lattice; both in LPS order (`voxelscale.geometry.reorient`).
+
+    A mask that covers another box of the same lattice, as segmentations that are cropped to what is drawn
+    in them, is put at its place. A warning says so, but of 3D Slicer's segmentations, which are usually
+    cropped; and how much lies outside the image and is left out.
+
+    Raises:
+        VoxelscaleError: they lie on different lattices; the message says how they differ.
+    """
+    if mask.grid.same_as(grid, SAME_PLACE_MM):
+        return mask
+    start = _offset(mask.grid, grid)
+    if start is None:
+        raise _elsewhere(label, mask.grid, image, grid)
+    placed = crop_or_pad(mask, [-n for n in start], grid.shape)
+    drawn, kept = int((mask.array > 0).sum()), int((placed.array > 0).sum())
+    if drawn and not kept:
+        hint = "check that the pair belongs together"
+        raise VoxelscaleError(f"{label}: all it marks lies outside {image.name}", hint)
+    if not is_segmentation(label):
+        part, whole = (" x ".join(map(str, reversed(shape))) for shape in (mask.array.shape, grid.shape))
+        where = ", ".join(map(str, reversed(start)))
+        warn(f"{label}: {part} voxels that begin at voxel ({where}) of the {whole} of {image.name}")
+    if kept < drawn:
+        warn(f"{label}: {drawn - kept} of {drawn} voxels lie outside {image.name} and are left out")
+    return Scan(placed.array, grid.affine)
+
+
+def _offset(part: Grid, whole: Grid) -> IntTriple | None:
+    """The voxel (z, y, x) of `whole` at which `part` begins; None where they are not of one lattice.
+
+    Two scans whose positions were lost both begin at 0: the same first voxel is no sign of one lattice.
+    And what is as large as the image is no part of it, but lies wrong.
+    """
+    if part.shape == whole.shape:
+        return None
+    start = whole.mm_to_index(part.origin)
+    first = [round(float(n)) for n in start]
+    if not any(first) or max(abs(n) for n in first) > MOST_VOXELS:
+        return None
+    z, y, x = first
+    same = whole.window((z, y, x), part.shape).same_as(part, SAME_PLACE_MM)
+    return (z, y, x) if same else None
+
+
+def _elsewhere(label: Path, mask: Grid, image: Path, scan: Grid) -> VoxelscaleError:
+    """What is said of a mask that does not lie on its image."""
+    hint = "resample the mask onto its image, or check that the pair belongs together"
+    if mask.shape != scan.shape:
+        sizes = [" x ".join(map(str, reversed(shape))) for shape in (mask.shape, scan.shape)]
+        return VoxelscaleError(f"{label}: {sizes[0]} voxels, but {image.name} has {sizes[1]}", hint)
+    corners = np.indices((2, 2, 2)).reshape(3, -1).T * (np.asarray(scan.shape) - 1)
+    apart = np.linalg.norm(mask.index_to_mm(corners) - scan.index_to_mm(corners), axis=1).max()
+    return VoxelscaleError(f"{label}: lies up to {apart:.2f} mm away from {image.name}", hint)
 
 
 def check_same_place(label: Path, mask: Scan, image: Path, scan: Scan) -> None:
     """Raise a VoxelscaleError that says how mask and image differ, if they do."""
-    if mask.grid.same_as(scan.grid, SAME_PLACE_MM):
-        return
-    hint = "resample the mask onto its image, or check that the pair belongs together"
-    if mask.array.shape != scan.array.shape:
-        sizes = [" x ".join(map(str, reversed(s.array.shape))) for s in (mask, scan)]
-        raise VoxelscaleError(f"{label}: {sizes[0]} voxels, but {image.name} has {sizes[1]}", hint)
-    corners = np.indices((2, 2, 2)).reshape(3, -1).T * (np.asarray(scan.array.shape) - 1)
-    apart = np.linalg.norm(mask.grid.index_to_mm(corners) - scan.grid.index_to_mm(corners), axis=1).max()
-    raise VoxelscaleError(f"{label}: lies up to {apart:.2f} mm away from {image.name}", hint)
+    if not mask.grid.same_as(scan.grid, SAME_PLACE_MM):
+        raise _elsewhere(label, mask.grid, image, scan.grid)
 
 
 def write_scan(scan: Scan, path: Path) -> None:
@@ -167,14 +288,25 @@ def write_scan(scan: Scan, path: Path) -> None:
     temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sitk.WriteImage(to_itk(scan), str(temporary), useCompression=True)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        hint = "free some space or choose another folder"
-        raise VoxelscaleError(f"{path}: cannot be written ({reason})", hint) from None
+        with told_of(path, "cannot be written", TO_WRITE):
+            sitk.WriteImage(to_itk(scan), str(temporary), useCompression=True)
+        _check_written(temporary, scan)
+        put_in_place(temporary, path)
+    except OSError as error:
+        raise not_written(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _check_written(path: Path, scan: Scan) -> None:
+    """Read a file back: on a full disk ITK ends without a word after half of it."""
+    try:
+        whole = np.array_equal(FAMILIES[detect_format(path)].open_scan(path).load(), scan.array)
+    except VoxelscaleError:
+        whole = False
+    if not whole:
+        raise OSError("the file was cut short: is the disk full, or a limit reached?")
 
 
 def _as_hu(array: NDArray[Any]) -> NDArray[Any]:

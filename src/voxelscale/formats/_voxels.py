@@ -52,6 +52,34 @@ TO_REWRITE = "write its header anew"
 Encoding = Literal["raw", "deflate", "bzip2", "text", "hex"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """What the header of a segmentation says of its segments.
+
+    Attributes:
+        layers: (layer, value in that layer) of each segment; segments may overlap in different layers.
+        load: reads the layers, (layer, z, y, x).
+    """
+
+    layers: tuple[tuple[int, int], ...]
+    load: Callable[[], NDArray[Any]]
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What a segment is called: its value where no two share one, else its place, from 1."""
+        values = tuple(value for _, value in self.layers)
+        return values if len(set(values)) == len(values) else tuple(range(1, len(values) + 1))
+
+    def mask(self, wanted: Sequence[int] | None) -> NDArray[np.int32]:
+        """(z, y, x) numbers of segments; where several overlap a wanted one, else the last, is taken."""
+        layers = self.load()
+        out = np.zeros(layers.shape[1:], np.int32)
+        parts = zip(self.numbers, self.layers, strict=True)
+        for number, (layer, value) in sorted(parts, key=lambda part: part[0] in (wanted or ())):
+            out[layers[layer] == value] = number
+        return out
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
     """A scan of which the header has been read, and nothing else.
@@ -61,12 +89,16 @@ class Opened:
         load: reads them, (z, y, x), with slope and intercept applied.
         slices: of DICOM, the slices that the scan is made of.
         load_classes: of DICOM, reads them as class numbers, which are never mixed by resampling.
+        files: that hold header and voxels, where these are known.
+        segments: of a segmentation with layers, by which a mask is made of it.
     """
 
     grid: Grid
     load: Callable[[], NDArray[Any]]
     slices: Slices | None = None
     load_classes: Callable[[], NDArray[Any]] | None = None
+    files: tuple[Path, ...] = ()
+    segments: Segments | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +111,7 @@ class Layout:
         offset: bytes to skip in each file before it is decoded; -1: what the voxels do not need.
         skip: bytes to skip once it is decoded.
         dtype: with its byte order.
-        shape: voxels along (z, y, x).
+        shape: voxels along (z, y, x); of a segmentation with an axis of its layers, too.
     """
 
     files: tuple[Path, ...]
@@ -87,7 +119,7 @@ class Layout:
     offset: int = 0
     skip: int = 0
     dtype: np.dtype[Any]
-    shape: IntTriple
+    shape: tuple[int, ...]
 
     @property
     def length(self) -> int:

@@ -82,7 +82,11 @@ def open_scan(path: Path) -> Opened:
     x, y, z = size[:3]
     check_affine(path, (z, y, x), affine)
     layout = _layout(path, fields, (z, y, x), head, start)
-    return Opened(grid=Grid((z, y, x), affine), load=lambda: read_voxels(path, layout))
+    return Opened(
+        grid=Grid((z, y, x), affine),
+        load=lambda: read_voxels(path, layout),
+        files=tuple(dict.fromkeys((path, *layout.files))),
+    )
 
 
 def _fields(path: Path, head: bytes) -> tuple[dict[str, str], int]:

@@ -96,6 +96,7 @@ def open_scan(path: Path) -> Opened:
     return Opened(
         grid=Grid((z, y, x), affine),
         load=lambda: _scaled(path, read_voxels(path, layout), header.slope, header.intercept),
+        files=(path, file) if header.paired else (path,),
     )
 
 

@@ -1,6 +1,7 @@
-"""NRRD: .nrrd, or .nhdr with its data file.
+"""NRRD: .nrrd, or .nhdr with its data file; and 3D Slicer's segmentations (.seg.nrrd).
 
-Source: the definition of the NRRD file format (https://teem.sourceforge.net/nrrd/format.html).
+Sources: the definition of the NRRD file format (https://teem.sourceforge.net/nrrd/format.html); 3D
+Slicer's manual, Segmentations, "Segmentation file format (.seg.nrrd)".
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from voxelscale.formats._voxels import (
     Encoding,
     Layout,
     Opened,
+    Segments,
     check_affine,
     check_header,
     data_file,
@@ -107,16 +110,52 @@ def open_scan(path: Path) -> Opened:
         raise VoxelscaleError(f"{path}: claims {dims} dimensions", TO_REWRITE)
     size = whole_numbers(path, "sizes", fields.get("sizes", ""), dims)
     directions = _directions(path, fields, dims)
-    check_header(
-        path,
-        [n for n, direction in zip(size, directions, strict=True) if direction is not None],
-        math.prod(n for n, direction in zip(size, directions, strict=True) if direction is None),
-    )
-    x, y, z = (n for n, direction in zip(size, directions, strict=True) if direction is not None)
-    affine = _affine(path, fields, [d for d in directions if d is not None])
+    space = [n for n, direction in zip(size, directions, strict=True) if direction is not None]
+    components = math.prod(n for n, direction in zip(size, directions, strict=True) if direction is None)
+    segments = _segments(path, head, components)
+    check_header(path, space, 1 if segments else components)
+    x, y, z = space[:3]
+    affine = _affine(path, fields, [d for d in directions if d is not None][:3])
     check_affine(path, (z, y, x), affine)
-    layout = _layout(path, fields, (z, y, x), head, rest)
-    return Opened(grid=Grid((z, y, x), affine), load=lambda: read_voxels(path, layout))
+    # C order: the first axis of the header is the fastest.
+    layout = _layout(path, fields, tuple(reversed(size)) if segments else (z, y, x), head, rest)
+    grid, files = Grid((z, y, x), affine), tuple(dict.fromkeys((path, *layout.files)))
+    if not segments:
+        return Opened(grid=grid, load=lambda: read_voxels(path, layout), files=files)
+
+    def layers() -> NDArray[Any]:
+        voxels = read_voxels(path, layout)
+        if components == 1:
+            return voxels.reshape(1, z, y, x)
+        return np.moveaxis(voxels, dims - 1 - directions.index(None), 0).reshape(components, z, y, x)
+
+    made = Segments(layers=segments, load=layers)
+    return Opened(grid=grid, load=lambda: made.mask(None), files=files, segments=made)
+
+
+def _segments(path: Path, head: bytes, layers: int) -> tuple[tuple[int, int], ...]:
+    """Layer and value of each segment that 3D Slicer lists; () where it is no segmentation.
+
+    Before version 4.11 every segment had a layer of its own, with the value 1.
+
+    Raises:
+        VoxelscaleError: a segment lies in a layer that is not there, or two are the same.
+    """
+    text = head[: head.find(b"\n\n") if b"\n\n" in head else None].decode("latin-1")
+    said = dict(re.findall(r"^(Segment\d+_(?:ID|LabelValue|Layer)):=(.*?)\r?$", text, re.MULTILINE))
+    found = []
+    for number in sorted(int(key[7:-3]) for key in said if key.endswith("_ID")):
+        place = {"Layer": number, "LabelValue": 1}
+        for key in place:
+            name = f"Segment{number}_{key}"
+            (place[key],) = whole_numbers(path, name, said.get(name, str(place[key])), 1)
+        if not (0 <= place["Layer"] < layers and place["LabelValue"] > 0):
+            problem = f"segment {number} is value {place['LabelValue']} of layer {place['Layer']}"
+            raise VoxelscaleError(f"{path}: {problem}, of {layers} layers", "save it again with 3D Slicer")
+        found.append((place["Layer"], place["LabelValue"]))
+    if len(set(found)) < len(found):
+        raise VoxelscaleError(f"{path}: two segments share one value", "save it again with 3D Slicer")
+    return tuple(found)
 
 
 def _fields(path: Path, head: bytes) -> tuple[dict[str, str], int]:
@@ -188,9 +227,7 @@ def _affine(path: Path, fields: dict[str, str], steps: list[list[float]]) -> NDA
     return turned
 
 
-def _layout(
-    path: Path, fields: dict[str, str], shape: tuple[int, int, int], head: bytes, start: int
-) -> Layout:
+def _layout(path: Path, fields: dict[str, str], shape: tuple[int, ...], head: bytes, start: int) -> Layout:
     kind, encoding = fields.get("type", "").lower(), fields.get("encoding", "").lower()
     if kind not in TYPES:
         hint = "give a scan of one whole or real number a voxel"

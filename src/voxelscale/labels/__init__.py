@@ -141,13 +141,12 @@ def _read_masks(
     paths: Sequence[Path], image: Scan, image_path: Path | None, values: tuple[int, ...] | None
 ) -> Scan:
     """The union of masks on the image's voxels."""
-    from voxelscale.formats import check_same_place, read_label
+    from voxelscale.formats import on_lattice, read_label
     from voxelscale.geometry import reorient, resample
 
     turned, masks, held = reorient(image), [], {}
     for path in paths:
-        mask = reorient(read_label(path))
-        check_same_place(path, mask, image_path or path, turned)
+        mask = on_lattice(path, reorient(read_label(path, values)), image_path or path, turned.grid)
         # The same lattice, perhaps in another order of voxels: the nearest is the very voxel.
         placed = Scan(lesion_in(mask, values).astype(np.uint8), turned.affine)
         masks.append(resample(placed, image.grid, "nearest").array)

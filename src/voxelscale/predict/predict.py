@@ -365,7 +365,7 @@ class Work:
         return Outcome(findings=findings, kept=kept, failed=tuple(failed))
 
     def _look(self, source: Source, together: Together | None) -> list[Finding]:
-        started = time.monotonic()
+        started, key = time.monotonic(), self._key(source)  # as the files are before they are read
         image = read_image(source) if together is None else _read_together(source, together)
         if together is not None and together.part:
             self.predictor.probability(image, together)
@@ -376,7 +376,7 @@ class Work:
         write_findings(findings, folder / "findings.csv", folder / "findings.json")
         seconds = round(time.monotonic() - started, 2)
         notice(f"{source.case}: {len(findings)} findings in {seconds} s", level=2)
-        facts = {"key": self._key(source), "model": self._bundle.identity, "seconds": seconds}
+        facts = {"key": key, "model": self._bundle.identity, "seconds": seconds}
         # Last, so that its being there says that the case is whole.
         write_atomic(folder / CASE_FACTS, json.dumps(facts))
         return findings

@@ -26,7 +26,7 @@ from voxelscale.data.store import CaseInfo, Reader, Store, open_store
 from voxelscale.device import default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import match
-from voxelscale.files import digest_of, read_json_lines
+from voxelscale.files import digest_of, not_written, read_json_lines
 from voxelscale.geometry import Scan, Triple
 from voxelscale.model.judge import JudgeNet, crop_shape, crop_start
 from voxelscale.predict.bundle import Bundle, bundle_path, read_bundle, write_bundle
@@ -172,9 +172,12 @@ class _Lines:
 
     def add(self, case: str, places: dict[str, list[Triple]]) -> None:
         self.known[case] = places
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"\n{json.dumps({'case': case, **places})}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{json.dumps({'case': case, **places})}")
+        except OSError as error:
+            raise not_written(self._path, error) from None
 
 
 class Crops:

@@ -170,7 +170,7 @@ def _charts(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> 
         )
     ]
     trained = [e for e in events if e["event"] == "train"]
-    validated = [(e["samples"], e["dice"]) for e in events if e["event"] == "validation"]
+    validated = [(e["samples"], e["dice"]) for e in events if e["event"] == "validation" and "dice" in e]
     if trained:
         dice = [
             Line(name="validation, whole scans", points=validated, dots=True),

@@ -34,7 +34,8 @@ from voxelscale.model.norm import SyncBatchNorm
 from voxelscale.scale.cost import Budget, Network, StepCost, UpdateTime, update_time
 from voxelscale.scale.links import Link, fit_link
 from voxelscale.train.distributed import Workers, join, parallel
-from voxelscale.train.loop import patch_task, validation_cases
+from voxelscale.train.judges import validation_cases
+from voxelscale.train.loop import patch_task
 from voxelscale.train.optim import make_optimizer
 
 SIZES = tuple(4**power for power in range(1, 14))

@@ -20,6 +20,7 @@ from voxelscale.scale.links import Link, parse_link
 from voxelscale.scale.report import Finding, write_results
 from voxelscale.scale.study import Row, Trial, plan, run_study
 from voxelscale.scale.trials import train_trial
+from voxelscale.train.judges import require_validation
 
 if TYPE_CHECKING:
     from voxelscale.scale.measure import ModelCheck
@@ -31,10 +32,12 @@ def scale(config: Config, store_path: Path, out: Path) -> list[Finding]:
     Called again it keeps the trainings that are done, and the measurements.
 
     Raises:
-        VoxelscaleError: a training failed, the interconnect is unknown, or `out` holds another study.
+        VoxelscaleError: a training failed, no validation scan has a lesion, the interconnect is unknown,
+            or `out` holds another study.
     """
     network, notes = _network(config)
     store = open_store(store_path)
+    require_validation(store, config)
     trials = plan(config)
     jobs = config.scale.jobs or _devices()
     train_one = partial(train_trial, store=store_path, jobs=jobs)

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 
 from voxelscale.config import Config, load
 from voxelscale.console import Progress, notice
+from voxelscale.data.store import open_store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search.definition import Search, begin, write_best
 from voxelscale.search.process import Started, start_worker
@@ -21,6 +22,7 @@ from voxelscale.search.report import write_report
 from voxelscale.search.results import SearchResults
 from voxelscale.search.storage import patiently
 from voxelscale.search.worker import Place
+from voxelscale.train.judges import require_validation
 
 LOOK = 2.0
 """Seconds between looks at the workers."""
@@ -35,9 +37,11 @@ def search(config: Config, store: Path, out: Path) -> SearchResults:
     Leaves ``best.yaml`` and ``search.html`` in `out`, also when it is interrupted.
 
     Raises:
-        VoxelscaleError: the definition is faulty, or every worker has given up.
+        VoxelscaleError: the definition is faulty, no validation scan has a lesion, or every worker has
+            given up.
         KeyboardInterrupt: after all trainings have saved and stopped.
     """
+    require_validation(open_store(store), config)
     begun = begin(config, store, out)
     places = plan_places(config)
     try:

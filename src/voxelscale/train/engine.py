@@ -51,7 +51,7 @@ class Result:
     Attributes:
         seen: samples trained on.
         finished: False where it was asked to stop before its budget was spent.
-        best: greatest validation score, -1 where there was no validation.
+        best: greatest validation score, -1 where there was no validation, NaN where it could not tell.
     """
 
     seen: int
@@ -309,7 +309,8 @@ class Engine:
             return
         numbers = self.meter.read()
         dice = "" if math.isnan(numbers["dice"]) else f"  Dice {numbers['dice']:.3f}"
-        best = f"  val {self.state.best:.3f}" if self.state.validated else ""
+        told = self.state.validated and not math.isnan(self.state.best)
+        best = f"  val {self.state.best:.3f}" if told else ""
         note = (
             f"loss {numbers['loss']:.3f}{dice}{best}  "
             f"{numbers['samples_per_second']:.1f} samples/s  input wait {100 * numbers['input_wait']:.1f} %"
@@ -335,14 +336,17 @@ class Engine:
         )
 
     def _end_validation(self) -> None:
-        """Wait for the pending validation; its model is kept if it is the best."""
+        """Wait for the pending validation; its model is kept if it is the best.
+
+        Where all scores are NaN, as the scans cannot tell, the last model is kept.
+        """
         pending, self.validation = self.validation, None
         if pending is None:
             return
         figures = pending.figures(self.workers)
         score = figures[pending.scoring.metric]
         at, first = pending.state, not self.state.validated  # a first score may be of any sign
-        better = first or score > self.state.best
+        better = first or math.isnan(self.state.best) or score > self.state.best
         best = score if better else self.state.best
         self.state = replace(self.state, validated=at.seen, best=best)
         if self.log:
@@ -350,11 +354,12 @@ class Engine:
                 "validation",
                 samples=at.seen,
                 training_seconds=at.seconds,
-                **figures,
+                **{name: value for name, value in figures.items() if not math.isnan(value)},
             )
         if better and self.chief and self.task.keep:
-            facts = {"samples": at.seen, f"validation_{pending.scoring.metric}": score}
-            self.task.keep(pending.model, {**facts, "seconds": round(at.seconds, 1)})
+            told = {} if math.isnan(score) else {f"validation_{pending.scoring.metric}": score}
+            facts = {"samples": at.seen, **told, "seconds": round(at.seconds, 1)}
+            self.task.keep(pending.model, facts)
         if better and self.writer:
             self.writer.keep_best(at.seen)
 

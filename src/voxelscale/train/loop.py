@@ -22,7 +22,7 @@ from voxelscale.config import Config
 from voxelscale.console import notice
 from voxelscale.data.augment import Normalisation, make_batch
 from voxelscale.data.patches import PatchSource, Sample
-from voxelscale.data.store import CaseInfo, Store, open_store
+from voxelscale.data.store import Store, open_store
 from voxelscale.device import Arithmetic, choose_arithmetic, choose_precision
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
@@ -32,6 +32,7 @@ from voxelscale.predict.bundle import Bundle, write_bundle
 from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.distributed import Workers, join
 from voxelscale.train.engine import Engine, Result
+from voxelscale.train.judges import validation_cases, warn_of_validation
 from voxelscale.train.log import note_out_of_memory
 from voxelscale.train.memory import TooLarge, ran_out, require_memory
 from voxelscale.train.recipes import resolve
@@ -58,6 +59,8 @@ def train(config: Config, store_path: Path, run: Path) -> Result:
         stop_signals(tell=workers.ranks == 1) as asked,
     ):
         store = open_store(store_path)
+        if workers.rank == 0:
+            warn_of_validation(store, config)
         with _told_memory(config, run, workers.device):
             check_memory(config, store, workers)
             settled = settle_arithmetic(config, store, run, workers)
@@ -201,13 +204,6 @@ def _collate(
     if config.train.formatted:
         image = image.contiguous(memory_format=torch.channels_last_3d)
     return image, mask
-
-
-def validation_cases(store: Store, config: Config) -> tuple[CaseInfo, ...]:
-    """The scans on which a training is judged."""
-    # A data set of one patient has none; fitting it is then what there is to see.
-    cases = store.split("val") or store.split("train")
-    return cases[: config.train.validate_cases or None]
 
 
 def _write_bundle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from voxelscale.data.store import CaseInfo, Store
 from voxelscale.predict.sliding_window import Windows, predict_volume
 from voxelscale.train.checkpoint import State
 from voxelscale.train.distributed import Workers, sum_over_ranks
+from voxelscale.train.judges import has_lesions
 from voxelscale.train.snapshot import recalibrate
 from voxelscale.train.task import Scoring, Table, Task
 
@@ -129,7 +131,9 @@ class ScanScoring:
         return [int((predicted & truth).sum()), int(predicted.sum()) + int(truth.sum())]
 
     def summary(self, table: Table) -> dict[str, float]:
-        """Mean Dice over cases, and Dice pooled over all their voxels."""
+        """Mean Dice over cases, and Dice pooled over all their voxels; NaN where no case has a lesion."""
+        if not has_lesions(tuple(self.cases)):
+            return {"dice": math.nan, "dice_pooled": math.nan}
         mean, pooled = dice_of_counts(table)
         return {"dice": mean, "dice_pooled": pooled}
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from voxelscale.console import notice
+from voxelscale.console import count, notice
 from voxelscale.data.listing import challenges, tables, trees
 from voxelscale.data.listing.source import (
     Found,
@@ -149,7 +149,13 @@ def _loose_scans(path: Path, names: Names) -> list[Source]:
     """A scan, or the scans of a folder: files by their names, DICOM series as in a tree."""
     if not path.is_dir():
         return [_loose_file(path, names)]
-    files = [_unlabelled(entry) for entry in visible(path) if _is_scan_file(entry)]
+    from voxelscale.formats import is_segmentation
+
+    found = [entry for entry in visible(path) if _is_scan_file(entry)]
+    drawn = {entry for entry in found if is_segmentation(entry)}
+    if drawn:
+        notice(f"{path}: {count(len(drawn), 'segmentation')} of 3D Slicer left out")
+    files = [_unlabelled(entry) for entry in found if entry not in drawn]
     scans = [*files, *trees.scans_in(path, names)]
     if not scans:
         hint = "name a scan, a DICOM folder, a folder of scans, or a CSV with the columns image,label"

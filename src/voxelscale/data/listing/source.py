@@ -82,7 +82,8 @@ def case_name(path: Path) -> str:
     """A file's name without the extensions of scan formats; a folder's name as it is."""
     if path.is_dir():
         return path.name
-    return re.sub(r"\.(nii\.gz|nii|mha|mhd|raw|nrrd|nhdr|dcm)$", "", path.name, flags=re.IGNORECASE)
+    ends = r"nii|mha|mhd|z?raw|hdr|img|(seg\.)?(nrrd|nhdr)|dcm"
+    return re.sub(rf"\.({ends})(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
 def is_path(text: str) -> bool:

@@ -62,20 +62,23 @@ def from_folders(data: Path) -> Found:
     pair = find_pair(data)
     if pair is None:
         raise VoxelscaleError(f"{data}: no folders of images and labels", "make images/ and labels/ there")
+    from voxelscale.formats import without_data_files
+
     images, labels = pair
-    label_of = {case_name(path): path for path in visible(labels)}
+    labels_of: dict[str, list[Path]] = {}
+    for label in without_data_files(visible(labels)):
+        labels_of.setdefault(case_name(label), []).append(label)
     sources = []
-    for image in visible(images):
+    for image in without_data_files(visible(images)):
         name = case_name(image)
-        channel = None if name in label_of else CHANNEL.fullmatch(name)
+        channel = None if name in labels_of else CHANNEL.fullmatch(name)
         if channel is not None:
             name = channel[1]
-            if int(channel[2]) and name in label_of:
+            if int(channel[2]) and name in labels_of:
                 raise VoxelscaleError(f"{image}: a second channel of {name}", ONE_CHANNEL)
-        if image.suffix.lower() not in (".raw", ".zraw"):
-            case = safe_name(name)
-            found = (label_of[name],) if name in label_of else ()
-            sources.append(Source(case=case, patient=case, image=image, labels=found))
+        case, found = safe_name(name), tuple(labels_of.get(name, ()))
+        fault = f"{len(found)} labels: {', '.join(label.name for label in found)}" if len(found) > 1 else ""
+        sources.append(Source(case=case, patient=case, image=image, labels=found, fault=fault))
     if not sources:
         raise VoxelscaleError(f"{images}: empty", "put the scans there")
     return Found(sources=sources)

@@ -155,6 +155,14 @@ def open_scan(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[
     return Opened(grid=plan.grid, load=load, slices=plan.slices, load_classes=load_classes)
 
 
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files that `open_scan` looks at: of a folder all, of a slice those beside it, of a SEG itself."""
+    files = _files_below(path) if path.is_dir() else _files_beside(path)
+    if path.is_file() and any(header.modality in KEPT for header in _headers([path])[0]):
+        files = iter((path,))
+    return tuple(file for file in files if file.is_file())
+
+
 def _files_below(folder: Path) -> Iterator[Path]:
     """Every file, hidden ones too: some archives name files by a dot and a number."""
     return files_below(folder, hidden=True, unreadable=_unreadable)

@@ -258,7 +258,7 @@ def onto_lattice(mask: NDArray[Any], slices: Slices, shape: tuple[int, int, int]
         shape: of the lattice (z, y, x).
     """
     planes = np.asarray(mask > 0)
-    full = planes.any(axis=(1, 2))
+    full: NDArray[np.bool_] = np.asarray(planes.any(axis=(1, 2)))
     known = np.flatnonzero(full | np.array([uid != ("", 0) for uid in slices.uids]))
     if slices.regular and len(known) == len(planes):
         return planes.astype(np.uint8)

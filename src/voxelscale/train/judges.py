@@ -1,0 +1,50 @@
+"""The scans by which models are told apart while they are trained."""
+
+from __future__ import annotations
+
+from voxelscale.config import Config
+from voxelscale.console import count, warn
+from voxelscale.data.store import CaseInfo, Store
+from voxelscale.errors import VoxelscaleError
+
+TO_VALIDATE = "prepare with scans with lesions in val, by another prepare.split or prepare.seed"
+
+
+def validation_cases(store: Store, config: Config) -> tuple[CaseInfo, ...]:
+    """The scans on which a training is judged; the training scans where the store has no other."""
+    cases = store.split("val") or store.split("train")
+    return cases[: config.train.validate_cases or None]
+
+
+def has_lesions(cases: tuple[CaseInfo, ...]) -> bool:
+    """Whether any of the scans has a lesion: without one a model that finds nothing is perfect."""
+    return any(info.lesion_volumes_mm3 for info in cases)
+
+
+def warn_of_validation(store: Store, config: Config) -> None:
+    """Say so where the validation cannot tell a better model from a worse one."""
+    cases = validation_cases(store, config)
+    if not has_lesions(cases):
+        what = count(len(cases), "validation scan")
+        few = " (train.validate_cases takes the first ones only)" if config.train.validate_cases else ""
+        warn(
+            f"{store.path}: no lesion in the {what}{few}: they cannot choose a model, and "
+            f"model.vxs will be the last one; {TO_VALIDATE}"
+        )
+    elif not store.split("val"):
+        warn(
+            f"{store.path}: no validation scans: the model is judged on the scans it is trained on, which "
+            f"says nothing of others; {TO_VALIDATE}"
+        )
+
+
+def require_validation(store: Store, config: Config) -> None:
+    """Refuse to compare trainings by a validation that cannot tell them apart.
+
+    Raises:
+        VoxelscaleError: no validation scan has a lesion.
+    """
+    cases = validation_cases(store, config)
+    if not has_lesions(cases):
+        what = count(len(cases), "validation scan")
+        raise VoxelscaleError(f"{store.path}: no lesion in the {what}: no Dice to compare by", TO_VALIDATE)
