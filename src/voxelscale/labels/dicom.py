@@ -89,6 +89,22 @@ def _series_of(data: Dataset) -> list[str]:
     return [item.SeriesInstanceUID for item in found if item.get("SeriesInstanceUID")]
 
 
+def referenced_slices(path: Path) -> set[str]:
+    """SOPInstanceUIDs that an object names anywhere.
+
+    Raises:
+        VoxelscaleError: it cannot be read.
+    """
+    try:
+        elements = read_dataset(path).iterall()
+        return {str(element.value) for element in elements if element.keyword == "ReferencedSOPInstanceUID"}
+    except VoxelscaleError:
+        raise
+    except Exception:  # as above
+        hint = "copy or export it again"
+        raise VoxelscaleError(f"{path}: what it refers to is not readable", hint) from None
+
+
 def _frames_of_reference(data: Dataset) -> list[str]:
     items = [data, *(data.get("ReferencedFrameOfReferenceSequence") or [])]
     return [item.FrameOfReferenceUID for item in items if item.get("FrameOfReferenceUID")]

@@ -218,6 +218,8 @@ def _tell(layout: str, sources: Sequence[Source], found: Found) -> None:
     bare = sum(not source.labels and not source.fault for source in sources)
     parts = [f"layout: {LAYOUTS[layout]}, {len(sources)} case{'s' * (len(sources) != 1)}"]
     parts += [f"{bare} without labels"] if bare else []
+    several = sum(len(source.labels) > 1 for source in sources)
+    parts += [f"{several} with several label files, which are merged"] if several else []
     parts += (
         [f"{len(found.tests)} test scan{'s' * (len(found.tests) != 1)} left out"] if found.tests else []
     )

@@ -7,6 +7,7 @@ import io
 import re
 from pathlib import Path
 
+from voxelscale.data.listing.several import label_files, labels_named
 from voxelscale.data.listing.source import Found, Source, case_name, is_path, read_table, safe_name, visible
 from voxelscale.errors import VoxelscaleError
 
@@ -47,7 +48,7 @@ def _row(path: Path, number: int, row: dict[str, str | None]) -> Source:
         raise VoxelscaleError(f"{path}: line {number} names no possible path", "mend the line")
     image = path.parent / image_text
     case = safe_name(case_text or case_name(image))
-    labels = (path.parent / label_text,) if label_text else ()
+    labels = labels_named(path.parent, label_text)
     return Source(case=case, patient=patient or case, image=image, labels=labels)
 
 
@@ -78,7 +79,8 @@ def from_folders(data: Path) -> Found:
                 raise VoxelscaleError(f"{image}: a second channel of {name}", ONE_CHANNEL)
         case, found = safe_name(name), tuple(labels_of.get(name, ()))
         fault = f"{len(found)} labels: {', '.join(label.name for label in found)}" if len(found) > 1 else ""
-        sources.append(Source(case=case, patient=case, image=image, labels=found, fault=fault))
+        files = tuple(file for label in found for file in label_files(label))
+        sources.append(Source(case=case, patient=case, image=image, labels=files, fault=fault))
     if not sources:
         raise VoxelscaleError(f"{images}: empty", "put the scans there")
     return Found(sources=sources)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from voxelscale.data.listing.several import distinct
 from voxelscale.data.listing.source import Found, Source, safe_name
 from voxelscale.data.names import Names
 from voxelscale.errors import VoxelscaleError
@@ -16,6 +17,11 @@ from voxelscale.files import files_below
 
 if TYPE_CHECKING:
     from voxelscale.formats.dicom import Series
+
+OBJECTS = ("SEG", "RTSTRUCT")
+"""What labels are kept in; of both for one scan, the first is taken."""
+
+UNCLEAR = "{} names no series, and may belong to this one or to another of its study"
 
 IMAGES = ("CT", "", "OT")
 """Modalities that are taken for CT: converters write "other", or nothing."""
@@ -50,7 +56,11 @@ def from_lidc(data: Path, names: Names, annotations: Path | None = None) -> Foun
         else:
             by_series[found[1].decode()].append(path)
     series = _series(data)
-    sources = _cases(data, _images(data, series), by_series, "XML", names)
+    labels = {uid: distinct(files) for uid, files in by_series.items()}
+    # Which of several readers' or versions is right, nobody can know from the files.
+    several = {uid: files for uid, files in labels.items() if len(files) > 1}
+    faults = {uid: f"{len(files)} XML files belong to this series" for uid, files in several.items()}
+    sources = _cases(data, _images(data, series), labels, faults, names)
     known = {s.uid for s in series}
     lost = sum(uid not in known for uid in by_series)
     remarks = [f"{lost} XML files of series that are not there"] if lost else []
@@ -59,30 +69,69 @@ def from_lidc(data: Path, names: Names, annotations: Path | None = None) -> Foun
 
 
 def from_dicom(data: Path, names: Names, annotations: Path | None = None) -> Found:
-    """CT series of any patients, each with the one SEG, or else RTSTRUCT, that refers to it."""
+    """CT series of any patients, each with the SEG, or else the RTSTRUCT, that refer to it.
+
+    What names no series belongs to the one of its study and frame of reference.
+    """
     series = _series(data)
-    objects = _series(annotations) if annotations is not None else series
-    by_series: dict[str, list[Path]] = defaultdict(list)
-    structures: dict[str, list[Path]] = defaultdict(list)
-    for other in objects:
-        for uid in other.refers_to:
-            (by_series if other.modality == "SEG" else structures)[uid] += other.files
-    both = sorted(set(by_series) & set(structures))
+    images = _images(data, series)
+    objects = [s for s in (_series(annotations) if annotations else series) if s.modality in OBJECTS]
+    labels: dict[str, dict[str, list[Path]]] = {modality: defaultdict(list) for modality in OBJECTS}
     known = {s.uid for s in series}
-    lost = sum(
-        not known & set(other.refers_to) for other in objects if other.modality in ("SEG", "RTSTRUCT")
-    )
-    sources = _cases(data, _images(data, series), {**structures, **by_series}, "segmentation", names)
-    remarks = [f"{lost} SEG or RTSTRUCT series of scans that are not there"] if lost else []
+    unclear: dict[str, list[Path]] = defaultdict(list)
+    lost, strays, placed = 0, [], 0
+    for other in objects:
+        uids = other.refers_to or _uids_of_same_place(other, images)
+        placed += not other.refers_to and len(uids) == 1
+        if not known & set(uids):
+            lost += 1
+            strays += [other.files[0]] if any(s.study == other.study for s in images) else []
+        for uid in uids:
+            if other.refers_to or len(uids) == 1:
+                labels[other.modality][uid] += other.files
+            else:
+                unclear[uid] += other.files
+    both = sorted(set(labels["SEG"]) & set(labels["RTSTRUCT"]))
+    taken = {uid: distinct(files) for uid, files in {**labels["RTSTRUCT"], **labels["SEG"]}.items()}
+    faults = {uid: UNCLEAR.format(files[0]) for uid, files in unclear.items()}
+    sources = _cases(data, images, taken, faults, names)
+    remarks = [f"{lost} SEG or RTSTRUCT of scans that are not there"] if lost else []
+    if strays:
+        why = "refers to a series that is not there, though others of its study are"
+        more = f" (and {len(strays) - 1} more)" if len(strays) > 1 else ""
+        remarks.append(f"warning: {strays[0]}{more}: {why}")
+    remarks += [f"{placed} SEG or RTSTRUCT that name no series: by frame of reference"] if placed else []
     remarks += [f"{len(both)} scans have SEG and RTSTRUCT: SEG taken"] if both else []
     return Found(sources=sources, remarks=tuple(remarks))
+
+
+def _uids_of_same_place(other: Series, images: Sequence[Series]) -> tuple[str, ...]:
+    """The series that a SEG or RTSTRUCT without a reference may belong to.
+
+    Those of its study and frame of reference; of several, those whose slices it names.
+    """
+    frames = set(other.frames_of_reference)
+    near = [
+        s for s in images if s.study == other.study and (not frames or frames & {*s.frames_of_reference})
+    ]
+    if len(near) > 1:
+        from voxelscale.formats.dicom.header import read_header
+        from voxelscale.labels.dicom import referenced_slices
+
+        named = referenced_slices(other.files[0])
+        slices = {
+            s.uid: {frame.sop_uid for f in s.files if (h := read_header(f)) for frame in h.frames}
+            for s in near
+        }
+        near = [s for s in near if slices[s.uid] & named] or near
+    return tuple(s.uid for s in near)
 
 
 def scans_in(data: Path, names: Names) -> list[Source]:
     """The CT series of a folder, without labels; none where it holds no DICOM."""
     if not holds_dicom(data):
         return []
-    return _cases(data, _images(data, _series(data)), {}, "", names)
+    return _cases(data, _images(data, _series(data)), {}, {}, names)
 
 
 def _series(folder: Path) -> list[Series]:
@@ -103,21 +152,24 @@ def _images(data: Path, series: Sequence[Series]) -> list[Series]:
 
 
 def _cases(
-    data: Path, images: Sequence[Series], labels: dict[str, list[Path]], what: str, names: Names
+    data: Path,
+    images: Sequence[Series],
+    labels: Mapping[str, tuple[Path, ...]],
+    faults: Mapping[str, str],
+    names: Names,
 ) -> list[Source]:
+    """The series as cases, with the label files and what makes them unfit, by their UIDs."""
     folders = [_folder(series) for series in images]
     shared = Counter(folders)
     sources = []
     for series, folder in zip(images, folders, strict=True):
-        found = labels.get(series.uid, [])
-        # Which of several readers' or versions is right, nobody can know from the files.
-        fault = f"{len(found)} {what} files belong to this series" if len(found) > 1 else ""
+        fault = faults.get(series.uid, "")
         sources.append(
             Source(
                 case=_name(data, folder, series, shared[folder] > 1, names),
                 patient=names.patient(series.patient),
                 image=folder,
-                labels=tuple(found) if len(found) == 1 else (),
+                labels=() if fault else labels.get(series.uid, ()),
                 series=series.uid,
                 files=(*series.files, *series.doubtful),
                 fault=fault,

@@ -43,7 +43,7 @@ def _pydicom_held() -> Iterator[None]:
 
 
 KEPT = {"SEG", "RTSTRUCT"}
-"""Objects that `find_series` lists although they are no volumes."""
+"""Objects that `find_series` lists although they are no volumes, each file by itself."""
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 """Of files that are meant to be DICOM whatever they hold."""
@@ -64,6 +64,7 @@ class Series:
         files: of a volume in the order of its slices along their normal, else by name.
         doubtful: damaged and empty files beside them, which may be slices of it.
         refers_to: SeriesInstanceUIDs that a SEG or RTSTRUCT belongs to.
+        frames_of_reference: UIDs of the systems of coordinates that its positions count in.
     """
 
     uid: str
@@ -73,6 +74,7 @@ class Series:
     files: tuple[Path, ...]
     doubtful: tuple[Path, ...] = ()
     refers_to: tuple[str, ...] = ()
+    frames_of_reference: tuple[str, ...] = ()
 
 
 def matches(path: Path, head: bytes) -> bool:
@@ -98,7 +100,7 @@ def find_series(folder: Path) -> list[Series]:
     for group in _groups(headers):
         first = group[0]
         if first.modality in KEPT:
-            found.append(_series(group))
+            found += [_series([header]) for header in group]
             continue
         if volume := _volume(group, left_out):
             found.append(replace(_series(volume), doubtful=tuple(_doubtful(volume, broken))))
@@ -271,6 +273,7 @@ def _series(group: Sequence[Header]) -> Series:
         study=first.study,
         modality=first.modality,
         files=tuple(files),
+        frames_of_reference=first.frames_of_reference,
         refers_to=tuple(dict.fromkeys(uid for header in group for uid in header.refers_to)),
     )
 
