@@ -157,6 +157,94 @@ def test_contours_on_finer_slices_do_not_cancel(case: tuple[Scan, Scan, Path]) -
     assert np.array_equal(read_labels(folder / "rt.dcm", image).mask.array, mask.array)
 
 
+def circle(x: float, y: float, radius: float = 3.2, count: int = 40) -> np.ndarray:
+    angle = np.linspace(0, 2 * np.pi, count, endpoint=False)
+    return np.column_stack([np.full(count, 3.0), y + radius * np.sin(angle), x + radius * np.cos(angle)])
+
+
+def drawn_as(folder: Path, contours: dict[str, list[np.ndarray]], **values: tuple[int, ...]) -> np.ndarray:
+    """The mask of contours in voxels (z, y, x) of a scan whose voxels are 1 mm wide."""
+    image = Scan(np.zeros((8, 24, 26), np.int16), affine_from_itk((0, 0, 0), (1, 1, 1), np.eye(3)))
+    in_mm = {name: [image.grid.index_to_mm(c) for c in each] for name, each in contours.items()}
+    write_rtstruct(folder / "rt.dcm", in_mm)
+    mask: np.ndarray = read_labels(folder / "rt.dcm", image, **values).mask.array
+    return mask
+
+
+def test_contours_that_programs_write(tmp_path: Path) -> None:
+    off = np.array([0.02, 0, 0])
+    one, two, hole = circle(6, 8), circle(18, 8), circle(6, 8, 1.4)
+    both = drawn_as(tmp_path, {"GTV": [one, two]})
+    assert np.array_equal(drawn_as(tmp_path, {"GTV": [one, two + off]}), both), "rounded"
+    assert np.array_equal(drawn_as(tmp_path, {"GTV": [one, two + 20 * off]}), both), "of another plane"
+    assert np.array_equal(drawn_as(tmp_path, {"GTV": [one, one, two]}), both), "written twice"
+    holed = drawn_as(tmp_path, {"GTV": [one, hole]})
+    assert 0 < holed.sum() < drawn_as(tmp_path, {"GTV": [one]}).sum()
+    assert np.array_equal(drawn_as(tmp_path, {"GTV": [one, hole + off]}), holed), "a rounded hole"
+    keyhole = np.concatenate([one, one[:1], hole[:1], hole[::-1], one[:1]])
+    assert np.array_equal(drawn_as(tmp_path, {"GTV": [keyhole]}), holed), "a hole by a cut"
+
+
+def test_points_and_what_lies_outside_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = Scan(np.zeros((8, 24, 26), np.int16), affine_from_itk((0, 0, 0), (1, 1, 1), np.eye(3)))
+    there, partly = circle(6, 8), circle(25, 8)
+    alone = drawn_as(tmp_path, {"GTV": [there]})
+    assert "warning" not in capsys.readouterr().err
+    mask = drawn_as(tmp_path, {"GTV": [there, partly, there + np.array([30, 0, 0])]})
+    assert np.array_equal(mask[:, :, :12], alone[:, :, :12])
+    assert mask[:, :, 22:].any()
+    assert "rt.dcm: 2 contours outside the scan" in capsys.readouterr().err
+    data = pydicom.dcmread(tmp_path / "rt.dcm")
+    data.ROIContourSequence[0].ContourSequence[1].ContourGeometricType = "POINT"
+    del data.ROIContourSequence[0].ContourSequence[2]
+    data.save_as(tmp_path / "rt.dcm")
+    assert np.array_equal(read_labels(tmp_path / "rt.dcm", image).mask.array, alone)
+    assert "contours that hold no area, left out: 1 POINT" in capsys.readouterr().err
+
+
+def test_several_structure_sets(tmp_path: Path) -> None:
+    image = Scan(np.zeros((8, 24, 26), np.int16), affine_from_itk((0, 0, 0), (1, 1, 1), np.eye(3)))
+    files = [tmp_path / name for name in ("organs.dcm", "one.dcm", "two.dcm")]
+    for file, (name, contour) in zip(
+        files,
+        {"Heart": circle(12, 12), "Nodule 1": circle(6, 8), "Nodule 2": circle(18, 8)}.items(),
+        strict=True,
+    ):
+        write_rtstruct(file, {name: [image.grid.index_to_mm(contour)]})
+    each = [read_labels(file, image).mask.array for file in files]
+    assert np.array_equal(read_labels(files, image).mask.array, each[1] | each[2]), "the heart is none"
+    assert np.array_equal(read_labels(files[1:], image).mask.array, each[1] | each[2])
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_label_map(case: tuple[Scan, Scan, Path], bits: int) -> None:
+    """Segment 0 or its padding is the background; `values` chooses segments; colours change nothing."""
+    image, mask, folder = case
+    write_seg(folder / "seg.dcm", mask, image, folder / "ct", "LABELMAP")
+    data = pydicom.dcmread(folder / "seg.dcm")
+    pixels = data.pixel_array.astype(np.uint8 if bits == 8 else np.uint16)
+    pixels[pixels > 0] = 7 if bits == 8 else 700
+    pixels[0, 0, 0] = 9
+    found = [pydicom.Dataset.from_json(data.SegmentSequence[0].to_json()) for _ in range(3)]
+    for segment, number in zip(found, (0, int(pixels.max()), 9), strict=True):
+        segment.SegmentNumber = number
+    data.SegmentSequence = found
+    data.BitsAllocated = data.BitsStored = bits
+    data.HighBit = bits - 1
+    data.PixelData = pixels.tobytes()
+    data.PhotometricInterpretation = "PALETTE COLOR"
+    data.save_as(folder / "seg.dcm")
+    chosen = read_labels(folder / "seg.dcm", image, values=(7, 700)).mask.array
+    assert np.array_equal(chosen, mask.array)
+    assert read_labels(folder / "seg.dcm", image).mask.array.sum() == mask.array.sum() + 1
+    data.SegmentSequence = found[:2]
+    data.save_as(folder / "seg.dcm")
+    with pytest.raises(VoxelscaleError, match="segment 9, which it does not describe"):
+        read_labels(folder / "seg.dcm", image)
+
+
 @pytest.mark.filterwarnings("ignore")  # pydicom's, of what is cut
 @pytest.mark.parametrize("kind", ["SEG", "RTSTRUCT"])
 def test_what_is_cut_off_is_told_or_was_not_needed(case: tuple[Scan, Scan, Path], kind: str) -> None:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.console import warn
+from voxelscale.console import notice, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats.dicom.header import FARTHEST_MM
 from voxelscale.geometry import Scan
 from voxelscale.labels.contours import inside
-from voxelscale.labels.dicom import check_series, check_values, read_dataset
+from voxelscale.labels.dicom import check_series, read_dataset
 from voxelscale.labels.drawn import Lattice, lattice_of, on_scan, warn_outside
 
 if TYPE_CHECKING:
@@ -75,16 +75,21 @@ def read(paths: Sequence[Path], image: Scan, values: tuple[int, ...] | None, ser
     sets = {path: _read_set(path, series, image) for path in paths}
     lattice = lattice_of(image)
     mask = np.zeros(image.array.shape, np.uint8)
-    for path, numbers in _chosen(sets, values).items():
+    chosen = _chosen(sets, values)
+    for path, numbers in chosen.items():
+        if not numbers:
+            notice(f"{path}: none of its regions is the lesion, left out")
+            continue
         drawn = np.zeros(lattice.shape, np.uint8)
         outside = 0
-        for number in numbers:
-            region = sets[path][number]
-            if region.others:
+        for number, region in sets[path].items():
+            meant = region.tumour if values is None else number in values
+            if region.others and (meant or number in numbers):
                 kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(region.others.items()))
                 what = f"region {number} {region.name}".strip()
                 warn(f"{path}: {what} has contours that hold no area, left out: {kinds}")
-            outside += _paint(path, region.contours, lattice, drawn)
+        for number in numbers:
+            outside += _paint(path, sets[path][number].contours, lattice, drawn)
         if outside == sum(len(sets[path][number].contours) for number in numbers) and not drawn.any():
             hint = "check that the pair belongs together"
             raise VoxelscaleError(f"{path}: it lies outside the scan", hint)
@@ -147,10 +152,9 @@ def _points(contour: Dataset) -> NDArray[np.float64]:
 
 
 def _chosen(sets: dict[Path, Regions], values: tuple[int, ...] | None) -> dict[Path, list[int]]:
-    """The regions that are the lesion, of every object that has one."""
+    """The regions that are the lesion, of every object; of some perhaps none."""
     closed = {path: [n for n, r in regions.items() if r.contours] for path, regions in sets.items()}
     if values is not None and any(set(numbers) & set(values) for numbers in closed.values()):
-        check_values({path: set(numbers) for path, numbers in closed.items()}, "region", values)
         chosen = {path: [n for n in numbers if n in values] for path, numbers in closed.items()}
     else:
         # By their names in all of the objects: one beside a tumour that holds only organs is none.
@@ -166,7 +170,7 @@ def _chosen(sets: dict[Path, Regions], values: tuple[int, ...] | None) -> dict[P
         hint = "say which regions are the lesion, as prepare.labels=[1]"
         held = ", ".join(named) or "none"
         raise VoxelscaleError(f"{path}: which of its regions is the lesion? It holds: {held}", hint)
-    return {path: numbers for path, numbers in chosen.items() if numbers}
+    return chosen
 
 
 def _paint(
