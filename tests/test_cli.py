@@ -104,11 +104,11 @@ def test_findings_are_in_patient_mm(job: Path) -> None:
     with (job / "predictions" / "findings.csv").open() as handle:
         table = list(csv.DictReader(handle))
     (folder,) = [p for p in (job / "predictions").iterdir() if p.is_dir()]
-    rows = json.loads((folder / "findings.json").read_text())
+    rows = json.loads((folder / "findings.json").read_text())["findings"]
     assert len(rows) == len(table)
     scan = sitk.ReadImage(str(job / "scans" / "images" / f"{folder.name}.nii.gz"))
     for row in rows:
-        there = scan.TransformContinuousIndexToPhysicalPoint(row["index"][::-1])
+        there = scan.TransformContinuousIndexToPhysicalPoint(row["index_zyx"][::-1])
         assert (row["x"], row["y"], row["z"]) == pytest.approx(there, abs=1e-3)
 
 
@@ -184,6 +184,8 @@ def test_ranks_look_at_one_scan_together(voxelscale: Command, job: Path, tmp_pat
     assert voxelscale("predict", job / "run", scans, tmp_path / "alone", "--quiet")[0] == 0
     done = in_two_ranks("predict", job / "run", scans, tmp_path / "shared", "--quiet")
     assert done.returncode == 0, done.stderr
+    # The copies do not say that they are phantoms: one warning, from rank 0 alone.
+    assert done.stderr.count("synthetic scans only") == 1
     assert_same_findings(tmp_path / "alone", tmp_path / "shared")
     # What is there stays; a scan that no rank can read is told once, and holds nobody up.
     before = (tmp_path / "shared" / "good" / "mask.nii.gz").stat().st_mtime_ns

@@ -177,7 +177,7 @@ def test_the_mask_overlays_the_scan(job: Path, case: str) -> None:
 @pytest.mark.timeout(TRAINING_LIMIT)
 def test_the_nodule_is_where_luna16_says(job: Path) -> None:
     """LUNA16's annotation of LIDC-IDRI-0001: (56.21, 86.34, -115.87) mm, diameter 23.35 mm."""
-    findings = json.loads((job / "predictions" / "lidc_0001" / "findings.json").read_text())
+    findings = json.loads((job / "predictions" / "lidc_0001" / "findings.json").read_text())["findings"]
     best = findings[0]
     apart = np.linalg.norm(np.array([best["x"], best["y"], best["z"]]) - (56.21, 86.34, -115.87))
     assert apart < 23.35 / 2

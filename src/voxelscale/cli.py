@@ -303,7 +303,7 @@ def inspect(
     if as_json:
         print(json.dumps(found.to_dict()))
         return
-    print("\n".join(text_table(found.cases)))
+    print("\n".join(text_table(found)))
     for problem in found.problems:
         print(f"{problem.severity}: {problem.case}: {problem.text}")
     print(", ".join(headline(found)))
@@ -508,7 +508,11 @@ def predict(
     torchrun --nproc-per-node 4 -m voxelscale.cli predict run/ scans/ predictions/
 
     Writes <case>/mask.nii.gz (voxel on voxel on the scan), <case>/findings.csv (LUNA16's columns, LPS
-    mm), <case>/findings.json (volume, diameters, mean HU, too) and findings.csv of all cases.
+    mm), <case>/findings.json (volume, diameters, mean HU, warnings, too) and findings.csv of all cases.
+
+    A scan unlike those that the model was trained on gets a warning; one that cannot be a scan for it (a
+    mask, grey levels, two slices) is an error. A model of chests looks in and around the lungs only
+    (predict.lungs). Slices may be missing as prepare.fill_gaps says.
     """
     check_output(out)
     from voxelscale.data.listing import list_scans
@@ -517,6 +521,7 @@ def predict(
     from voxelscale.predict.bundle import read_bundle
     from voxelscale.predict.predict import predict as run_predict
     from voxelscale.predict.record import record_cases
+    from voxelscale.predict.text import lines
 
     bundle = read_bundle(model)
     settings = read_config(config, set_, bundle.config)
@@ -531,19 +536,11 @@ def predict(
             hint = "check --split, and that prepare.names is as it was for prepare"
             raise VoxelscaleError(f"{scans}: no case of the split {split} of {store}", hint)
         record_cases(out, (source.case for source in sources), split, opened.fingerprint["digest"])
-    outcome = run_predict(sources, bundle, settings.predict, out)
+    outcome = run_predict(sources, bundle, settings.predict, out, settings.prepare.fill_gaps)
     if outcome.rank:
         return 0
     code = tell_failed(outcome.failed, "predicted")
-    for case, findings in outcome.findings.items():
-        print(f"{case}: {len(findings)} finding{'' if len(findings) == 1 else 's'}")
-        for f in findings[:5]:
-            print(
-                f"  ({f.x:.1f}, {f.y:.1f}, {f.z:.1f}) mm  diameter {f.diameter_mm:.1f} mm  "
-                f"confidence {f.probability:.2f}"
-            )
-        if len(findings) > 5:
-            print(f"  and {len(findings) - 5} less certain ones")
+    print("\n".join(lines(outcome, settings.predict)))
     print(f"masks and findings in {out}")
     return code
 

@@ -304,8 +304,12 @@ class PredictConfig:
     """Smaller components are dropped; a 3 mm sphere has 14 mm3."""
     flips: bool = False
     """Average over mirrored copies."""
-    lungs: bool = False
-    """Whether to look only in the box around the lungs, where they are found; elsewhere nothing is."""
+    lungs: bool | None = None
+    """Whether to look only in and around the lungs, where they are found; null: if the model was trained on
+    chests."""
+    refuse_unusable: bool = True
+    """Whether a scan that cannot be what the model is for (a mask, grey levels, two slices) is an error;
+    false: it is predicted with a warning."""
     skip_air: bool = True
     """Whether to leave out windows that hold nothing but air around the patient."""
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.conftest import Command
+from tests.formats.test_formats import write_series
 from typer.testing import CliRunner
 
 from voxelscale.cli import app
 from voxelscale.config import PrepareConfig
 from voxelscale.data.inspect import across_splits, describe, inspect
-from voxelscale.data.listing import list_sources
+from voxelscale.data.listing import list_scans, list_sources
+from voxelscale.data.names import Names
 from voxelscale.data.store import Store
 from voxelscale.formats import read_scan
 from voxelscale.geometry import Scan, reorient
@@ -90,3 +93,44 @@ def test_intercept_empty_mask_outside_and_split(scans: Path) -> None:
     assert any("1 of 1 lesions lie outside" in p.text for p in three.problems)
     found = across_splits([one, two, three], {"train": ["a"], "val": ["b", "c"]})
     assert {p.text.split(" on ")[0] for p in found} == {"one patient", "the same voxels"}
+
+
+def test_plain_scans_are_looked_at_as_predict_takes_them(
+    voxelscale: Command, scans: Path, tmp_path: Path
+) -> None:
+    """One file, and files and a DICOM series at any depth of a folder, without labels."""
+    one, two = (source.image for source in list_sources(scans)[:2])
+    code, out, err = voxelscale("inspect", one)
+    assert code == 0, err
+    assert "no mask" in out
+    (tmp_path / "tree" / "deep" / "p1").mkdir(parents=True)
+    shutil.copy(one, tmp_path / "tree" / "ct.nii.gz")
+    shutil.copy(two, tmp_path / "tree" / "deep" / "p1" / "ct.nii.gz")
+    code, out, err = voxelscale("inspect", tmp_path / "tree", "--json")
+    assert code == 0, err
+    assert [case["case"] for case in json.loads(out)["cases"]] == ["ct", "deep-p1-ct"]
+    write_series(tmp_path / "tree" / "series", read_scan(one))
+    listed = list_scans(tmp_path / "tree", names=Names(how="file"))
+    assert [source.case for source in listed] == ["ct", "deep-p1-ct", "series"]
+    code, out, err = voxelscale("inspect", tmp_path / "tree", "--json")
+    assert code == 0
+    assert len(json.loads(out)["cases"]) == 1
+    assert "2 files in other formats, as ct.nii.gz, not read" in err
+    (tmp_path / "notes.txt").write_text("not a scan")
+    code, _, err = voxelscale("inspect", tmp_path / "notes.txt")
+    assert code == 2
+    assert "not a scan in a known format" in err
+
+
+def test_unreadable_cases_are_in_the_table(voxelscale: Command, scans: Path, tmp_path: Path) -> None:
+    image = list_sources(scans)[0].image
+    shutil.copy(image, tmp_path / "good.nii.gz")
+    (tmp_path / "torn.nii.gz").write_bytes(image.read_bytes()[:500])
+    page = tmp_path / "out" / "page.html"
+    code, out, _ = voxelscale("inspect", tmp_path, page)
+    assert code == 0
+    (line,) = (line for line in out.splitlines() if line.startswith("torn"))
+    assert "cannot be read: torn.nii.gz" in line
+    assert '<td>torn</td><td colspan="8">cannot be read: torn.nii.gz' in page.read_text()
+    told = json.loads(voxelscale("inspect", tmp_path, "--json")[1])
+    assert [case["case"] for case in told["unreadable"]] == ["torn"]

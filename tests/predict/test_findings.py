@@ -19,6 +19,7 @@ from voxelscale.predict.findings import (
     find_lesions,
     lesions_of_mask,
     read_findings,
+    read_prediction,
     write_findings,
 )
 from voxelscale.predict.findings.depth import lung_depth
@@ -377,11 +378,12 @@ def test_findings_of_older_versions_are_read(tmp_path: Path) -> None:
     path = tmp_path / "findings.json"
     findings, _ = find_lesions("case", balls(), GRID, threshold=0.3)
     write_findings(findings, tmp_path / "f.csv", path)
-    rows = json.loads(path.read_text())
+    rows = json.loads(path.read_text())["findings"]
     new = {"axial_ends", "axial_slice", "short_axis_mm", "short_axis_ends", "std_hu"}
     new |= {"solid_fraction", "pleura_mm", "score"}
     assert new < set(rows[0])
-    path.write_text(json.dumps([{k: v for k, v in row.items() if k not in new} for row in rows]))
+    old_names = [{"index" if k == "index_zyx" else k: v for k, v in row.items()} for row in rows]
+    path.write_text(json.dumps([{k: v for k, v in row.items() if k not in new} for row in old_names]))
     for old, now in zip(read_findings(path), findings, strict=True):
         assert (old.index, old.volume_mm3, old.probability) == (now.index, now.volume_mm3, now.probability)
         assert (old.score, old.axial_ends, old.pleura_mm) == (None, None, None)
@@ -395,7 +397,7 @@ def test_findings_of_older_versions_are_read(tmp_path: Path) -> None:
         ("case", "\ud800"),
         ("x", "3"),
         ("x", None),
-        ("index", [1, 2]),
+        ("index_zyx", [1, 2]),
         ("axial_ends", [[1, 2, 3]]),
         ("probability", float("nan")),
     ],
@@ -404,8 +406,21 @@ def test_findings_that_are_none(tmp_path: Path, field: str, value: object) -> No
     path = tmp_path / "findings.json"
     findings, _ = find_lesions("case", balls(), GRID, threshold=0.3)
     write_findings(findings, tmp_path / "f.csv", path)
-    rows = json.loads(path.read_text())
-    rows[0][field] = value
-    path.write_text(json.dumps(rows if field else value))
+    content = json.loads(path.read_text())
+    content["findings"][0][field] = value
+    path.write_text(json.dumps(content if field else value))
     with pytest.raises(VoxelscaleError, match="not a list of findings"):
         read_findings(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"format": 3}, {"warnings": "one"}, {"warnings": [1]}, {"findings": {"x": 1}}, {"format": None}],
+)
+def test_a_prediction_that_is_none(tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "findings.json"
+    write_findings([], tmp_path / "f.csv", path, {"warnings": ["a"], "case": "b"})
+    assert read_prediction(path) == ([], {"format": 2, "warnings": ["a"], "case": "b"})
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(VoxelscaleError, match="not a list of findings"):
+        read_prediction(path)

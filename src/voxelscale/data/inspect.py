@@ -9,29 +9,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
 from voxelscale.data.lesions import lesion_voxels
-from voxelscale.data.listing import Source, list_sources
+from voxelscale.data.listing import Source, detect_layout, list_scans, list_sources
 from voxelscale.data.lungs import lung_field
 from voxelscale.data.plan import target_spacing
+from voxelscale.data.plausible import Remark, Severity, about, remarks
 from voxelscale.data.prepare import axis_codes
 from voxelscale.data.reading import labels_of, read_image
 from voxelscale.data.store import CaseInfo, Store, open_store
 from voxelscale.errors import VoxelscaleError
-from voxelscale.geometry import Grid, IntTriple, Scan, Triple, reorient, sphere_diameter
+from voxelscale.formats import detect_format
+from voxelscale.geometry import IntTriple, Scan, Triple, reorient, sphere_diameter
 from voxelscale.parallel import map_processes
 
-Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 HU_EDGES = tuple(range(-1200, 1801, 50))
 """Of the histogram; what lies outside counts to the first and last bin."""
-ANISOTROPIC = 5.0
-"""Longest over shortest voxel edge above which small lesions are a slice or two thick."""
 THUMBNAIL = 224
 """Pixels along the longer edge, at most."""
 
@@ -108,17 +107,21 @@ class Inspection:
         kind: ``data set`` or ``store``.
         cases: those that could be read, by name.
         problems: the most severe first.
+        unreadable: the other cases, each with its error.
     """
 
     kind: str
     cases: tuple[Facts, ...]
     problems: tuple[Problem, ...]
+    unreadable: tuple[Problem, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without pictures and patients."""
         hidden = ("patient", "thumbnail", "problems", "histogram")
         cases = [{f: v for f, v in _plain(facts).items() if f not in hidden} for facts in self.cases]
-        return {"kind": self.kind, "cases": cases, "problems": [asdict(p) for p in self.problems]}
+        unreadable = [{"case": problem.case, "error": problem.text} for problem in self.unreadable]
+        problems = [asdict(problem) for problem in self.problems]
+        return {"kind": self.kind, "cases": cases, "unreadable": unreadable, "problems": problems}
 
 
 def inspect(
@@ -127,7 +130,8 @@ def inspect(
     """Look at every case, in parallel; a broken one becomes a problem and stops nothing.
 
     Args:
-        data: a data set as `list_sources` takes it, or a store that `prepare` wrote.
+        data: a data set as `list_sources` takes it, scans as `list_scans` takes them, or a store that
+            `prepare` wrote.
         config: its `labels`, `consensus`, `fill_gaps` and `workers` count.
         layout, annotations: as of `list_sources`.
 
@@ -148,7 +152,7 @@ def inspect(
         )
     else:
         kind, splits = "data set", declared_split(data)
-        sources = list_sources(data, layout, annotations)
+        sources = _sources(data, layout, annotations)
         results = _gather(
             partial(look_at, config=config), sources, lambda source: source.case, config.workers
         )
@@ -162,8 +166,22 @@ def inspect(
     problems += [*duplicates(facts), *across_splits(facts, splits), *_vanishing(facts)]
     # The page may be passed on; where the data lie on this machine is nobody's business.
     problems = _without_places(problems, data, sources)
+    readable = {one.case for one in facts}
+    unreadable = sorted(
+        (p for p in problems if p.severity == "error" and p.case and p.case not in readable),
+        key=lambda p: p.case,
+    )
     problems.sort(key=lambda p: (SEVERITIES.index(p.severity), p.case, p.text))
-    return Inspection(kind=kind, cases=tuple(facts), problems=tuple(problems))
+    return Inspection(kind=kind, cases=tuple(facts), problems=tuple(problems), unreadable=tuple(unreadable))
+
+
+def _sources(data: Path, layout: str, annotations: Path | None) -> list[Source]:
+    """The cases of a data set, or the scans that lie there without being one."""
+    if layout != "auto" or detect_layout(data, annotations):
+        return list_sources(data, layout, annotations)
+    if data.is_file():
+        detect_format(data)  # raises where it is no scan at all
+    return list_scans(data)
 
 
 def _without_places(problems: Sequence[Problem], data: Path, sources: Sequence[Source]) -> list[Problem]:
@@ -232,15 +250,13 @@ def describe(
     lesions = lesion_voxels(mask) if mask is not None and mask.any() else []
     voxel = image.grid.voxel_mm3
     lungs = lung_field(image)
-    low, one, mid, most, high = (float(v) for v in np.percentile(image.array, [0, 1, 50, 99, 100]))
-    found = [*implausible_hu(low, mid, high), *_geometry(image.grid), *_of_mask(mask, lesions)]
+    what = about(image, lungs)
+    found = [*remarks(what), *_of_mask(mask, lesions)]
     if lungs.ok and lesions:
         flat = lungs.mask.ravel()
         outside = sum(not flat[voxels].any() for voxels in lesions)
         if outside:
             found.append(("warning", f"{outside} of {len(lesions)} lesions lie outside the lungs"))
-    if not lungs.ok:
-        found.append(("note", f"no lungs found: {lungs.problem}"))
     counts, _ = np.histogram(np.clip(image.array, HU_EDGES[0], HU_EDGES[-1]), HU_EDGES)
     return Facts(
         case=case,
@@ -248,7 +264,7 @@ def describe(
         shape=image.grid.shape,
         spacing=image.spacing,
         axes=axes,
-        hu=(low, one, mid, most, high),
+        hu=what.values,
         labelled=labelled,
         lesions_mm3=tuple(round(len(voxels) * voxel, 3) for voxels in lesions),
         lungs_ml=round(lungs.volume_ml, 1) if lungs.ok else None,
@@ -259,35 +275,7 @@ def describe(
     )
 
 
-def implausible_hu(low: float, middle: float, high: float) -> list[tuple[Severity, str]]:
-    """What the least, median and greatest value say against Hounsfield units."""
-    reach = f"values from {low:g} to {high:g}"
-    if low == high:
-        return [("error", f"every voxel is {low:g}")]
-    if low >= 0 and high <= 255:
-        return [("error", f"{reach}: a picture in grey levels rather than HU")]
-    if low >= 0:
-        return [("error", f"{reach}: none below 0, as if the rescale intercept were missing")]
-    if low > -200:
-        return [("warning", f"{reach}: no air")]
-    if high < -200 or middle > 300:
-        return [("warning", f"{reach}, median {middle:g}: hardly a body in HU")]
-    return []
-
-
-def _geometry(grid: Grid) -> list[tuple[Severity, str]]:
-    ratio = max(grid.spacing) / min(grid.spacing)
-    found: list[tuple[Severity, str]] = []
-    if ratio > ANISOTROPIC:
-        found.append(("note", f"voxels {ratio:.1f} times as long as wide"))
-    if min(np.multiply(grid.shape, grid.spacing)) < 30:
-        found.append(("note", "covers less than 30 mm along an axis"))
-    return found
-
-
-def _of_mask(
-    mask: NDArray[np.uint8] | None, lesions: Sequence[NDArray[np.int64]]
-) -> list[tuple[Severity, str]]:
+def _of_mask(mask: NDArray[np.uint8] | None, lesions: Sequence[NDArray[np.int64]]) -> list[Remark]:
     if mask is None:
         return []
     if not lesions:

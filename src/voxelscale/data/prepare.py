@@ -18,7 +18,9 @@ from voxelscale.config import PrepareConfig
 from voxelscale.console import count, notice, warn
 from voxelscale.data.lesions import resample_mask
 from voxelscale.data.listing import Source
+from voxelscale.data.lungs import lung_field
 from voxelscale.data.plan import target_spacing
+from voxelscale.data.plausible import about, summary
 from voxelscale.data.reading import read_case, read_image, read_lattice
 from voxelscale.data.store import (
     AIR_HU,
@@ -30,7 +32,7 @@ from voxelscale.data.store import (
 )
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_csv
-from voxelscale.geometry import SAME_MM, Grid, IntTriple, Scan, Triple, as_lps, resample, sphere_diameter
+from voxelscale.geometry import SAME_MM, Grid, Scan, Triple, as_lps, resample, sphere_diameter
 from voxelscale.labels.spheres import EXCLUDED
 from voxelscale.parallel import map_processes
 
@@ -187,6 +189,7 @@ def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Trip
     if label.lost and not label.lesions:
         raise VoxelscaleError(f"{source.label_names}: the mask vanishes at {spacing} mm", TO_KEEP)
     voxel = float(np.prod(spacing))
+    lungs = lung_field(hu)
     info = CaseInfo(
         case=source.case,
         patient=source.patient,
@@ -196,24 +199,17 @@ def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Trip
         lesion_volumes_mm3=tuple(round(len(flat) * voxel, 3) for flat in label.lesions),
         intensities=_intensities(hu.array[label.array > 0]),
         key=key,
-        lungs=_lungs(hu) if config.lungs else None,
+        lungs=lungs.box if config.lungs and lungs.ok else None,
         findings=tuple(asdict(finding) for finding in labels.findings),
         axes=axes,
         lost=label.lost,
         merged=label.merged,
         cut=label.cut,
+        scan=about(image, lungs, source).kept(),
     )
     thinned = [_thin(flat) for flat in label.lesions]
     write_case(out, info, hu.array, label.array, thinned, config.chunk)
     return info
-
-
-def _lungs(hu: Scan) -> tuple[IntTriple, IntTriple] | None:
-    """The box around the lungs in voxels of the store, or None where none are found."""
-    from voxelscale.data.lungs import lung_field
-
-    lungs = lung_field(hu)
-    return lungs.box if lungs.ok else None
 
 
 def resample_hu(image: Scan, spacing: Triple) -> Scan:
@@ -258,7 +254,8 @@ def fingerprint(cases: Sequence[CaseInfo]) -> dict[str, Any]:
     ``lesion_volume_mm3``: count and quartiles; ``lesion_diameter_mm`` (of the sphere of the same volume)
     and ``lesions_per_case``: quartiles; ``source_spacing`` and ``extent_mm``: least, median and greatest
     (z, y, x) of the scans as they came and of what they cover; ``orientations``: how many files have
-    which axes (`axis_codes`); ``digest``: of all cases' keys, by which a resumed run knows its data.
+    which axes (`axis_codes`); ``scans``: what they are (`voxelscale.data.plausible.summary`); ``digest``:
+    of all cases' keys, by which a resumed run knows its data.
     """
     used = [c for c in cases if c.split == "train"] or list(cases)
     volumes = [v for c in used for v in c.lesion_volumes_mm3]
@@ -278,6 +275,7 @@ def fingerprint(cases: Sequence[CaseInfo]) -> dict[str, Any]:
         "orientations": dict(sorted(Counter(c.axes for c in used).items())),
         "source_spacing": _range(spacings, 4),
         "extent_mm": _range(extents, 1),
+        "scans": summary([c.scan for c in used]),
         "digest": digest[:16],
     }
 

@@ -18,7 +18,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,12 @@ from voxelscale.geometry import Grid, IntTriple, Triple
 FORMAT = 1
 AIR_HU = -1024
 """Value beyond the borders of a scan."""
+
+KEPT_BY_MODEL = (
+    *("cases", "patients", "source_spacing", "extent_mm", "lesion_hu", "lesion_diameter_mm"),
+    *("lesions_per_case", "scans"),
+)
+"""Entries of the fingerprint."""
 
 VOXELS_PER_LESION = 4096
 """At most this many voxels of a lesion are indexed; more would not change the sampling."""
@@ -57,6 +63,7 @@ class CaseInfo:
         axes: where the file's own x, y and z axis point, as ``LPS`` or ``RAS``; "" in older stores.
         lost: lesions of the mask that resampling left without a voxel, and how many of the others it
             merged or cut (`voxelscale.data.lesions.Resampled`).
+        scan: what the scan is (`voxelscale.data.plausible.About.kept`); {} in older stores.
     """
 
     case: str
@@ -74,6 +81,7 @@ class CaseInfo:
     lost: tuple[dict[str, Any], ...] = ()
     merged: int = 0
     cut: int = 0
+    scan: dict[str, Any] = field(default_factory=dict)
 
     @property
     def grid(self) -> Grid:
@@ -96,6 +104,11 @@ class Store:
     spacing: Triple
     fingerprint: dict[str, Any]
     cases: tuple[CaseInfo, ...]
+
+    @property
+    def kept_by_model(self) -> dict[str, Any]:
+        """What a model keeps of the data that it is trained on (`voxelscale.data.plausible.TrainedOn`)."""
+        return {name: self.fingerprint[name] for name in KEPT_BY_MODEL if name in self.fingerprint}
 
     def split(self, name: str) -> tuple[CaseInfo, ...]:
         """The cases of ``train``, ``val`` or ``test``."""

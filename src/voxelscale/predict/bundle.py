@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from voxelscale.config import Config, IntTriple, Triple, from_dict, to_dict
 from voxelscale.data.augment import Normalisation
+from voxelscale.data.plausible import TrainedOn
 from voxelscale.device import to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import read_sealed, seal_of, write_sealed
@@ -75,7 +76,8 @@ class Bundle:
         weights: the network's state.
         spacing: (z, y, x) mm that scans are resampled to.
         normalisation: HU to network input.
-        trained: facts for a person: samples seen, validation Dice, version, data set.
+        trained: facts for a person: samples seen, validation Dice, version, data set; ``data_set`` is what
+            `voxelscale.data.plausible.TrainedOn` reads, and is not in older models.
         digest: of the file it was read from; "" where it was not.
         calibration: of the findings' confidence; None: none was made.
         judge: weights of a `voxelscale.model.judge.JudgeNet` that looks again at what the network finds;
@@ -111,6 +113,16 @@ class Bundle:
                     plain = weight.detach().cpu().contiguous().flatten()
                     digest.update(plain.view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def trained_on(self) -> tuple[TrainedOn | None, ...]:
+        """What each of its networks was trained on; None of one that does not say."""
+        return tuple(TrainedOn.of(one.trained.get("data_set")) for one in self.networks)
+
+    @property
+    def of_chests(self) -> bool:
+        """Whether any of its networks is known to have been trained on scans with lungs."""
+        return any(facts is not None and facts.chest for facts in self.trained_on)
 
     @property
     def patch(self) -> IntTriple:

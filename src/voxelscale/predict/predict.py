@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from voxelscale import __version__
 from voxelscale.config import PredictConfig
-from voxelscale.console import Progress, notice
+from voxelscale.console import Progress, notice, warn
 from voxelscale.data.listing import Source
-from voxelscale.data.lungs import body_field, lung_field
+from voxelscale.data.lungs import Lungs, body_field, lung_field
+from voxelscale.data.plausible import about, against
 from voxelscale.data.prepare import resample_hu, source_stamp
 from voxelscale.data.reading import read_image
 from voxelscale.data.store import AIR_HU, overlap_slices
@@ -31,8 +33,15 @@ from voxelscale.formats import write_scan
 from voxelscale.geometry import SAME_MM, Grid, IntTriple, Scan, Triple, reorient, resample
 from voxelscale.model.judge import crop_shape, crop_start
 from voxelscale.predict.bundle import Bundle
-from voxelscale.predict.findings import Finding, find_lesions, ranked, read_findings, write_findings
-from voxelscale.predict.findings.depth import lung_depth
+from voxelscale.predict.findings import (
+    FORMAT,
+    Finding,
+    find_lesions,
+    ranked,
+    read_prediction,
+    write_findings,
+)
+from voxelscale.predict.findings.depth import lung_depth, outside_mm
 from voxelscale.predict.record import record_cases
 from voxelscale.predict.sliding_window import Share, Windows, predict_volume
 
@@ -41,6 +50,11 @@ JUDGED_AT_ONCE = 64
 
 CASE_FACTS = "case.json"
 """Beside a case's mask and findings: by what they were made, and that they are whole."""
+
+
+LUNG_MARGIN_MM = 10.0
+"""A finding may lie so far outside the lungs that were found: lesions of the pleura and the hilum belong to
+them. Every nodule of our LIDC-IDRI scans and pyradiomics' lung1 tumour reaches into them (0 mm)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +66,38 @@ class Outcome:
         kept: how many cases were there already.
         failed: case, error and hint of each that is not.
         rank: of this process; 0 knows of all cases, the others of their own.
+        facts: by case, what else its ``findings.json`` says.
     """
 
     findings: dict[str, list[Finding]]
     kept: int
     failed: tuple[tuple[str, str, str], ...]
     rank: int = 0
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> dict[str, tuple[str, ...]]:
+        """By case, what speaks against relying on its findings."""
+        return {case: tuple(facts.get("warnings", ())) for case, facts in self.facts.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a model sees in a scan.
+
+    Attributes:
+        findings: most confident first.
+        mask: of those that reach the threshold, on the scan's own voxels.
+        lungs: as they were found; None: the scan was looked at whatever they are.
+        left_out: what was found further than `LUNG_MARGIN_MM` from the lungs, and is not listed.
+        share: of the scan that was looked at.
+    """
+
+    findings: list[Finding]
+    mask: Scan
+    lungs: Lungs | None
+    left_out: int
+    share: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +106,27 @@ class _Region:
 
     Attributes:
         volume: all of it, at the network's spacing.
-        box: where it is looked at.
-        within: (z, y, x) bool, of the box; None: all of it.
+        within: (z, y, x) bool, where it is looked at; None: everywhere.
     """
 
     volume: Scan
-    box: tuple[slice, ...]
     within: NDArray[np.bool_] | None
 
     @classmethod
-    def of(cls, image: Scan, spacing: Triple, config: PredictConfig) -> _Region:
+    def of(cls, image: Scan, spacing: Triple, *, lungs: bool, skip_air: bool) -> _Region:
         """Resample the scan and bound what is looked at."""
         volume = resample_hu(reorient(image), spacing)
-        box = tuple(slice(0, n) for n in volume.array.shape)
-        if config.lungs:
-            box = lung_field(volume).slices  # the whole scan where no lungs were found
-        return cls(volume=volume, box=box, within=body_field(volume)[box] if config.skip_air else None)
+        within = body_field(volume) if skip_air else None
+        if lungs and (found := lung_field(volume)).ok:
+            box = np.zeros(volume.array.shape, bool)
+            box[found.slices] = True
+            within = box if within is None else within & box
+        return cls(volume=volume, within=within)
+
+    @property
+    def share(self) -> float:
+        """Of the scan that is looked at, 0 to 1."""
+        return 1.0 if self.within is None else float(self.within.mean())
 
 
 class _Network:
@@ -99,10 +144,10 @@ class _Network:
         self.precision = precision or choose_inference(self._network, shape, device, wanted)
 
     def __call__(self, region: _Region, share: Share | None) -> NDArray[np.float32]:
-        """Lesion probability in [0, 1] at every voxel of the region's box."""
+        """Lesion probability in [0, 1] at every voxel of the region; 0 where it is not looked at."""
         probability = predict_volume(
             self._network,
-            torch.from_numpy(region.volume.array[region.box]),
+            torch.from_numpy(region.volume.array),
             self._windows,
             prepare=self._normalisation,
             within=None if region.within is None else torch.from_numpy(region.within),
@@ -144,6 +189,7 @@ class Predictor:
         precision: torch.dtype | None = None,
     ) -> None:
         self._config, self._calibration = config, bundle.calibration
+        self._lungs = bundle.of_chests if config.lungs is None else config.lungs
         self._networks: dict[Triple, list[_Network]] = {}
         self._judges = [
             _Judge(network, one, device)
@@ -174,7 +220,8 @@ class Predictor:
 
     def _look(self, image: Scan, share: Share | None) -> tuple[NDArray[np.float32], dict[Triple, _Region]]:
         """The probability, and the scan as it was resampled to each spacing."""
-        regions = {spacing: _Region.of(image, spacing, self._config) for spacing in self._networks}
+        rules = {"lungs": self._lungs, "skip_air": self._config.skip_air}
+        regions = {spacing: _Region.of(image, spacing, **rules) for spacing in self._networks}
         count = sum(map(len, self._networks.values()))
         total: NDArray[np.float32] | None = None
         for spacing, networks in self._networks.items():
@@ -190,9 +237,23 @@ class Predictor:
 
     def look(self, case: str, image: Scan, share: Share | None = None) -> tuple[list[Finding], Scan]:
         """The findings in a scan, most confident first, and their mask on the scan's own voxels."""
+        seen = self.see(case, image, share)
+        return seen.findings, seen.mask
+
+    def see(self, case: str, image: Scan, share: Share | None = None, lungs: Lungs | None = None) -> Seen:
+        """What there is in a scan.
+
+        Args:
+            image: HU, axes in any order.
+            share: this process's share of the work; None: all of it.
+            lungs: what `lung_field` found in the image turned to LPS; None: it is looked for here.
+        """
         probability, regions = self._look(image, share)
+        lungs = lungs or lung_field(reorient(image))
+        depth = lung_depth(image, lungs)
+        near = _Near(depth, image.grid) if self._lungs and depth is not None else None
         findings, mask = lesions_by(
-            self._config, case, probability, image.grid, image=image.array, depth=lung_depth(image)
+            self._config, case, probability, image.grid, image=image.array, depth=depth, keep=near
         )
         if self._judges and findings:
             verdicts = [judge(findings, regions[judge.spacing].volume) for judge in self._judges]
@@ -202,7 +263,31 @@ class Predictor:
                 replace(f, probability=float(calibration(f.probability if f.score is None else f.score)))
                 for f in findings
             ]
-        return findings, Scan(mask, image.affine)
+        return Seen(
+            findings=findings,
+            mask=Scan(mask, image.affine),
+            lungs=lungs if self._lungs else None,
+            left_out=near.left_out if near else 0,
+            share=min((region.share for region in regions.values()), default=1.0),
+        )
+
+
+class _Near:
+    """Whether a finding lies at most `LUNG_MARGIN_MM` from the lungs; counts those that do not."""
+
+    def __init__(self, depth: Scan, grid: Grid) -> None:
+        self._depth, self._grid, self._far = depth, grid, set[bytes]()
+
+    def __call__(self, voxels: NDArray[np.int64]) -> bool:
+        near = outside_mm(voxels, self._grid, self._depth) <= LUNG_MARGIN_MM
+        if not near:
+            self._far.add(voxels[0].tobytes())
+        return near
+
+    @property
+    def left_out(self) -> int:
+        """How many were not."""
+        return len(self._far)
 
 
 def lesions_by(
@@ -213,6 +298,7 @@ def lesions_by(
     *,
     image: NDArray[Any] | None = None,
     depth: Scan | None = None,
+    keep: Callable[[NDArray[np.int64]], bool] | None = None,
 ) -> tuple[list[Finding], NDArray[np.uint8]]:
     """`find_lesions` with a config's thresholds."""
     return find_lesions(
@@ -226,6 +312,7 @@ def lesions_by(
         min_volume_mm3=config.min_volume_mm3,
         image=image,
         depth=depth,
+        keep=keep,
     )
 
 
@@ -271,44 +358,64 @@ def _with_verdict(findings: Sequence[Finding], verdicts: NDArray[np.float64]) ->
 
 
 def _on_grid(probability: NDArray[np.float32], region: _Region, grid: Grid) -> NDArray[np.float32]:
-    """A box's probabilities on a scan's own voxels; 0 elsewhere."""
+    """A region's probabilities on a scan's own voxels."""
     volume = region.volume
-    if probability.shape != volume.array.shape:
-        whole = np.zeros(volume.array.shape, np.float32)
-        whole[region.box] = probability
-        probability = whole
     if volume.grid.same_as(grid, SAME_MM):
         return probability
     coarse = Scan(probability, volume.affine)
     return np.asarray(resample(coarse, grid, "linear", fill=0.0).array, np.float32)
 
 
-def predict(sources: Sequence[Source], bundle: Bundle, config: PredictConfig, out: Path) -> Outcome:
-    """Look at every scan; write masks and findings.
+def predict(
+    sources: Sequence[Source],
+    bundle: Bundle,
+    config: PredictConfig,
+    out: Path,
+    fill_gaps: int | None = None,
+) -> Outcome:
+    """Look at every scan; write masks and findings, and warn where they are not to be relied upon.
 
     ``<out>/<case>/mask.nii.gz`` lies voxel on voxel on the scan, ``<case>/findings.csv`` is LUNA16's
-    table and ``findings.json`` has every field; ``<out>/findings.csv`` is the table of all cases. Run
-    again with the same arguments it keeps what is whole and unchanged. Started by torchrun, the ranks share
-    the scans out, and what remains of them by windows (`voxelscale.predict.ranks`).
+    table and ``findings.json`` has every field, and the warnings; ``<out>/findings.csv`` is the table of
+    all cases. Run again with the same arguments it keeps what is whole and unchanged. Started by torchrun,
+    the ranks share the scans out, and what remains of them by windows (`voxelscale.predict.ranks`).
+
+    A scan that cannot be what the model is for (`voxelscale.data.plausible.against`) fails, unless
+    `config.refuse_unusable` is false.
+
+    Args:
+        fill_gaps: as ``prepare.fill_gaps``; None: as the model's training scans were read.
 
     Raises:
         VoxelscaleError: no scan could be predicted at all.
     """
     if os.environ.get("RANK", "0") == "0":
         record_cases(out, (source.case for source in sources))
+    gaps = bundle.config.prepare.fill_gaps if fill_gaps is None else fill_gaps
     if "RANK" not in os.environ:
-        outcome = Work(bundle, config, out, default_device()).each(sources)
+        outcome = Work(bundle, config, out, default_device(), gaps).each(sources)
     else:
         from voxelscale.predict.ranks import predict_in_ranks
 
-        outcome = predict_in_ranks(sources, bundle, config, out)
+        outcome = predict_in_ranks(sources, bundle, config, out, gaps)
     if outcome.rank:
         return outcome
     if not outcome.findings:
         case, message, hint = outcome.failed[0]
         raise VoxelscaleError(f"no scan could be predicted; {case}: {message}", hint)
     write_findings([f for found in outcome.findings.values() for f in found], out / "findings.csv")
+    _warn_of(outcome)
     return outcome
+
+
+def _warn_of(outcome: Outcome) -> None:
+    """Every warning once; one that holds for several scans is given with their number."""
+    cases: dict[str, list[str]] = {}
+    for case, texts in outcome.warnings.items():
+        for text in texts:
+            cases.setdefault(text, []).append(case)
+    for text, of in cases.items():
+        warn(f"{of[0] if len(of) == 1 else f'{len(of)} scans'}: {text}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,10 +437,14 @@ class Work:
         config: windows and thresholds.
         out: the folder that gets a folder of each case.
         device: where it computes.
+        fill_gaps: as ``prepare.fill_gaps``.
     """
 
-    def __init__(self, bundle: Bundle, config: PredictConfig, out: Path, device: torch.device) -> None:
+    def __init__(
+        self, bundle: Bundle, config: PredictConfig, out: Path, device: torch.device, fill_gaps: int = 0
+    ) -> None:
         self._bundle, self._config, self._out, self._device = bundle, config, out, device
+        self._fill_gaps = fill_gaps
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -347,54 +458,105 @@ class Work:
     def each(self, sources: Sequence[Source], together: Together | None = None) -> Outcome:
         """Look at the scans in turn; of several processes only that with part 0 knows what was found."""
         findings: dict[str, list[Finding]] = {}
+        facts: dict[str, dict[str, Any]] = {}
         failed: list[tuple[str, str, str]] = []
         kept = 0
         with Progress("predict", len(sources)) as progress:
             for done, source in enumerate(sources, start=1):
+                case = source.case
                 try:
                     if together is None and self.is_done(source):
-                        findings[source.case] = read_findings(self._out / source.case / "findings.json")
+                        findings[case], facts[case] = read_prediction(self._out / case / "findings.json")
                         kept += 1
                     else:
-                        findings[source.case] = self._look(source, together)
+                        findings[case], facts[case] = self._look(source, together)
                 except VoxelscaleError as error:
-                    failed.append((source.case, error.message, error.hint))
-                progress.update(done, source.case)
+                    failed.append((case, error.message, error.hint))
+                progress.update(done, case)
         if together is not None and together.part:
             return Outcome(findings={}, kept=0, failed=())
-        return Outcome(findings=findings, kept=kept, failed=tuple(failed))
+        return Outcome(findings=findings, kept=kept, failed=tuple(failed), facts=facts)
 
-    def _look(self, source: Source, together: Together | None) -> list[Finding]:
+    def _look(self, source: Source, together: Together | None) -> tuple[list[Finding], dict[str, Any]]:
         started, key = time.monotonic(), self._key(source)  # as the files are before they are read
-        image = read_image(source) if together is None else _read_together(source, together)
+        stamp = digest_of([source_stamp(source)])[:16]
+        image = self._read(source) if together is None else self._read_together(source, together)
+        lungs = lung_field(reorient(image))
+        warnings = self._against(source, image, lungs)
         if together is not None and together.part:
             self.predictor.probability(image, together)
-            return []
-        findings, mask = self.predictor.look(source.case, image, together)
+            return [], {}
         folder = self._out / source.case
-        write_scan(mask, folder / "mask.nii.gz")
-        write_findings(findings, folder / "findings.csv", folder / "findings.json")
+        if _facts(folder).get("scan", stamp) != stamp:
+            warnings.append("replaces the prediction of another scan, or of another state of this one")
+        seen = self.predictor.see(source.case, image, together, lungs)
+        facts = self._told(source.case, seen, warnings)
+        write_scan(seen.mask, folder / "mask.nii.gz")
+        write_findings(seen.findings, folder / "findings.csv", folder / "findings.json", facts)
         seconds = round(time.monotonic() - started, 2)
-        notice(f"{source.case}: {len(findings)} findings in {seconds} s", level=2)
-        facts = {"key": key, "model": self._bundle.identity, "seconds": seconds}
+        notice(f"{source.case}: {len(seen.findings)} findings in {seconds} s", level=2)
+        made = {"key": key, "scan": stamp, "model": self._bundle.identity, "seconds": seconds}
         # Last, so that its being there says that the case is whole.
-        write_atomic(folder / CASE_FACTS, json.dumps(facts))
-        return findings
+        write_atomic(folder / CASE_FACTS, json.dumps(made))
+        return seen.findings, facts
+
+    def _against(self, source: Source, image: Scan, lungs: Lungs) -> list[str]:
+        """The warnings for a scan.
+
+        Raises:
+            VoxelscaleError: it cannot be a scan that the model is for.
+        """
+        one, bundle = about(reorient(image), lungs, source), self._bundle
+        found = against(one, bundle.trained_on, low=bundle.normalisation.low, depth=bundle.patch[0])
+        errors = [text for severity, text in found if severity == "error"]
+        if errors and self._config.refuse_unusable:
+            hint = "name a scan as the model was trained on, or set predict.refuse_unusable=false"
+            raise VoxelscaleError(f"{source.image}: not a scan for this model: {errors[0]}", hint)
+        return [text for _, text in found]
+
+    def _told(self, case: str, seen: Seen, warnings: Sequence[str]) -> dict[str, Any]:
+        """What ``findings.json`` says beside the findings (docs/measures.md, "What predict writes")."""
+        lungs, config = seen.lungs, self._config
+        return {
+            "case": case,
+            "warnings": list(warnings),
+            "looked_at": round(seen.share, 4),
+            "lungs": None
+            if lungs is None
+            else {
+                "found": lungs.ok,
+                "problem": lungs.problem,
+                "volume_ml": round(lungs.volume_ml, 1),
+                "margin_mm": LUNG_MARGIN_MM,
+                "left_out": seen.left_out,
+            },
+            "thresholds": {
+                "threshold": config.threshold,
+                "low": config.low,
+                "candidates": config.candidates,
+            },
+            "fill_gaps": self._fill_gaps,
+            "model": self._bundle.identity,
+            "voxelscale": __version__,
+        }
 
     def _key(self, source: Source) -> str:
-        return digest_of([source_stamp(source), self._bundle.digest, asdict(self._config)])[:16]
+        rules = [source_stamp(source), self._bundle.digest, asdict(self._config), self._fill_gaps, FORMAT]
+        return digest_of(rules)[:16]
 
+    def _read(self, source: Source) -> Scan:
+        return read_image(source, self._fill_gaps)
 
-def _read_together(source: Source, together: Together) -> Scan:
-    """The scan, where all processes could read it: one that could not must not leave the others waiting."""
-    try:
-        image = read_image(source)
-    except VoxelscaleError:
-        together.all_well(False)
-        raise
-    if not together.all_well(True):
-        raise VoxelscaleError(f"{source.image}: another process could not read it", "run it again")
-    return image
+    def _read_together(self, source: Source, together: Together) -> Scan:
+        """The scan, where all could read it: a process that could not must not leave the others waiting."""
+        try:
+            image = self._read(source)
+        except VoxelscaleError:
+            together.all_well(False)
+            raise
+        if not together.all_well(True):
+            raise VoxelscaleError(f"{source.image}: another process could not read it", "run it again")
+        return image
 
 
 def predicted_by(folder: Path) -> str:

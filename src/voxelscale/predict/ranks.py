@@ -23,11 +23,11 @@ from voxelscale.train.distributed import Workers, join
 
 
 def predict_in_ranks(
-    sources: Sequence[Source], bundle: Bundle, config: PredictConfig, out: Path
+    sources: Sequence[Source], bundle: Bundle, config: PredictConfig, out: Path, fill_gaps: int
 ) -> Outcome:
     """This rank's part of `voxelscale.predict.predict.predict`; on rank 0 what became of all scans."""
     with join(virtual=1, threads=0) as workers:
-        work = Work(bundle, config, out, workers.device)
+        work = Work(bundle, config, out, workers.device, fill_gaps)
         if workers.ranks == 1:
             return work.each(sources)
         # What is there already, rank 0 says: another rank might look later, and see what was just written.
@@ -83,4 +83,5 @@ def _gathered(outcomes: Sequence[Outcome], sources: Sequence[Source], rank: int,
         kept=sum(outcome.kept for outcome in every),
         failed=tuple(sorted(fault for outcome in every for fault in outcome.failed)),
         rank=rank,
+        facts={case: facts for outcome in every for case, facts in outcome.facts.items()},
     )

@@ -50,7 +50,7 @@ def write_dataset_page(found: Inspection, name: str, out: Path) -> None:
         "<h2>Distributions</h2>",
         _histograms(found.cases),
         "<h2>Cases</h2>",
-        _table(found.cases),
+        _table(found),
         _thumbnails(found.cases),
         "<footer>Spacing and voxels in the order z, y, x. Diameters are those of spheres of the same "
         "volume; lesions are 26-connected components of the mask; lungs are what was "
@@ -69,16 +69,17 @@ def headline(found: Inspection) -> list[str]:
     return [f"{found.kind} of {len(found.cases)} readable cases", f"{lesions} lesions", *told]
 
 
-def text_table(cases: Sequence[Facts]) -> list[str]:
-    """The cases as lines of text, columns aligned."""
-    rows = [COLUMNS, *([text for text, _ in _row(one)] for one in cases)]
+def text_table(found: Inspection) -> list[str]:
+    """The cases as lines of text, columns aligned; then those that cannot be read, with their errors."""
+    rows = [COLUMNS, *([text for text, _ in _row(one)] for one in found.cases)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    return [
+    lines = [
         "  ".join(
             [row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:], strict=True))]
         )
         for row in rows
     ]
+    return lines + [f"{p.case.ljust(widths[0])}  cannot be read: {p.text}" for p in found.unreadable]
 
 
 def _row(one: Facts) -> list[tuple[str, str]]:
@@ -99,15 +100,21 @@ def _row(one: Facts) -> list[tuple[str, str]]:
     ]
 
 
-def _table(cases: Sequence[Facts]) -> str:
+def _table(found: Inspection) -> str:
     head = "".join(f'<th><button type="button">{name}</button></th>' for name in COLUMNS)
     rows = []
-    for one in cases:
+    for one in found.cases:
         cells = [
             f'<td data-value="{escape(key, quote=True)}">{escape(text)}</td>' for text, key in _row(one)
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    # A body of its own, which is not sorted: its rows have no values.
+    unreadable = "".join(
+        f'<tr><td>{escape(problem.case)}</td><td colspan="{len(COLUMNS) - 1}">cannot be read: '
+        f"{escape(problem.text)}</td></tr>"
+        for problem in found.unreadable
+    )
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody><tbody>{unreadable}</tbody>"
     return f'<div class="wide"><table class="sortable">{body}</table></div>'
 
 

@@ -214,7 +214,12 @@ def _write_bundle(
         weights=model.state_dict(),
         spacing=store.spacing,
         normalisation=Normalisation.of_fingerprint(store.fingerprint["lesion_hu"]),
-        trained={**facts, "voxelscale": __version__, "data": store.fingerprint["digest"]},
+        trained={
+            **facts,
+            "voxelscale": __version__,
+            "data": store.fingerprint["digest"],
+            "data_set": store.kept_by_model,
+        },
     )
     write_bundle(path, bundle)
 

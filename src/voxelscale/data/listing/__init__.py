@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from voxelscale.console import count, notice
+from voxelscale.console import count, notice, warn
 from voxelscale.data.listing import challenges, tables, trees
 from voxelscale.data.listing.source import (
     Found,
@@ -24,6 +24,7 @@ from voxelscale.data.listing.source import (
 )
 from voxelscale.data.names import Names
 from voxelscale.errors import VoxelscaleError
+from voxelscale.files import files_below
 
 __all__ = ["LAYOUTS", "Source", "case_name", "detect_layout", "list_scans", "list_sources", "safe_name"]
 
@@ -61,6 +62,8 @@ def list_sources(
     if not layout:
         raise _unknown(data)
     found = _read(data, layout, annotations, names)
+    if layout in ("lidc", "dicom"):
+        _warn_of_other_files(data)
     sources = _distinct(data, _named(data, found.sources, names, layout))
     _tell(layout, sources, found)
     return sources
@@ -146,17 +149,20 @@ def _read(
 
 
 def _loose_scans(path: Path, names: Names) -> list[Source]:
-    """A scan, or the scans of a folder: files by their names, DICOM series as in a tree."""
+    """A scan, or the scans of a folder at any depth: files by their names, DICOM series as in a tree."""
     if not path.is_dir():
         return [_loose_file(path, names)]
     from voxelscale.formats import is_segmentation
 
-    found = [entry for entry in visible(path) if _is_scan_file(entry)]
-    drawn = {entry for entry in found if is_segmentation(entry)}
+    found = [file for file in files_below(path) if _is_scan_file(file)]
+    drawn = {file for file in found if is_segmentation(file)}
     if drawn:
         notice(f"{path}: {count(len(drawn), 'segmentation')} of 3D Slicer left out")
-    files = [_unlabelled(entry) for entry in found if entry not in drawn]
-    scans = [*files, *trees.scans_in(path, names)]
+    files = [file for file in found if file not in drawn]
+    scans = [
+        *(_unlabelled(file, "-".join(file.parent.relative_to(path).parts)) for file in files),
+        *trees.scans_in(path, names),
+    ]
     if not scans:
         hint = "name a scan, a DICOM folder, a folder of scans, or a CSV with the columns image,label"
         raise VoxelscaleError(f"{path}: no scan found there", hint)
@@ -171,8 +177,17 @@ def _loose_file(path: Path, names: Names) -> Source:
     return Source(case=case, patient=names.patient(patient), image=path, series=series)
 
 
-def _unlabelled(path: Path) -> Source:
-    name = safe_name(case_name(path.absolute()))
+def _warn_of_other_files(data: Path) -> None:
+    """Say which files of other formats in a tree of DICOM are not read, as masks beside their series."""
+    others = [file for file in files_below(data) if _is_scan_file(file)] if data.is_dir() else []
+    if others:
+        files = f"{count(len(others), 'file')} in other formats, as {others[0].relative_to(data)},"
+        warn(f"{data}: {files} not read; name scans and masks in a CSV with the columns image,label")
+
+
+def _unlabelled(path: Path, folder: str = "") -> Source:
+    """A file by its name, which follows that of its folder where it lies in one."""
+    name = safe_name("-".join(filter(None, (folder, case_name(path.absolute())))))
     return Source(case=name, patient=name, image=path)
 
 
@@ -208,7 +223,7 @@ def _named(data: Path, sources: Sequence[Source], names: Names, layout: str) -> 
 
 
 def _distinct(data: Path, sources: list[Source]) -> list[Source]:
-    twice = [case for case, count in Counter(s.case for s in sources).items() if count > 1]
+    twice = [case for case, times in Counter(s.case for s in sources).items() if times > 1]
     if twice:
         raise VoxelscaleError(f"{data}: case {twice[0]} stands there twice", "give each a name of its own")
     return sources

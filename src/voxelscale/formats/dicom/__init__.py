@@ -238,6 +238,16 @@ def thickness_of(path: Path) -> float | None:
     return None
 
 
+def subject_of(path: Path) -> tuple[str, str]:
+    """Modality and BodyPartExamined of a DICOM file, or of a folder's first image; "" where not said."""
+    for file in _files_below(path) if path.is_dir() else (path,):
+        headers, _ = _headers([file])
+        for header in headers:
+            if not header.left_out:
+                return header.modality, header.body_part.upper()
+    return "", ""
+
+
 def _groups(headers: Iterable[Header]) -> list[list[Header]]:
     groups: dict[tuple[str, str, str], list[Header]] = {}
     for header in headers:

@@ -43,6 +43,7 @@ INFLATED_HEADER = 2**22
 """So much of a deflated file is unpacked to find its header."""
 
 IMAGE_TYPE, SOP_CLASS, SOP_UID, MODALITY = 0x00080008, 0x00080016, 0x00080018, 0x00080060
+BODY_PART = 0x00180015
 PATIENT, STUDY, SERIES, FRAMES = 0x00100020, 0x0020000D, 0x0020000E, 0x00280008
 FRAME_OF_REFERENCE = 0x00200052
 POSITION, ORIENTATION, SPACING, THICKNESS = 0x00200032, 0x00200037, 0x00280030, 0x00180050
@@ -72,6 +73,7 @@ MARKS = {
 """Attributes in which slices at one place may differ: name, functional group (0: none) and tag."""
 
 WANTED = {
+    BODY_PART,
     *(IMAGE_TYPE, SOP_CLASS, SOP_UID, MODALITY, PATIENT, STUDY, SERIES, FRAMES, POSITION, ORIENTATION),
     *(SPACING, THICKNESS, SAMPLES, PHOTOMETRIC, ROWS, COLUMNS, ALLOCATED, STORED, HIGH, SIGNED, PADDING),
     *(FRAME_OF_REFERENCE, PADDING_LIMIT, INTERCEPT, SLOPE, LUT, FRAME_TYPE),
@@ -153,6 +155,7 @@ class Header:
     frames_of_reference: tuple[str, ...]
     frames: tuple[Frame, ...]
     left_out: str
+    body_part: str = ""
 
 
 def is_dicom(head: bytes) -> bool:
@@ -295,6 +298,7 @@ def _header(
         frames_of_reference=_frames_of_reference(dataset),
         frames=frames,
         left_out=left_out,
+        body_part=_text(dataset, BODY_PART),
     )
 
 

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ __all__ = [
     "lesions_of_mask",
     "ranked",
     "read_findings",
+    "read_prediction",
     "write_findings",
 ]
 
@@ -43,6 +46,9 @@ SOLID_HU = -300.0
 
 LUNA16_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "probability")
 
+FORMAT = 2
+"""Of ``findings.json``: an object with facts of the scan beside the findings; 1 was a list of findings."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -51,7 +57,7 @@ class Finding:
     Attributes:
         case: the scan's name.
         x, y, z: centroid, LPS mm.
-        index: centroid as fractional voxel (z, y, x) of the scan.
+        index: centroid as fractional voxel (z, y, x) of the scan; ``index_zyx`` in the JSON file.
         diameter_mm: of the sphere of the same volume.
         axial_diameter_mm: greatest extent within one axial slice, from voxel centre to voxel centre, plus
             a pixel (the RECIST measure, to about a pixel).
@@ -101,6 +107,7 @@ def find_lesions(
     min_volume_mm3: float = 0.0,
     image: NDArray[Any] | None = None,
     depth: Scan | None = None,
+    keep: Callable[[NDArray[np.int64]], bool] | None = None,
 ) -> tuple[list[Finding], NDArray[np.uint8]]:
     """The 26-connected components at or above `low` that reach `threshold`, and the doubtful ones.
 
@@ -119,6 +126,7 @@ def find_lesions(
         min_volume_mm3: smaller ones are dropped.
         image: (z, y, x) HU on the same grid, for the density.
         depth: of `voxelscale.predict.findings.depth.lung_depth`, for the distance to the pleura.
+        keep: whether a lesion or doubtful one, given by its voxels (n, 3), is to be listed; None: all are.
 
     Returns:
         findings, most confident first; and the mask (z, y, x) of those that reach `threshold`.
@@ -134,6 +142,12 @@ def find_lesions(
         doubtful = doubtful_regions(
             probability, mask, grid, candidates=candidates, merge_mm=merge_mm, least=least
         )
+    if keep is not None:
+        doubtful = [voxels for voxels in doubtful if keep(voxels)]
+        kept = [keep(voxels) for voxels in sure]
+        for voxels in itertools.compress(sure, map(operator.not_, kept)):
+            mask[tuple(voxels.T)] = 0
+        sure = list(itertools.compress(sure, kept))
     count = math.ceil(LEAST_NODULE_MM3 / grid.voxel_mm3)
     findings = []
     for voxels in [*sure, *doubtful]:
@@ -190,16 +204,30 @@ def _density(hu: NDArray[Any]) -> dict[str, float]:
     }
 
 
-def write_findings(findings: Sequence[Finding], csv_path: Path, json_path: Path | None = None) -> None:
-    """LUNA16's CSV (``seriesuid,coordX,coordY,coordZ,probability``) and a JSON list of all fields.
+def write_findings(
+    findings: Sequence[Finding],
+    csv_path: Path,
+    json_path: Path | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """LUNA16's CSV (``seriesuid,coordX,coordY,coordZ,probability``) and a JSON object with all fields.
 
     LUNA16's coordinates are LPS mm, as ours.
+
+    Args:
+        facts: what the JSON says of the scan and how it was predicted, beside ``findings``
+            (`docs/measures.md`, "What predict writes").
     """
     # All digits of the probability: rounded ones could be equal, and the FROC another.
     rows = [[f.case, f"{f.x:.4f}", f"{f.y:.4f}", f"{f.z:.4f}", f"{f.probability!r}"] for f in findings]
     write_csv(csv_path, [LUNA16_COLUMNS, *rows])
     if json_path is not None:
-        write_atomic(json_path, json.dumps([asdict(f) for f in findings], indent=1))
+        listed = [
+            {"index_zyx" if name == "index" else name: value for name, value in asdict(f).items()}
+            for f in findings
+        ]
+        content = {"format": FORMAT, **(facts or {}), "findings": listed}
+        write_atomic(json_path, json.dumps(content, indent=1))
 
 
 def read_findings(path: Path) -> list[Finding]:
@@ -208,9 +236,35 @@ def read_findings(path: Path) -> list[Finding]:
     Raises:
         VoxelscaleError: it is missing or no such file.
     """
+    return read_prediction(path)[0]
+
+
+def read_prediction(path: Path) -> tuple[list[Finding], dict[str, Any]]:
+    """The findings of a JSON file, and the other facts in it; none in files of older versions.
+
+    Raises:
+        VoxelscaleError: it is missing or no such file.
+    """
     try:
-        return [_as_finding(row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, list):
+            content = {"format": 1, "findings": content}
+        if content["format"] not in (1, FORMAT):
+            raise ValueError(f"format {content['format']!r}")
+        findings = [_as_finding(row) for row in content.pop("findings")]
+        warnings = content.get("warnings", [])
+        if not isinstance(warnings, list) or not all(isinstance(text, str) for text in warnings):
+            raise TypeError("its warnings are no list of texts")
+        return findings, content
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+        AttributeError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise VoxelscaleError(
             f"{path}: not a list of findings ({reason})", "run voxelscale predict again"
@@ -224,12 +278,14 @@ def _as_finding(row: Mapping[str, Any]) -> Finding:
     """Raise a ValueError, TypeError, KeyError or OverflowError where it is none."""
     if not isinstance(row, dict):
         raise TypeError(f"{row!r} is no finding")
-    values = {name: value for name, value in row.items() if name not in ("case", "index")}
+    values = {name: value for name, value in row.items() if name not in ("case", "index", "index_zyx")}
     for name in ("axial_ends", "short_axis_ends"):
         if values.get(name) is not None:
             first, second = values[name]
             values[name] = (_triple(first), _triple(second))
-    finding = Finding(case=row["case"], index=_triple(row["index"]), **values)
+    finding = Finding(
+        case=row["case"], index=_triple(row["index_zyx" if "index_zyx" in row else "index"]), **values
+    )
     if not isinstance(finding.case, str) or not finding.case.isprintable():
         raise ValueError(f"{finding.case!r} is no case's name")
     for name, value in asdict(finding).items():

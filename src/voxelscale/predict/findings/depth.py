@@ -5,23 +5,27 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.data.lungs import coarse_factors, lung_field
+from voxelscale.data.lungs import Lungs, coarse_factors, lung_field
 from voxelscale.geometry import Grid, Scan, reorient
 
 
-def lung_depth(image: Scan) -> Scan | None:
-    """Distance, mm, of each voxel in the lungs from their nearest border; 0 outside. None: no lungs found.
+def lung_depth(image: Scan, lungs: Lungs | None = None) -> Scan | None:
+    """Signed distance, mm, of each voxel from the lungs' border: above 0 inside, below 0 outside.
 
     It lies on a copy of about `COARSE_MM`, as the lungs are found on such a one: exact to about that. Where
     the scan ends within the lungs there is no border, and fissures are none either.
 
     Args:
         image: HU; axes in any order.
+        lungs: what `lung_field` found in the image turned to LPS; None: it is looked for here.
+
+    Returns:
+        None where no lungs were found, or nothing else.
     """
     from scipy import ndimage
 
     image = reorient(image)
-    lungs = lung_field(image)
+    lungs = lungs or lung_field(image)
     if not lungs.ok:
         return None
     steps = coarse_factors(image)
@@ -32,9 +36,11 @@ def lung_depth(image: Scan) -> Scan | None:
     coarse = Scan(inside, affine)
     if inside.all():
         return None
-    # Of the nearest voxel outside only the near face is the border.
-    depth = ndimage.distance_transform_edt(inside, sampling=coarse.spacing) - min(coarse.spacing) / 2
-    return Scan(np.maximum(depth, 0).astype(np.float32), affine)
+    # Of the nearest voxel on the other side only the near face is the border.
+    half = min(coarse.spacing) / 2
+    depth = ndimage.distance_transform_edt(inside, sampling=coarse.spacing) - half
+    away = ndimage.distance_transform_edt(~inside, sampling=coarse.spacing) - half
+    return Scan(np.where(inside, np.maximum(depth, 0), -np.maximum(away, 0)).astype(np.float32), affine)
 
 
 def nearest_border(voxels: NDArray[np.int64], grid: Grid, depth: Scan) -> float | None:
@@ -44,7 +50,16 @@ def nearest_border(voxels: NDArray[np.int64], grid: Grid, depth: Scan) -> float 
         voxels: (n, 3) of `grid`.
         depth: of `lung_depth`.
     """
+    there = _depths(voxels, grid, depth)
+    return max(0.0, float(there.min())) if (there > 0).any() else None
+
+
+def outside_mm(voxels: NDArray[np.int64], grid: Grid, depth: Scan) -> float:
+    """Distance, mm, of a finding's nearest voxel from the lungs; 0: some of it is inside."""
+    return max(0.0, -float(_depths(voxels, grid, depth).max()))
+
+
+def _depths(voxels: NDArray[np.int64], grid: Grid, depth: Scan) -> NDArray[np.float32]:
     index = np.rint(depth.grid.mm_to_index(grid.index_to_mm(voxels))).astype(np.int64)
     index = np.clip(index, 0, np.asarray(depth.array.shape) - 1)
-    there = depth.array[tuple(index.T)]
-    return float(there.min()) if there.any() else None
+    return np.asarray(depth.array[tuple(index.T)])

@@ -1,0 +1,39 @@
+"""What `voxelscale predict` prints of its findings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from voxelscale.config import PredictConfig
+from voxelscale.console import count
+from voxelscale.predict.predict import Outcome
+
+SHOWN = 5
+"""Findings of a scan that are printed; all are in the files."""
+
+
+def lines(outcome: Outcome, config: PredictConfig) -> Iterator[str]:
+    """Each scan's most confident findings, where they were looked for, and from which confidence on."""
+    for case, findings in outcome.findings.items():
+        yield f"{case}: {count(len(findings), 'finding')}{_looked_at(outcome.facts.get(case, {}))}"
+        for f in findings[:SHOWN]:
+            place = f"({f.x:.1f}, {f.y:.1f}, {f.z:.1f}) mm"
+            yield f"  {place}  diameter {f.diameter_mm:.1f} mm  confidence {f.probability:.2f}"
+        if len(findings) > SHOWN:
+            yield f"  and {len(findings) - SHOWN} less certain ones"
+    yield (
+        f"a finding has a lesion probability of at least {min(config.candidates, config.threshold):g} "
+        f"(predict.candidates), one in the mask of {config.threshold:g} (predict.threshold)"
+    )
+
+
+def _looked_at(facts: Mapping[str, Any]) -> str:
+    """Which part of a scan the findings come from; "" where its prediction does not say."""
+    lungs = facts.get("lungs")
+    if not isinstance(lungs, Mapping):
+        return " in the whole scan" if "lungs" in facts else ""
+    if not lungs.get("found"):
+        return " in the whole scan: no lungs found"
+    left_out = lungs.get("left_out", 0)
+    return " in and around the lungs" + (f", {left_out} elsewhere left out" if left_out else "")
