@@ -324,9 +324,7 @@ def test_findings_outside_the_lungs_are_left_out_and_counted(
     marked = truth.copy()
     marked[z, y, x] = 0.9
 
-    def looked(
-        self: Predictor, image: Scan, share: object
-    ) -> tuple[NDArray[np.float32], dict[object, object]]:
+    def looked(*arguments: object) -> tuple[NDArray[np.float32], dict[object, object]]:
         return marked, {}
 
     monkeypatch.setattr(Predictor, "_look", looked)

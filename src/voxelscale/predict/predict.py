@@ -211,16 +211,23 @@ class Predictor:
         for network, precision in zip(each, precisions, strict=True):
             network.precision = precision
 
-    def probability(self, image: Scan, share: Share | None = None) -> NDArray[np.float32]:
+    def probability(
+        self, image: Scan, share: Share | None = None, lungs: Lungs | None = None
+    ) -> NDArray[np.float32]:
         """Lesion probability in [0, 1] at every voxel of a scan in HU, on the scan's own grid.
 
         Of several networks it is the mean. With a share, only the process with part 0 has it.
-        """
-        return self._look(image, share)[0]
 
-    def _look(self, image: Scan, share: Share | None) -> tuple[NDArray[np.float32], dict[Triple, _Region]]:
+        Args:
+            lungs: what `lung_field` found in the image turned to LPS; None: it is looked for here.
+        """
+        return self._look(image, share, lungs or lung_field(reorient(image)))[0]
+
+    def _look(
+        self, image: Scan, share: Share | None, lungs: Lungs
+    ) -> tuple[NDArray[np.float32], dict[Triple, _Region]]:
         """The probability, and the scan as it was resampled to each spacing."""
-        rules = {"lungs": self._lungs, "skip_air": self._config.skip_air}
+        rules = {"lungs": self._lungs and lungs.ok, "skip_air": self._config.skip_air}
         regions = {spacing: _Region.of(image, spacing, **rules) for spacing in self._networks}
         count = sum(map(len, self._networks.values()))
         total: NDArray[np.float32] | None = None
@@ -248,8 +255,8 @@ class Predictor:
             share: this process's share of the work; None: all of it.
             lungs: what `lung_field` found in the image turned to LPS; None: it is looked for here.
         """
-        probability, regions = self._look(image, share)
         lungs = lungs or lung_field(reorient(image))
+        probability, regions = self._look(image, share, lungs)
         depth = lung_depth(image, lungs)
         near = _Near(depth, image.grid) if self._lungs and depth is not None else None
         findings, mask = lesions_by(
@@ -484,7 +491,7 @@ class Work:
         lungs = lung_field(reorient(image))
         warnings = self._against(source, image, lungs)
         if together is not None and together.part:
-            self.predictor.probability(image, together)
+            self.predictor.probability(image, together, lungs)
             return [], {}
         folder = self._out / source.case
         if _facts(folder).get("scan", stamp) != stamp:
