@@ -100,6 +100,16 @@ def test_masks_lie_on_their_scans(job: Path) -> None:
         assert_same_place(mask, scan)
 
 
+def test_predictions_say_what_they_were_asked_for(job: Path) -> None:
+    """So that evaluate knows of a missing one, and calibrate of training scans."""
+    (case,) = [path.name for path in (job / "predictions").iterdir() if path.is_dir()]
+    record = json.loads((job / "predictions" / "predict.json").read_text())
+    table = json.loads((job / "store" / "dataset.json").read_text())
+    split = {info["case"]: info["split"] for info in table["cases"]}[case]
+    assert split == "test"
+    assert record == {"cases": [case], "splits": {table["fingerprint"]["digest"]: {case: split}}}
+
+
 def test_findings_are_in_patient_mm(job: Path) -> None:
     with (job / "predictions" / "findings.csv").open() as handle:
         table = list(csv.DictReader(handle))
