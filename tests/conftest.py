@@ -82,6 +82,15 @@ def reported(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(autouse=True, scope="session")
+def settings_of_a_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a user's settings, in which the key of names is made."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("settings")
+        patch.setenv("XDG_CONFIG_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(autouse=True)
 def quiet() -> None:
     set_verbosity(0)

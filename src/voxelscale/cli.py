@@ -250,17 +250,19 @@ def prepare(
     deliver it, or any tree of DICOM series with SEG or RTSTRUCT. What was recognised is said. Images:
     NIfTI, MetaImage, NRRD, DICOM; labels: masks, SEG, RTSTRUCT, LIDC's XML, LUNA16's tables.
 
-    DICOM cases are called by a keyed hash (prepare.names); the key lies in store/names.key.
+    DICOM cases are called by a keyed hash (prepare.names), the same in every command of a user. Which
+    path and series each case is stands in store/names.csv, which is for you alone: do not share it.
     A case that cannot be used is named with its fault and the others go on; the exit code is then 2.
     Patch, depth and batch are planned into store/plan.yaml, for voxelscale train --config.
     """
     check_output(store)
     from voxelscale.data.listing import list_sources
-    from voxelscale.data.names import names_of
+    from voxelscale.data.names import names_of, write_names
     from voxelscale.data.prepare import prepare as run_prepare
 
     settings = read_config(config, set_)
     sources = list_sources(data, layout, annotations, names_of(settings.prepare, store))
+    write_names(sources, store)
     outcome = run_prepare(sources, store, settings.prepare)
     code = tell_failed(outcome.failed, "prepared")
     parts = [f"{sum(c.split == split for c in outcome.done)} {split}" for split in ("train", "val", "test")]
@@ -513,10 +515,12 @@ def predict(
     A scan unlike those that the model was trained on gets a warning; one that cannot be a scan for it (a
     mask, grey levels, two slices) is an error. A model of chests looks in and around the lungs only
     (predict.lungs). Slices may be missing as prepare.fill_gaps says.
+
+    Which path and series each case is stands in names.csv, which is for you alone: do not share it.
     """
     check_output(out)
     from voxelscale.data.listing import list_scans
-    from voxelscale.data.names import names_of
+    from voxelscale.data.names import names_of, write_names
     from voxelscale.data.store import open_store
     from voxelscale.predict.bundle import read_bundle
     from voxelscale.predict.predict import predict as run_predict
@@ -536,6 +540,7 @@ def predict(
             hint = "check --split, and that prepare.names is as it was for prepare"
             raise VoxelscaleError(f"{scans}: no case of the split {split} of {store}", hint)
         record_cases(out, (source.case for source in sources), split, opened.fingerprint["digest"])
+    write_names(sources, out)
     outcome = run_predict(sources, bundle, settings.predict, out, settings.prepare.fill_gaps)
     if outcome.rank:
         return 0

@@ -71,7 +71,7 @@ class PrepareConfig:
     names: Literal["auto", "file", "series", "hash"] = "auto"
     """What cases are called after: files, series UIDs, or a keyed hash; auto: files, DICOM by hash."""
     name_key: str = ""
-    """File with the hash's key; "": the variable VOXELSCALE_NAME_KEY, or a names.key made in the store."""
+    """File with the hash's key; "": the variable VOXELSCALE_NAME_KEY, or else the user's own key."""
     fill_gaps: int = 0
     """How many slices in a row a DICOM series may lack; they are interpolated."""
     lungs: bool = False

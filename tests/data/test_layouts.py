@@ -165,7 +165,9 @@ def patients(folder: Path) -> list[str]:
     return uids
 
 
-def test_series_in_one_folder_are_cases_of_their_patients(tmp_path: Path) -> None:
+def test_series_in_one_folder_are_cases_of_their_patients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uids = patients(tmp_path / "tree")
     found = list_sources(tmp_path / "tree", "dicom", names=Names(folder=tmp_path / "key"))
     assert sorted(s.series for s in found) == sorted(uids)
@@ -174,6 +176,7 @@ def test_series_in_one_folder_are_cases_of_their_patients(tmp_path: Path) -> Non
     assert not any("SECRET" in text for s in found for text in (s.case, s.patient))
     again = list_sources(tmp_path / "tree", "dicom", names=Names(folder=tmp_path / "key"))
     assert [s.case for s in again] == [s.case for s in found]
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "another user"))
     others = list_sources(tmp_path / "tree", "dicom", names=Names(folder=tmp_path / "other"))
     assert {s.case for s in others}.isdisjoint(s.case for s in found)
     by_series = list_sources(tmp_path / "tree", "dicom", names=Names(how="series", folder=tmp_path / "key"))
@@ -182,7 +185,7 @@ def test_series_in_one_folder_are_cases_of_their_patients(tmp_path: Path) -> Non
         assert read_image(source).array.shape == image().array.shape
 
 
-def test_the_split_is_the_same_under_any_key(tmp_path: Path) -> None:
+def test_the_split_is_the_same_under_any_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uids = patients(tmp_path / "tree")
     for path in list((tmp_path / "tree" / "x").iterdir()):
         if pydicom.dcmread(path).SeriesInstanceUID == uids[2]:
@@ -190,6 +193,7 @@ def test_the_split_is_the_same_under_any_key(tmp_path: Path) -> None:
     config = PrepareConfig(spacing=(4.0, 2.0, 2.0), split=(1, 1, 0), workers=1, allow_empty=True)
     sides = []
     for key in range(4):
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / f"user{key}"))
         names = Names(folder=tmp_path / f"key{key}")
         sources = list_sources(tmp_path / "tree", "dicom", names=names)
         done = prepare(sources, tmp_path / f"store{key}", config).done

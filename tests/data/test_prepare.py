@@ -152,7 +152,7 @@ def test_listings(scans: Path, tmp_path: Path) -> None:
     found = list_sources(tmp_path)
     assert [s.case for s in found] == [s.case for s in table[:2]]
     assert all(s.labels for s in found)
-    assert [s.case for s in list_scans(images)] == [f"{s.case}_0000" for s in table[:2]]
+    assert [s.case for s in list_scans(images)] == [s.case for s in table[:2]]
     assert list_scans(table[0].image) == [
         Source(case=table[0].case, patient=table[0].case, image=table[0].image)
     ]
@@ -161,7 +161,8 @@ def test_listings(scans: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("scan,mask\na,b\n", "no table of images and labels"),
+        ("volume_no,remark\na,b\n", "line 1 names no column image: 'volume_no,remark'"),
+        ("image,label\n", "names no image"),
         ("image,label\n,b\n", "line 2 names no image"),
         ("case,image,label\nx,a,b\nx,c,d\n", "case x stands there twice"),
     ],

@@ -153,10 +153,15 @@ def test_no_identifier_is_in_any_output(pipeline: tuple[Path, str, str], archive
 
 
 def test_no_folders_name_is_in_any_output(pipeline: tuple[Path, str, str], archive: Path) -> None:
-    """But in errors on stderr: who is to mend a file must be told where it is."""
+    """But in errors on stderr, where who is to correct a file must learn its place, and in names.csv."""
     out, said, told = pipeline
     assert (archive / f"{FOLDER}0").is_dir()
-    for where, content in everything_written(out, said).items():
+    everything = everything_written(out, said)
+    for folder in ("store", "predictions") if (out / "predictions").is_dir() else ("store",):
+        private = out / folder / "names.csv"
+        assert private.stat().st_mode & 0o777 == 0o600
+        assert FOLDER.encode() in everything.pop(str(private))
+    for where, content in everything.items():
         for form in (FOLDER, "DOE", "19500101", FOLDER.replace("^", "_"), FOLDER.encode().hex()):
             assert form.lower().encode() not in content.lower(), (where, form)
     kept = [line for line in told.splitlines() if not line.startswith("error: ")]

@@ -8,18 +8,30 @@ that way, and gives the same person the same name as long as the key is the same
 from __future__ import annotations
 
 import contextlib
+import csv
 import hmac
+import io
 import os
 import secrets
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from voxelscale.config import PrepareConfig
+from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
+from voxelscale.tables import read_table
+
+if TYPE_CHECKING:
+    from voxelscale.data.listing import Source
 
 KEY_FILE = "names.key"
-"""Where a key that was made lies, in the folder of the store or of the predictions."""
+"""Where a key lies: in the folder of the user's settings, and in that of a store or of predictions."""
+
+TABLE = "names.csv"
+"""Which file and series is behind each name, in the folder of a store or of predictions."""
 
 VARIABLE = "VOXELSCALE_NAME_KEY"
 """The environment variable that may hold the key itself."""
@@ -40,8 +52,9 @@ class Names:
         how: ``file``: after files and folders; ``series``: after the SeriesInstanceUID; ``hash``: keyed
             hash; ``auto``: after files where the layout has files with names of their own, the hash in
             trees of DICOM files, whose folders are often called after the patient.
-        key_file: holds the key; "": `VARIABLE`, or else `KEY_FILE` in `folder`.
-        folder: where a key is kept; None: the key is forgotten with this object.
+        key_file: holds the key; "": `VARIABLE`, or else `KEY_FILE` in `folder`, or else the user's key, one
+            for all data (`user_key`), which is made where there is none.
+        folder: gets a copy of the user's key; None: none does.
     """
 
     how: How = "auto"
@@ -79,26 +92,81 @@ class Names:
             return _read(Path(self.key_file).expanduser())
         if VARIABLE in os.environ:
             return _checked(os.environ[VARIABLE].strip().encode(), VARIABLE)
-        fresh = secrets.token_hex(32).encode()
-        return fresh if self.folder is None else _keep(self.folder / KEY_FILE, fresh)
+        if self.folder is None:
+            return _users_key()
+        path = self.folder / KEY_FILE
+        if path.is_file():
+            return _read(path)
+        key = _users_key()
+        with contextlib.suppress(VoxelscaleError):  # a folder that is only read needs no copy
+            key = _keep(path, key)
+        return key
+
+
+def user_key() -> Path:
+    """The file of the user's own key, in the folder where the system keeps settings."""
+    if folder := os.environ.get("XDG_CONFIG_HOME"):
+        settings = Path(folder)
+    elif sys.platform == "win32":
+        settings = Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming")
+    elif sys.platform == "darwin":
+        settings = Path.home() / "Library" / "Application Support"
+    else:
+        settings = Path.home() / ".config"
+    return settings / "voxelscale" / KEY_FILE
+
+
+def _users_key() -> bytes:
+    """The user's key, made where there is none; one for this command alone where it cannot be kept."""
+    fresh = secrets.token_hex(32).encode()
+    try:
+        return _keep(user_key(), fresh)
+    except (VoxelscaleError, RuntimeError) as error:  # Path.home() knows none
+        warn(f"{error}; names of DICOM cases will differ from command to command; set {VARIABLE} to a key")
+        return fresh
+
+
+def write_names(sources: Sequence[Source], folder: Path) -> Path:
+    """Write, readable for its owner only, which image and series each case is; the table grows.
+
+    It holds paths and UIDs: it is for the owner of the data, and is never part of a report.
+
+    Raises:
+        VoxelscaleError: it cannot be written.
+    """
+    path = folder / TABLE
+    rows: dict[str, list[str]] = {}
+    if path.is_file():
+        table = read_table(path, ("case", "path", "seriesuid"))
+        rows = {cells[0]: [table.word(cells, c) for c in table.places] for _, cells in table.rows()}
+    rows |= {s.case: [s.case, str(s.image.absolute()), s.series] for s in sources}
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("case", "path", "seriesuid"), *rows.values()])
+    temporary = _temporary(path)
+    try:
+        _write_private(temporary, text.getvalue().encode(errors="surrogateescape"))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise VoxelscaleError(
+            f"{path}: cannot be written ({error.strerror})", "choose another folder"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return path
 
 
 def names_of(config: PrepareConfig, folder: Path | None) -> Names:
-    """The names that a config asks for, their key kept in `folder`."""
+    """The names that a config asks for, with the key of `folder` where it has one."""
     return Names(how=config.names, key_file=config.name_key, folder=folder)
 
 
 def _keep(path: Path, key: bytes) -> bytes:
     """The key in the file, written first if there is none, readable for its owner only."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    temporary = _temporary(path)
     try:
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(key + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            _write_private(temporary, key + b"\n")
             # A link, not a renaming: of two commands that begin at once the first one's key stays.
             with contextlib.suppress(FileExistsError):
                 os.link(temporary, path)
@@ -109,6 +177,20 @@ def _keep(path: Path, key: bytes) -> bytes:
         with contextlib.suppress(OSError):
             temporary.unlink()
     return _read(path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    """A new file that its owner alone may read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _read(path: Path) -> bytes:

@@ -103,6 +103,7 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outc
     if not infos:
         raise _none_prepared(failed)
     infos = assign_splits(infos, config.split, config.seed, _order(sources))
+    _warn_of_empty_splits(infos, config.split)
     write_csv(out / FINDINGS, _finding_rows(infos))
     write_table(out, spacing, fingerprint(infos), infos)
     return Outcome(done=tuple(infos), kept=len(kept), failed=failures)
@@ -129,6 +130,18 @@ def _report_changed(info: CaseInfo, spacing: Triple, kept: bool) -> None:
         parted = f"{info.cut} fall into parts" if info.cut else ""
         changed, left = " and ".join(filter(None, (joined, parted))), len(info.lesion_volumes_mm3)
         notice(f"{info.case}: of the lesions at {size} mm {changed}: {count(left, 'lesion')} in the store")
+
+
+def _warn_of_empty_splits(infos: Sequence[CaseInfo], shares: Triple) -> None:
+    """Say where a share that was asked for got no scan: patients are not divided."""
+    filled = {info.split for info in infos}
+    empty = [name for name, share in zip(SPLITS, shares, strict=True) if share > 0 and name not in filled]
+    if empty:
+        scans, patients = count(len(infos), "scan"), count(len({i.patient for i in infos}), "patient")
+        warn(
+            f"no scan for {' and '.join(empty)}: {scans} of {patients} cannot be divided as prepare.split "
+            "asks; add patients, or name them in a CSV with a column patient"
+        )
 
 
 def _order(sources: Sequence[Source]) -> dict[str, str]:

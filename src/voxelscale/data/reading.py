@@ -66,10 +66,14 @@ def read_case(source: Source, config: PrepareConfig, image: Scan | None = None) 
     drawn = labels_of(source, raw, config)
     labels = replace(drawn, mask=reorient(drawn.mask))
     # A reading that found nothing is an answer; a mask without a voxel is more likely a mistake.
-    reading = any(kind_of(label) in ("LIDC", "spheres") for label in source.labels)
+    kinds = {kind_of(label) for label in source.labels}
+    reading = "LIDC" in kinds or ("spheres" in kinds and (source.surveyed or bool(labels.findings)))
     if not (labels.mask.array.any() or reading or config.allow_empty):
         hint = "check the mask, or say prepare.allow_empty=true where healthy scans are meant to be there"
-        raise VoxelscaleError(f"{source.label_names}: an empty mask: no voxel of a lesion", hint)
+        what = (
+            "no row belongs to this scan" if kinds == {"spheres"} else "an empty mask: no voxel of a lesion"
+        )
+        raise VoxelscaleError(f"{source.label_names}: {what}", hint)
     return image, labels
 
 
@@ -108,7 +112,8 @@ def read_truth_labels(source: Source, config: PrepareConfig) -> Labels:
                 "choose other prepare.labels, or say prepare.allow_empty=true where such scans are healthy",
             )
         return Labels(mask=Scan(lesion.astype(np.uint8), mask.affine))
-    return read_case(source, replace(config, allow_empty=True))[1]
+    allow = config.allow_empty or all(kind_of(label) != "spheres" for label in source.labels)
+    return read_case(source, replace(config, allow_empty=allow))[1]
 
 
 def labels_of(source: Source, image: Scan, config: PrepareConfig) -> Labels:

@@ -6,11 +6,9 @@ challenge's script, ``noduleCADEvaluationLUNA16.py``. `docs/measures.md` lists t
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,21 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.console import notice
-from voxelscale.data.listing.source import read_table
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.bootstrap import MIN_SCANS, RESAMPLES, interval, p_value
 from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match_marks, pool, resampled
 from voxelscale.files import write_atomic
 from voxelscale.predict.findings import LUNA16_COLUMNS
+from voxelscale.tables import LONGEST_QUOTE, read_list, read_table
 
 MOST_MARKS = 100
 """Marks of a scan that count, the most confident."""
 
 UNKNOWN_DIAMETER_MM = 10.0
 """Diameter of a finding that the tables give a negative one."""
-
-LONGEST_QUOTE = 80
-"""Characters of a cell that a message shows; a series' name has 64 at most."""
 
 TABLE_COLUMNS = (*LUNA16_COLUMNS[:4], "diameter_mm")
 
@@ -227,10 +222,7 @@ def read_submission(path: Path, truth: Truth) -> Rows:
 def _read_series(path: Path) -> dict[str, int]:
     """The series in their order, each with its line."""
     lines: dict[str, int] = {}
-    for number, row in _csv_rows(path):
-        uid = row[0].strip()
-        if not lines and uid == LUNA16_COLUMNS[0]:
-            continue
+    for number, uid in read_list(path, LUNA16_COLUMNS[0]):
         if uid in lines:
             raise VoxelscaleError(
                 f"{path}: line {number} lists the series of line {lines[uid]} again: {uid[:LONGEST_QUOTE]}",
@@ -252,72 +244,23 @@ def _read_rows(
         repeats: whether a line may say the same as another.
         truth: has the only series that may be there; None: any may.
     """
-    rows = _csv_rows(path)
-    places = _places(path, next(rows, None), columns)
+    table = read_table(path, columns)
     listed = frozenset(() if truth is None else truth.series)
     points: dict[str, list[tuple[float, ...]]] = {}
     seen: dict[tuple[Any, ...], int] = {}
-    for number, row in rows:
-        if len(row) <= max(places):
-            raise VoxelscaleError(f"{path}: line {number} is cut short", f"give {','.join(columns)}")
-        uid = row[places[0]].strip()
+    for number, cells in table.rows():
+        uid = table.word(cells, columns[0])
         if truth is not None and uid not in listed:
             quoted = repr(uid[:LONGEST_QUOTE])
             hint = "drop the line, or list the series if the scan belongs to the evaluation"
             raise VoxelscaleError(f"{path}: line {number}: series {quoted} is not in {truth.path}", hint)
-        cells = zip(columns[1:], places[1:], strict=True)
-        point = tuple(_number(path, number, column, row[place]) for column, place in cells)
+        point = table.numbers(number, cells, columns[1:])
         first = seen.setdefault((uid, *point), number)
         if first != number and not repeats:
             hint = "drop one of the two: both would count"
             raise VoxelscaleError(f"{path}: line {number} says the same as line {first}", hint)
         points.setdefault(uid, []).append(point)
     return {uid: np.asarray(values, np.float64) for uid, values in points.items()}
-
-
-def _places(path: Path, head: tuple[int, list[str]] | None, columns: Sequence[str]) -> list[int]:
-    """Which column of the table is which of `columns`."""
-    if head is None:
-        raise VoxelscaleError(f"{path}: empty", f"its first line must name {','.join(columns)}")
-    number, names = head[0], [name.strip() for name in head[1]]
-    for column in columns:
-        if names.count(column) != 1:
-            fault = "names no column" if column not in names else "names twice the column"
-            hint = f"it must name {','.join(columns)}"
-            raise VoxelscaleError(f"{path}: line {number} {fault} {column}", hint)
-    return [names.index(column) for column in columns]
-
-
-def _number(path: Path, line: int, column: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise VoxelscaleError(
-            f"{path}: line {line}: {column} is {text.strip()[:LONGEST_QUOTE]!r}, not a finite number",
-            "mend or drop the line",
-        )
-    return value
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a CSV that are not blank, each with the number of its line."""
-    content = read_table(path).removeprefix(b"\xef\xbb\xbf")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise VoxelscaleError(f"{path}: line {line} is not UTF-8 text", "save it as UTF-8 CSV") from None
-    table = csv.reader(io.StringIO(text, newline=""))
-    try:
-        for row in table:
-            if any(cell.strip() for cell in row):
-                yield table.line_num, row
-    except csv.Error as error:
-        raise VoxelscaleError(
-            f"{path}: line {table.line_num} is not readable as CSV ({error})", "save it as UTF-8 CSV"
-        ) from None
 
 
 def text_table(result: Mapping[str, Any]) -> list[str]:

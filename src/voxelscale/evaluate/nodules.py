@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from voxelscale.console import notice
-from voxelscale.data.listing.source import read_table
+from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import LEAST_DIAMETER_MM, match_marks
 from voxelscale.evaluate.lesions import sensitivity_figures
 from voxelscale.predict.findings import Finding
+from voxelscale.tables import read_table
 
 TABLE = "nodules.csv"
 
@@ -54,38 +51,23 @@ def read_nodules(data: Path) -> dict[str, list[Nodule]]:
         data: the data set's folder or its CSV.
 
     Raises:
-        VoxelscaleError: the table is there but cannot be read.
+        VoxelscaleError: a line of the table is not understood; one with other columns gives a warning.
     """
     path = (data if data.is_dir() else data.parent) / TABLE
     if not path.is_file():
         return {}
     try:
-        rows = list(csv.DictReader(io.StringIO(read_table(path).decode("utf-8-sig"), newline="")))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise VoxelscaleError(f"{path}: not readable as CSV ({error})", "save it as UTF-8 CSV") from None
-    if not rows or not {"case", *NUMBERS} <= set(rows[0]):
-        notice(f"{path}: left aside, as it does not have the columns case,{','.join(NUMBERS)}")
+        table = read_table(path, ("case", *NUMBERS), TRAITS)
+    except VoxelscaleError as error:  # another program's table may be called so, too
+        warn(f"{error.message}; no sensitivities by kind. {error.hint}")
         return {}
     nodules: dict[str, list[Nodule]] = {}
-    for line, row in enumerate(rows, start=2):
-        x, y, z, diameter = (_number(path, line, column, row[column]) for column in NUMBERS)
-        traits = {trait: row[trait] for trait in TRAITS if row.get(trait)}
+    for line, cells in table.rows():
+        x, y, z, diameter = table.numbers(line, cells, NUMBERS)
+        traits = {trait: word for trait in TRAITS if (word := table.word(cells, trait))}
         nodule = Nodule(x=x, y=y, z=z, diameter_mm=diameter, traits=traits)
-        nodules.setdefault(row["case"] or "", []).append(nodule)
+        nodules.setdefault(table.word(cells, "case"), []).append(nodule)
     return nodules
-
-
-def _number(path: Path, line: int, column: str, text: str | None) -> float:
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise VoxelscaleError(
-            f"{path}: line {line}: {column} is not a finite number",
-            "mend the line, or make the scans again",
-        )
-    return value
 
 
 def hits_on_nodules(nodules: Sequence[Nodule], findings: Sequence[Finding]) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Scan
+from voxelscale.tables import is_table_of
 
 HEAD = 4096
 """Bytes by which the kind of a file is known."""
@@ -124,8 +125,8 @@ def kind_of(path: Path) -> Literal["SEG", "RTSTRUCT", "LIDC", "spheres", "mask"]
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text.startswith(b"<") and b"LidcReadMessage" in text:
         return "LIDC"
-    first = text.split(b"\n", 1)[0].lower()
-    if b"seriesuid" in first and b"coordx" in first:
+    # A table with other columns is an error that quotes them, not a mask in an unknown format.
+    if path.suffix.lower() in (".csv", ".tsv") or is_table_of(head, ("seriesuid", "coordX")):
         return "spheres"
     return "mask"
 

@@ -1,4 +1,4 @@
-"""LUNA16's tables: nodules as spheres, and the findings that neither count nor hurt.
+"""LUNA16's tables: nodules as spheres, and the excluded findings.
 
 Setio et al., "Validation, comparison, and combination of algorithms for automatic detection of pulmonary
 nodules in CT images: the LUNA16 challenge", Medical Image Analysis 42 (2017).
@@ -6,22 +6,22 @@ nodules in CT images: the LUNA16 challenge", Medical Image Analysis 42 (2017).
 
 from __future__ import annotations
 
-import csv
-import math
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.console import notice
+from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Grid, Scan
 from voxelscale.labels import Finding, Labels
+from voxelscale.tables import read_table
 
 EXCLUDED = "annotations_excluded.csv"
 """Beside the nodules' table."""
 
-COLUMNS = ("coordX", "coordY", "coordZ", "diameter_mm")
+COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
 LARGEST_MM = 500.0
 
 
@@ -32,43 +32,52 @@ def read(path: Path, image: Scan, series: str) -> Labels:
         VoxelscaleError: no series is named, the table is damaged, or a nodule lies outside the scan.
     """
     if not series:
-        hint = "name the image by its SeriesInstanceUID, as LUNA16 does"
+        hint = "name the series in a column seriesuid of the CSV that lists the images"
         raise VoxelscaleError(f"{path}: a table of many series, and this scan's is not known", hint)
     mask = np.zeros(image.array.shape, np.uint8)
     findings = []
-    for *centre, diameter in _rows(path, series):
+    nodules = by_series(path).get(series, ())
+    for *centre, diameter in nodules:
         paint(mask, image.grid, np.asarray(centre), diameter, path)
         findings.append(
             Finding(kind="nodule", centre=_triple(centre), diameter_mm=diameter, readers=3)
         )  # LUNA16 keeps what at least 3 of 4 readers accepted
+    if nodules and not mask.any():
+        hint = "give LPS mm: x grows to the patient's left, y to the back, z to the head"
+        raise VoxelscaleError(f"{path}: none of its {len(nodules)} nodules of this scan lies in it", hint)
     beside = path.with_name(EXCLUDED)
-    for *centre, diameter in _rows(beside, series) if beside.is_file() else []:
+    for *centre, diameter in by_series(beside).get(series, ()) if beside.is_file() else ():
         known = diameter if 0 < diameter <= LARGEST_MM else None
         findings.append(Finding(kind="excluded", centre=_triple(centre), diameter_mm=known, readers=1))
     return Labels(mask=Scan(mask, image.affine), findings=tuple(findings))
 
 
+def by_series(path: Path) -> dict[str, list[tuple[float, ...]]]:
+    """Of each series in a table x, y, z (LPS mm) and diameter (mm) of its spheres; a repeated line is one.
+
+    Raises:
+        VoxelscaleError: the table is damaged, or its first line does not name the columns.
+    """
+    stamp = path.stat() if path.is_file() else None
+    return _by_series(path, stamp and (stamp.st_size, stamp.st_mtime_ns))
+
+
+@lru_cache(maxsize=4)
+def _by_series(path: Path, stamp: tuple[int, int] | None) -> dict[str, list[tuple[float, ...]]]:
+    """`by_series`, once for all scans of a table that has not changed."""
+    table = read_table(path, COLUMNS)
+    found: dict[str, list[tuple[float, ...]]] = {}
+    for number, cells in table.rows():
+        uid = table.word(cells, COLUMNS[0])
+        if not uid:
+            raise VoxelscaleError(f"{path}: line {number} names no series", "correct or drop the line")
+        found.setdefault(uid, []).append(table.numbers(number, cells, COLUMNS[1:]))
+    return {uid: list(dict.fromkeys(spheres)) for uid, spheres in found.items()}
+
+
 def _triple(centre: list[float]) -> tuple[float, float, float]:
     x, y, z = centre
     return x, y, z
-
-
-def _rows(path: Path, series: str) -> list[list[float]]:
-    """x, y, z and diameter of a series' rows."""
-    found = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as handle:
-            for number, row in enumerate(csv.DictReader(handle), start=2):
-                if (row.get("seriesuid") or "").strip() != series:
-                    continue
-                numbers = [float(row[column]) for column in COLUMNS]
-                if not all(map(math.isfinite, numbers)):
-                    raise ValueError(f"line {number} is not finite")
-                found.append(numbers)
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError, KeyError, TypeError) as error:
-        hint = "its columns must be seriesuid,coordX,coordY,coordZ,diameter_mm"
-        raise VoxelscaleError(f"{path}: not readable as LUNA16's table ({error})", hint) from None
-    return found
 
 
 def paint(
@@ -81,7 +90,7 @@ def paint(
     nearest = np.rint(index).astype(int)
     if (nearest < 0).any() or (nearest >= mask.shape).any():
         shown = ", ".join(f"{v:.1f}" for v in centre)
-        notice(f"{path}: the nodule at ({shown}) mm lies outside the scan and is left out")
+        warn(f"{path}: the nodule at ({shown}) mm lies outside the scan and is left out")
         return
     # A sphere's box in index space: each row of the inverse affine bounds one axis.
     reach = diameter / 2 * np.linalg.norm(np.linalg.inv(grid.affine[:3, :3]), axis=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from voxelscale.console import count, notice, warn
@@ -16,12 +17,14 @@ from voxelscale.data.listing import challenges, tables, trees
 from voxelscale.data.listing.source import (
     Found,
     Source,
+    called_after,
     case_name,
     identity,
     safe_name,
     visible,
     with_patients,
 )
+from voxelscale.data.listing.tables import CHANNEL
 from voxelscale.data.names import Names
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import files_below
@@ -41,6 +44,12 @@ LAYOUTS = {
 
 JSON = "dataset.json"
 
+WARNING = "warning: "
+"""How a remark begins that --quiet shows, too."""
+
+IMAGE_FOLDERS = ("imagesTr", "imagesTs", "imagesVal")
+"""Where nnU-Net's images lie, each called after its case and channel."""
+
 
 def list_sources(
     data: Path, layout: str = "auto", annotations: Path | None = None, names: Names | None = None
@@ -52,7 +61,7 @@ def list_sources(
             ``dataset.json``, or a folder in one of the `LAYOUTS`.
         layout: one of them, or ``auto``.
         annotations: where LIDC's XML, LUNA16's tables or DICOM's SEG and RTSTRUCT lie, if elsewhere.
-        names: how cases are called; None: by themselves, with a key that is forgotten.
+        names: how cases are called; None: as `prepare` calls them by default.
 
     Raises:
         VoxelscaleError: it is in none of the layouts, names a case twice, or a table of it leads out of it.
@@ -145,7 +154,11 @@ def _read(
         return trees.from_lidc(folder, names, annotations)
     else:
         return trees.from_dicom(folder, names, annotations)
-    return replace(found, sources=with_patients(found.sources, names))
+    found = replace(found, sources=with_patients(found.sources, names))
+    if not labelled:
+        return found
+    sources, remarks = tables.with_spheres(found.sources)
+    return replace(found, sources=sources, remarks=(*found.remarks, *remarks))
 
 
 def _loose_scans(path: Path, names: Names) -> list[Source]:
@@ -158,11 +171,8 @@ def _loose_scans(path: Path, names: Names) -> list[Source]:
     drawn = {file for file in found if is_segmentation(file)}
     if drawn:
         notice(f"{path}: {count(len(drawn), 'segmentation')} of 3D Slicer left out")
-    files = [file for file in found if file not in drawn]
-    scans = [
-        *(_unlabelled(file, "-".join(file.parent.relative_to(path).parts)) for file in files),
-        *trees.scans_in(path, names),
-    ]
+    files = _unlabelled([file for file in found if file not in drawn], path)
+    scans = [*files, *trees.scans_in(path, names)]
     if not scans:
         hint = "name a scan, a DICOM folder, a folder of scans, or a CSV with the columns image,label"
         raise VoxelscaleError(f"{path}: no scan found there", hint)
@@ -172,7 +182,7 @@ def _loose_scans(path: Path, names: Names) -> list[Source]:
 def _loose_file(path: Path, names: Names) -> Source:
     patient, series = identity(path) or ("", "")
     if not series or names.how == "file":
-        return _unlabelled(path)
+        return _unlabelled([path], path.parent)[0]
     case = safe_name(series) if names.how == "series" else names.case(series)
     return Source(case=case, patient=names.patient(patient), image=path, series=series)
 
@@ -185,10 +195,31 @@ def _warn_of_other_files(data: Path) -> None:
         warn(f"{data}: {files} not read; name scans and masks in a CSV with the columns image,label")
 
 
-def _unlabelled(path: Path, folder: str = "") -> Source:
-    """A file by its name, which follows that of its folder where it lies in one."""
-    name = safe_name("-".join(filter(None, (folder, case_name(path.absolute())))))
-    return Source(case=name, patient=name, image=path)
+def _unlabelled(paths: Sequence[Path], folder: Path) -> list[Source]:
+    """Files by their names, which follow those of the folders below `folder` that they lie in."""
+    names = [(*path.parent.relative_to(folder).parts, _scan_name(path.absolute())) for path in paths]
+    return called_after([("-".join(name), path, ()) for name, path in zip(names, paths, strict=True)])
+
+
+def _scan_name(path: Path) -> str:
+    """What a loose file is called: without the channel's number where its data set numbers channels."""
+    name = case_name(path)
+    channel = CHANNEL.fullmatch(name)
+    if channel is None or not _numbers_channels(path.parent):
+        return name
+    if int(channel[2]):
+        raise VoxelscaleError(f"{path}: a second channel of {channel[1]}", tables.ONE_CHANNEL)
+    return channel[1]
+
+
+@lru_cache(maxsize=16)
+def _numbers_channels(folder: Path) -> bool:
+    """Whether a folder of images belongs to a data set of nnU-Net, or of labels without such numbers."""
+    data = folder.parent
+    if (data / JSON).is_file():
+        return folder.name in IMAGE_FOLDERS and challenges.layout_of_json(data / JSON) == "nnunet"
+    pair = tables.find_pair(data)
+    return pair is not None and pair[0] == folder and tables.numbers_channels(*pair)
 
 
 def _is_scan_file(path: Path) -> bool:
@@ -225,7 +256,9 @@ def _named(data: Path, sources: Sequence[Source], names: Names, layout: str) -> 
 def _distinct(data: Path, sources: list[Source]) -> list[Source]:
     twice = [case for case, times in Counter(s.case for s in sources).items() if times > 1]
     if twice:
-        raise VoxelscaleError(f"{data}: case {twice[0]} stands there twice", "give each a name of its own")
+        files = ", ".join(source.image.name for source in sources if source.case == twice[0])
+        hint = "give each a name of its own (the column case of a CSV), or leave one of them there"
+        raise VoxelscaleError(f"{data}: case {twice[0]} stands there twice: {files}", hint)
     return sources
 
 
@@ -240,7 +273,7 @@ def _tell(layout: str, sources: Sequence[Source], found: Found) -> None:
     )
     notice(", ".join(parts))
     for remark in found.remarks:
-        notice(remark)
+        (warn if remark.startswith(WARNING) else notice)(remark.removeprefix(WARNING))
 
 
 def _unknown(data: Path) -> VoxelscaleError:

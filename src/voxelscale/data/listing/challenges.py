@@ -6,24 +6,24 @@ one: its documentation/dataset_format.md. LUNA16: https://luna16.grand-challenge
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from voxelscale.data.listing.source import (
     Found,
     Source,
+    called_after,
     case_name,
     is_path,
     read_json,
-    read_table,
     safe_name,
+    unlisted,
     visible,
 )
-from voxelscale.data.listing.tables import CHANNEL, ONE_CHANNEL
+from voxelscale.data.listing.tables import CHANNEL, ONE_CHANNEL, with_spheres
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import files_below
 
@@ -57,19 +57,15 @@ def from_decathlon(path: Path) -> Found:
     tree = read_json(path)
     channel = _one_channel(path, tree.get("modality", {}))
     values, remarks = _classes(path, tree)
-    sources = [
-        Source(case=name, patient=name, image=image, labels=(label,), values=values)
-        for image, label in _listed(path, tree)
-        for name in [safe_name(case_name(image))]
-    ]
+    listed = list(dict.fromkeys(_listed(path, tree)))  # the same pair twice is one case
+    sources = called_after([(case_name(image), image, (label,)) for image, label in listed], values)
     if not sources:
         raise VoxelscaleError(f"{path}: lists no training cases", "copy it again")
-    tests = [
-        Source(case=name, patient=name, image=image)
-        for entry in _list(path, tree, "test")
-        for image in [_inside(path, entry.get("image") if isinstance(entry, Mapping) else entry)]
-        for name in [safe_name(case_name(image))]
-    ]
+    entries = [e.get("image") if isinstance(e, Mapping) else e for e in _list(path, tree, "test")]
+    tests = called_after([(case_name(image), image, ()) for e in entries for image in [_inside(path, e)]])
+    images, labels = path.parent / "imagesTr", path.parent / "labelsTr"
+    remarks += unlisted("images", _files_in(images), [image for image, _ in listed])
+    remarks += unlisted("labels", _files_in(labels), [label for _, label in listed])
     return Found(sources=sources, tests=tests, remarks=(*channel, *remarks))
 
 
@@ -83,16 +79,10 @@ def from_nnunet(path: Path) -> Found:
     else:
         ending = _ending(path, tree)
         labels = {case_name(p): p for p in _ending_with(data / "labelsTr", ending)}
-        sources = [
-            Source(
-                case=safe_name(name),
-                patient=safe_name(name),
-                image=image,
-                labels=(labels[name],) if name in labels else (),
-                values=values,
-            )
-            for name, image in _first_channels(data / "imagesTr", ending)
-        ]
+        images = _first_channels(data / "imagesTr", ending)
+        cases = [(name, image, (labels[name],) if name in labels else ()) for name, image in images]
+        sources = called_after(cases, values)
+        remarks += unlisted("labels", labels.values(), [one for _, _, held in cases for one in held])
     if not sources:
         raise VoxelscaleError(
             f"{path}: no training cases beside it", "put them into imagesTr/ and labelsTr/"
@@ -100,10 +90,7 @@ def from_nnunet(path: Path) -> Found:
     wanted = tree.get("numTraining")
     if isinstance(wanted, int) and wanted != len(sources):
         remarks = (*remarks, f"warning: {path} says {wanted} training cases, {len(sources)} are there")
-    tests = [
-        Source(case=safe_name(name), patient=safe_name(name), image=image)
-        for name, image in _first_channels(data / "imagesTs", _ending(path, tree))
-    ]
+    tests = called_after([(n, i, ()) for n, i in _first_channels(data / "imagesTs", _ending(path, tree))])
     return Found(sources=sources, tests=tests, remarks=(*channel, *remarks))
 
 
@@ -116,10 +103,8 @@ def _named_cases(path: Path, cases: Any, values: tuple[int, ...] | None) -> list
         if not isinstance(images, list) or len(images) != 1:
             count = len(images) if isinstance(images, list) else 0
             raise VoxelscaleError(f"{path}: case {safe_name(name)} has {count} images", ONE_CHANNEL)
-        image, label = _inside(path, images[0]), _inside(path, case.get("label"))
-        safe = safe_name(name)
-        sources.append(Source(case=safe, patient=safe, image=image, labels=(label,), values=values))
-    return sources
+        sources.append((name, _inside(path, images[0]), (_inside(path, case.get("label")),)))
+    return called_after(sources, values)
 
 
 def _first_channels(folder: Path, ending: str) -> list[tuple[str, Path]]:
@@ -135,6 +120,10 @@ def _first_channels(folder: Path, ending: str) -> list[tuple[str, Path]]:
             raise VoxelscaleError(f"{path}: a second channel of {channel[1]}", ONE_CHANNEL)
         found.append((channel[1], path))
     return found
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return visible(folder) if folder.is_dir() else []
 
 
 def _ending_with(folder: Path, ending: str) -> list[Path]:
@@ -242,8 +231,6 @@ def from_luna16(data: Path, annotations: Path | None = None) -> Found:
     scans = luna16_scans(data)
     if not scans:
         raise VoxelscaleError(f"{data}: no .mhd in it or in its subset folders", "unpack subset0.zip there")
-    if table is not None:
-        _check_spheres(table)
     sources = [
         Source(
             case=safe_name(name), patient=name, image=scan, labels=(table,) if table else (), series=name
@@ -251,16 +238,8 @@ def from_luna16(data: Path, annotations: Path | None = None) -> Found:
         for scan in scans
         for name in [case_name(scan)]
     ]
-    missing = () if table else (f"warning: {TABLE} is not there; name its folder with --annotations",)
-    return Found(sources=sources, remarks=missing)
-
-
-def _check_spheres(table: Path) -> None:
-    text = io.StringIO(read_table(table).decode("utf-8-sig", errors="replace"), newline="")
-    try:
-        head = next(csv.reader(text), [])
-    except csv.Error:
-        head = []
-    if not {"seriesuid", "coordX", "coordY", "coordZ"} <= set(head):
-        hint = f"give LUNA16's {TABLE}, with seriesuid,coordX,coordY,coordZ,diameter_mm"
-        raise VoxelscaleError(f"{table}: no table of nodules", hint)
+    if table is None:
+        missing = f"warning: {TABLE} is not there; name its folder with --annotations"
+        return Found(sources=sources, remarks=(missing,))
+    sources, remarks = with_spheres(sources)
+    return Found(sources=[replace(source, surveyed=True) for source in sources], remarks=remarks)

@@ -6,23 +6,34 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from voxelscale.console import count
 from voxelscale.data.names import Names
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import files_below
+from voxelscale.tables import content_of
 
-LARGEST_TABLE = 2**26
-"""Bytes of a CSV or JSON that says what a data set holds; a line a case, so some 100,000 of them."""
+LARGEST_JSON = 2**26
+"""Bytes of a JSON that says what a data set holds; a line a case, so some 100,000 of them."""
 
 LONGEST_PATH = 2048
 """Characters of a path in a table; systems allow 4,096 with the folder that it counts from."""
 
 LONGEST_NAME = 120
-"""Characters of a case's name; file systems allow 255 bytes with everything that is added."""
+"""Bytes of a case's name; file systems allow 255 with everything that is added."""
+
+RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
+"""Names that Windows keeps for devices, whatever their extension."""
+
+
+MOST_NAMED = 10
+"""So many files a remark names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +50,7 @@ class Source:
         files: those of the image, where it is a series among others, and damaged ones that may be its.
         values: mask values that are the lesion, where the data set says so; None: every value above 0.
         fault: why the case cannot be used, where that is known before it is read.
+        surveyed: whether the table of spheres speaks of every scan, so that one without a row is healthy.
     """
 
     case: str
@@ -49,6 +61,7 @@ class Source:
     files: tuple[Path, ...] = field(default=(), repr=False)
     values: tuple[int, ...] | None = None
     fault: str = ""
+    surveyed: bool = False
 
     @property
     def label_names(self) -> str:
@@ -96,11 +109,56 @@ def is_path(text: str) -> bool:
 
 
 def safe_name(name: str) -> str:
-    """The name with every character that could mean something to a path replaced, and not too long."""
-    safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".") or "case"
-    if len(safe) <= LONGEST_NAME:
+    """The name as a file may be called on any system: letters and digits of any script stay (NFC).
+
+    What could mean something to a path or a terminal becomes "_"; it is at most `LONGEST_NAME` bytes long.
+    """
+    composed = unicodedata.normalize("NFC", name)
+    kept = "".join(c if c in "._-" or unicodedata.category(c)[0] in "LMN" else "_" for c in composed)
+    safe = kept.lstrip(".").rstrip(".") or "case"
+    if safe.split(".")[0].upper() in RESERVED:
+        safe = f"_{safe}"
+    if len(safe.encode()) <= LONGEST_NAME:
         return safe
-    return f"{safe[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    cut = safe.encode()[: LONGEST_NAME - 9].decode(errors="ignore")
+    return f"{cut}-{_digest(name)[:8]}"
+
+
+def safe_names(names: Sequence[str]) -> list[str]:
+    """`safe_name` of each; where different names become one, all but a name that is safe get a suffix.
+
+    The same name twice stays so: nobody can know which is which.
+    """
+    safe = [safe_name(name) for name in names]
+    different = Counter(one for one, _ in set(zip(safe, names, strict=True)))
+    crowded = {one for one, times in different.items() if times > 1}
+    return [
+        f"{one}-{_digest(name)[:6]}" if one in crowded and one != name else one
+        for one, name in zip(safe, names, strict=True)
+    ]
+
+
+def called_after(
+    cases: Sequence[tuple[str, Path, tuple[Path, ...]]], values: tuple[int, ...] | None = None
+) -> list[Source]:
+    """A source of each name, image and labels, its own patient."""
+    safe = safe_names([name for name, _, _ in cases])
+    return [
+        Source(case=case, patient=case, image=image, labels=labels, values=values)
+        for case, (_, image, labels) in zip(safe, cases, strict=True)
+    ]
+
+
+def unlisted(what: str, there: Iterable[Path], listed: Iterable[Path]) -> tuple[str, ...]:
+    """A warning that names files which belong to no case."""
+    known = {path.resolve() for path in listed}
+    lost = [path.name for path in there if path.resolve() not in known]
+    named = ", ".join(lost[:MOST_NAMED]) + (", ..." if len(lost) > MOST_NAMED else "")
+    return (f"warning: {count(len(lost), what[:-1])} of no listed case: {named}",) if lost else ()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def visible(folder: Path) -> list[Path]:
@@ -112,26 +170,6 @@ def visible(folder: Path) -> list[Path]:
         raise VoxelscaleError(f"{folder}: cannot be read ({error.strerror})", hint) from None
 
 
-def read_table(path: Path) -> bytes:
-    """The bytes of a CSV or JSON file.
-
-    Raises:
-        VoxelscaleError: it cannot be read, or is beyond `LARGEST_TABLE`.
-    """
-    try:
-        if not path.is_file():  # a pipe might never end
-            raise VoxelscaleError(f"{path}: no such file", "check the path")
-        with path.open("rb") as handle:
-            content = handle.read(LARGEST_TABLE + 1)
-    except OSError as error:
-        raise VoxelscaleError(
-            f"{path}: cannot be read ({error.strerror})", "check its permissions"
-        ) from None
-    if len(content) > LARGEST_TABLE:
-        raise VoxelscaleError(f"{path}: larger than {LARGEST_TABLE >> 20} MiB", "is this the right file?")
-    return content
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 
@@ -139,7 +177,7 @@ def read_json(path: Path) -> dict[str, Any]:
         VoxelscaleError: it cannot be read, or is no such JSON.
     """
     try:
-        content = json.loads(read_table(path))
+        content = json.loads(content_of(path, LARGEST_JSON))
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise VoxelscaleError(f"{path}: not readable as JSON ({reason})", "copy it again") from None
@@ -162,7 +200,7 @@ def with_patients(sources: Sequence[Source], names: Names) -> list[Source]:
         patient, series = header or ("", "")
         said = source.patient != source.case
         whose = source.patient if said or not patient else patient
-        known.append(replace(source, patient=names.patient(whose), series=series))
+        known.append(replace(source, patient=names.patient(whose), series=series or source.series))
     return known
 
 

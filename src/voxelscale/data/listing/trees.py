@@ -60,10 +60,11 @@ def from_lidc(data: Path, names: Names, annotations: Path | None = None) -> Foun
     # Which of several readers' or versions is right, nobody can know from the files.
     several = {uid: files for uid, files in labels.items() if len(files) > 1}
     faults = {uid: f"{len(files)} XML files belong to this series" for uid, files in several.items()}
-    sources = _cases(data, _images(data, series), labels, faults, names)
+    images = _images(data, series)
+    sources = _cases(data, images, labels, faults, names)
     known = {s.uid for s in series}
     lost = sum(uid not in known for uid in by_series)
-    remarks = [f"{lost} XML files of series that are not there"] if lost else []
+    remarks = [*nameless(images), *([f"{lost} XML files of series that are not there"] if lost else [])]
     remarks += [f"warning: {unnamed} XML files name no series"] if unnamed else []
     return Found(sources=sources, remarks=tuple(remarks))
 
@@ -95,7 +96,8 @@ def from_dicom(data: Path, names: Names, annotations: Path | None = None) -> Fou
     taken = {uid: distinct(files) for uid, files in {**labels["RTSTRUCT"], **labels["SEG"]}.items()}
     faults = {uid: UNCLEAR.format(files[0]) for uid, files in unclear.items()}
     sources = _cases(data, images, taken, faults, names)
-    remarks = [f"{lost} SEG or RTSTRUCT of scans that are not there"] if lost else []
+    remarks = nameless(images)
+    remarks += [f"{lost} SEG or RTSTRUCT of scans that are not there"] if lost else []
     if strays:
         why = "refers to a series that is not there, though others of its study are"
         more = f" (and {len(strays) - 1} more)" if len(strays) > 1 else ""
@@ -176,6 +178,18 @@ def _cases(
             )
         )
     return sources
+
+
+def nameless(images: Sequence[Series]) -> list[str]:
+    """A warning where no PatientID says whose several studies are."""
+    studies = {series.study for series in images if series.patient == series.study}
+    if len(studies) < 2:
+        return []
+    return [
+        f"warning: {len(studies)} studies have no PatientID that tells patients apart (it is empty or a "
+        "word such as ANONYMOUS): each study counts as a patient, so that scans of one person may be in "
+        "training and validation; a CSV with a column patient says better"
+    ]
 
 
 def _folder(series: Series) -> Path:

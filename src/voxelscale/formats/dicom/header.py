@@ -33,6 +33,22 @@ CT_IMAGES = tuple(f"1.2.840.10008.5.1.4.1.1.2{more}" for more in ("", ".1", ".2"
 NOT_VOLUMES = {"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "RTIMAGE", "SR", "KO", "PR", "REG", "DOC"}
 """Modalities of objects that lie beside scans; some of them have pixels, too."""
 
+NOBODY = {
+    *(
+        "anonymous",
+        "anonym",
+        "anon",
+        "anonymized",
+        "anonymised",
+        "deidentified",
+        "deid",
+        "removed",
+        "hidden",
+    ),
+    *("unknown", "none", "null", "na", "nan", "noid", "noname", "patient", "patientid", "id", "test"),
+}
+"""What programs that anonymise, and scanners without a patient, write for a PatientID."""
+
 FARTHEST_MM = 1e5
 """Nothing of a patient lies this far from a scanner's isocentre."""
 
@@ -143,6 +159,7 @@ class Header:
 
     Attributes:
         frames_of_reference: the systems of coordinates that its positions count in, by their UIDs.
+        patient: PatientID, or StudyInstanceUID where that tells nobody apart (`is_identifier`).
         left_out: why it is no part of a volume ("localizer", "SR object", ...); empty if it may be.
     """
 
@@ -156,6 +173,12 @@ class Header:
     frames: tuple[Frame, ...]
     left_out: str
     body_part: str = ""
+
+
+def is_identifier(patient: str) -> bool:
+    """Whether a PatientID may tell patients apart: not where it is empty, zeros, or a word for nobody."""
+    plain = "".join(filter(str.isalnum, patient.casefold()))
+    return plain.strip("0x") != "" and plain not in NOBODY
 
 
 def is_dicom(head: bytes) -> bool:
@@ -272,7 +295,7 @@ def _inflated(handle: BinaryIO, start: int, limit: int) -> Iterator[bytes]:
 def _header(
     path: Path, dataset: Elements, place: tuple[int, int] | None, syntax: str, start: int
 ) -> Header | None:
-    modality, study = _text(dataset, MODALITY), _text(dataset, STUDY)
+    modality, study, patient = (_text(dataset, tag) for tag in (MODALITY, STUDY, PATIENT))
     frames: tuple[Frame, ...] = ()
     left_out = ""
     if place is None and _text(dataset, SOP_CLASS) in CT_IMAGES:
@@ -290,7 +313,7 @@ def _header(
             left_out = "image without a position in the patient"
     return Header(
         path=path,
-        patient=_text(dataset, PATIENT) or study,
+        patient=patient if is_identifier(patient) else study,
         study=study,
         series=_text(dataset, SERIES),
         modality=modality,
