@@ -115,12 +115,13 @@ def test_a_scan_without_a_row_is_healthy_only_where_that_is_said(
     (folder / "set.csv").write_text("\n".join(["image,label,case,seriesuid", *rows]) + "\n")
     code, out, err = voxelscale("--verbose", "prepare", folder / "set.csv", tmp_path / "s", *ALONE)
     assert code == 2
-    assert err.count("no row belongs to this scan") == 2
+    assert err.count("no row belongs to this scan") == 1
+    assert err.count("this scan's is not known") == 1
     assert "rows of 1 of 3 scans; 0 rows of other scans" in err
     assert out.startswith("1 case")
     healthy = (*ALONE, "--set", "prepare.allow_empty=true")
     code, out, _ = voxelscale("prepare", folder / "set.csv", tmp_path / "t", *healthy)
-    assert (code, out.split()[0]) == (0, "3")
+    assert (code, out.split()[0]) == (2, "2"), "a scan that cannot be in the table is not healthy for it"
     assert nodules(tmp_path / "t") == [(6.0, 0.0, -26.0, 8.0)]
 
 
