@@ -228,8 +228,8 @@ def test_a_label_map(case: tuple[Scan, Scan, Path], bits: int) -> None:
     pixels = data.pixel_array.astype(np.uint8 if bits == 8 else np.uint16)
     pixels[pixels > 0] = 7 if bits == 8 else 700
     pixels[0, 0, 0] = 9
-    found = [pydicom.Dataset.from_json(data.SegmentSequence[0].to_json()) for _ in range(3)]
-    for segment, number in zip(found, (0, int(pixels.max()), 9), strict=True):
+    found = [pydicom.Dataset.from_json(data.SegmentSequence[-1].to_json()) for _ in range(3)]
+    for segment, number in zip(found, (0, 7 if bits == 8 else 700, 9), strict=True):
         segment.SegmentNumber = number
     data.SegmentSequence = found
     data.BitsAllocated = data.BitsStored = bits
