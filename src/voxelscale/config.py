@@ -7,6 +7,7 @@ writes the whole tree back, so a run's ``config.yaml`` says everything that shap
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,9 @@ class PrepareConfig:
     """File with the hash's key; "": the variable VOXELSCALE_NAME_KEY, or else the user's own key."""
     fill_gaps: int = 0
     """How many slices in a row a DICOM series may lack; they are interpolated."""
+    select: tuple[str, ...] = ()
+    """Which acquisition or reconstruction to take of a DICOM series that holds several, as
+    [AcquisitionNumber=2] or [ConvolutionKernel=B30f]; [] refuses such a series."""
     lungs: bool = False
     """Whether to find the lungs, so that patches away from lesions are drawn around them only."""
     plan: bool = True
@@ -656,6 +660,11 @@ def _check(config: Config) -> None:
         ),
         ("prepare.spacing", c.prepare.spacing is None or min(c.prepare.spacing) > 0, "above 0 mm"),
         ("prepare.fill_gaps", c.prepare.fill_gaps >= 0, "at least 0"),
+        (
+            "prepare.select",
+            all(re.fullmatch(r"[A-Za-z]+ *=.*", s) for s in c.prepare.select),
+            "attribute=value each",
+        ),
         ("prepare.consensus", 0 < c.prepare.consensus <= 1, "above 0 and at most 1"),
         ("prepare.memory_gib", c.prepare.memory_gib >= 0, "at least 0"),
         ("phantom.spacing", min(c.phantom.spacing) > 0, "above 0 mm"),

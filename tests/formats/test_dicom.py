@@ -1042,3 +1042,146 @@ def test_garbled_files_are_told_or_read(
     except VoxelscaleError as error:
         caught = error
     assert caught is None or not ("\n" in caught.message or "Doe" in caught.message)
+
+
+# ---- series that are not one scan, and numbers that cannot be read
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("RescaleSlope", b"1 1", "RescaleSlope (0028,1053) is '1 1'"),
+        ("RescaleSlope", b"0 ", "RescaleSlope (0028,1053) is 0"),
+        ("RescaleIntercept", b"-1,024", "RescaleIntercept (0028,1052) is '-1,024'"),
+        ("PixelSpacing", b"1.5 ", "PixelSpacing (0028,0030) is '1.5'"),
+        ("ImagePositionPatient", b"1\\2 ", r"ImagePositionPatient (0020,0032) is '1\\2'"),
+        ("ImagePositionPatient", b"", "ImagePositionPatient (0020,0032) is missing"),
+        ("ImageOrientationPatient", b"1\\0\\0\\0\\x ", "ImageOrientationPatient (0020,0037)"),
+        ("SliceThickness", b"thin", "SliceThickness (0018,0050) is 'thin'"),
+        ("NumberOfFrames", b"1.5 ", "NumberOfFrames (0028,0008) is '1.5'"),
+        ("Rows", b"", "Rows (0028,0010) is empty"),
+        ("BitsStored", b"", "BitsStored (0028,0101) is empty"),
+        ("PixelRepresentation", None, "PixelRepresentation (0028,0103) is missing"),
+    ],
+)
+@pytest.mark.parametrize("where", ["end", "all"])
+def test_a_number_that_cannot_be_read_names_its_attribute(
+    tmp_path: Path, name: str, value: bytes | None, words: str, where: str
+) -> None:
+    files = small_series()
+    for ds in files if where == "all" else files[3:]:
+        tag = pydicom.tag.Tag(name)
+        if tag in ds:
+            del ds[tag]
+        if value is not None:
+            vr = "US" if name in ("Rows", "BitsStored") else "DS"
+            raw = pydicom.dataelem.RawDataElement(tag, vr, len(value), value, 0, False, True)
+            ds._dict[tag] = raw
+    folder = write(files, tmp_path / "ct")
+    error = fails(folder, words)
+    assert str(folder / ("003" if where == "end" else "000")) in error.message
+    with pytest.raises(VoxelscaleError) as caught:  # the listing neither loses the slice nor the case
+        read_image(list_scans(folder)[0])
+    assert words in caught.value.message
+
+
+def test_equal_uids_do_not_make_two_pictures_one(tmp_path: Path) -> None:
+    files, others = small_series(0), small_series(1)
+    for ds, other in zip(files, others, strict=True):
+        for name in ("SeriesInstanceUID", "StudyInstanceUID", "SOPInstanceUID"):
+            setattr(other, name, getattr(ds, name))
+        other.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+    fails(write([*files, *others[2:3]], tmp_path / "ct"), "different pixels", "with one SOPInstanceUID")
+
+
+def half_way(**attributes: Sequence[Any]) -> list[FileDataset]:
+    """Two stacks of 2 mm, the second 1 mm above the first, with two values of each attribute."""
+    uids = {"SeriesInstanceUID": generate_uid(), "StudyInstanceUID": generate_uid()}
+    files = []
+    for number in range(2):
+        start = PLACE + np.array([0, 0, 1.0 * number])
+        own = {name: values[number] for name, values in attributes.items()}
+        files += slices(noise(6, seed=number), along([2.0] * 5, start=start), **uids, **own)
+    return files
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("AcquisitionNumber", (1, 2)),
+        ("ConvolutionKernel", ("B30f", "B70f")),
+        ("ImageType", (["ORIGINAL", "PRIMARY", "AXIAL", "M"], ["ORIGINAL", "PRIMARY", "AXIAL", "IO"])),
+        ("TemporalPositionIdentifier", (1, 2)),
+        ("KVP", ("80", "140")),
+        ("SliceThickness", ("2", "3")),
+        ("ReconstructionDiameter", ("200", "350")),
+        ("FilterType", ("BODY", "FLAT")),
+        ("ContrastBolusAgent", ("", "Iomeron")),
+        ("ContentTime", ("101010", "101140")),
+    ],
+)
+def test_two_stacks_half_way_are_two_scans(tmp_path: Path, name: str, values: Sequence[Any]) -> None:
+    folder = write(half_way(**{name: values}), tmp_path / "ct")
+    fails(folder, "2 acquisitions or reconstructions", name, "as 006")
+    for number in range(2):
+        assert np.array_equal(read(folder / f"{6 * number + 2:03d}").array, noise(6, seed=number))
+
+
+def test_two_stacks_that_only_their_numbers_tell_apart(tmp_path: Path) -> None:
+    files = half_way()
+    for number, ds in enumerate(files):
+        ds.InstanceNumber = number + 1
+    folder = write(files, tmp_path / "ct")
+    fails(folder, "InstanceNumber 1 to 6 (6 slices, as 000); InstanceNumber 7 to 12")
+    assert np.array_equal(read(folder / "008").array, noise(6, seed=1))
+
+
+def test_one_scan_of_several_acquisitions_is_one(tmp_path: Path) -> None:
+    """Stations that abut, passes that fill each other's gaps, times and numbers of each slice its own."""
+    hu, places = noise(12), along([2.0] * 11)
+    shuffled = np.random.default_rng(1).permutation(12)
+    for name, number in {
+        "stations": lambda i: i // 4,
+        "passes": lambda i: i % 2,
+        "each": lambda i: i,
+        "shuffled": lambda i: shuffled[i],
+    }.items():
+        files = slices(hu, places)
+        for i, ds in enumerate(files):
+            ds.AcquisitionNumber = ds.InstanceNumber = int(number(i)) + 1
+            ds.AcquisitionTime = ds.ContentTime = f"1010{int(number(i)):02d}"
+        assert np.array_equal(read(write(files, tmp_path / name)).array, hu), name
+
+
+def test_copies_under_another_time_are_one_scan(tmp_path: Path, told: Callable[[], str]) -> None:
+    uids = {"SeriesInstanceUID": generate_uid(), "StudyInstanceUID": generate_uid()}
+    folder = write(small_series(0, **uids, ContentTime="101010"), tmp_path / "ct")
+    write(small_series(0, **uids, ContentTime="101112"), folder / "again")
+    assert np.array_equal(read(folder).array, noise(4))
+    assert "4 doubled slices dropped" in told()
+
+
+def test_what_is_left_out_of_a_series_is_named(tmp_path: Path, told: Callable[[], str]) -> None:
+    files = small_series()
+    scout = slices(noise(1), along([]), SAGITTAL, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])[0]
+    scout.SeriesInstanceUID, scout.StudyInstanceUID = files[0].SeriesInstanceUID, files[0].StudyInstanceUID
+    for ds in files:
+        del ds["RescaleIntercept"], ds["RescaleSlope"]
+    set_verbosity(0)
+    folder = write([*files, scout], tmp_path / "ct")
+    read(folder)
+    line = told()
+    assert "of this series left out: 004 (localizer)" in line
+    assert "no RescaleIntercept (0028,1052), which a CT must have" in line
+
+
+def test_slices_far_apart_are_no_volume(tmp_path: Path) -> None:
+    def far(steps: list[float]) -> Path:
+        return write(slices(noise(len(steps) + 1), along(steps)), tmp_path / str(len(steps)))
+
+    fails(far([62.0, 94.0]), "its 3 slices are 62.000 to 94.000 mm apart: no volume")
+    fails(far([62.0]), "its 2 slices are 62.000 mm apart", fill_gaps=200)
+    gap = far([2.0, 2.0, 202.0, 2.0, 2.0])
+    error = fails(gap, "100 slices missing", "never filled", fill_gaps=161)
+    assert "fill_gaps" not in error.hint
+    assert read(far([20.0] * 3)).spacing[0] == pytest.approx(20)

@@ -209,7 +209,7 @@ def look_at(source: Source, config: PrepareConfig) -> Facts:
     Raises:
         VoxelscaleError: its image is unfit; a fault of its mask becomes a problem.
     """
-    raw = read_image(source, config.fill_gaps)
+    raw = read_image(source, config.fill_gaps, config.select)
     image, problems = reorient(raw), []
     mask = None
     if not source.labels:

@@ -172,7 +172,7 @@ def _none_prepared(failed: dict[str, tuple[str, str]]) -> VoxelscaleError:
 
 def survey(source: Source, config: PrepareConfig) -> Grid:
     """The lattice of a case's image, turned to LPS; only headers are read."""
-    return as_lps(read_lattice(source, config.fill_gaps))[2]
+    return as_lps(read_lattice(source, config.fill_gaps, config.select))[2]
 
 
 def axis_codes(grid: Grid) -> str:
@@ -192,7 +192,7 @@ def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Trip
         VoxelscaleError: the image or the mask is unfit; the message names the file.
     """
     key = source_key(source, config, spacing)  # first: a file that changes meanwhile is noticed next time
-    as_is = read_image(source, config.fill_gaps)
+    as_is = read_image(source, config.fill_gaps, config.select)
     axes = axis_codes(as_is.grid)
     image, labels = read_case(source, config, as_is)
     del as_is  # what was flipped is a copy
@@ -350,6 +350,8 @@ def source_key(source: Source, config: PrepareConfig, spacing: Triple) -> str:
     """A digest of what shapes a stored case: all files behind image and labels, and the preparation."""
     shaping = asdict(replace(config, split=(1, 0, 0), seed=0, workers=0, plan=False, memory_gib=0))
     shaping |= {"names": "", "name_key": ""}
+    if not config.select:
+        del shaping["select"]  # of stores from before there was a choice
     files = [source_stamp(source), label_stamp(source)]
     return digest_of([files, source.patient, source.series, source.values, list(spacing), shaping])[:16]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,18 +14,21 @@ from voxelscale.geometry import Grid, Scan, as_lps, reorient
 from voxelscale.labels import Labels, kind_of, lesion_in, read_labels
 
 
-def read_image(source: Source, fill_gaps: int = 0) -> Scan:
+def read_image(source: Source, fill_gaps: int = 0, select: Sequence[str] = ()) -> Scan:
     """The scan in HU, axes as in its files.
+
+    Args:
+        fill_gaps, select: as `PrepareConfig` has them.
 
     Raises:
         VoxelscaleError: the case is known to be unfit, or the image is.
     """
     from voxelscale.formats import read_scan
 
-    return read_scan(source.image, _series_of(source), fill_gaps, source.files)
+    return read_scan(source.image, _series_of(source), fill_gaps, source.files, select)
 
 
-def read_lattice(source: Source, fill_gaps: int = 0) -> Grid:
+def read_lattice(source: Source, fill_gaps: int = 0, select: Sequence[str] = ()) -> Grid:
     """The lattice of the scan that `read_image` gives, from the headers alone.
 
     Raises:
@@ -32,7 +36,7 @@ def read_lattice(source: Source, fill_gaps: int = 0) -> Grid:
     """
     from voxelscale.formats import read_grid
 
-    return read_grid(source.image, _series_of(source), fill_gaps, source.files)
+    return read_grid(source.image, _series_of(source), fill_gaps, source.files, select)
 
 
 def _series_of(source: Source) -> str:
@@ -55,7 +59,7 @@ def read_case(source: Source, config: PrepareConfig, image: Scan | None = None) 
         VoxelscaleError: one of them is unfit, they do not belong together, or there is no lesion where
             `prepare.allow_empty` does not allow it.
     """
-    raw = read_image(source, config.fill_gaps) if image is None else image
+    raw = read_image(source, config.fill_gaps, config.select) if image is None else image
     image = reorient(raw)
     if not source.labels:
         if not config.allow_empty:

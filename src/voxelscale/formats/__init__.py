@@ -73,19 +73,26 @@ def detect_format(path: Path) -> str:
     raise VoxelscaleError(f"{path}: not a scan in a known format", hint)
 
 
-def read_scan(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[Path] = ()) -> Scan:
+def read_scan(
+    path: Path,
+    series: str = "",
+    fill_gaps: int = 0,
+    files: Sequence[Path] = (),
+    select: Sequence[str] = (),
+) -> Scan:
     """A CT scan: HU as int16 where nothing is lost by it, else float32.
 
     Args:
         series: SeriesInstanceUID, for a DICOM folder that holds several.
         fill_gaps: how many slices in a row a DICOM series may lack; they are interpolated.
         files: those of the series, where they are known; else the folder's are opened to find them.
+        select: ``attribute=value`` of the acquisition to take, where a DICOM series holds several.
 
     Raises:
         VoxelscaleError: it is not one whole, three-dimensional, finite scan.
     """
     with _told(path):
-        opened = _open(path, series, fill_gaps, files)
+        opened = _open(path, series, fill_gaps, files, select)
         if opened.segments is not None:
             raise VoxelscaleError(f"{path}: a segmentation, not a scan", "name the scan it was drawn on")
         array = _as_hu(opened.load())
@@ -95,20 +102,28 @@ def read_scan(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[
     return Scan(array, opened.grid.affine, opened.slices)
 
 
-def read_grid(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[Path] = ()) -> Grid:
+def read_grid(
+    path: Path,
+    series: str = "",
+    fill_gaps: int = 0,
+    files: Sequence[Path] = (),
+    select: Sequence[str] = (),
+) -> Grid:
     """The lattice that `read_scan` would give, from the headers alone.
 
     Raises:
         VoxelscaleError: as `read_scan`, but for what only the voxels show.
     """
     with _told(path):
-        return _open(path, series, fill_gaps, files).grid
+        return _open(path, series, fill_gaps, files, select).grid
 
 
-def _open(path: Path, series: str, fill_gaps: int, files: Sequence[Path]) -> Opened:
+def _open(
+    path: Path, series: str, fill_gaps: int, files: Sequence[Path], select: Sequence[str] = ()
+) -> Opened:
     name = detect_format(path)
     if name == "dicom":
-        opened = dicom.open_scan(path, series, fill_gaps, files)
+        opened = dicom.open_scan(path, series, fill_gaps, files, select)
     else:
         opened = FAMILIES[name].open_scan(path)
     check_affine(path, opened.grid.shape, opened.grid.affine)

@@ -227,7 +227,7 @@ def _views(mask: Path, source: Source, config: PrepareConfig) -> list[tuple[str,
     prediction = read_label(mask)
     empty = Scan(0 * prediction.array, prediction.affine)
     truth = read_truth(source, config) if source.labels else empty
-    return overlay_views(read_image(source, config.fill_gaps), truth, prediction)
+    return overlay_views(read_image(source, config.fill_gaps, config.select), truth, prediction)
 
 
 def _sizes(sizes: Sequence[Mapping[str, Any]]) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 from voxelscale.console import count
 from voxelscale.data.names import Names
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import files_below
 from voxelscale.tables import content_of
 
 LARGEST_JSON = 2**26
@@ -205,17 +204,8 @@ def with_patients(sources: Sequence[Source], names: Names) -> list[Source]:
 
 
 def identity(path: Path) -> tuple[str, str] | None:
-    """Patient and SeriesInstanceUID of a DICOM file, or of the first one in a folder; None: no DICOM."""
-    from voxelscale.formats.dicom.elements import DamagedError
-    from voxelscale.formats.dicom.header import read_header
+    """Patient and SeriesInstanceUID of a DICOM file, or of the scan in a folder; None: no DICOM."""
+    from voxelscale.formats.dicom import scan_header
 
-    for file in files_below(path) if path.is_dir() else (path,):
-        try:
-            header = read_header(file) if file.is_file() else None
-        except (DamagedError, OSError):
-            continue
-        if header is not None:
-            return header.patient, header.series
-        if not path.is_dir():
-            return None
-    return None
+    header = scan_header(path)
+    return (header.patient, header.series) if header is not None else None

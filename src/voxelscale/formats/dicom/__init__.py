@@ -1,12 +1,13 @@
 """DICOM as it comes: folders nested at will, several patients and series, other objects among them.
 
-`header` (with `elements`) reads what is needed of a file, `stack` finds the lattice of a series' slices,
-`voxels` (with `codec`) brings their values onto it.
+`header` (with `elements`) reads what is needed of a file, `acquisitions` tells the scans of a series apart,
+`stack` finds the lattice of a scan's slices, `voxels` (with `codec`) brings their values onto it.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,8 +23,18 @@ from voxelscale.console import notice, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import files_below
 from voxelscale.formats._voxels import Opened
+from voxelscale.formats.dicom.acquisitions import choose, separate, several
 from voxelscale.formats.dicom.elements import DamagedError
-from voxelscale.formats.dicom.header import MARKS, Frame, Header, is_dicom, read_header
+from voxelscale.formats.dicom.header import (
+    INTERCEPT,
+    MARKS,
+    ORIENTATION,
+    Frame,
+    Header,
+    is_dicom,
+    label_of,
+    read_header,
+)
 from voxelscale.formats.dicom.stack import at_one_place, parallel, stack
 from voxelscale.formats.dicom.voxels import check_claims, read_classes, read_voxels, slices_of
 
@@ -47,6 +58,9 @@ KEPT = {"SEG", "RTSTRUCT"}
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 """Of files that are meant to be DICOM whatever they hold."""
+
+MOST_SCOUTS = 3
+"""A series of so many images that look different ways is one of localizers."""
 
 LISTED = 4
 """So many series a message names."""
@@ -102,6 +116,7 @@ def find_series(folder: Path) -> list[Series]:
         if first.modality in KEPT:
             found += [_series([header]) for header in group]
             continue
+        left_out.update(header.left_out for header in group if header.left_out)
         if volume := _volume(group, left_out):
             found.append(replace(_series(volume), doubtful=tuple(_doubtful(volume, broken))))
     _tell(folder, left_out, ())
@@ -109,21 +124,31 @@ def find_series(folder: Path) -> list[Series]:
 
 
 @_pydicom_held()
-def open_scan(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[Path] = ()) -> Opened:
+def open_scan(
+    path: Path,
+    series: str = "",
+    fill_gaps: int = 0,
+    files: Sequence[Path] = (),
+    select: Sequence[str] = (),
+) -> Opened:
     """A series as one scan in HU, slices in the order of their places in the patient.
 
     Doubled slices are dropped; a tilted gantry and uneven steps are resampled linearly onto an upright,
-    even lattice; a notice says so.
+    even lattice; a notice says so. What belongs to the series and is left out is named in a warning.
 
     Args:
-        path: a folder, searched to any depth; or one file of the series, whose folder is searched.
+        path: a folder, searched to any depth; or one file of the series, whose folder is searched. Where
+            the series holds several acquisitions, that file's is taken.
         series: SeriesInstanceUID; needed where a folder holds several.
         fill_gaps: how many slices in a row may be missing; they are interpolated linearly.
         files: those of the series (and the doubtful ones), where they are known: no others are opened.
+        select: ``attribute=value`` of the acquisition or reconstruction to take, where the series holds
+            several (see `acquisitions`).
 
     Raises:
-        VoxelscaleError: there is no such series or more than one, slices are missing, contradict each
-            other or are damaged.
+        VoxelscaleError: there is no such series or more than one, it holds several acquisitions and none is
+            chosen, slices are missing, contradict each other, are damaged, or have a header that cannot be
+            read.
     """
     if not files:
         files = list(_files_below(path) if path.is_dir() else _files_beside(path))
@@ -136,19 +161,20 @@ def open_scan(path: Path, series: str = "", fill_gaps: int = 0, files: Sequence[
     left_out = Counter("damaged or empty file" for _ in broken)
     group = _chosen(path, headers, series, left_out)
     _check_whole(group, broken)
-    frames = [frame for header in group for frame in header.frames]
+    frames, told = _with_orientations([frame for header in group for frame in header.frames])
     check_claims(frames)
     ct = group[0].modality in ("CT", "")
-    frames, doubled = _without_doubles(path, frames, ct)
+    frames, doubled = _one_scan(path, frames, select, ct)
     if len(frames) < 2:
         raise VoxelscaleError(f"{path}: 2-D: a single slice", "give the folder with the whole series")
     plan = stack(path, frames, fill_gaps)
-    told = [f"{doubled} doubled slice{'s' * (doubled > 1)} dropped"] if doubled else []
+    lost = [header for header in headers if header.left_out and _key(header) == _key(group[0])]
 
     def load() -> NDArray[Any]:
         array = read_voxels(plan, ct=ct)
+        _warn_of(path, frames, lost)
         # A file is asked for by name: what lies beside it is not news.
-        _tell(path, left_out if path.is_dir() else Counter(), (*told, *plan.told))
+        _tell(path, left_out if path.is_dir() else Counter(), (*told, *doubled, *plan.told))
         return array
 
     def load_classes() -> NDArray[Any]:
@@ -163,6 +189,30 @@ def files_of(path: Path) -> tuple[Path, ...]:
     if path.is_file() and any(header.modality in KEPT for header in _headers([path])[0]):
         files = iter((path,))
     return tuple(file for file in files if file.is_file())
+
+
+@_pydicom_held()
+def scan_header(path: Path) -> Header | None:
+    """A header of the series that a folder is read as, or of a file; None where there is none.
+
+    Localizers, reports and other objects may lie before its slices. Where a folder holds several series,
+    which cannot be read without choosing one, it is one of them; where none, of the first object there.
+    """
+    if not path.is_dir():
+        headers, _ = _headers([path])
+        return headers[0] if headers else None
+    groups: dict[tuple[str, str, str], list[Header]] = {}
+    for file in _files_below(path):
+        for header in _headers([file])[0]:
+            group = groups.setdefault(_key(header), [])
+            group.append(header)
+            # A scan for certain: the other hundreds of its headers are not needed.
+            if header.modality not in KEPT and len(_images(group)) > MOST_SCOUTS:
+                return _images(group)[0]
+    volumes = (_volume(g, Counter()) for g in groups.values() if g[0].modality not in KEPT)
+    # Whose a folder without a scan is must be known, too: its name may be the patient's.
+    others = (header for group in groups.values() for header in group)
+    return next((volume[0] for volume in volumes if volume), None) or next(others, None)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -227,15 +277,17 @@ def _damaged(file: Path) -> VoxelscaleError:
 
 
 def thickness_of(path: Path) -> float | None:
-    """SliceThickness in mm, as the first DICOM image of a folder says it, or a file; None: nowhere.
+    """SliceThickness in mm of the scan that a folder is read as, or of a file; None: it does not say.
 
     For labels that go by it; where the slices lie is another matter (see `stack`).
     """
-    for file in _files_below(path) if path.is_dir() else (path,):
-        headers, _ = _headers([file])
-        for frame in (frame for header in headers if not header.left_out for frame in header.frames):
-            return frame.thickness if frame.thickness > 0 else None
-    return None
+    header = scan_header(path)
+    frame = next(iter(header.frames), None) if header is not None else None
+    return frame.thickness if frame is not None and frame.thickness > 0 else None
+
+
+def _key(header: Header) -> tuple[str, str, str]:
+    return header.patient, header.study, header.series
 
 
 def subject_of(path: Path) -> tuple[str, str]:
@@ -251,29 +303,93 @@ def subject_of(path: Path) -> tuple[str, str]:
 def _groups(headers: Iterable[Header]) -> list[list[Header]]:
     groups: dict[tuple[str, str, str], list[Header]] = {}
     for header in headers:
-        groups.setdefault((header.patient, header.study, header.series), []).append(header)
+        groups.setdefault(_key(header), []).append(header)
     return list(groups.values())
 
 
+def _images(group: Iterable[Header]) -> list[Header]:
+    """The files of a series that may be its slices, those with a fault too."""
+    return [header for header in group if not header.left_out]
+
+
 def _volume(group: Sequence[Header], left_out: Counter[str]) -> list[Header]:
-    """The files of a series that make up a volume, if they do; the others are counted."""
-    kept = [header for header in group if not header.left_out]
-    left_out.update(header.left_out for header in group if header.left_out)
+    """The files of a series that make up a volume, if they do; else they are counted."""
+    kept = _images(group)
     frames = [frame for header in kept for frame in header.frames]
-    if len(frames) == 1:
+    faulty = any(header.fault for header in kept)
+    if len(frames) == 1 and not faulty:
         left_out["single image"] += 1
         return []
-    if 1 < len(frames) <= 3 and not parallel(frames):
+    known = [frame for frame in frames if frame.orientation is not None]
+    if 1 < len(frames) <= MOST_SCOUTS and not faulty and known and not parallel(known):
         left_out["localizer"] += len(kept)
         return []
     return kept
 
 
+def _with_orientations(frames: list[Frame]) -> tuple[list[Frame], list[str]]:
+    """The slices, those without an orientation with that of the others; and what is to be told.
+
+    Raises:
+        VoxelscaleError: none has one, or the others' differ.
+    """
+    known = [frame for frame in frames if frame.orientation is not None]
+    bare = [frame.pixels.path for frame in frames if frame.orientation is None]
+    if not bare:
+        return frames, []
+    if not known or not parallel(known):
+        why = "no slice of the series has one" if not known else "those of the other slices differ"
+        what = f"{bare[0]}: {label_of(ORIENTATION)} is missing, and {why}"
+        raise VoxelscaleError(what, "export the series again, or give each part a folder of its own")
+    filled = [f if f.orientation else replace(f, orientation=known[0].orientation) for f in frames]
+    return filled, [f"{len(bare)} of {len(frames)} slices have no orientation: that of the others taken"]
+
+
+def _one_scan(
+    path: Path, frames: list[Frame], select: Sequence[str], ct: bool
+) -> tuple[list[Frame], list[str]]:
+    """The slices of the one scan that is meant, one a place; and what is to be told.
+
+    Raises:
+        VoxelscaleError: the series holds several and none is chosen, or slices at one place differ.
+    """
+    parts = separate(frames)
+    told = []
+    if len(parts) > 1 and (part := choose(path, parts, select, None if path.is_dir() else path)):
+        frames, told, parts = (
+            list(part.frames),
+            [f"one of {len(parts)} in the series taken: {part}"],
+            [part],
+        )
+    kept, contradiction = _without_doubles(frames, ct)
+    # Copies of the whole series may differ in a time; then nothing is left of them.
+    if len(parts) > 1 and (contradiction or len(separate(kept)) > 1):
+        raise several(path, parts, f"{contradiction}: " if contradiction else "")
+    if contradiction:
+        hint = "two reconstructions or time points in one series: give each a folder of its own"
+        raise VoxelscaleError(f"{path}: {contradiction}", hint)
+    doubled = len(frames) - len(kept)
+    return kept, [*told, *([f"{doubled} doubled slice{'s' * (doubled > 1)} dropped"] if doubled else [])]
+
+
+def _warn_of(path: Path, frames: Sequence[Frame], lost: Sequence[Header]) -> None:
+    """Say what a reader of the result must know: slices left out, values that may be no HU."""
+    for why in dict.fromkeys(header.left_out for header in lost):
+        names = [header.path.name for header in lost if header.left_out == why]
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        warn(f"{path}: of this series left out: {', '.join(names[:LISTED])}{more} ({why})")
+    bare = [frame for frame in frames if not frame.scaled]
+    if bare:
+        which = f"{len(bare)} of {len(frames)} slices have" if len(bare) < len(frames) else "it has"
+        warn(f"{path}: {which} no {label_of(INTERCEPT)}, which a CT must have: stored values taken as HU")
+
+
 def _series(group: Sequence[Header]) -> Series:
     first = group[0]
     files = [header.path for header in group]
-    if first.modality not in KEPT:
-        right, down = np.asarray(first.frames[0].orientation).reshape(2, 3)
+    known = [f for header in group for f in header.frames if f.orientation is not None]
+    if first.modality not in KEPT and known and all(header.frames for header in group):
+        right, down = np.asarray(known[0].orientation).reshape(2, 3)
         normal = np.cross(right, down)
         heights = [min(float(normal @ np.asarray(f.position)) for f in header.frames) for header in group]
         files = [files[i] for i in np.argsort(heights, kind="stable")]
@@ -303,10 +419,23 @@ def _chosen(path: Path, headers: Sequence[Header], series: str, left_out: Counte
     groups = [g for g in groups if not series or g[0].series == series]
     volumes = [volume for g in groups if (volume := _volume(g, left_out))]
     if len(volumes) == 1:
-        return volumes[0]
+        volume = volumes[0]
+        _check_faults(volume)
+        # What is left out of the series itself is named in a warning.
+        left_out.update(h.left_out for h in headers if h.left_out and _key(h) != _key(volume[0]))
+        return volume
     if volumes:
         raise _several(path, volumes)
     raise _none(path, [header for g in groups for header in g])
+
+
+def _check_faults(group: Sequence[Header]) -> None:
+    faulty = [header for header in group if header.fault]
+    if faulty:
+        first = faulty[0]
+        more = f" (and {len(faulty) - 1} more files of this series)" if len(faulty) > 1 else ""
+        hint = "export the series again, or correct the attribute with a DICOM editor"
+        raise VoxelscaleError(f"{first.path}: {first.fault}{more}", hint)
 
 
 def _several(path: Path, volumes: Sequence[Sequence[Header]]) -> VoxelscaleError:
@@ -333,36 +462,33 @@ def _none(path: Path, headers: Sequence[Header]) -> VoxelscaleError:
     return VoxelscaleError(f"{path}: no volume there, but: {', '.join(sorted(reasons))}", hint)
 
 
-def _without_doubles(path: Path, frames: list[Frame], ct: bool) -> tuple[list[Frame], int]:
-    """One slice a place, and how many were dropped as the same slice twice.
-
-    Raises:
-        VoxelscaleError: slices at one place differ.
-    """
+def _without_doubles(frames: list[Frame], ct: bool) -> tuple[list[Frame], str]:
+    """One slice a place, where slices at one place are the same; else how two of them differ."""
     kept = []
     for group in at_one_place(frames):
         first = group[0]
         kept.append(first)
         for other in group[1:]:
-            if other.sop_uid and other.sop_uid == first.sop_uid and other.index == first.index:
+            if first.index == other.index and os.path.samefile(first.pixels.path, other.pixels.path):
                 continue
+            if not np.allclose(first.position or 0, other.position or 0, atol=0.01):
+                return kept, f"two slices at one height, beside each other: {_both(first, other)}"
             (_, picture), (_, another) = slices_of([first, other], ct=ct)
-            if not (np.allclose(first.position or 0, other.position or 0, atol=0.01)):
-                raise _contradict(path, first, other, "at one height, beside each other")
             if not np.array_equal(picture, another):
-                raise _contradict(path, first, other, "at one place with different pixels")
-    return kept, len(frames) - len(kept)
+                return kept, f"two slices at one place with different pixels: {_both(first, other)}"
+    return kept, ""
 
 
-def _contradict(path: Path, first: Frame, other: Frame, how: str) -> VoxelscaleError:
+def _both(first: Frame, other: Frame) -> str:
+    """Two slices as messages call them, and what their headers say differently."""
     names = " and ".join(dict.fromkeys(f"{f.pixels.path.name}" for f in (first, other)))
     if first.pixels.path == other.pixels.path:
         names += f", frames {first.index + 1} and {other.index + 1}"
+    elif first.sop_uid and first.sop_uid == other.sop_uid:
+        names += ", with one SOPInstanceUID"
     ones, others = dict(first.marks), dict(other.marks)
     differ = [name for name in MARKS if ones.get(name) != others.get(name)]
-    what = f" (they differ in {', '.join(differ)})" if differ else ""
-    hint = f"two reconstructions or time points in one series{what}: give each a folder of its own"
-    return VoxelscaleError(f"{path}: two slices {how}: {names}", hint)
+    return f"{names} (they differ in {', '.join(differ)})" if differ else names
 
 
 def _tell(path: Path, left_out: Counter[str], told: Sequence[str]) -> None:

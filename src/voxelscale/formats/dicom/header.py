@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 
 from voxelscale.formats.dicom.elements import (
     LONG_VR,
+    UNDEFINED,
     DamagedError,
     Elements,
     read_elements,
@@ -55,6 +57,9 @@ FARTHEST_MM = 1e5
 MOST_ELEMENTS = 2**20
 """Functional groups of ten thousand frames are half as many; a header that holds more is a trap."""
 
+LONGEST_SHOWN = 60
+"""Characters of a wrong value that a message shows."""
+
 INFLATED_HEADER = 2**22
 """So much of a deflated file is unpacked to find its header."""
 
@@ -70,32 +75,77 @@ INTERCEPT, SLOPE, LUT = 0x00281052, 0x00281053, 0x00283000
 SHARED, PER_FRAME = 0x52009229, 0x52009230
 POSITION_MACRO, ORIENTATION_MACRO, MEASURES_MACRO = 0x00209113, 0x00209116, 0x00289110
 RESCALE_MACRO, CONTENT_MACRO, CT_TYPE_MACRO, FRAME_TYPE = 0x00289145, 0x00209111, 0x00189329, 0x00089007
+RECONSTRUCTION_MACRO, XRAY_MACRO, CARDIAC_MACRO = 0x00189314, 0x00189325, 0x00189118
 REFERENCED_SERIES, REFERENCED_FRAME, RT_STUDY, RT_SERIES = 0x00081115, 0x30060010, 0x30060012, 0x30060014
 
 SEQUENCES = {
     *(SHARED, PER_FRAME, POSITION_MACRO, ORIENTATION_MACRO, MEASURES_MACRO, RESCALE_MACRO, CONTENT_MACRO),
     *(CT_TYPE_MACRO, REFERENCED_SERIES, REFERENCED_FRAME, RT_STUDY, RT_SERIES),
+    *(RECONSTRUCTION_MACRO, XRAY_MACRO, CARDIAC_MACRO),
 }
 
 MARKS = {
-    "AcquisitionNumber": (0, 0x00200012),
-    "TemporalPositionIdentifier": (0, 0x00200100),
-    "TemporalPositionIndex": (CONTENT_MACRO, 0x00209128),
-    "ConvolutionKernel": (0, 0x00181210),
-    "ImageType": (0, IMAGE_TYPE),
-    "TriggerTime": (0, 0x00181060),
-    "KVP": (0, 0x00180060),
+    "AcquisitionNumber": ((0, 0x00200012), (CONTENT_MACRO, 0x00209156)),
+    "ConvolutionKernel": ((0, 0x00181210), (RECONSTRUCTION_MACRO, 0x00181210)),
+    "ImageType": ((0, IMAGE_TYPE), (CT_TYPE_MACRO, FRAME_TYPE)),
+    "TemporalPositionIdentifier": ((0, 0x00200100),),
+    "TemporalPositionIndex": ((CONTENT_MACRO, 0x00209128),),
+    "NominalPercentageOfCardiacPhase": ((0, 0x00209241), (CARDIAC_MACRO, 0x00209241)),
+    "TriggerTime": ((0, 0x00181060),),
+    "KVP": ((0, 0x00180060), (XRAY_MACRO, 0x00180060)),
+    "EchoTime": ((0, 0x00180081),),
+    "FilterType": ((0, 0x00181160),),
+    "SliceThickness": ((0, THICKNESS), (MEASURES_MACRO, THICKNESS)),
+    "ReconstructionDiameter": ((0, 0x00181100), (RECONSTRUCTION_MACRO, 0x00181100)),
+    "ContrastBolusAgent": ((0, 0x00180010),),
+    "StackID": ((CONTENT_MACRO, 0x00209056),),
+    "AcquisitionDateTime": ((0, 0x0008002A), (CONTENT_MACRO, 0x00189074)),
+    "AcquisitionTime": ((0, 0x00080032),),
+    "ContentTime": ((0, 0x00080033),),
+    "InstanceNumber": ((0, 0x00200013),),
 }
-"""Attributes in which slices at one place may differ: name, functional group (0: none) and tag."""
+"""Attributes in which the slices of two acquisitions or reconstructions may differ, the most telling first:
+name, and where it stands (functional group, 0: none; tag) in a file of one slice and in one of many."""
+
+BINARY_MARKS = {0x00209156: "H", 0x00209128: "I", 0x00209241: "d"}
+"""Those of them that are kept as binary numbers."""
+
+LONGEST_NUMBER = 16
+"""Characters of a decimal string (PS3.5, 6.2)."""
+
+NAMES = {
+    FRAMES: "NumberOfFrames",
+    POSITION: "ImagePositionPatient",
+    ORIENTATION: "ImageOrientationPatient",
+    SPACING: "PixelSpacing",
+    THICKNESS: "SliceThickness",
+    SAMPLES: "SamplesPerPixel",
+    ROWS: "Rows",
+    COLUMNS: "Columns",
+    ALLOCATED: "BitsAllocated",
+    STORED: "BitsStored",
+    HIGH: "HighBit",
+    SIGNED: "PixelRepresentation",
+    PADDING: "PixelPaddingValue",
+    PADDING_LIMIT: "PixelPaddingRangeLimit",
+    INTERCEPT: "RescaleIntercept",
+    SLOPE: "RescaleSlope",
+    LUT: "ModalityLUTSequence",
+}
+"""How the standard calls the numbers that are read."""
 
 WANTED = {
     BODY_PART,
     *(IMAGE_TYPE, SOP_CLASS, SOP_UID, MODALITY, PATIENT, STUDY, SERIES, FRAMES, POSITION, ORIENTATION),
     *(SPACING, THICKNESS, SAMPLES, PHOTOMETRIC, ROWS, COLUMNS, ALLOCATED, STORED, HIGH, SIGNED, PADDING),
     *(FRAME_OF_REFERENCE, PADDING_LIMIT, INTERCEPT, SLOPE, LUT, FRAME_TYPE),
-    *(tag for _, tag in MARKS.values()),
+    *(tag for places in MARKS.values() for _, tag in places),
     *SEQUENCES,
 }
+
+
+class UnreadableError(Exception):
+    """An attribute that an image needs has no readable value; the text names it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +185,7 @@ class Frame:
         position: LPS mm (x, y, z) of the first voxel's centre.
         orientation: directions of rows and columns, LPS, six cosines.
         spacing: between rows, between columns, mm.
+        scaled: whether the file says how its values become HU, or need not (only CT images must).
         padding: least and greatest stored value that is no measurement.
         marks: the attributes of `MARKS` that it has.
     """
@@ -147,6 +198,7 @@ class Frame:
     thickness: float
     slope: float
     intercept: float
+    scaled: bool
     padding: tuple[int, int] | None
     sop_uid: str
     frame_of_reference: str
@@ -161,6 +213,8 @@ class Header:
         frames_of_reference: the systems of coordinates that its positions count in, by their UIDs.
         patient: PatientID, or StudyInstanceUID where that tells nobody apart (`is_identifier`).
         left_out: why it is no part of a volume ("localizer", "SR object", ...); empty if it may be.
+        fault: what makes an image that belongs to a volume unusable; it names the attribute. Then there are
+            no frames.
     """
 
     path: Path
@@ -173,6 +227,7 @@ class Header:
     frames: tuple[Frame, ...]
     left_out: str
     body_part: str = ""
+    fault: str = ""
 
 
 def is_identifier(patient: str) -> bool:
@@ -296,21 +351,17 @@ def _header(
     path: Path, dataset: Elements, place: tuple[int, int] | None, syntax: str, start: int
 ) -> Header | None:
     modality, study, patient = (_text(dataset, tag) for tag in (MODALITY, STUDY, PATIENT))
+    fault = ""
     frames: tuple[Frame, ...] = ()
-    left_out = ""
     if place is None and _text(dataset, SOP_CLASS) in CT_IMAGES:
         raise DamagedError("it ends before its pixels")
-    if modality in NOT_VOLUMES or place is None:
-        left_out = f"{modality or 'other'} object"
-    else:
-        pixels = _pixels(path, dataset, place, syntax, start)
-        frames = _frames(dataset, pixels)
-        if pixels.samples != 1 or pixels.photometric.startswith(("RGB", "YBR", "PALETTE")):
-            left_out = "colour image"
-        elif "LOCALIZER" in _text(dataset, IMAGE_TYPE).upper() or not frames:
-            left_out = "localizer"
-        elif any(frame.position is None or frame.orientation is None for frame in frames):
-            left_out = "image without a position in the patient"
+    left_out = f"{modality or 'other'} object"
+    try:
+        if place is not None and not (left_out := _left_out(dataset, modality)):
+            frames = _frames(dataset, _pixels(path, dataset, place, syntax, start))
+            left_out, fault = _unplaced(dataset, frames)
+    except UnreadableError as error:
+        fault = str(error)
     return Header(
         path=path,
         patient=patient if is_identifier(patient) else study,
@@ -319,33 +370,67 @@ def _header(
         modality=modality,
         refers_to=_refers_to(dataset),
         frames_of_reference=_frames_of_reference(dataset),
-        frames=frames,
+        frames=() if fault else frames,
         left_out=left_out,
         body_part=_text(dataset, BODY_PART),
+        fault=fault,
     )
 
 
+def _left_out(dataset: Elements, modality: str) -> str:
+    """Why an object with pixels is no part of a volume; "" where it may be."""
+    if modality in NOT_VOLUMES:
+        return f"{modality} object"
+    colour = _text(dataset, PHOTOMETRIC).startswith(("RGB", "YBR", "PALETTE"))
+    if colour or _integer(dataset, SAMPLES, 1) != 1:
+        return "colour image"
+    return "localizer" if "LOCALIZER" in _text(dataset, IMAGE_TYPE).upper() else ""
+
+
+def _unplaced(dataset: Elements, frames: Sequence[Frame]) -> tuple[str, str]:
+    """Why an image without a place is left out, or what its fault is; ("", "") where it has one.
+
+    A CT image must have one. Others may be pictures of a screen that are kept beside the slices. Slices
+    without an orientation may take their neighbours' (see `with_orientations`).
+    """
+    if not frames:
+        return "localizer", ""
+    if all(frame.position is not None for frame in frames):
+        return "", ""
+    what = "image without a position in the patient"
+    if _text(dataset, SOP_CLASS) not in CT_IMAGES:
+        return what, ""
+    where = _text(dataset, POSITION)
+    return "", f"{what}: {label_of(POSITION)} is {repr(where) if where else 'missing'}"
+
+
 def _pixels(path: Path, dataset: Elements, place: tuple[int, int], syntax: str, start: int) -> Pixels:
-    allocated = _integer(dataset, ALLOCATED, 16)
-    stored = _integer(dataset, STORED, allocated)
-    frames = _text(dataset, FRAMES)
-    return Pixels(
+    stored = _integer(dataset, STORED)
+    frames = _numbers(dataset, FRAMES, 1) or (1.0,)
+    if frames[0] != int(frames[0]) or frames[0] < 0:
+        raise _unreadable(dataset, FRAMES)
+    made = Pixels(
         path=path,
         syntax=syntax,
         little=syntax != BIG_ENDIAN,
         offset=place[0],
         length=place[1],
         start=start if syntax == DEFLATED else 0,
-        rows=_integer(dataset, ROWS, 0),
-        columns=_integer(dataset, COLUMNS, 0),
-        frames=(int(frames) or 1) if frames.isdecimal() and len(frames) < 12 else 1,
+        rows=_integer(dataset, ROWS),
+        columns=_integer(dataset, COLUMNS),
+        frames=int(frames[0]) or 1,
         samples=_integer(dataset, SAMPLES, 1),
-        allocated=allocated,
+        allocated=_integer(dataset, ALLOCATED),
         stored=stored,
         high=_integer(dataset, HIGH, stored - 1),
-        signed=_integer(dataset, SIGNED, 0) == 1,
+        signed=_integer(dataset, SIGNED) == 1,
         photometric=_text(dataset, PHOTOMETRIC),
     )
+    size = made.rows * made.columns * made.frames * made.allocated // 8
+    if syntax in NATIVE and made.length != UNDEFINED and made.length >= 2 * size > 0:
+        what = f"its pixels are {made.length} bytes, but Rows, Columns and NumberOfFrames make {size}"
+        raise UnreadableError(what)
+    return made
 
 
 def _frames(dataset: Elements, pixels: Pixels) -> tuple[Frame, ...]:
@@ -356,7 +441,11 @@ def _frames(dataset: Elements, pixels: Pixels) -> tuple[Frame, ...]:
         return (_frame(dataset, [], pixels, 0, placed=pixels.frames == 1),)
     if len(each) < pixels.frames:
         raise DamagedError("it describes fewer frames than it claims")
-    all_groups = [[item, *shared] for item in each[: pixels.frames]]
+    if len(each) > pixels.frames:
+        raise UnreadableError(
+            f"{label_of(FRAMES)} is {pixels.frames}, but {len(each)} frames are described"
+        )
+    all_groups = [[item, *shared] for item in each]
     return tuple(
         _frame(dataset, groups, pixels, index, placed=True)
         for index, groups in enumerate(all_groups)
@@ -374,9 +463,16 @@ def _frame(
     if position is not None and max(map(abs, position)) > FARTHEST_MM:
         position = None
     slope, intercept = numbers(RESCALE_MACRO, SLOPE, 1), numbers(RESCALE_MACRO, INTERCEPT, 1)
-    if (slope is None or slope[0] == 0) and (SLOPE in dataset.values or LUT in dataset.values):
-        raise DamagedError("its values have no scale")
-    marks = {name: _text(_source(dataset, groups, macro, tag), tag) for name, (macro, tag) in MARKS.items()}
+    if slope is None and LUT in dataset.values:
+        raise UnreadableError(f"{label_of(LUT)}: values given by a table, which cannot be read")
+    for tag, scale in ((SLOPE, slope), (INTERCEPT, intercept)):
+        source = _source(dataset, groups, RESCALE_MACRO, tag)
+        # Type 1C: where one of them is there, both must have a value (PS3.3 C.11.1).
+        if scale is None and tag in source.values:
+            raise _unreadable(source, tag)
+    if slope is not None and slope[0] == 0:
+        raise UnreadableError(f"{label_of(SLOPE)} is 0: no value would be left")
+    marks = {name: _mark(dataset, groups, places) for name, places in MARKS.items()}
     return Frame(
         pixels=pixels,
         index=index,
@@ -386,6 +482,7 @@ def _frame(
         thickness=(numbers(MEASURES_MACRO, THICKNESS, 1) or (0.0,))[0],
         slope=slope[0] if slope else 1.0,
         intercept=intercept[0] if intercept else 0.0,
+        scaled=intercept is not None or _text(dataset, SOP_CLASS) not in CT_IMAGES,
         padding=_padding(dataset, pixels.signed),
         sop_uid=_text(dataset, SOP_UID),
         frame_of_reference=_text(dataset, FRAME_OF_REFERENCE),
@@ -393,11 +490,24 @@ def _frame(
     )
 
 
+def _mark(dataset: Elements, groups: Sequence[Elements], places: Sequence[tuple[int, int]]) -> str:
+    for macro, tag in reversed(places):
+        source = _source(dataset, groups, macro, tag)
+        raw, code = _raw(source, tag), BINARY_MARKS.get(tag, "")
+        if code and len(raw) == struct.calcsize(code):
+            return f"{struct.unpack(('<' if source.little else '>') + code, raw)[0]:g}"
+        if (text := _text(source, tag)) and text.isprintable():
+            # 2 and 2.0 are one thickness.
+            number = _number(text) if len(text) < LONGEST_NUMBER else math.nan
+            return text if math.isnan(number) else f"{number:.15g}"
+    return ""
+
+
 def _padding(dataset: Elements, signed: bool) -> tuple[int, int] | None:
-    value = _integer(dataset, PADDING, None, signed)
+    value = _integer(dataset, PADDING, None, signed=signed)
     if value is None:
         return None
-    limit = _integer(dataset, PADDING_LIMIT, value, signed)
+    limit = _integer(dataset, PADDING_LIMIT, value, signed=signed)
     return min(value, limit), max(value, limit)
 
 
@@ -439,17 +549,56 @@ def _text(dataset: Elements, tag: int) -> str:
     return _raw(dataset, tag).strip(b"\0 ").decode("latin-1")
 
 
+def label_of(tag: int) -> str:
+    """An attribute as messages call it: ``RescaleIntercept (0028,1052)``."""
+    return f"{NAMES[tag]} ({tag >> 16:04x},{tag & 0xFFFF:04x})"
+
+
+def _unreadable(dataset: Elements, tag: int) -> UnreadableError:
+    raw = _raw(dataset, tag)
+    if not raw.strip(b"\0 "):
+        return UnreadableError(f"{label_of(tag)} is {'empty' if tag in dataset.values else 'missing'}")
+    text = _text(dataset, tag)
+    shown = repr(text[:LONGEST_SHOWN]) if text.isprintable() else f"{len(raw)} bytes"
+    return UnreadableError(f"{label_of(tag)} is {shown}, which cannot be read as a number")
+
+
 def _numbers(dataset: Elements, tag: int, count: int) -> tuple[float, ...] | None:
-    words = _text(dataset, tag).split("\\")
-    try:
-        values = tuple(float(word) for word in words[:count])
-    except ValueError:
+    """The numbers of a decimal string; None where it is absent or empty.
+
+    Raises:
+        UnreadableError: there are more or fewer than `count`, or one is no finite number.
+    """
+    text = _text(dataset, tag)
+    if not text:
         return None
-    return values if len(words) == count and all(map(math.isfinite, values)) else None
+    values = tuple(_number(word) for word in text.split("\\"))
+    if len(values) != count or not all(map(math.isfinite, values)):
+        raise _unreadable(dataset, tag)
+    return values
 
 
-def _integer(dataset: Elements, tag: int, default: Any, signed: bool = False) -> Any:
+def _number(word: str) -> float:
+    """A number as text (PS3.5, 6.2: DS, IS), a decimal comma read as the point; NaN where it is none.
+
+    A comma before just three digits may have been meant for thousands: 1,250 is no number.
+    """
+    word = word.strip(" \0")
+    thousands = re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", word)
+    if re.fullmatch(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?", word) and not thousands:
+        return float(word.replace(",", "."))
+    return math.nan
+
+
+def _integer(dataset: Elements, tag: int, *default: Any, signed: bool = False) -> Any:
+    """A binary whole number, or the default where it is absent.
+
+    Raises:
+        UnreadableError: it is there and no number, or absent without a default.
+    """
     data = _raw(dataset, tag)
+    if not data and default:
+        return default[0]
     if len(data) not in (2, 4):
-        return default
+        raise _unreadable(dataset, tag)
     return int.from_bytes(data, "little" if dataset.little else "big", signed=signed)

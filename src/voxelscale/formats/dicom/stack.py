@@ -31,6 +31,10 @@ TURNED = 1e-3
 GAP = 1.75
 """A step of so many usual ones is a gap where slices are missing; a lesser one is another spacing."""
 
+MOST_STEP_MM = 20.0
+"""Slices further apart are samples, not a volume: the sparsest protocols, which sample the lungs, leave 10
+to 20 mm between slices (ACR-STR practice parameter for high-resolution CT of the lungs)."""
+
 STRAIGHT_MM = 1.0
 """Slices shifted sideways in a line, to this much, are those of a tilted gantry."""
 
@@ -196,11 +200,13 @@ def _levels(
     """The lattice's step in mm, each slice's level in voxels, and what is to be told."""
     steps = np.diff(heights)
     usual = _usual(steps)
+    if usual > MOST_STEP_MM:
+        raise _too_far(path, steps)
     gaps = (steps > GAP * usual) & ~_by_design(frames, steps, usual)
     missing = np.where(gaps, np.maximum(np.rint(steps / usual) - 1, 1), 0).astype(np.int64)
     told = []
     if missing.any():
-        if missing.max() > fill_gaps:
+        if missing.max() > fill_gaps or steps.max() > MOST_STEP_MM:
             raise _are_missing(path, positions, missing, steps, usual)
         total = int(missing.sum())
         told.append(f"{total} missing slice{'s' * (total > 1)} interpolated")
@@ -235,6 +241,13 @@ def _by_design(frames: Sequence[Frame], steps: NDArray[np.float64], usual: float
     return np.asarray(wider & (beside > 1.5 * usual_thickness))
 
 
+def _too_far(path: Path, steps: NDArray[np.float64]) -> VoxelscaleError:
+    apart = f"{steps.min():.3f} to {steps.max():.3f} mm" if len(steps) > 1 else f"{steps[0]:.3f} mm"
+    what = f"{path}: its {len(steps) + 1} slices are {apart} apart: no volume"
+    hint = f"give the folder with the whole series; slices may be up to {MOST_STEP_MM:g} mm apart"
+    return VoxelscaleError(what, hint)
+
+
 def _are_missing(
     path: Path,
     positions: NDArray[np.float64],
@@ -253,9 +266,11 @@ def _are_missing(
     total, most = int(missing.sum()), int(missing.max())
     apart = f"slices up to {steps.max():.3f} mm apart instead of {usual:.3f}"
     what = f"{total} slice{'s' * (total > 1)} missing: {', '.join(where)} ({apart})"
-    hint = (
-        f"export the series again, or let up to {most} in a row be interpolated: prepare.fill_gaps={most}"
-    )
+    hint = "export the series again"
+    if steps.max() <= MOST_STEP_MM:
+        hint += f", or let up to {most} in a row be interpolated: prepare.fill_gaps={most}"
+    else:
+        hint += f": a gap of more than {MOST_STEP_MM:g} mm is never filled"
     return VoxelscaleError(f"{path}: {what}", hint)
 
 
