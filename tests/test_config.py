@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxelscale.config import Config, dump, from_dict, load, to_dict
+from tests.conftest import Command
+from voxelscale.config import Config, dump, from_dict, keys, load, to_dict
+from voxelscale.config_docs import docstrings, markdown, undocumented
 from voxelscale.errors import VoxelscaleError
 
 
@@ -64,3 +66,46 @@ def test_a_bad_file_is_named(tmp_path: Path, content: str) -> None:
 def test_values_survive_yaml(samples: int, rate: float, norm: str) -> None:
     config = load(sets=[f"train.samples={samples}", f"optim.lr={rate}", f"model.norm={norm}"])
     assert (config.train.samples, config.optim.lr, config.model.norm) == (samples, rate, norm)
+
+
+def test_every_key_has_a_docstring() -> None:
+    assert undocumented() == []
+    assert set(keys()) <= set(docstrings())
+
+
+def test_the_printed_config_explains_every_key_and_is_read_back(
+    voxelscale: Command, tmp_path: Path
+) -> None:
+    sets = [
+        "train.samples=77",
+        "prepare.spacing=[2.5,1,1]",
+        "phantom.shapes='a: #b.sqlite'",
+        "search.first=[x]",
+    ]
+    sets += [
+        "search.space={optim.lr: {float: [1e-4, 1e-2], log: true}, model.norm: {categorical: [a, 'no']}}"
+    ]
+    code, out, _ = voxelscale("config", *[word for text in sets for word in ("--set", text)])
+    assert code == 0
+    (tmp_path / "mine.yaml").write_text(out)
+    assert load(tmp_path / "mine.yaml") == load(sets=sets)
+    lines = [line.strip() for line in out.splitlines()]
+    for key in keys():
+        (at,) = [
+            number
+            for number, line in enumerate(lines)
+            if line.startswith(f"{key.partition('.')[2]}:")
+            and next(
+                s for s in reversed(lines[:number]) if s in {f"{k.partition('.')[0]}:" for k in keys()}
+            )
+            == f"{key.partition('.')[0]}:"
+        ]
+        assert lines[at - 1].startswith("# "), key
+    assert (
+        "# Update rule; sources in `voxelscale.train.optim`. One of adamw, sgd, lars, lamb, muon." in lines
+    )
+
+
+def test_the_page_of_keys_is_what_the_command_prints(voxelscale: Command) -> None:
+    page = Path(__file__).parents[1] / "docs" / "config.md"
+    assert page.read_text(encoding="utf-8") == markdown() == voxelscale("config", "--markdown")[1]

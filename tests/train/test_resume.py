@@ -28,6 +28,7 @@ from tests.train.runs import (
     with_train,
 )
 from voxelscale.config import Config
+from voxelscale.console import set_verbosity
 from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.predict.bundle import read_bundle
@@ -169,3 +170,60 @@ def test_going_on_with_another_config_is_refused(config: Config, store: Store, t
     (tmp_path / "other" / "thesis.txt").touch()
     with pytest.raises(VoxelscaleError, match="holds files but no run"):
         start(config, store.path, tmp_path / "other")
+
+
+def test_the_global_batch_stays_when_a_run_goes_on(
+    config: Config, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2 x 1, 1 x 2 and 1 x 1 x 2 virtual workers are one run; another batch or recipe is another one."""
+    run, budget = tmp_path / "run", config.train.samples
+
+    def go(samples: int, **train: int) -> None:
+        text = (run / "config.yaml").read_text() if run.exists() else ""
+        if text:
+            (run / "config.yaml").write_text(
+                text.replace(f"samples: {samples - 8},", f"samples: {samples},")
+            )
+        assert start(with_train(config, samples=samples, **train), store.path, run)
+
+    assert budget != 8
+    go(8, batch_size=2)
+    go(16, batch_size=1, virtual_workers=2)
+    with pytest.raises(VoxelscaleError, match=r"begun with a global batch of 2, not 4 \(2 workers x 2\)"):
+        go(24, batch_size=2, virtual_workers=2)
+    go(24, batch_size=2)
+    assert seen_in(run)[-1] == 24
+
+
+def test_batch_norms_own_batch_stays_when_a_run_goes_on(
+    config: Config, store: Store, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert start(with_train(config, "batch", samples=8, batch_size=2), store.path, run)
+    with pytest.raises(VoxelscaleError, match=r"begun with train\.batch_size=2, not 1"):
+        start(with_train(config, "batch", samples=8, batch_size=1, virtual_workers=2), store.path, run)
+
+
+def test_a_training_says_what_it_does_and_where_it_goes_on(
+    config: Config, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_verbosity(1)
+    run = tmp_path / "run"
+    few = with_train(config, samples=16, batch_size=2, validate_every=8)
+    assert start(few, store.path, run)
+    said = capsys.readouterr().err.splitlines()
+    events = read_events(run)
+    scores = {e["samples"]: e["dice"] for e in events if e["event"] == "validation"}
+    assert said[0].startswith("train: CPU, 1 thread, float32; ")
+    assert said[0].endswith(" parameters")
+    assert said[1].startswith(
+        "train: 3 cases to train on, 1 to validate on; patches of 16 x 16 x 16 voxels"
+    )
+    assert said[2] == "train: an update: 2 patches x 1 rank; 16 samples in all; starts anew"
+    assert f"validation dice {scores[16]:.3f} at sample 16" in said[-1]
+    (run / "config.yaml").write_text(
+        (run / "config.yaml").read_text().replace("samples: 16,", "samples: 24,")
+    )
+    assert start(with_train(few, samples=24), store.path, run)
+    again = capsys.readouterr().err.splitlines()
+    assert "24 samples in all; goes on after 16 of 24 samples (" in again[2]

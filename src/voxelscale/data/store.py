@@ -321,7 +321,7 @@ def open_store(path: Path) -> Store:
             raise ValueError("no fingerprint")
         cases = tuple(_info(entry) for entry in table["cases"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        hint = "name the folder that voxelscale prepare wrote with --out"
+        hint = "name the folder that voxelscale prepare wrote"
         problem = "not there" if isinstance(error, FileNotFoundError) else f"not a store's table ({error})"
         raise VoxelscaleError(f"{table_path}: {problem}", hint) from None
     return Store(path=path, spacing=(z, y, x), fingerprint=table["fingerprint"], cases=cases)

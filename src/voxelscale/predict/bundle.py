@@ -338,8 +338,8 @@ def load_untrusted(path: Path) -> dict[str, Any]:
         # Whatever an unpickler says of a hostile file, the person needs one line.
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise VoxelscaleError(
-            f"{path}: not loadable ({reason})", "use a file that voxelscale wrote"
+            f"{path}: not loadable ({reason})", "use a file that voxelscale train wrote"
         ) from None
     if not isinstance(content, dict):
-        raise VoxelscaleError(f"{path}: holds no dictionary", "use a file that voxelscale wrote")
+        raise VoxelscaleError(f"{path}: holds no dictionary", "use a file that voxelscale train wrote")
     return content

@@ -17,12 +17,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from voxelscale.config import Config, load, to_dict
-from voxelscale.console import Progress, notice
+from voxelscale.console import Progress, count, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.train.clock import Clock
+from voxelscale.train.log import read_events
 from voxelscale.train.optim import peak_rate
 from voxelscale.train.recipes import resolve
+
+LOOK = 2.0
+"""Seconds between looks at how far the running trainings are."""
 
 UNCHANGED = "unchanged"
 """The recipe's name for one worker's settings at every number of workers."""
@@ -174,31 +178,54 @@ def run_study(config: Config, out: Path, train_one: TrainOne, jobs: int = 1) -> 
     _claim(config, out)
     outcomes = {t: done for t in trials if (done := read_outcome(out, t)) is not None}
     left = [trial for trial in trials if trial not in outcomes]
-    with Progress("scale", len(trials), done=len(outcomes)) as progress:
-        for trial, outcome in _in_parallel(left, out, train_one, jobs):
+    total = sum(trial.config.train.samples for trial in trials)
+
+    def seen() -> int:
+        return total - sum(t.config.train.samples - _seen(out, t) for t in left if t not in outcomes)
+
+    with Progress("scale", total, done=seen(), rate=False) as progress:
+        note = ""
+
+        def show() -> None:
+            done = f"samples; {len(outcomes)} of {count(len(trials), 'training')} done"
+            progress.update(seen(), "; ".join(filter(None, (done, note))))
+
+        for trial, outcome in _in_parallel(left, out, train_one, jobs, show):
             _write_outcome(out, trial, outcome)
             outcomes[trial] = outcome
-            note = f"{trial.recipe}, {trial.workers} workers, seed {trial.seed}: Dice {outcome.dice:.3f}"
-            progress.update(len(outcomes), note)
+            workers = count(trial.workers, "worker")
+            note = f"{trial.recipe}, {workers}, seed {trial.seed}: Dice {outcome.dice:.3f}"
+            show()
     return summarise(trials, [outcomes[trial] for trial in trials], config.scale.target)
 
 
+def _seen(out: Path, trial: Trial) -> int:
+    """Samples that a trial was trained on by now, as its log has them."""
+    events = read_events(out / "runs" / trial.name)
+    return min(int(events[-1]["samples"]), trial.config.train.samples) if events else 0
+
+
 def _in_parallel(
-    trials: Sequence[Trial], out: Path, train_one: TrainOne, jobs: int
+    trials: Sequence[Trial],
+    out: Path,
+    train_one: TrainOne,
+    jobs: int,
+    show: Callable[[], None],
 ) -> Iterator[tuple[Trial, Outcome]]:
     waiting, stop = iter(trials), Stop()
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="trial")
     flying: dict[Future[Outcome], Trial] = {}
     try:
         while True:
-            for trial in waiting:
+            for trial in waiting if len(flying) < jobs else ():
                 flying[pool.submit(train_one, trial, out / "runs" / trial.name, stop)] = trial
                 if len(flying) >= jobs:
                     break
             if not flying:
                 return
-            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+            for future in wait(flying, timeout=LOOK, return_when=FIRST_COMPLETED).done:
                 yield flying.pop(future), future.result()
+            show()
     except KeyboardInterrupt:
         notice("\nstopping the trainings after this step; once more to stop at once")
         raise

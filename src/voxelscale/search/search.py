@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from voxelscale.console import Progress, notice
 from voxelscale.data.store import open_store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search.definition import Search, begin, write_best
+from voxelscale.search.lease import OWNER, stretches_of
 from voxelscale.search.process import Started, start_worker
-from voxelscale.search.records import MAXIMISED, UNFINISHED, counted, read_results, state_of
+from voxelscale.search.records import ENDED, MAXIMISED, UNFINISHED, counted, read_results, state_of
 from voxelscale.search.report import write_report
 from voxelscale.search.results import SearchResults
 from voxelscale.search.storage import patiently
@@ -110,7 +111,7 @@ def _oversee(search: Search, places: list[Place]) -> None:
     faults: list[VoxelscaleError] = []
     try:
         with Progress("search", search.config.search.trials, done=_finished(search)[0]) as progress:
-            since = time.monotonic()
+            since, wanted = time.monotonic(), search.config.search.trials
             while workers:
                 time.sleep(LOOK)
                 if not _complete(search):
@@ -118,7 +119,7 @@ def _oversee(search: Search, places: list[Place]) -> None:
                 elif time.monotonic() - since > search.config.search.lease_seconds:
                     _kill(workers)  # suspended or stuck: their trials have been done by others
                 _replace_dead(search, workers, faults)
-                progress.update(*_finished(search))
+                progress.update(*_finished(search), left=time_left(_trials(search), wanted, time.time()))
     except KeyboardInterrupt:
         notice("\ntrainings save and stop; once more to stop at once")
         _stop(workers)
@@ -160,6 +161,25 @@ def _finished(search: Search) -> tuple[int, str]:
     states = [state_of(t) for t in counted(trials)]
     ended = sum(state not in UNFINISHED for state in states)
     return ended, f"{states.count('running')} running{_best(search, trials)}"
+
+
+def time_left(trials: Sequence[FrozenTrial], wanted: int, now: float) -> float | None:
+    """Seconds until so many trials have ended; None while none has.
+
+    The mean of those that have ended, pruned ones included as the next ones will be, for each that has
+    not, less what the running ones have done already, shared by the workers at work.
+
+    Args:
+        now: seconds since the epoch.
+    """
+    known = [t for t in counted(trials) if OWNER in t.user_attrs]
+    running = [float(t.user_attrs[OWNER]["begun"]) for t in known if state_of(t) == "running"]
+    ended = [stretches_of(t, t.user_attrs[ENDED]) for t in known if ENDED in t.user_attrs]
+    if not ended:
+        return None
+    mean = sum(float(s["ended"]) - float(s["begun"]) for trial in ended for s in trial) / len(ended)  # type: ignore[arg-type]
+    spent = sum(min(mean, now - begun) for begun in running)
+    return max(0.0, (wanted - len(ended)) * mean - spent) / max(1, len(running))
 
 
 def _best(search: Search, trials: list[FrozenTrial]) -> str:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from voxelscale.console import notice
+from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic, write_sealed
 from voxelscale.predict.bundle import load_untrusted
@@ -40,6 +40,8 @@ class State:
         best: greatest validation score so far, or -1.
         seconds: of training so far, over all restarts.
         digest: of the data set, as in the store's fingerprint.
+        global_batch: samples of a full update; 0 where the checkpoint does not say.
+        optim: digest of the optimiser's settings, the recipe applied; "" where it does not say.
     """
 
     seen: int = 0
@@ -47,6 +49,8 @@ class State:
     best: float = -1.0
     seconds: float = 0.0
     digest: str = ""
+    global_batch: int = 0
+    optim: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +138,7 @@ def alone_in(run: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise VoxelscaleError(f"{folder}: {error.strerror}", "choose another folder with --run") from None
+        raise VoxelscaleError(f"{folder}: {error.strerror}", "choose another folder for the run") from None
     try:
         while not _locked(handle):
             if time.monotonic() > deadline:
@@ -191,7 +195,7 @@ def _newest_whole(folder: Path) -> tuple[Path | None, dict[str, Any]]:
         try:
             content = load_untrusted(path)
         except VoxelscaleError as error:
-            notice(f"warning: {error.message}; using the checkpoint before it", level=0)
+            warn(f"{error.message}; using the checkpoint before it")
             damaged.append(path)
             continue
         for other in damaged:
@@ -230,9 +234,10 @@ def _state_in(path: Path, content: dict[str, Any]) -> State:
     """Where the run stands, as the checkpoint has it; its types and ranges are nobody's promise."""
     try:
         state = State(**content["state"])
-        counts, numbers = (state.seen, state.validated), (state.best, state.seconds)
+        counts = (state.seen, state.validated, state.global_batch)
         whole = all(type(count) is int and count >= 0 for count in counts)
-        if whole and all(type(n) in (int, float) for n in numbers) and isinstance(state.digest, str):
+        whole = whole and all(type(n) in (int, float) for n in (state.best, state.seconds))
+        if whole and isinstance(state.digest, str) and isinstance(state.optim, str):
             return state
     except (KeyError, TypeError):
         pass

@@ -12,7 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from voxelscale.config import Config
-from voxelscale.console import Progress, notice
+from voxelscale.console import Progress, count, duration, notice, warn
 from voxelscale.data.patches import read_ahead
 from voxelscale.data.randomness import generator
 from voxelscale.device import choose_precision, to_channels_last
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import write_atomic
+from voxelscale.files import digest_of, write_atomic
 from voxelscale.train.checkpoint import State, Trained, Writer, load_newest
 from voxelscale.train.clock import Clock, Step
 from voxelscale.train.distributed import WorkerBuffers, Workers, average_buffers, held_back, parallel
@@ -91,6 +91,8 @@ class Engine:
             average=AveragedWeights(self.model, share) if share else None,
         )
         self.state = State(digest=task.digest)
+        # What an update is, the same in every process that goes on with the run.
+        self.update = {"global_batch": workers.world * batch_size, "optim": digest_of(asdict(optim))}
         self.writer: Writer | None = None
         if run is not None:
             self.state = load_newest(run / "checkpoints", self.trained, task.digest)
@@ -104,6 +106,8 @@ class Engine:
         self.validation: Validation | None = None
         self.log: RunLog | None = None
         self._saved_at = time.monotonic()
+        self._told = ""
+        self._score: float | None = None
         self._recent: deque[list[tuple[Sequence[Any], Tensor]]] = deque(maxlen=2)
 
     def go(self, asked: Callable[[], bool]) -> Result:
@@ -115,6 +119,7 @@ class Engine:
         steps = self.clock.steps(self.state.seen)
         try:
             if self.state.seen < self.clock.end or self._validation_missed():
+                self._check_update()
                 self.log = self._open_log()
                 self._all_steps(steps, asked)
         except torch.OutOfMemoryError:
@@ -134,6 +139,27 @@ class Engine:
         return Result(
             seen=self.state.seen, finished=self.state.seen >= self.clock.end, best=self.state.best
         )
+
+    def _check_update(self) -> None:
+        """A run that goes on must keep its updates, however many processes share them.
+
+        Raises:
+            VoxelscaleError: the global batch, or what the recipe makes of the optimiser, has changed.
+        """
+        begun, now = self.state, self.workers.world * self.clock.batch_size
+        words = f"{self.run}: was begun with"
+        if begun.global_batch not in (0, now):
+            how = f"{count(self.workers.world, 'worker')} x {self.clock.batch_size}"
+            hint = (
+                "keep train.ranks x train.virtual_workers x train.batch_size, or train into another folder"
+            )
+            raise VoxelscaleError(
+                f"{words} a global batch of {begun.global_batch}, not {now} ({how})", hint
+            )
+        if begun.optim not in ("", self.update["optim"]):
+            hint = "go on with as many workers as before, or train into another folder"
+            raise VoxelscaleError(f"{words} other settings of the optimiser (train.recipe)", hint)
+        self.state = replace(begun, **self.update)
 
     def _all_steps(self, steps: Iterator[Step], asked: Callable[[], bool]) -> None:
         began, total = time.monotonic() - self.state.seconds, self.clock.end
@@ -158,7 +184,11 @@ class Engine:
                     self._begin_validation()
                 if word.stop:
                     break
-        self._end_validation()
+            if self.validation and progress:
+                progress.update(self.state.seen, f"{self._told}  validating")
+            self._end_validation()
+            if progress:
+                progress.update(self.state.seen, self._told + self._judged())
         self._save()
         if self.writer:
             self.writer.finish()
@@ -231,7 +261,7 @@ class Engine:
     def _tell_skipped(self, step: Step) -> None:
         names = self._not_finite_samples(1)
         if self.chief:
-            notice(f"warning: update {step.number} left out: not finite at {names}", level=0)
+            warn(f"update {step.number} left out: not finite at {names}")
         if self.log:
             self.log.write("skipped", step=step.number, samples=step.end, where=names)
 
@@ -309,14 +339,12 @@ class Engine:
             return
         numbers = self.meter.read()
         dice = "" if math.isnan(numbers["dice"]) else f"  Dice {numbers['dice']:.3f}"
-        told = self.state.validated and not math.isnan(self.state.best)
-        best = f"  val {self.state.best:.3f}" if told else ""
-        note = (
-            f"loss {numbers['loss']:.3f}{dice}{best}  "
-            f"{numbers['samples_per_second']:.1f} samples/s  input wait {100 * numbers['input_wait']:.1f} %"
+        self._told = (
+            f"loss {numbers['loss']:.3f}{dice}  {numbers['samples_per_second']:.1f} samples/s  "
+            f"input wait {100 * numbers['input_wait']:.1f} %"
         )
         seen = self.state.seen
-        progress.update(seen, note)
+        progress.update(seen, self._told + self._judged())
         every = max(1, self.config.train.samples // LOG_LINES)
         if last or self._due(every, step):
             rate = self.trained.optimizer.param_groups[0]["lr"]
@@ -325,6 +353,16 @@ class Engine:
             if self.log:
                 self.log.write("train", step=step.number, **facts)
             self.meter.restart()
+
+    def _judged(self) -> str:
+        """The last validation, at which sample it was, and the best one."""
+        state, metric = self.state, self.task.scoring.metric if self.task.scoring else ""
+        if not state.validated or math.isnan(state.best if self._score is None else self._score):
+            return ""  # not yet, or on scans without a lesion, which is warned of
+        if self._score is None:  # of an earlier process, which left the best only
+            return f"  best validation {metric} {state.best:.3f}"
+        best = f" (best {state.best:.3f})" if self._score < state.best else ""
+        return f"  validation {metric} {self._score:.3f} at sample {state.validated}{best}"
 
     def _begin_validation(self) -> None:
         """Judge a copy of the model beside the training."""
@@ -348,6 +386,7 @@ class Engine:
         at, first = pending.state, not self.state.validated  # a first score may be of any sign
         better = first or math.isnan(self.state.best) or score > self.state.best
         best = score if better else self.state.best
+        self._score = score
         self.state = replace(self.state, validated=at.seen, best=best)
         if self.log:
             self.log.write(
@@ -384,10 +423,23 @@ class Engine:
             return None
         facts = environment(where.device, where.ranks, where.virtual, str(self.precision).split(".")[-1])
         write_atomic(run / "environment.json", json.dumps(facts, indent=1))
-        parameters = sum(p.numel() for p in self.model.parameters())
-        workers = f"{where.world} workers x {self.clock.batch_size} samples on {where.device.type}"
-        notice(f"{parameters:,} parameters, {workers}, from sample {self.state.seen}", level=2)
+        self._introduce(facts)
         return RunLog(run, self.state.seen, self.state.validated)
+
+    def _introduce(self, facts: dict[str, Any]) -> None:
+        """Say what is trained, on what, and from where on."""
+        where, seen, end = self.workers, self.state.seen, self.clock.end
+        parameters = sum(p.numel() for p in self.model.parameters())
+        threads = f", {count(facts['threads_per_rank'], 'thread')}" if where.device.type == "cpu" else ""
+        notice(f"train: {facts['device']}{threads}, {facts['precision']}; {parameters:,} parameters")
+        if self.task.about:
+            notice(f"train: {self.task.about}")
+        virtual = f" x {count(where.virtual, 'virtual worker')}" * (where.virtual > 1)
+        each = count(self.clock.batch_size, "patch", "patches")
+        update = f"an update: {each} x {count(where.ranks, 'rank')}{virtual}"
+        left = duration(self.state.seconds)
+        begin = f"goes on after {seen} of {end} samples ({left} of training)" if seen else "starts anew"
+        notice(f"train: {update}; {count(end, 'sample')} in all; {begin}")
 
     def _stop_file(self) -> bool:
         return self.run is not None and (self.run / STOP_FILE).exists()

@@ -52,7 +52,8 @@ FREE = {
     "data.readers",
     "data.prefetch",
 }
-"""Keys that may change when a run goes on: they say how it is computed, not what."""
+"""Keys that may change when a run goes on: they say how it is computed, not what. Their product, the global
+batch, must stay the same; the engine checks that."""
 
 
 def start(config: Config, store: Path, run: Path) -> bool:
@@ -134,7 +135,7 @@ def _train_as_rank(config: Config, store: Path, run: Path) -> bool:
     from voxelscale.train.loop import train
 
     if restarts() and os.environ["RANK"] == "0":
-        console.notice(f"warning: a rank was lost; going on from the last checkpoint, restart {restarts()}")
+        console.warn(f"a rank was lost; going on from the last checkpoint, restart {restarts()}")
     try:
         return train(config, store, run).finished
     except Exception as error:
@@ -155,15 +156,17 @@ def claim(run: Path, config: Config) -> None:
         begun = _flat(to_dict(load(path)))
         now = _flat(to_dict(config))
         trained = ("data.", "augment.", "model.", "loss.", "optim.", "train.", "predict.")
-        changed = [k for k in now if now[k] != begun.get(k) and k.startswith(trained) and k not in FREE]
+        # Batch norm's statistics are those of each worker's own batch.
+        free = FREE - {"train.batch_size"} if config.model.norm == "batch" else FREE
+        changed = [k for k in now if now[k] != begun.get(k) and k.startswith(trained) and k not in free]
         if changed:
             key = changed[0]
             raise VoxelscaleError(
                 f"{run}: was begun with {key}={begun.get(key)}, not {now[key]}",
-                "choose another folder with --run, or go on with the config it holds",
+                "choose another folder for the run, or go on with the config that it holds",
             )
     elif chief and run.is_dir() and any(run.iterdir()):
-        raise VoxelscaleError(f"{run}: holds files but no run", "choose an empty or new folder with --run")
+        raise VoxelscaleError(f"{run}: holds files but no run", "choose an empty or new folder for the run")
     if chief:
         write_atomic(path, dump(config))
 

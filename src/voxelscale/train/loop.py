@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from voxelscale import __version__
 from voxelscale.config import Config
-from voxelscale.console import notice
+from voxelscale.console import count, notice
 from voxelscale.data.augment import Normalisation, make_batch
 from voxelscale.data.patches import PatchSource, Sample
 from voxelscale.data.store import Store, open_store
@@ -161,7 +161,8 @@ def patch_task(config: Config, store: Store, device: torch.device) -> Task:
     """The config's network, on patches of a store's training scans, judged on its validation scans."""
     normalise = Normalisation.of_fingerprint(store.fingerprint["lesion_hu"])
     torch.manual_seed(config.train.seed)
-    loss = config.loss
+    loss, validated = config.loss, validation_cases(store, config)
+    source = PatchSource(store, config.data, config.augment, config.train.seed, config.model.dims)
     return Task(
         model=_network(config, store).to(device),
         loss=partial(
@@ -172,20 +173,27 @@ def patch_task(config: Config, store: Store, device: torch.device) -> Task:
             small=loss.small,
             hardest=loss.hardest,
         ),
-        source=PatchSource(store, config.data, config.augment, config.train.seed, config.model.dims),
+        source=source,
         collate=partial(_collate, config=config, normalise=normalise, device=device),
         describe=lambda sample: f"sample {sample.index} ({sample.case})",
         digest=store.fingerprint["digest"],
+        about=_about(config, store, len(source.cases), len(validated)),
         too_large=partial(ran_out, config, device),
         scoring=ScanScoring(
             store=store,
-            cases=validation_cases(store, config),
+            cases=validated,
             config=config,
             normalise=normalise,
             device=device,
             precision=choose_precision(config.train.precision, device),
         ),
     )
+
+
+def _about(config: Config, store: Store, trained: int, validated: int) -> str:
+    cases = f"{count(trained, 'case')} to train on, {validated} to validate on"
+    patch, spacing = config.data.patch_size, (f"{step:.3g}" for step in store.spacing)
+    return f"{cases}; patches of {' x '.join(map(str, patch))} voxels of {' x '.join(spacing)} mm (z, y, x)"
 
 
 def _network(config: Config, store: Store) -> nn.Module:

@@ -51,6 +51,7 @@ class Task:
         digest: of the data; going on with other data is refused.
         scoring: None where nothing is validated.
         keep: called by rank 0 with the best model so far and facts about it.
+        about: one line for a person on the samples and on what judges the model; "" for nothing.
         too_large: what to tell a person where a step ran out of memory.
     """
 
@@ -62,4 +63,5 @@ class Task:
     digest: str = ""
     scoring: Scoring | None = None
     keep: Callable[[nn.Module, dict[str, Any]], None] | None = None
+    about: str = ""
     too_large: Callable[[], VoxelscaleError] = _too_large
