@@ -76,33 +76,24 @@ def test_every_key_has_a_docstring() -> None:
 def test_the_printed_config_explains_every_key_and_is_read_back(
     voxelscale: Command, tmp_path: Path
 ) -> None:
-    sets = [
-        "train.samples=77",
-        "prepare.spacing=[2.5,1,1]",
-        "phantom.shapes='a: #b.sqlite'",
-        "search.first=[x]",
-    ]
-    sets += [
-        "search.space={optim.lr: {float: [1e-4, 1e-2], log: true}, model.norm: {categorical: [a, 'no']}}"
-    ]
+    space = "{optim.lr: {float: [1e-4, 1e-2], log: true}, model.norm: {categorical: [a, 'no']}}"
+    sets = ["train.samples=77", "prepare.spacing=[2.5,1,1]", "phantom.shapes='a: #b.sqlite'"]
+    sets += ["search.first=[x]", f"search.space={space}"]
     code, out, _ = voxelscale("config", *[word for text in sets for word in ("--set", text)])
     assert code == 0
     (tmp_path / "mine.yaml").write_text(out)
     assert load(tmp_path / "mine.yaml") == load(sets=sets)
-    lines = [line.strip() for line in out.splitlines()]
-    for key in keys():
-        (at,) = [
-            number
-            for number, line in enumerate(lines)
-            if line.startswith(f"{key.partition('.')[2]}:")
-            and next(
-                s for s in reversed(lines[:number]) if s in {f"{k.partition('.')[0]}:" for k in keys()}
-            )
-            == f"{key.partition('.')[0]}:"
-        ]
-        assert lines[at - 1].startswith("# "), key
+    section, before, explained = "", "", []
+    for line in out.splitlines():
+        if line and line[0] not in " #":
+            section = line.rstrip(":")
+            assert before.startswith("# "), section
+        elif line.startswith("  ") and not line.startswith("  #"):
+            explained += [f"{section}.{line.split(':')[0].strip()}"] if before.startswith("  # ") else []
+        before = line
+    assert explained == keys()
     assert (
-        "# Update rule; sources in `voxelscale.train.optim`. One of adamw, sgd, lars, lamb, muon." in lines
+        "  # Update rule; sources in `voxelscale.train.optim`. One of adamw, sgd, lars, lamb, muon." in out
     )
 
 

@@ -64,6 +64,7 @@ def options_of(command: Any) -> set[str]:
 
 EVERYWHERE = {"--quiet", "--verbose", "-q", "-v", "--version"}
 ALL_OPTIONS = EVERYWHERE.union(*(options_of(command) for command in COMMANDS.values()))
+SETTABLE = {*keys(), "key.path"}
 SECTIONS = {key.partition(".")[0] for key in keys()}
 
 
@@ -81,7 +82,7 @@ def text_of(node: ast.AST | None) -> str:
 
 
 def hints() -> Iterator[tuple[str, str]]:
-    """(Where, text): second arguments of VoxelscaleError, what is called hint, and constants of capitals."""
+    """(Where, text): second arguments of VoxelscaleError, what is called hint, and constants."""
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             found: list[str] = []

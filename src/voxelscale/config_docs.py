@@ -65,9 +65,9 @@ def markdown() -> str:
     lines = [
         "# Config keys",
         "",
-        "Every parameter is a key of one tree. `--set key=value` sets one, `--config FILE` lays a YAML file",
-        "over the defaults, and `voxelscale config` prints the tree with these comments. This page is what",
-        "`voxelscale config --markdown` prints.",
+        "Every parameter is a key of one tree. `--set key=value` sets one, `--config FILE` lays a YAML",
+        "file over the defaults, and `voxelscale config` prints the tree with these comments. This page",
+        "is what `voxelscale config --markdown` prints.",
     ]
     tree = to_dict(Config())
     for section, values in tree.items():

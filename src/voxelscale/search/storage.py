@@ -142,7 +142,7 @@ def _open_postgresql(url: str) -> BaseStorage:
     try:
         import psycopg
     except ImportError:
-        hint = "pip install 'voxelscale[postgresql]'"
+        hint = "in the folder of Voxelscale's source: pip install '.[postgresql]'"
         raise VoxelscaleError(f"{masked(url)}: the driver psycopg is not installed", hint) from None
     from sqlalchemy.exc import SQLAlchemyError
 
