@@ -172,27 +172,23 @@ def test_going_on_with_another_config_is_refused(config: Config, store: Store, t
         start(config, store.path, tmp_path / "other")
 
 
-def test_the_global_batch_stays_when_a_run_goes_on(
-    config: Config, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """2 x 1, 1 x 2 and 1 x 1 x 2 virtual workers are one run; another batch or recipe is another one."""
-    run, budget = tmp_path / "run", config.train.samples
+def lengthen(run: Path, samples: int, longer: int) -> None:
+    """Let a run that has ended go on: otherwise it keeps its budget."""
+    text = (run / "config.yaml").read_text()
+    assert text.count(f"  samples: {samples}\n") == 1
+    (run / "config.yaml").write_text(text.replace(f"  samples: {samples}\n", f"  samples: {longer}\n"))
 
-    def go(samples: int, **train: int) -> None:
-        text = (run / "config.yaml").read_text() if run.exists() else ""
-        if text:
-            (run / "config.yaml").write_text(
-                text.replace(f"samples: {samples - 8},", f"samples: {samples},")
-            )
-        assert start(with_train(config, samples=samples, **train), store.path, run)
 
-    assert budget != 8
-    go(8, batch_size=2)
-    go(16, batch_size=1, virtual_workers=2)
+def test_the_global_batch_stays_when_a_run_goes_on(config: Config, store: Store, tmp_path: Path) -> None:
+    """One worker of 2 patches and two virtual ones of 1 are one run; another global batch is refused."""
+    run = tmp_path / "run"
+    assert start(with_train(config, samples=8, batch_size=2), store.path, run)
+    lengthen(run, 8, 16)
+    four = with_train(config, samples=16, batch_size=2, virtual_workers=2)
     with pytest.raises(VoxelscaleError, match=r"begun with a global batch of 2, not 4 \(2 workers x 2\)"):
-        go(24, batch_size=2, virtual_workers=2)
-    go(24, batch_size=2)
-    assert seen_in(run)[-1] == 24
+        start(four, store.path, run)
+    assert start(with_train(config, samples=16, batch_size=1, virtual_workers=2), store.path, run)
+    assert seen_in(run)[-1] == 16
 
 
 def test_batch_norms_own_batch_stays_when_a_run_goes_on(
@@ -221,9 +217,7 @@ def test_a_training_says_what_it_does_and_where_it_goes_on(
     )
     assert said[2] == "train: an update: 2 patches x 1 rank; 16 samples in all; starts anew"
     assert f"validation dice {scores[16]:.3f} at sample 16" in said[-1]
-    (run / "config.yaml").write_text(
-        (run / "config.yaml").read_text().replace("samples: 16,", "samples: 24,")
-    )
+    lengthen(run, 16, 24)
     assert start(with_train(few, samples=24), store.path, run)
     again = capsys.readouterr().err.splitlines()
     assert "24 samples in all; goes on after 16 of 24 samples (" in again[2]
