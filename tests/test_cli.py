@@ -294,7 +294,7 @@ def test_a_hostile_model_is_refused(voxelscale: Command, tmp_path: Path, content
 def test_quiet_anywhere(voxelscale: Command, tmp_path: Path, config_file: Path) -> None:
     code, out, err = voxelscale("phantom", tmp_path / "a", "--cases", 1, "--config", config_file, "--quiet")
     assert (code, err) == (0, "")
-    assert "1 phantoms" in out
+    assert "1 phantom in" in out
     assert "phantom: 1/1" in voxelscale("phantom", tmp_path / "b", "--cases", 1, "--config", config_file)[2]
 
 

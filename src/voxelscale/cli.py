@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from voxelscale import __version__
-from voxelscale.console import notice, set_verbosity
+from voxelscale.console import count, duration, notice, set_verbosity
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output
 from voxelscale.usage import LEVELS, Commands, RunsByDefault, UsageError, explain
@@ -218,14 +218,14 @@ def phantom(
     settings = read_config(config, sets)
     if not into:
         table = dataset.write_phantoms(settings.phantom, out, settings.prepare.workers)
-        print(f"{settings.phantom.cases} phantoms in {table}")
+        print(f"{count(settings.phantom.cases, 'phantom')} in {table}")
         return 0
     from voxelscale.data.names import names_of
 
     sources = dataset.sources_into(into, layout, annotations, names_of(settings.prepare, out))
     made = dataset.write_copies(sources, settings, out, copies, originals)
     code = tell_failed(made.failed, "copied")
-    print(f"{made.done} scans with {made.nodules} nodules put in: {made.table}")
+    print(f"{count(made.done, 'scan')} with {count(made.nodules, 'nodule')} put in: {made.table}")
     return code
 
 
@@ -267,7 +267,7 @@ def prepare(
     code = tell_failed(outcome.failed, "prepared")
     parts = [f"{sum(c.split == split for c in outcome.done)} {split}" for split in ("train", "val", "test")]
     kept = f", {outcome.kept} of them kept from before" if outcome.kept else ""
-    print(f"{len(outcome.done)} cases in {store} ({', '.join(parts)}){kept}")
+    print(f"{count(len(outcome.done), 'case')} in {store} ({', '.join(parts)}){kept}")
     if settings.prepare.plan:
         from voxelscale.data.plan import tell_plan
 
@@ -577,7 +577,9 @@ def refine(
     if found is None:
         notice(f"stopped and saved; to go on: voxelscale refine {run} {store}")
         return 130
-    print(f"trained on {len(found.lesions)} lesions and {len(found.others)} candidates that are none")
+    print(
+        f"trained on {count(len(found.lesions), 'lesion')} and {count(len(found.others), 'candidate')} that are none"
+    )
     print(f"the second look is in {run if run.is_file() else run / 'model.vxs'}")
     return 0
 
@@ -603,7 +605,7 @@ def ensemble(
     from voxelscale.predict.ensemble import ensemble as run_ensemble
 
     bundle = run_ensemble(models, out)
-    print(f"{len(bundle.networks)} networks in {out}")
+    print(f"{count(len(bundle.networks), 'network')} in {out}")
 
 
 @verb("Evaluation")
@@ -669,7 +671,8 @@ def calibrate(
 
     settings = read_config(config, set_).prepare
     summary = calibrate_run(model, predictions, data, settings, layout, annotations)
-    print(f"{summary['findings']} findings of {summary['scans']} scans, {summary['hits']} of them lesions")
+    found, scans = count(summary["findings"], "finding"), count(summary["scans"], "scan")
+    print(f"{found} of {scans}, {summary['hits']} of them lesions")
     print(
         f"ECE {summary['ece_before']:.3f} before, {summary['ece_after']:.3f} after "
         f"({summary['method']}, cross-validated by scans)"
@@ -804,10 +807,10 @@ def quickstart(
 
     result = run_quickstart(out, quickstart_config(config, tuple(set_ or ())))
     total = sum(result.seconds.values())
-    laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
+    laps = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items())
     print(f"Dice on scans never seen: {text_value(result.dice)}")
     print(f"sensitivity at 1 false positive per scan: {text_value(result.sensitivity_at_1_fp)}")
-    print(f"time: {total:.0f} s ({laps})")
+    print(f"time: {duration(total)} ({laps})")
     print(f"report: {result.report}")
     summary = {
         "dice": _rounded(result.dice),

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from voxelscale.config import Config, load
-from voxelscale.console import notice
+from voxelscale.console import duration, notice
 from voxelscale.errors import VoxelscaleError
 
 
@@ -57,7 +57,7 @@ def quickstart(folder: Path, config: Config) -> QuickstartResult:
     def lap(name: str) -> None:
         nonlocal started
         seconds[name] = time.monotonic() - started
-        notice(f"{name}: {seconds[name]:.0f} s")
+        notice(f"{name}: {duration(seconds[name])}")
         started = time.monotonic()
 
     data = write_phantoms(config.phantom, folder / "data", config.prepare.workers)

@@ -243,7 +243,7 @@ def test_one_broken_scan_does_not_stop_the_others(voxelscale: Command, tmp_path:
         tmp_path / "chest.nii.gz",
     )
     assert code == 2
-    assert "1 scans with" in out
+    assert "1 scan with" in out
     assert "broken.nii.gz" in err
     assert "1 not copied: broken_with01" in err
     assert "Traceback" not in err

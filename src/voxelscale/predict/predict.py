@@ -19,7 +19,7 @@ from torch import nn
 
 from voxelscale import __version__
 from voxelscale.config import PredictConfig
-from voxelscale.console import Progress, notice, warn
+from voxelscale.console import Progress, count, duration, notice, warn
 from voxelscale.data.listing import Source
 from voxelscale.data.lungs import Lungs, body_field, lung_field
 from voxelscale.data.plausible import about, against
@@ -501,7 +501,7 @@ class Work:
         write_scan(seen.mask, folder / "mask.nii.gz")
         write_findings(seen.findings, folder / "findings.csv", folder / "findings.json", facts)
         seconds = round(time.monotonic() - started, 2)
-        notice(f"{source.case}: {len(seen.findings)} findings in {seconds} s", level=2)
+        notice(f"{source.case}: {count(len(seen.findings), 'finding')} in {duration(seconds)}", level=2)
         made = {"key": key, "scan": stamp, "model": self._bundle.identity, "seconds": seconds}
         # Last, so that its being there says that the case is whole.
         write_atomic(folder / CASE_FACTS, json.dumps(made))

@@ -11,6 +11,7 @@ from string import Template
 
 import numpy as np
 
+from voxelscale.console import count
 from voxelscale.data.inspect import HU_EDGES, SEVERITIES, Facts, Inspection, Problem
 from voxelscale.files import write_atomic
 from voxelscale.geometry import sphere_diameter
@@ -66,7 +67,7 @@ def headline(found: Inspection) -> list[str]:
     lesions = sum(len(one.lesions_mm3) for one in found.cases)
     counts = Counter(problem.severity for problem in found.problems)
     told = [f"{counts[severity]} {severity}s" for severity in SEVERITIES]
-    return [f"{found.kind} of {len(found.cases)} readable cases", f"{lesions} lesions", *told]
+    return [f"{found.kind} of {count(len(found.cases), 'readable case')}", count(lesions, "lesion"), *told]
 
 
 def text_table(found: Inspection) -> list[str]:
@@ -167,14 +168,14 @@ def _histogram(counts: np.ndarray, edges: np.ndarray, label: str) -> str:
     """Counts between edges, as an SVG figure."""
     frame = Frame(x=(float(edges[0]), float(edges[-1])), y=(0.0, 1.05 * max(1.0, float(counts.max()))))
     bars = ""
-    for count, left, right in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        if count:
-            x, y = frame.place(left, count)
-            width = frame.place(right, count)[0] - x
+    for number, left, right in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        if number:
+            x, y = frame.place(left, number)
+            width = frame.place(right, number)[0] - x
             bars += (
                 f'<rect class="dot s0" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
                 f'height="{frame.height - BOTTOM - y:.1f}">'
-                f"<title>{left:g} to {right:g}: {count:,}</title></rect>"
+                f"<title>{left:g} to {right:g}: {number:,}</title></rect>"
             )
     axes = draw_axes(frame, x_label=label)
     head = f'viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(label)}"'

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from voxelscale.config import PrepareConfig
-from voxelscale.console import notice
+from voxelscale.console import count, notice
 from voxelscale.data.listing import Source, list_sources
 from voxelscale.data.names import names_of
 from voxelscale.data.reading import read_image, read_truth
@@ -95,7 +95,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 def _head(summary: Mapping[str, Any], run: Path | None) -> str:
     environment = _json(run / "environment.json") if run else {}
-    parts = [f"{summary['scans']} scans", f"{summary['lesion_count']} lesions"]
+    parts = [count(summary["scans"], "scan"), count(summary["lesion_count"], "lesion")]
     if environment:
         ranks = environment["ranks"] * environment["virtual_workers"]
         parts.append(

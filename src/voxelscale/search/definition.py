@@ -14,7 +14,7 @@ from optuna.exceptions import DuplicatedStudyError
 from optuna.trial import TrialState, create_trial
 
 from voxelscale.config import Config, SearchConfig, Triple, dump, load, to_dict
-from voxelscale.console import notice
+from voxelscale.console import count, notice
 from voxelscale.data.store import open_store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
@@ -261,7 +261,7 @@ def _warm_points(search: Search, folder: Path, data: str) -> list[dict[str, Valu
             taken += 1
             _import(search, point, trial, folder)
     if taken:
-        notice(f"{folder}: {taken} trials taken as known")
+        notice(f"{folder}: {count(taken, 'trial')} taken as known")
     elif others:
         others = others[:BEST_FIRST]
         notice(f"{folder}: other data, budget or config: its best {len(others)} are tried first")
