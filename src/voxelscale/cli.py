@@ -577,9 +577,9 @@ def refine(
     if found is None:
         notice(f"stopped and saved; to go on: voxelscale refine {run} {store}")
         return 130
-    print(
-        f"trained on {count(len(found.lesions), 'lesion')} and {count(len(found.others), 'candidate')} that are none"
-    )
+    lesions = count(len(found.lesions), "lesion")
+    others = count(len(found.others), "candidate that is", "candidates that are")
+    print(f"trained on {lesions} and {others} none")
     print(f"the second look is in {run if run.is_file() else run / 'model.vxs'}")
     return 0
 
