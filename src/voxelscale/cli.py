@@ -764,7 +764,7 @@ def froc(
 @verb("Evaluation")
 def report(
     predictions: Annotated[Path, typer.Argument(help="What voxelscale predict wrote.")],
-    data: Annotated[Path, typer.Argument(help="The data set with images and true masks.")],
+    data: Annotated[Path, typer.Argument(help="The scans, or the data set with true masks.")],
     evaluation: Annotated[Path | None, typer.Option(help="Where evaluation.json is, if elsewhere.")] = None,
     run: Annotated[Path | None, typer.Option(help="The training's folder, for its curves.")] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
@@ -777,12 +777,17 @@ def report(
 
     \b
     voxelscale report predictions/ scans/ --run run/ --out report.html
+    voxelscale report predictions/ dicom_folder/              findings alone, of scans without masks
+
+    With true masks it shows what voxelscale evaluate measured: curves, intervals, the best and the worst
+    case, the most confident false positive and the largest missed lesion. Without them it lists each scan's
+    findings with their positions and shows the most confident ones.
     """
     check_output(out, file=True)
     from voxelscale.report.report import write_report
 
     settings = read_config(config, set_).prepare
-    write_report(evaluation or predictions, predictions, data, out, run, settings, layout, annotations)
+    write_report(evaluation, predictions, data, out, run, settings, layout, annotations)
     print(f"report in {out}")
 
 

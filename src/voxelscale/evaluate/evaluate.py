@@ -228,8 +228,12 @@ def _froc_figures(matches: Sequence[Matches], curve: Froc) -> dict[str, Any]:
             "fp_per_scan": curve.fp_per_scan.tolist(),
             "sensitivity": curve.sensitivity.tolist(),
             "points": [
-                {"fp_per_scan": point, "sensitivity": curve.sensitivity_at(point)}
-                for point in OPERATING_POINTS
+                {
+                    "fp_per_scan": point,
+                    "sensitivity": curve.sensitivity_at(point),
+                    "interval": interval(samples[:, at], scans),
+                }
+                for at, point in enumerate(OPERATING_POINTS)
             ],
             "cpm": curve.cpm,
             "cpm_interval": interval(samples.mean(axis=1), scans),
@@ -240,7 +244,7 @@ def _froc_figures(matches: Sequence[Matches], curve: Froc) -> dict[str, Any]:
 
 def _no_froc(curve: Froc) -> dict[str, Any]:
     """The same without a lesion: no sensitivity is defined, only the number of false positives."""
-    points = [{"fp_per_scan": point, "sensitivity": None} for point in OPERATING_POINTS]
+    points = [{"fp_per_scan": p, "sensitivity": None, "interval": None} for p in OPERATING_POINTS]
     return {
         "sensitivity_at_1_fp": None,
         "sensitivity_at_1_fp_interval": None,

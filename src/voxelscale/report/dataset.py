@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 import numpy as np
 
 from voxelscale.console import count
 from voxelscale.data.inspect import HU_EDGES, SEVERITIES, Facts, Inspection, Problem
-from voxelscale.files import write_atomic
 from voxelscale.geometry import sphere_diameter
-from voxelscale.report.charts import BOTTOM, Frame, draw_axes
-from voxelscale.report.overlays import Slice, draw_slice
+from voxelscale.report.charts import BOTTOM, chart, draw_axes, round_ticks, small_frame
+from voxelscale.report.overlays import WINDOW_NAME, Slice, draw_slice
+from voxelscale.report.page import notes, wide, write_page
 
 MOST_THUMBNAILS = 200
 """About 20 kB each."""
@@ -55,11 +53,9 @@ def write_dataset_page(found: Inspection, name: str, out: Path) -> None:
         _thumbnails(found.cases),
         "<footer>Spacing and voxels in the order z, y, x. Diameters are those of spheres of the same "
         "volume; lesions are 26-connected components of the mask; lungs are what was "
-        "found of them in the scan.</footer>",
+        f"found of them in the scan. Pictures: {WINDOW_NAME}.</footer>",
     ]
-    page = resources.files("voxelscale.report").joinpath("page.html").read_text(encoding="utf-8")
-    title = escape(f"Voxelscale: {name}")
-    write_atomic(out, Template(page).substitute(title=title, body="\n".join(sections)))
+    write_page(f"Voxelscale: {name}", sections, out)
 
 
 def headline(found: Inspection) -> list[str]:
@@ -116,7 +112,7 @@ def _table(found: Inspection) -> str:
         for problem in found.unreadable
     )
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody><tbody>{unreadable}</tbody>"
-    return f'<div class="wide"><table class="sortable">{body}</table></div>'
+    return wide(f'<table class="sortable">{body}</table>', "Cases")
 
 
 def _problems(problems: Sequence[Problem]) -> str:
@@ -124,18 +120,13 @@ def _problems(problems: Sequence[Problem]) -> str:
         return "<p>None found.</p>"
     blocks = []
     for severity in SEVERITIES:
-        lines = [f"<div>{_said(p)}</div>" for p in problems if p.severity == severity]
-        if lines:
-            colour = COLOURS[severity]
-            blocks.append(
-                f'<div class="warn" style="border-color:{colour}"><b>{severity.capitalize()}s '
-                f"({len(lines)})</b>{''.join(lines)}</div>"
-            )
+        lines = [_said(p) for p in problems if p.severity == severity]
+        blocks.append(notes(f"{severity.capitalize()}s ({len(lines)})", lines, COLOURS[severity]))
     return "".join(blocks)
 
 
 def _said(problem: Problem) -> str:
-    return escape(f"{problem.case}: {problem.text}" if problem.case else problem.text)
+    return f"{problem.case}: {problem.text}" if problem.case else problem.text
 
 
 def _histograms(cases: Sequence[Facts]) -> str:
@@ -143,30 +134,36 @@ def _histograms(cases: Sequence[Facts]) -> str:
         return "<p>No case could be read.</p>"
     diameters = [sphere_diameter(volume) for one in cases for volume in one.lesions_mm3]
     charts = [
-        _of_values([one.spacing[0] for one in cases], "spacing along z, mm"),
-        _of_values([one.spacing[2] for one in cases], "spacing along x, mm"),
-        _histogram(
-            np.sum([one.histogram for one in cases], axis=0), np.asarray(HU_EDGES), "HU, all voxels"
-        ),
+        _of_values([one.spacing[0] for one in cases], "spacing along z, mm", "cases"),
+        _of_values([one.spacing[2] for one in cases], "spacing along x, mm", "cases"),
+        _histogram(np.sum([one.histogram for one in cases], axis=0), np.asarray(HU_EDGES), "HU", "voxels"),
     ]
     if diameters:
-        charts.append(_of_values(diameters, "lesion diameter, mm"))
+        charts.append(_of_values(diameters, "lesion diameter, mm", "lesions"))
     counts = np.bincount([len(one.lesions_mm3) for one in cases])
-    charts.append(_histogram(counts, np.arange(len(counts) + 1) - 0.5, "lesions per case"))
+    edges = np.arange(len(counts) + 1) - 0.5
+    charts.append(_histogram(counts, edges, "lesions per case", "cases", whole=True))
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
-def _of_values(values: Sequence[float], label: str) -> str:
+def _of_values(values: Sequence[float], label: str, what: str) -> str:
     low, high = min(values), max(values)
     # A data set of one spacing is one bar, not an empty range.
-    spread = (low - 0.5, high + 0.5) if high - low < 1e-3 else (low, high)
+    spread = (max(low - 0.5, 0.0), high + 0.5) if high - low < 1e-3 else (low, high)
     counts, edges = np.histogram(values, bins=min(24, max(5, round(2 * len(values) ** 0.5))), range=spread)
-    return _histogram(counts, edges, label)
+    return _histogram(counts, edges, label, what)
 
 
-def _histogram(counts: np.ndarray, edges: np.ndarray, label: str) -> str:
-    """Counts between edges, as an SVG figure."""
-    frame = Frame(x=(float(edges[0]), float(edges[-1])), y=(0.0, 1.05 * max(1.0, float(counts.max()))))
+def _histogram(counts: np.ndarray, edges: np.ndarray, label: str, what: str, *, whole: bool = False) -> str:
+    """Counts between edges, as an SVG figure.
+
+    Args:
+        label: of the x axis, with its unit.
+        what: is counted.
+        whole: whether the x axis counts something, too.
+    """
+    ends = float(edges[0]), float(edges[-1])
+    frame = small_frame(x=ends, y=(0.0, 1.05 * max(1.0, float(counts.max()))))
     bars = ""
     for number, left, right in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         if number:
@@ -177,9 +174,9 @@ def _histogram(counts: np.ndarray, edges: np.ndarray, label: str) -> str:
                 f'height="{frame.height - BOTTOM - y:.1f}">'
                 f"<title>{left:g} to {right:g}: {number:,}</title></rect>"
             )
-    axes = draw_axes(frame, x_label=label)
-    head = f'viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(label)}"'
-    return f'<figure><svg class="chart" {head}>{axes}{bars}</svg></figure>'
+    marks = [(tick, f"{tick:g}") for tick in round_ticks(*ends, whole=whole)]
+    axes = draw_axes(frame, x_label=label, y_label=what, x_marks=marks, y_whole=True)
+    return f"<figure>{chart(frame, axes + bars, f'{what} by {label}')}</figure>"
 
 
 def _thumbnails(cases: Sequence[Facts]) -> str:

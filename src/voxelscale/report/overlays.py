@@ -1,4 +1,4 @@
-"""Slices of a scan with truth and prediction outlined, as SVG in mm over an embedded picture."""
+"""Slices of a scan with truth, prediction and marks outlined, as SVG in mm over an embedded picture."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.geometry import Scan, reorient
+from voxelscale.geometry import Scan, Triple, reorient
 from voxelscale.predict.findings import components
 
 LUNG_WINDOW = (-1350.0, 150.0)
 """HU from black to white: level -600, width 1500."""
+
+WINDOW_NAME = "level -600 HU, width 1500 HU"
+"""`LUNG_WINDOW` in words."""
+
+SMALLEST_RING_MM = 6.0
+"""Radius of the ring around a place: a ring as small as its finding would hide it."""
 
 AXES = {"axial": 0, "coronal": 1, "sagittal": 2}
 ZOOM_MM = 70.0
@@ -29,32 +36,61 @@ class Slice:
         pixels: HU (rows, columns).
         truth, prediction: masks of the same shape.
         spacing: mm between rows, and between columns.
+        ring: row, column (pixels, fractional) and radius (mm) of a place to be seen; None: there is none.
     """
 
     pixels: NDArray[Any]
     truth: NDArray[Any]
     prediction: NDArray[Any]
     spacing: tuple[float, float]
+    ring: tuple[float, float, float] | None = None
 
 
-def overlay_views(image: Scan, truth: Scan, prediction: Scan) -> list[tuple[str, str]]:
-    """Captions and SVGs of one case: the slice with the most lesion, and three close-ups around it.
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where to look.
+
+    Attributes:
+        centre: x, y, z, LPS mm.
+        diameter_mm: of what is there.
+    """
+
+    centre: Triple
+    diameter_mm: float
+
+
+def overlay_views(
+    image: Scan, truth: Scan, prediction: Scan, place: Place | None = None
+) -> list[tuple[str, str]]:
+    """Captions and SVGs of one case: a whole axial slice, and three close-ups around its centre.
 
     All three scans lie on one lattice. As a radiologist reads: axial from the feet, the patient's
     right on the left, the head on top.
+
+    Args:
+        place: the centre, with a ring around it; None: the slice with the most lesion.
     """
     image, truth, prediction = reorient(image), reorient(truth), reorient(prediction)
-    centre = point_of_interest(truth.array, prediction.array)
+    if place is None:
+        centre, exact = point_of_interest(truth.array, prediction.array), None
+    else:
+        exact = image.grid.mm_to_index([place.centre])[0]
+        nearest = np.clip(np.rint(exact), 0, np.asarray(image.array.shape) - 1)
+        z, y, x = (int(n) for n in nearest)
+        centre = z, y, x
+    radius = max(0.75 * place.diameter_mm, SMALLEST_RING_MM) if place else 0.0
     zoomed = []
     for name, axis in AXES.items():
-        cut = _cut(image, truth, prediction, axis, centre)
+        cut = _cut(image, truth, prediction, axis, centre, exact, radius)
         rows, columns = (i for i in range(3) if i != axis)
         middle = (centre[rows], centre[columns])
         if axis:  # seen from the front or the side, the head is on top
             middle = (image.array.shape[0] - 1 - middle[0], middle[1])
-        zoomed.append((name, draw_slice(_zoom(cut, middle), 10)))
-    whole = _cut(image, truth, prediction, 0, centre)
-    return [(f"axial, slice {centre[0] + 1}", draw_slice(whole, 50)), *zoomed]
+        zoomed.append((name, draw_slice(_zoom(cut, middle), 10, f"{name}, close-up")))
+    whole = _cut(image, truth, prediction, 0, centre, exact, radius)
+    height = float(image.grid.index_to_mm(centre)[2])
+    caption = f"axial, slice {centre[0] + 1} of {image.array.shape[0]} from the feet, z {height:.1f} mm"
+    return [(caption, draw_slice(whole, 50, caption)), *zoomed]
 
 
 def point_of_interest(truth: NDArray[Any], prediction: NDArray[Any]) -> tuple[int, int, int]:
@@ -72,30 +108,52 @@ def point_of_interest(truth: NDArray[Any], prediction: NDArray[Any]) -> tuple[in
     return z, int(y), int(x)
 
 
-def draw_slice(cut: Slice, bar_mm: float) -> str:
-    """A slice as SVG: picture, outlines (classes ``truth`` and ``prediction``) and a scale bar."""
+def draw_slice(cut: Slice, bar_mm: float, name: str = "a slice of the scan") -> str:
+    """A slice as SVG: picture, outlines (classes ``truth``, ``prediction``, ``mark``) and a scale bar.
+
+    Args:
+        name: what it shows, for readers who do not see it.
+    """
     height, width = (n * s for n, s in zip(cut.pixels.shape, cut.spacing, strict=True))
     outlines = "".join(
-        f'<path class="{name}" d="{_outline(mask, cut.spacing)}"/>'
-        for name, mask in (("truth", cut.truth), ("prediction", cut.prediction))
+        f'<path class="{kind}" d="{_outline(mask, cut.spacing)}"/>'
+        for kind, mask in (("truth", cut.truth), ("prediction", cut.prediction))
         if np.any(mask)
     )
+    if cut.ring is not None:
+        row, column, radius = cut.ring
+        x, y = (column + 0.5) * cut.spacing[1], (row + 0.5) * cut.spacing[0]
+        outlines += f'<circle class="mark" cx="{x:.2f}" cy="{y:.2f}" r="{radius:.2f}"/>'
     left, bottom = 0.04 * width, height - 0.04 * width
+    bar = f'd="M{left:.2f} {bottom:.2f}h{bar_mm:g}"'
     return (
-        f'<svg class="slice" viewBox="0 0 {width:.2f} {height:.2f}">'
+        f'<svg class="slice" viewBox="0 0 {width:.2f} {height:.2f}" role="img" aria-label="{escape(name)}">'
         f'<image width="{width:.2f}" height="{height:.2f}" preserveAspectRatio="none" '
         f'href="{_png(cut.pixels)}"/>'
-        f'{outlines}<path class="bar" d="M{left:.2f} {bottom:.2f}h{bar_mm:g}"/>'
+        # A dark line below the white one: it stays in sight on bright tissue.
+        f'{outlines}<path class="bar back" {bar}/><path class="bar" {bar}/>'
         f'<text class="bar" x="{left:.2f}" y="{bottom - 0.02 * width:.2f}" '
         f'font-size="{0.045 * width:.2f}">{bar_mm:g} mm</text></svg>'
     )
 
 
-def _cut(image: Scan, truth: Scan, prediction: Scan, axis: int, centre: Sequence[int]) -> Slice:
+def _cut(
+    image: Scan,
+    truth: Scan,
+    prediction: Scan,
+    axis: int,
+    centre: Sequence[int],
+    exact: NDArray[np.float64] | None,
+    radius: float,
+) -> Slice:
     row, column = (i for i in range(3) if i != axis)
     step = slice(None, None, -1 if axis else 1)
     pixels, true, found = (scan.array.take(centre[axis], axis)[step] for scan in (image, truth, prediction))
-    return Slice(pixels, true, found, (image.spacing[row], image.spacing[column]))
+    ring = None
+    if exact is not None:
+        top = float(exact[row])
+        ring = (len(pixels) - 1 - top if axis else top, float(exact[column]), radius)
+    return Slice(pixels, true, found, (image.spacing[row], image.spacing[column]), ring)
 
 
 def _zoom(cut: Slice, middle: tuple[int, int]) -> Slice:
@@ -106,7 +164,10 @@ def _zoom(cut: Slice, middle: tuple[int, int]) -> Slice:
         start = min(max(0, centre - size // 2), n - size)
         windows.append(slice(start, start + size))
     box = tuple(windows)
-    return Slice(cut.pixels[box], cut.truth[box], cut.prediction[box], cut.spacing)
+    ring = cut.ring
+    if ring is not None:
+        ring = (ring[0] - windows[0].start, ring[1] - windows[1].start, ring[2])
+    return Slice(cut.pixels[box], cut.truth[box], cut.prediction[box], cut.spacing, ring)
 
 
 def _outline(mask: NDArray[Any], spacing: tuple[float, float]) -> str:

@@ -1,10 +1,14 @@
-"""The scaling study as one figure: time against workers, and Dice relative to one worker."""
+"""The scaling study as one figure: time against workers, and Dice relative to one worker.
+
+Where no Dice relative to one worker exists (its Dice is 0, or it was not trained) the second panel shows
+Dice itself.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -52,7 +56,8 @@ class Point:
     Attributes:
         dice_mean, dice_low, dice_high: over seeds, with its interval's ends.
         seconds: wall time of the training.
-        relative: `dice_mean` over that of one worker.
+        relative: `dice_mean` over that of one worker; None where that is 0 or was not trained.
+        relative_low, relative_high: its interval's ends; None: those of `dice_mean`, scaled as it is.
         measured: whether `seconds` was measured with so many real ranks; else it is the model's.
     """
 
@@ -62,7 +67,9 @@ class Point:
     dice_low: float
     dice_high: float
     seconds: float
-    relative: float
+    relative: float | None
+    relative_low: float | None = None
+    relative_high: float | None = None
     measured: bool = False
 
 
@@ -81,23 +88,34 @@ def scaling_figure(rows: Iterable[Point | Mapping[str, Any]], *, target: float =
 
     Left: time against workers, both logarithmic; filled marks were measured, rings are the model's,
     the broken line is the first recipe's fewest workers scaled ideally (1/N). Right: Dice relative to
-    one worker with its interval, and the broken line of the target. The whiskers are those of the
-    recipe's Dice, divided by its own at one worker.
+    one worker with its interval, and the broken line of the target; Dice itself without a target where
+    there is no relative one.
+
+    Args:
+        target: share of one worker's Dice.
     """
     points = as_points(rows)
     recipes = list(dict.fromkeys(point.recipe for point in points))
+    relative = not points or any(point.relative is not None for point in points)
     legend, rows_used = _legend(
-        recipes, any(p.measured for p in points), not all(p.measured for p in points)
+        recipes,
+        any(p.measured for p in points),
+        not all(p.measured for p in points),
+        f"ideal time; target: {_percent(target)} of the Dice" if relative else "ideal time",
     )
+    if relative:
+        right, title = _relative_panel(points, recipes, target), "Dice relative to 1 worker"
+    else:
+        right, title = _dice_panel(points, recipes), "Dice (relative to 1 worker: no value)"
     width, height = 2 * PANEL + GAP, HEAD + HEIGHT + 22 * rows_used + 8
     label = "Time of a training and its Dice against the number of workers"
     return (
         f'<svg class="scaling" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'role="img" aria-label="{label}"><style>{STYLE}{_classes()}</style>'
         f'<text class="title" x="14" y="24">Time of a training</text>'
-        f'<text class="title" x="{PANEL + GAP + 14}" y="24">Dice relative to 1 worker</text>'
+        f'<text class="title" x="{PANEL + GAP + 14}" y="24">{title}</text>'
         f'<g transform="translate(0 {HEAD})">{_time_panel(points, recipes)}</g>'
-        f'<g transform="translate({PANEL + GAP} {HEAD})">{_dice_panel(points, recipes, target)}</g>'
+        f'<g transform="translate({PANEL + GAP} {HEAD})">{right}</g>'
         f'<g transform="translate(0 {HEAD + HEIGHT})">{legend}</g></svg>'
     )
 
@@ -109,13 +127,14 @@ def write_figure(rows: Iterable[Point | Mapping[str, Any]], path: Path, *, targe
         look = (
             ":root { color-scheme: light dark; } body { margin: 0 auto; max-width: 1100px; padding: 24px; }"
         )
-        head = f'<meta charset="utf-8"><title>Scaling</title><style>{look}'
+        head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        head += f"<title>Scaling</title><style>{look}"
         figure = f'<!doctype html><html lang="en"><head>{head}</style></head><body>{figure}</body></html>\n'
     write_atomic(path, figure)
 
 
 def _time_panel(points: Sequence[Point], recipes: Sequence[str]) -> str:
-    ticks = _worker_ticks(points)
+    ends, ticks = _worker_axis(points)
     lines: list[Line] = []
     if points:
         first = next(p for p in points if p.recipe == recipes[0])
@@ -124,13 +143,14 @@ def _time_panel(points: Sequence[Point], recipes: Sequence[str]) -> str:
     for place, recipe in enumerate(recipes):
         mine = [p for p in points if p.recipe == recipe]
         style = f"s{place % COLOURS}"
-        lines.append(Line(name=recipe, points=[(p.workers, p.seconds) for p in mine], style=style))
+        times = [(p.workers, p.seconds) for p in mine]
+        lines.append(Line(name=recipe, points=times, dashed=place >= COLOURS, style=style))
         for measured in (False, True):
             some = [(p.workers, p.seconds) for p in mine if p.measured == measured]
             lines.append(Line(name=recipe, points=some, dots=True, hollow=not measured, style=style))
     y_ticks = _time_ticks([y for line in lines for _, y in line.points])
     frame = Frame(
-        x=(ticks[0], ticks[-1]),
+        x=ends,
         y=(y_ticks[0], y_ticks[-1]),
         x_ticks=ticks,
         y_ticks=y_ticks,
@@ -143,27 +163,54 @@ def _time_panel(points: Sequence[Point], recipes: Sequence[str]) -> str:
     return draw_axes(frame, x_label="workers", y_name=_duration) + draw_lines(frame, lines)
 
 
-def _dice_panel(points: Sequence[Point], recipes: Sequence[str], target: float) -> str:
-    ticks = _worker_ticks(points)
-    ends = (ticks[0], ticks[-1])
-    lines = [Line(name="target", points=[(x, target) for x in ends], dashed=True, style="rule")]
+def _relative_panel(points: Sequence[Point], recipes: Sequence[str], target: float) -> str:
+    """Dice over that of one worker in per cent, 100 % and the target always in sight."""
+    lines = _recipe_lines([p for p in points if p.relative is not None], recipes)
+    frame = _right_frame(points, len(recipes), [target, 1.0, *_heights(lines)])
+    aim = Line(name="target", points=[(x, target) for x in frame.x], dashed=True, style="rule")
+    y = frame.place(frame.x[1], target)[1]
+    name = f'<text x="{PANEL - 44}" y="{y + 4:.1f}">{_percent(target)}</text>'
+    return draw_axes(frame, x_label="workers", y_name=_percent) + name + draw_lines(frame, [aim, *lines])
+
+
+def _dice_panel(points: Sequence[Point], recipes: Sequence[str]) -> str:
+    """Dice itself, from 0 on."""
+    own = [
+        replace(p, relative=p.dice_mean, relative_low=p.dice_low, relative_high=p.dice_high) for p in points
+    ]
+    lines = _recipe_lines(own, recipes)
+    frame = _right_frame(points, len(recipes), [0.0, 0.1, *_heights(lines)])
+    return draw_axes(frame, x_label="workers") + draw_lines(frame, lines)
+
+
+def _recipe_lines(points: Sequence[Point], recipes: Sequence[str]) -> list[Line]:
+    """A line for each recipe, side by side, so that their intervals do not cover each other."""
+    lines = []
     for place, recipe in enumerate(recipes):
         mine = [p for p in points if p.recipe == recipe]
         lines.append(
             Line(
                 name=recipe,
-                points=[(p.workers, p.relative) for p in mine],
-                bars=[_interval(p) for p in mine if p.dice_high > p.dice_low],
+                points=[(p.workers, p.relative) for p in mine if p.relative is not None],
+                bars=[bar for p in mine if (bar := _interval(p))[2] > bar[1]],
                 dots=True,
+                dashed=place >= COLOURS,
                 style=f"s{place % COLOURS}",
                 shift=5.0 * (place - (len(recipes) - 1) / 2),
             )
         )
-    drawn = [target, 1.0, *(y for line in lines for _, y in line.points)]
-    drawn += [y for line in lines for _, *bar in line.bars for y in bar]
+    return lines
+
+
+def _heights(lines: Sequence[Line]) -> list[float]:
+    return [y for line in lines for _, *ys in (*line.points, *line.bars) for y in ys]
+
+
+def _right_frame(points: Sequence[Point], recipes: int, drawn: Sequence[float]) -> Frame:
+    ends, ticks = _worker_axis(points)
     low, high = min(drawn), max(drawn)
     pad = 0.06 * max(high - low, 0.01)
-    frame = Frame(
+    return Frame(
         x=ends,
         y=(low - pad, high + pad),
         x_ticks=ticks,
@@ -171,31 +218,35 @@ def _dice_panel(points: Sequence[Point], recipes: Sequence[str], target: float) 
         height=HEIGHT,
         left=60,
         right=52,
-        inset=round(2.5 * len(recipes)) + 6,
+        inset=round(2.5 * recipes) + 6,
     )
-    y = frame.place(ends[1], target)[1]
-    name = f'<text x="{PANEL - 44}" y="{y + 4:.1f}">{_percent(target)}</text>'
-    return draw_axes(frame, x_label="workers", y_name=_percent) + name + draw_lines(frame, lines)
 
 
 def _interval(point: Point) -> tuple[float, float, float]:
-    scale = point.relative / point.dice_mean if point.dice_mean else 0.0
-    return point.workers, scale * point.dice_low, scale * point.dice_high
+    """Where and from where to where; no share of a Dice is below 0, whatever Student's t says."""
+    low, high = point.relative_low, point.relative_high
+    if low is None or high is None:
+        scale = (point.relative or 0.0) / point.dice_mean if point.dice_mean else 0.0
+        low, high = scale * point.dice_low, scale * point.dice_high
+    return point.workers, max(low, 0.0), high
 
 
-def _legend(recipes: Sequence[str], measured: bool, modelled: bool) -> tuple[str, int]:
+def _legend(recipes: Sequence[str], measured: bool, modelled: bool, broken_line: str) -> tuple[str, int]:
     """What the marks mean, in as many rows as it takes; and how many those are."""
     entries = []
     for place, recipe in enumerate(recipes):
         style = f"s{place % COLOURS}"
-        line = f'<path class="line {style}" d="M0 0h20"/><circle class="dot {style}" cx="10" r="4"/>'
+        dashes = ' stroke-dasharray="5 4"' if place >= COLOURS else ""
+        line = (
+            f'<path class="line {style}"{dashes} d="M0 0h20"/><circle class="dot {style}" cx="10" r="4"/>'
+        )
         entries.append((line, recipe))
     if measured:
         entries.append(('<circle class="dot rule" cx="10" r="4"/>', "time measured"))
     if modelled:
         entries.append(('<circle class="hollow rule" cx="10" r="4"/>', "time modelled"))
     broken = '<path class="line rule" stroke-dasharray="5 4" d="M0 0h20"/>'
-    entries.append((broken, "ideal time; target Dice"))
+    entries.append((broken, broken_line))
     drawn, x, row = "", 20.0, 0
     for mark, name in entries:
         wide = 28 + 7.0 * len(name) + 22
@@ -211,12 +262,17 @@ def _classes() -> str:
     return " ".join(f".scaling .s{i} {{ --c: var(--s{i}); }}" for i in range(COLOURS))
 
 
-def _worker_ticks(points: Sequence[Point]) -> list[float]:
-    """Powers of two from 1 on, or from the fewest workers, to the most."""
-    fewest = min((p.workers for p in points), default=1)
-    most = max((p.workers for p in points), default=2)
-    first, last = math.floor(math.log2(fewest)), max(math.ceil(math.log2(most)), 1)
-    return [2.0**power for power in range(min(first, last - 1), last + 1)]
+def _worker_axis(points: Sequence[Point]) -> tuple[tuple[float, float], list[float]]:
+    """Both ends, and a tick for each number of workers; where they are many, for those well apart."""
+    counts = sorted({float(point.workers) for point in points}) or [1.0]
+    if len(counts) == 1:
+        return (counts[0] / 2, counts[0] * 2), counts
+    apart = (counts[-1] / counts[0]) ** (1 / 12)
+    ticks = counts[:1]
+    for count in counts[1:]:
+        if count >= apart * ticks[-1]:
+            ticks.append(count)
+    return (counts[0], counts[-1]), ticks
 
 
 def _time_ticks(seconds: Sequence[float]) -> list[float]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
+from voxelscale import __version__
 from voxelscale.files import write_atomic
+from voxelscale.report.page import plain_table, wide, write_page
 from voxelscale.scale.cost import Scaling, TrainingTime, UpdateTime
 from voxelscale.scale.figure import Point, scaling_figure
 from voxelscale.scale.study import Row
@@ -22,7 +23,7 @@ COLUMNS = (
     ("batch", "global batch"),
     ("updates", "updates"),
     ("lr", "learning rate"),
-    ("dice", "Dice (95 %)"),
+    ("dice", "Dice (95 % interval)"),
     ("relative", "Dice, % of 1 worker"),
     ("own", "% of its own 1 worker"),
     ("time", "time, s"),
@@ -59,8 +60,13 @@ def table(findings: Sequence[Finding]) -> str:
     )
 
 
-def write_results(findings: Sequence[Finding], facts: Mapping[str, Any], out: Path) -> None:
-    """``scaling.json``, ``scaling.svg`` and ``scaling.html`` in `out`."""
+def write_results(findings: Sequence[Finding], facts: Mapping[str, Any], out: Path, target: float) -> None:
+    """``scaling.json``, ``scaling.svg`` and ``scaling.html`` in `out`.
+
+    Args:
+        facts: what else ``scaling.json`` says; its ``notes`` are lines for the page.
+        target: ``scale.target``, a share of one worker's Dice.
+    """
     rows = [
         {
             **asdict(f.row),
@@ -73,9 +79,9 @@ def write_results(findings: Sequence[Finding], facts: Mapping[str, Any], out: Pa
         for f in findings
     ]
     write_atomic(out / "scaling.json", json.dumps({**facts, "rows": rows}, indent=1))
-    figure = scaling_figure([_point(f) for f in findings if f.row.relative_own or f.row.relative])
+    figure = scaling_figure([_point(f) for f in findings], target=target)
     write_atomic(out / "scaling.svg", figure)
-    write_atomic(out / "scaling.html", _page(findings, facts, figure))
+    write_page("Scaling study", _sections(findings, facts, figure), out / "scaling.html")
 
 
 def _point(finding: Finding) -> Point:
@@ -87,14 +93,17 @@ def _point(finding: Finding) -> Point:
         dice_low=row.dice_low,
         dice_high=row.dice_high,
         seconds=finding.time.total,
-        relative=row.relative or 0.0,
+        relative=row.relative,
+        relative_low=row.relative_low,
+        relative_high=row.relative_high,
     )
 
 
 def _cells(finding: Finding) -> dict[str, str]:
     row, scaling = finding.row, finding.scaling
-    low, high = row.relative_low, row.relative_high
-    spread = f" ({100 * low:.1f} to {100 * high:.1f})" if low is not None and high is not None else ""
+    own = _spread(row.seeds, row.dice_low, min(row.dice_high, 1.0), 1, 3)
+    spread = _spread(row.seeds, row.relative_low, row.relative_high, 100, 1)
+    diverged = f", {row.diverged} of {row.seeds} diverged" if row.diverged else ""
     target = scaling.target_speedup if scaling else None
     return {
         "recipe": row.recipe,
@@ -102,7 +111,7 @@ def _cells(finding: Finding) -> dict[str, str]:
         "batch": str(row.global_batch),
         "updates": str(row.updates),
         "lr": f"{row.learning_rate:.2g}",
-        "dice": f"{row.dice:.3f} ({row.dice_low:.3f} to {row.dice_high:.3f})",
+        "dice": f"{row.dice:.3f}{own}{diverged}",
         "relative": f"{100 * row.relative:.1f}{spread}" if row.relative is not None else "-",
         "own": f"{100 * row.relative_own:.1f}" if row.relative_own is not None else "-",
         "time": f"{finding.time.total:.1f}",
@@ -111,26 +120,37 @@ def _cells(finding: Finding) -> dict[str, str]:
     }
 
 
-def _page(findings: Sequence[Finding], facts: Mapping[str, Any], figure: str) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for _, title in COLUMNS)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(f).values()) + "</tr>"
-        for f in findings
-    )
-    parts = "".join(f"<tr>{_parts(f)}</tr>" for f in findings)
-    spent = "".join(f"<th>{name}</th>" for name in ("recipe", "workers", *_SPENT.values()))
-    notes = "".join(f"<li>{escape(str(note))}</li>" for note in facts.get("notes", ()))
-    content = (
-        "<h1>Scaling study</h1><p class='lead'>The same samples, dealt out to 1 to "
-        f"{max(f.row.workers for f in findings)} workers</p>"
-        f"<figure>{figure}</figure><h2>Time and Dice</h2>"
-        f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>"
-        "<h2>Where an update's time goes, ms</h2>"
-        f"<div class='wide'><table><tr>{spent}</tr>{parts}</table></div>"
-        f"<h2>How it was told</h2><ul>{notes}</ul>"
-    )
-    page = (resources.files("voxelscale") / "report" / "page.html").read_text(encoding="utf-8")
-    return Template(page).safe_substitute(title="Scaling study", body=content)
+def _spread(seeds: int, low: float | None, high: float | None, scale: float, digits: int) -> str:
+    """An interval over seeds; one seed has none, and no Dice is below 0, whatever Student's t says."""
+    if seeds < 2 or low is None or high is None:
+        return ""
+    return f" ({scale * max(low, 0.0):.{digits}f} to {scale * high:.{digits}f})"
+
+
+def _sections(findings: Sequence[Finding], facts: Mapping[str, Any], figure: str) -> list[str]:
+    workers = ", ".join(str(n) for n in sorted({f.row.workers for f in findings}))
+    seeds = max((f.row.seeds for f in findings), default=0)
+    lead = [
+        f"the same samples for {workers} worker{'s' * (workers != '1')}",
+        f"{seeds} seeds" if seeds > 1 else "1 seed: no intervals",
+        datetime.now(tz=UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        f"voxelscale {__version__}",
+    ]
+    rows = [[escape(cell) for cell in _cells(f).values()] for f in findings]
+    said = "".join(f"<li>{escape(str(note))}</li>" for note in facts.get("notes", ()))
+    return [
+        f'<h1>Scaling study</h1><p class="lead">{escape(" · ".join(lead))}</p>',
+        f"<figure>{wide(figure, 'Time and Dice against workers', 'scroll')}</figure>",
+        "<h2>Time and Dice</h2>",
+        plain_table([title for _, title in COLUMNS], rows, "Time and Dice"),
+        "<h2>Where an update's time goes, ms</h2>",
+        plain_table(
+            ["recipe", "workers", *_SPENT.values()],
+            [_parts(f) for f in findings],
+            "Where an update's time goes, ms",
+        ),
+        f"<h2>How the times were found</h2><ul>{said}</ul>" if said else "",
+    ]
 
 
 _SPENT = {
@@ -142,8 +162,7 @@ _SPENT = {
 }
 
 
-def _parts(finding: Finding) -> str:
+def _parts(finding: Finding) -> list[str]:
     update: UpdateTime = finding.time.update
-    cells = [finding.row.recipe, str(finding.row.workers)]
-    cells += [f"{1e3 * getattr(update, name):.2f}" for name in _SPENT]
-    return "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+    spent = [f"{1e3 * getattr(update, name):.2f}" for name in _SPENT]
+    return [escape(finding.row.recipe), str(finding.row.workers), *spent]

@@ -54,7 +54,7 @@ def scale(config: Config, store_path: Path, out: Path) -> list[Finding]:
         "samples": config.train.samples,
         "config": to_dict(config),
     }
-    write_results(findings, facts, out)
+    write_results(findings, facts, out, config.scale.target)
     return findings
 
 

@@ -252,7 +252,8 @@ def summarise(trials: Sequence[Trial], outcomes: Sequence[Outcome], target: floa
         groups.setdefault((trial.recipe, trial.workers), []).append((trial, outcome))
     first = trials[0].recipe
     alone = [o.dice for t, o in zip(trials, outcomes, strict=True) if (t.recipe, t.workers) == (first, 1)]
-    aim = target * statistics.mean(alone) if alone else math.inf
+    # A Dice of 0 is no target: every training has reached it before its first sample.
+    aim = target * statistics.mean(alone) if any(alone) else math.inf
     return [_row(group, dice, first, aim) for group in groups.values()]
 
 

@@ -13,6 +13,7 @@ from voxelscale.search.figures import (
     WIDE,
     axis_label,
     figure,
+    padded,
     param_text,
     svg,
     tick_text,
@@ -101,7 +102,7 @@ def _numbers_axis(key: str, numbers: Sequence[float], log: bool, unset: str) -> 
     elif low == high:
         pad = 1.0 if whole else 0.1 * abs(low) or 1.0
         low, high = low - pad, high + pad
-    ticks = log_ticks(low, high, 4) if log else round_ticks(low, high)
+    ticks = log_ticks(low, high, 4) if log else round_ticks(low, high, whole=whole)
     marks = [(t, tick_text("", t)) for t in ticks if t == round(t) or not whole]
     return Axis(key=key, low=low, high=high, log=log, marks=marks, unset=unset)
 
@@ -128,7 +129,7 @@ def parallel(results: SearchResults) -> str:
         drawn += f"<title>{escape(f'trial {trial.number}: {said}')}</title></path>"
     title = "Parallel coordinates"
     picture = svg(layout.width, layout.height, drawn + layout.axes_drawn(), title, wide=True)
-    return figure(title, f'<div class="scroll">{picture}</div>', colour_scale(results, "pruned"))
+    return figure(title, picture, colour_scale(results, "pruned"))
 
 
 def colour_scale(results: SearchResults, pruned: str) -> str:
@@ -156,20 +157,21 @@ def colour_scale(results: SearchResults, pruned: str) -> str:
 def slices(results: SearchResults) -> str:
     """A small figure for each key: its value against the first objective, colours as in `parallel`."""
     drawn = "".join(_slice(results, axis_of(results, key)) for key in results.keys)
-    legend = colour_scale(results, "pruned, as strokes")
+    beyond = colour_scale(results, "pruned, as strokes")
+    legend = f"{beyond}<span>strokes at the edge: worse than the axis shows, or pruned</span>"
     return f'<div class="slices">{drawn}</div><p class="caption">{legend}</p>'
 
 
 def _slice(results: SearchResults, axis: Axis) -> str:
     shading, best, name = shading_of(results), results.best, results.objectives[0]
-    low, high = sorted((shading.worst, shading.best))
-    pad = 0.08 * (high - low) or 0.05 * abs(high) or 0.5
+    low, high = padded(shading.worst, shading.best)
     frame = Frame(
         x=(axis.low, axis.high),
-        y=(low - pad, high + pad),
+        y=(low, high),
         x_ticks=(axis.low, axis.high) if axis.log else None,
         width=340,
         height=210,
+        left=62,
         inset=8,
     )
     worse, stroke = (frame.y[0], "v-7") if results.maximise[0] else (frame.y[1], "v7")
@@ -179,24 +181,32 @@ def _slice(results: SearchResults, axis: Axis) -> str:
             continue
         # Strokes of no length with round ends are dots at a fifth of a circle element's size.
         done = trial.state == "done"
-        style = f"dots shade{shading.of(trial.values[0])}" if done else "stroke ghost"
-        x, y = frame.place(_across(axis, trial), trial.values[0] if done else worse)
-        paths[style] = paths.get(style, "") + f"M{x:.1f} {y:.1f}" + ("h0" if done else stroke)
+        dot = done and low <= trial.values[0] <= high
+        shade = f"shade{shading.of(trial.values[0])}" if done else "ghost"
+        style = f"{'dots' if dot else 'stroke'} {shade}"
+        x, y = frame.place(_across(axis, trial), trial.values[0] if dot else worse)
+        paths[style] = paths.get(style, "") + f"M{x:.1f} {y:.1f}" + ("h0" if dot else stroke)
     dots = "".join(f'<path class="{style}" d="{paths[style]}"/>' for style in sorted(paths, reverse=True))
     if best is not None and axis.key in best.params:
         x, y = frame.place(_across(axis, best), best.values[0])
         dots += f'<circle class="ring is-best" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>best</title></circle>'
     x_label = f"{axis.key}{' (log)' if axis.log else ''}"
-    ground = draw_axes(frame, x_label=x_label, y_name=lambda v: tick_text(name, v), x_marks=axis.marks)
-    return f"<figure>{svg(frame.width, frame.height, ground + dots, x_label)}</figure>"
+    ground = draw_axes(
+        frame,
+        x_label=x_label,
+        y_label=axis_label(name),
+        y_name=lambda v: tick_text(name, v),
+        x_marks=axis.marks,
+    )
+    title = f"{axis_label(name)} against {x_label}"
+    return f"<figure>{svg(frame.width, frame.height, ground + dots, title)}</figure>"
 
 
 def _objective_axis(results: SearchResults) -> Axis:
     name, shading = results.objectives[0], shading_of(results)
     ends = (shading.worst, shading.best)
     if ends[0] == ends[1]:
-        pad = 0.05 * abs(ends[0]) or 0.5
-        ends = (ends[0] - pad, ends[1] + pad)
+        ends = padded(*ends)
     marks = [(t, tick_text(name, t)) for t in round_ticks(*sorted(ends))]
     unset = "pruned" if _any_pruned(results) else ""
     return Axis(key=axis_label(name), low=ends[0], high=ends[1], log=False, marks=marks, unset=unset)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from voxelscale.report.charts import Frame, Line, draw_axes, draw_lines, log_ticks, round_ticks
+from voxelscale.report.page import wide as scrolled
 from voxelscale.search.results import SearchResults, State, TrialResult, Value
 
 STATES: tuple[State, ...] = ("done", "pruned", "running", "waiting", "infeasible", "diverged", "failed")
@@ -112,7 +113,7 @@ def history(results: SearchResults) -> str:
     scores = [(trial, score(results, trial)) for trial in results.trials if trial.state != "waiting"]
     known = [value for _, value in scores if value is not None]
     finals = [trial.values[0] for trial in results.done]
-    low, high = _padded(*value_range(finals if len(finals) > 1 else known, more))
+    low, high = padded(*value_range(finals if len(finals) > 1 else known, more))
     last = max((trial.number for trial, _ in scores), default=1)
     frame = Frame(x=(0.0, max(last, 1)), y=(low, high), inset=8)
     dots, strokes = dict[str, Dots](), ""
@@ -126,7 +127,7 @@ def history(results: SearchResults) -> str:
     best = _best_so_far(results, last)
     lines = [Line(name="best so far", points=best, stairs=True, style="is-best")] if best else []
     lines += [_dots(state, dots[state]) for state in STATES if state in dots]
-    whole = [(t, f"{t:g}") for t in round_ticks(*frame.x) if t == round(t)]
+    whole = [(t, f"{t:g}") for t in round_ticks(*frame.x, whole=True)]
     axes = draw_axes(frame, x_label="trial", y_name=lambda y: tick_text(name, y), x_marks=whole)
     caption = legend([state for state in STATES if any(trial.state == state for trial, _ in scores)])
     caption += _key("is-best", "best so far") if best else ""
@@ -153,7 +154,10 @@ def curves(results: SearchResults) -> str:
         ends.setdefault("best" if trial is best else trial.state, []).append((samples, value, title))
     marks = [_dots(state, ends[state]) for state in (*STATES, "best") if state in ends]
     log = frame.x_ticks is not None
-    axes = draw_axes(frame, x_label=f"samples{' (log)' if log else ''}", y_name=plain_number)
+    ticks = frame.x_ticks or round_ticks(*frame.x, whole=True)
+    marks_x = [(t, plain_number(t) if t < 10_000 else f"{t / 1000:g}k") for t in ticks]
+    x_label = f"samples{' (log)' if log else ''}"
+    axes = draw_axes(frame, x_label=x_label, y_name=plain_number, x_marks=marks_x)
     caption = legend([state for state in STATES if state in ends])
     caption += _key("is-best", f"best, trial {best.number}") if best and best.curve else ""
     title = "Learning curves: validation Dice"
@@ -181,7 +185,7 @@ def importances(results: SearchResults) -> str:
         f"How much each key decides which trials are among the best by {label(results.objectives[0])}, as "
         "shares of 100 %. Method: PED-ANOVA (Watanabe, Bansal, Hutter, IJCAI 2023)."
     )
-    return figure(title, svg(width, ROW * len(shares) + 8, body, title), escape(method))
+    return figure(title, svg(width, ROW * len(shares) + 8, body, title, wide=True), escape(method))
 
 
 def front(results: SearchResults) -> str:
@@ -192,8 +196,8 @@ def front(results: SearchResults) -> str:
     (across, up), on_front = (results.objectives[1], results.objectives[0]), results.front
     xs = [trial.values[1] for trial in results.done]
     log = min(xs) > 0 and max(xs) / min(xs) > 20
-    x = _log_padded(min(xs), max(xs)) if log else _padded(*_front_range(results, 1))
-    y = _padded(*_front_range(results, 0))
+    x = _log_padded(min(xs), max(xs)) if log else padded(*_front_range(results, 1))
+    y = padded(*_front_range(results, 0))
     ticks = log_ticks(*x) if log else None
     frame = Frame(x=x, y=y, x_ticks=ticks, width=WIDE, height=340, inset=4)
     rest, chosen = Dots(), Dots()
@@ -213,16 +217,16 @@ def front(results: SearchResults) -> str:
     axes = draw_axes(frame, x_label=x_label, y_name=lambda v: tick_text(up, v), x_marks=marks)
     title = f"Trials by {axis_label(up)}, against {axis_label(across)}"
     caption = _key("is-done", "on the front") + _key("is-rest", "beaten") + _key("is-best", "front")
-    return figure(title, svg(frame.width, frame.height, axes + draw_lines(frame, lines), title), caption)
+    drawn = svg(frame.width, frame.height, axes + draw_lines(frame, lines), title, wide=True)
+    return figure(title, drawn, caption)
 
 
 def svg(width: int, height: int, body: str, name: str, *, wide: bool = False) -> str:
     """An SVG element in the page's colours; `wide`: rather scrolled than shrunk until it cannot be read."""
-    least = f' style="min-width:{round(0.85 * width)}px"' if wide else ""
-    head = (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(name)}"{least}>'
-    )
-    return f"{head}{body}</svg>"
+    style = f' style="min-width:{round(0.85 * width)}px"' if wide else ""
+    size = f'viewBox="0 0 {width} {height}"{style}'
+    drawn = f'<svg class="chart" {size} role="img" aria-label="{escape(name)}">{body}</svg>'
+    return scrolled(drawn, name, "scroll") if wide else drawn
 
 
 def figure(title: str, drawn: str, caption: str = "") -> str:
@@ -292,7 +296,7 @@ def _stairs(results: SearchResults, frame: Frame) -> list[tuple[float, float]]:
 def _samples_frame(samples: Sequence[int], dice: Sequence[float]) -> Frame:
     """Rungs are a factor apart: on a logarithmic axis they are at even distances."""
     low, high = min(samples, default=0), max(samples, default=1)
-    y = _padded(min(dice, default=0.0), max(dice, default=1.0))
+    y = padded(min(dice, default=0.0), max(dice, default=1.0))
     if low > 0 and high >= 8 * low:
         return Frame(x=(low, high), y=y, x_ticks=log_ticks(low, high), inset=8)
     return Frame(x=(0.0, max(high, 1)), y=y, inset=8)
@@ -303,10 +307,11 @@ def _thinned(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return [*curve[: -1 : max(step, 1)], curve[-1]]
 
 
-def _padded(a: float, b: float) -> tuple[float, float]:
+def padded(a: float, b: float) -> tuple[float, float]:
+    """A range with room at both ends; no Dice, time or count is below 0, nor is its axis."""
     low, high = min(a, b), max(a, b)
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    return low - pad, high + pad
+    return max(low - pad, 0.0) if low >= 0 else low - pad, high + pad
 
 
 def _log_padded(low: float, high: float) -> tuple[float, float]:

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 
-from voxelscale.files import write_atomic
+from voxelscale import __version__
+from voxelscale.console import count
+from voxelscale.report.page import cards, plain_table, sortable_table, write_page
 from voxelscale.search import axes, figures
 from voxelscale.search.figures import STATES, duration, label, param_text, score, value_text
 from voxelscale.search.results import SearchResults, TrialResult, Value, utilisation
@@ -40,7 +40,6 @@ svg.chart .mark { paint-order: stroke; stroke: var(--card); stroke-width: 4px; s
 .strand.is-best { stroke-width: 3.2; opacity: 1; } .strand:hover { stroke-width: 5; opacity: 1; }
 .dots { stroke: var(--c); stroke-width: 7; stroke-linecap: round; } .stroke.ghost { stroke-width: 1.5; }
 .ring { fill: none; stroke: var(--c); stroke-width: 2; }
-.scroll { overflow-x: auto; }
 .pair { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(480px, 100%), 1fr)); gap: 14px; }
 .slices { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 14px; }
 .caption { color: var(--soft); font-size: 13px; } .key { display: inline-block; }
@@ -50,11 +49,9 @@ svg.chart .mark { paint-order: stroke; stroke: var(--card); stroke-width: 4px; s
 .strip { display: flex; height: 12px; border-radius: 6px; overflow: hidden; margin: 18px 0 6px;
   background: var(--rule); }
 .strip i { background: var(--c); }
-.tall { max-height: 640px; overflow: auto; }
-.tall thead th { position: sticky; top: 0; background: var(--card); }
 .stack { display: grid; gap: 14px; grid-template-columns: minmax(0, 1fr); }
 .sortable :is(th, td):nth-child(2) { text-align: left; }
-td.note { white-space: normal; text-align: left; min-width: 260px; }
+.note { display: inline-block; white-space: normal; text-align: left; min-width: 260px; }
 .state::before { content: ""; display: inline-block; width: 9px; height: 9px;
   border-radius: 5px; margin-right: 7px; background: var(--c); }
 """
@@ -91,8 +88,7 @@ def write_report(results: SearchResults, out: Path, now: float) -> None:
         "of a device's time, from its first to its last moment of work, in which a trial had it.</footer>",
     ]
     title = f"Search {results.name}" + (f": best {_first(results, best)}" if best else "")
-    page = resources.files("voxelscale.report").joinpath("page.html").read_text(encoding="utf-8")
-    write_atomic(out, Template(page).substitute(title=escape(title), body="\n".join(sections)))
+    write_page(title, sections, out)
 
 
 def status_table(results: SearchResults, now: float) -> str:
@@ -146,7 +142,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def _head(results: SearchResults, now: float) -> str:
     at = datetime.fromtimestamp(now, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
-    parts = [f"{len(results.keys)} keys", f"sampler {results.sampler}", f"pruner {results.pruner}", at]
+    parts = [count(len(results.keys), "key"), f"sampler {results.sampler}", f"pruner {results.pruner}"]
+    parts += [at, f"voxelscale {__version__}"]
     return f'<h1>Search {escape(results.name)}</h1><p class="lead">{escape(" · ".join(parts))}</p>'
 
 
@@ -157,22 +154,17 @@ def _cards(results: SearchResults, now: float) -> str:
     over = sum(trial.state not in ("waiting", "running") for trial in results.trials)
     none = "–"
     first = results.objectives[0]
-    cards = [
+    facts = [
         (
             f"Best {label(first)}",
             value_text(first, best.values[0]) if best else none,
             f"trial {best.number}" if best else "no trial is done yet",
         ),
         ("Trials that have ended", str(over), f"of {results.target} wanted"),
-        ("Device utilisation", _percent(results, now), f"{len(spans)} device{'s' * (len(spans) != 1)}"),
+        ("Device utilisation", _percent(results, now), count(len(spans), "device")),
         ("Since the start", duration(ended - begun) if spans else none, f"{hours:.3g} device hours"),
     ]
-    body = "".join(
-        f'<div class="card"><span>{escape(name)}</span><b>{escape(value)}</b>'
-        f"<span>{escape(note)}</span></div>"
-        for name, value, note in cards
-    )
-    return f'<div class="cards">{body}</div>'
+    return cards(facts)
 
 
 def _states(results: SearchResults) -> str:
@@ -201,15 +193,12 @@ def _best(results: SearchResults) -> str:
     ]
     for key in results.keys:
         rows.append((key, _param(best.params, key), _param(default.params, key) if default else "–"))
-    body = "".join(
-        f"<tr><td>{escape(name)}</td><td>{'<b>' * (mine != own)}{escape(mine)}{'</b>' * (mine != own)}</td>"
-        f"<td>{escape(own)}</td></tr>"
+    cells = [
+        [escape(name), f"<b>{escape(mine)}</b>" if mine != own else escape(mine), escape(own)]
         for name, mine, own in rows
-    )
-    head = f"<tr><th></th><th>best, trial {best.number}</th><th>default, trial 0</th></tr>"
-    table = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
-    line = "<pre>voxelscale train store/ run/ --config best.yaml</pre>"
-    return f'<div class="wide">{table}</div>{line}'
+    ]
+    table = plain_table(["", f"best, trial {best.number}", "default, trial 0"], cells, "Best parameters")
+    return f"{table}<pre>voxelscale train store/ run/ --config best.yaml</pre>"
 
 
 def _history(results: SearchResults) -> str:
@@ -231,54 +220,43 @@ def _front(results: SearchResults) -> str:
     if not results.done:
         return _none("No trial is done yet.")
     names = [label(name) for name in results.objectives]
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("trial", *names, *results.keys))
-    body = ""
+    rows = []
     on_front = results.front
     for trial in (trial for trial in _ranked(results) if any(trial is other for other in on_front)):
         cells = [str(trial.number), *_values(results, trial)]
         cells += [_param(trial.params, key) for key in results.keys]
-        body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="stack">{figures.front(results)}<div class="wide tall">{table}</div></div>'
+        rows.append([escape(cell) for cell in cells])
+    table = plain_table(["trial", *names, *results.keys], rows, "Trials on the front", "wide tall")
+    return f'<div class="stack">{figures.front(results)}{table}</div>'
 
 
 def _trials(results: SearchResults, now: float) -> str:
     """All trials; the page's script sorts them by the column that is clicked."""
     names = [label(name) for name in results.objectives]
     columns = ["trial", "state", *names, "samples", *results.keys, "seconds", "note"]
-    head = "".join(f'<th><button type="button">{escape(name)}</button></th>' for name in columns)
-    body = "".join(f"<tr>{_cells(results, trial, now)}</tr>" for trial in results.trials)
-    table = f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<div class="wide tall">{table}</div>'
+    rows = [_cells(results, trial, now) for trial in results.trials]
+    return sortable_table(columns, rows, "All trials", "wide tall")
 
 
-def _cells(results: SearchResults, trial: TrialResult, now: float) -> str:
-    state = f'<span class="state is-{trial.state}">{trial.state}</span>'
-    # The first column is sorted as text, all others as numbers.
-    drawn = (
-        _cell(str(trial.number), f"{trial.number:06d}")
-        + f"<td data-value={STATES.index(trial.state)}>{state}</td>"
-    )
+def _cells(results: SearchResults, trial: TrialResult, now: float) -> list[tuple[str, str]]:
+    """Each column's HTML, and what it is sorted by: the first as text, all others as numbers."""
+    cells = [
+        (str(trial.number), f"{trial.number:06d}"),
+        (f'<span class="state is-{trial.state}">{trial.state}</span>', str(STATES.index(trial.state))),
+    ]
     value = score(results, trial)
     for place, name in enumerate(results.objectives):
         own = trial.values[place] if trial.values else value if place == 0 else None
-        drawn += _cell("–" if own is None else value_text(name, own), LAST if own is None else f"{own:g}")
+        cells.append(("–", LAST) if own is None else (escape(value_text(name, own)), f"{own:g}"))
     samples = trial.curve[-1][0] if trial.curve else 0
-    drawn += _cell(f"{samples:,}", str(samples))
+    cells.append((f"{samples:,}", str(samples)))
     for key in results.keys:
         known = trial.params.get(key)
         by = f"{known:g}" if isinstance(known, int | float) else LAST
-        drawn += _cell(_param(trial.params, key), by)
+        cells.append((escape(_param(trial.params, key)), by))
     seconds = f"{_seconds(trial, now):.0f}"
-    return (
-        drawn
-        + _cell(seconds, seconds)
-        + f'<td class="note" data-value={len(trial.note)}>{escape(trial.note)}</td>'
-    )
-
-
-def _cell(text: str, by: str) -> str:
-    return f"<td data-value={by}>{escape(text)}</td>"
+    note = f'<span class="note">{escape(trial.note)}</span>' if trial.note else ""
+    return [*cells, (seconds, seconds), (note, str(len(trial.note)))]
 
 
 def _none(text: str) -> str:

@@ -66,7 +66,7 @@ def timeline(results: SearchResults, now: float) -> str:
         body += _row(frame, TOP + ROW * row, device, moments, busy_share(own))
     states = {trial.state for own in spans.values() for *_, trial in own}
     title = f"When which device worked: {100 * utilisation(results, now):.1f} % of the time overall"
-    drawn = f'<div class="scroll">{svg(WIDE, frame.height, body, title, wide=True)}</div>'
+    drawn = svg(WIDE, frame.height, body, title, wide=True)
     return figure(title, drawn, legend([state for state in STATES if state in states]))
 
 

@@ -1,0 +1,132 @@
+"""What a report shows of single cases: slices with outlines, and tables of findings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from voxelscale.config import PrepareConfig
+from voxelscale.console import warn
+from voxelscale.data.listing import Source
+from voxelscale.data.reading import read_image, read_truth
+from voxelscale.errors import VoxelscaleError
+from voxelscale.formats import check_same_place, read_label
+from voxelscale.geometry import Scan, reorient
+from voxelscale.predict.findings import Finding
+from voxelscale.report.overlays import Place, overlay_views
+from voxelscale.report.page import plain_table
+
+LAYERS = {"truth": "#4dd964", "prediction": "#ff9f1c", "mark": "#4cc9f0"}
+"""What is drawn over a slice, with its colour, as the page's styles have it."""
+
+FINDING_COLUMNS = (
+    "",
+    "Confidence",
+    "x, y, z (LPS), mm",
+    "Diameter, mm",
+    "Longest in a slice, mm",
+    "Volume, mm³",
+    "Mean HU",
+)
+
+MISSING = "–"
+
+
+def toggles(layers: Sequence[str]) -> str:
+    """Boxes that show or hide what is drawn over the slices."""
+    boxes = "".join(
+        f'<label><input type="checkbox" name="{name}" checked>'
+        f'<i style="background:{LAYERS[name]}"></i>{name}</label>'
+        for name in layers
+    )
+    return f'<div class="toggles" role="group" aria-label="Outlines">{boxes}</div>'
+
+
+class CaseScans:
+    """A case's scan, true mask and predicted mask on one lattice.
+
+    Args:
+        source: the case.
+        mask: the predicted one's file.
+        config: what in the labels is the lesion.
+
+    Raises:
+        VoxelscaleError: one of them cannot be read, or they do not lie on each other.
+    """
+
+    def __init__(self, source: Source, mask: Path, config: PrepareConfig) -> None:
+        self.image = reorient(read_image(source, config.fill_gaps))
+        self.prediction = reorient(read_label(mask))
+        check_same_place(mask, self.prediction, source.image, self.image)
+        self.truth = Scan(0 * self.prediction.array, self.prediction.affine)
+        if source.labels:
+            self.truth = read_truth(source, config)
+            check_same_place(source.labels[0], self.truth, source.image, self.image)
+
+    def block(self, title: str, note: str, place: Place | None = None) -> str:
+        """Slices in four views with a heading.
+
+        Args:
+            title, note: plain text.
+            place: where to look, with a ring around it; None: where the lesion is largest.
+        """
+        views = overlay_views(self.image, self.truth, self.prediction, place)
+        style = "case at" if place else "case"
+        drawn = "".join(f"<div>{svg}{escape(caption)}</div>" for caption, svg in views)
+        return (
+            f'<div class="{style}"><h3>{escape(title)}<small>{escape(note)}</small></h3>'
+            f'<div class="views">{drawn}</div></div>'
+        )
+
+
+def read_scans(
+    case: str, sources: dict[str, Source], predictions: Path, config: PrepareConfig
+) -> CaseScans | None:
+    """A case's scans; None, with a warning, where they cannot be shown."""
+    source = sources.get(case)
+    if source is None:
+        warn(f"no picture of {case}: the scans have no such case")
+        return None
+    try:
+        return CaseScans(source, predictions / case / "mask.nii.gz", config)
+    except VoxelscaleError as error:
+        warn(f"no picture of {case}: {error.message}")
+        return None
+
+
+def finding_cells(number: int, finding: Finding) -> list[str]:
+    """A row of the table of `FINDING_COLUMNS`, HTML."""
+    hu = MISSING if finding.mean_hu is None else f"{finding.mean_hu:.0f}"
+    return [
+        str(number),
+        confidence(finding),
+        f"{finding.x:.1f}, {finding.y:.1f}, {finding.z:.1f}",
+        f"{finding.diameter_mm:.1f}",
+        f"{finding.axial_diameter_mm:.1f}",
+        f"{finding.volume_mm3:,.0f}",
+        hu,
+    ]
+
+
+def confidence(finding: Finding) -> str:
+    """A finding's confidence with a bar, HTML."""
+    return meter(finding.probability) + f"{finding.probability:.3f}"
+
+
+def meter(share: float) -> str:
+    """A bar for a share of 1, HTML."""
+    return f'<span class="meter"><i style="width:{100 * min(max(share, 0.0), 1.0):.0f}%"></i></span>'
+
+
+def finding_table(findings: Sequence[Finding], most: int, label: str) -> str:
+    """The findings, most confident first, at most so many; how many more there are stands below."""
+    rows = [finding_cells(number, f) for number, f in enumerate(findings[:most], start=1)]
+    return plain_table(FINDING_COLUMNS, rows, label) + further(len(findings) - most, "findings.json")
+
+
+def further(left: int, file: str) -> str:
+    """How many findings a table leaves out, and where they are; "" where it has all."""
+    if left <= 0:
+        return ""
+    return f'<p class="lead">{left:,} further, less confident ones are in {escape(file)}.</p>'
