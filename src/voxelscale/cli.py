@@ -514,7 +514,8 @@ def predict(
 
     A scan unlike those that the model was trained on gets a warning; one that cannot be a scan for it (a
     mask, grey levels, two slices) is an error. A model of chests looks in and around the lungs only
-    (predict.lungs). Slices may be missing as prepare.fill_gaps says.
+    (predict.lungs). Slices may be missing as prepare.fill_gaps says; prepare.select chooses one of several
+    acquisitions in a series.
 
     Which path and series each case is stands in names.csv, which is for you alone: do not share it.
     """
@@ -541,7 +542,7 @@ def predict(
             raise VoxelscaleError(f"{scans}: no case of the split {split} of {store}", hint)
         record_cases(out, (source.case for source in sources), split, opened.fingerprint["digest"])
     write_names(sources, out)
-    outcome = run_predict(sources, bundle, settings.predict, out, settings.prepare.fill_gaps)
+    outcome = run_predict(sources, bundle, settings.predict, out, settings.prepare)
     if outcome.rank:
         return 0
     code = tell_failed(outcome.failed, "predicted")

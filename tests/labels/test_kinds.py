@@ -162,12 +162,14 @@ def circle(x: float, y: float, radius: float = 3.2, count: int = 40) -> np.ndarr
     return np.column_stack([np.full(count, 3.0), y + radius * np.sin(angle), x + radius * np.cos(angle)])
 
 
-def drawn_as(folder: Path, contours: dict[str, list[np.ndarray]], **values: tuple[int, ...]) -> np.ndarray:
+def drawn_as(
+    folder: Path, contours: dict[str, list[np.ndarray]], values: tuple[int, ...] | None = None
+) -> np.ndarray:
     """The mask of contours in voxels (z, y, x) of a scan whose voxels are 1 mm wide."""
     image = Scan(np.zeros((8, 24, 26), np.int16), affine_from_itk((0, 0, 0), (1, 1, 1), np.eye(3)))
     in_mm = {name: [image.grid.index_to_mm(c) for c in each] for name, each in contours.items()}
     write_rtstruct(folder / "rt.dcm", in_mm)
-    mask: np.ndarray = read_labels(folder / "rt.dcm", image, **values).mask.array
+    mask: np.ndarray = read_labels(folder / "rt.dcm", image, values=values).mask.array
     return mask
 
 
@@ -181,9 +183,10 @@ def test_contours_that_programs_write(tmp_path: Path) -> None:
     holed = drawn_as(tmp_path, {"GTV": [one, hole]})
     assert 0 < holed.sum() < drawn_as(tmp_path, {"GTV": [one]}).sum()
     assert np.array_equal(drawn_as(tmp_path, {"GTV": [one, hole + off]}), holed), "a rounded hole"
-    one, hole = np.roll(one, 3, axis=0), np.roll(hole, 3, axis=0)  # the cut runs through no pixel's centre
-    keyhole = np.concatenate([one, one[:1], hole[:1], hole[::-1], one[:1]])
-    assert np.array_equal(drawn_as(tmp_path, {"GTV": [keyhole]}), holed), "a hole by a cut"
+    for turn in (0, 3):  # the cut runs through centres of pixels, and beside them
+        ring, inner = np.roll(one, turn, axis=0), np.roll(hole, turn, axis=0)
+        keyhole = np.concatenate([ring, ring[:1], inner[:1], inner[::-1], ring[:1]])
+        assert np.array_equal(drawn_as(tmp_path, {"GTV": [keyhole]}), holed), "a hole by a cut"
 
 
 def test_points_and_what_lies_outside_is_reported(

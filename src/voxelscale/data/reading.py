@@ -100,13 +100,13 @@ def read_truth_labels(source: Source, config: PrepareConfig) -> Labels:
         if not config.allow_empty:
             hint = "add its mask, or say prepare.allow_empty=true where scans without one are healthy"
             raise VoxelscaleError(f"{source.image}: has no mask", hint)
-        grid = as_lps(read_lattice(source, config.fill_gaps))[2]
+        grid = as_lps(read_lattice(source, config.fill_gaps, config.select))[2]
         return Labels(mask=Scan(np.zeros(grid.shape, np.uint8), grid.affine))
     if [kind_of(label) for label in source.labels] == ["mask"]:
         values = _values(source, config)
         mask = reorient(read_label(source.labels[0], values))
         if source.image.exists():  # a mask may be cropped to what is drawn in it
-            lattice = as_lps(read_lattice(source, config.fill_gaps))[2]
+            lattice = as_lps(read_lattice(source, config.fill_gaps, config.select))[2]
             mask = on_lattice(source.labels[0], mask, source.image, lattice)
         lesion = lesion_in(mask, values)
         if mask.array.any() and not lesion.any() and not config.allow_empty:

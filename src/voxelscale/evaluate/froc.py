@@ -155,8 +155,7 @@ def match_marks(
 
 def inside_any(places: NDArray[np.float64], spheres: Sequence[Placed]) -> NDArray[np.bool_]:
     """(n,) which of the places (n, 3), LPS mm, lie within one of the spheres, by the rule of `match`."""
-    inside: NDArray[np.bool_] = _within(places, _spheres(spheres)).any(axis=0)
-    return inside
+    return np.asarray(_within(places, _spheres(spheres)).any(axis=0))
 
 
 def _within(marks: NDArray[np.float64], spheres: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from voxelscale.config import PrepareConfig
 from voxelscale.data.listing import Source
 from voxelscale.data.reading import read_truth_labels
@@ -77,7 +79,7 @@ def findings_in(path: Path, grid: Grid) -> list[Finding]:
         raise VoxelscaleError(f"{path}: a confidence of {wrong:g}", hint)
     if findings:
         index = grid.mm_to_index([(f.x, f.y, f.z) for f in findings])
-        outside = ((index < -1) | (index > grid.shape)).any(axis=-1)  # a voxel for rounding
+        outside = np.asarray(((index < -1) | (index > grid.shape)).any(axis=-1))  # a voxel for rounding
         for finding in (f for f, out in zip(findings, outside, strict=True) if out):
             place = f"({finding.x:.1f}, {finding.y:.1f}, {finding.z:.1f}) mm"
             raise VoxelscaleError(

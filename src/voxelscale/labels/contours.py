@@ -9,7 +9,7 @@ DENSE = 2**16
 """Crossings times pixels up to which each pair is looked at: faster than a search, but memory for all."""
 
 
-def inside(outline: ArrayLike, shape: tuple[int, int]) -> NDArray[np.bool_]:
+def inside(outline: ArrayLike, shape: tuple[int, int], *, uncut: bool = False) -> NDArray[np.bool_]:
     """Which pixel centres of a plane lie inside a closed outline.
 
     The crossing test of E. Haines, "Point in polygon strategies", Graphics Gems IV (1994), which is
@@ -19,6 +19,8 @@ def inside(outline: ArrayLike, shape: tuple[int, int]) -> NDArray[np.bool_]:
     Args:
         outline: (n, 2) in pixels, along the plane's first and second axis; closed by itself.
         shape: pixels along both.
+        uncut: whether edges that are drawn there and back, as the cut between a region and its hole, do not
+            count. Otherwise pixel centres exactly on such a cut may be wrong.
     """
     points = np.asarray(outline, np.float64)
     mask = np.zeros(shape, np.bool_)
@@ -29,6 +31,8 @@ def inside(outline: ArrayLike, shape: tuple[int, int]) -> NDArray[np.bool_]:
     last = min(shape[0], int(np.ceil(points[:, 0].max())) + 1)
     x = np.arange(first, last)
     low, high = max(0, int(np.floor(y0.min()))), min(shape[1], int(np.ceil(y0.max())) + 1)
+    if uncut and (kept := _uncut(points)) is not None:
+        x0, y0, x1, y1 = x0[kept], y0[kept], x1[kept], y1[kept]
     for y in range(low, high):
         up = y1 >= y
         crossing = np.flatnonzero((y0 >= y) != up)
@@ -49,6 +53,20 @@ def _chosen(edges: Edges, which: NDArray[np.intp] | tuple[slice, None]) -> Edges
     """Every array indexed alike: some of the edges, or all as a column."""
     a, b, c, d, up = edges
     return a[which], b[which], c[which], d[which], up[which]
+
+
+def _uncut(points: NDArray[np.float64]) -> NDArray[np.intp] | None:
+    """The edges, each from a point to the next, that no other edge runs back; None: all of them."""
+    ends = np.rint(points * 1000) @ np.array([1, 1j])
+    if len(np.unique(ends)) == len(ends):
+        return None  # without a point that comes twice there is no way back
+    kept: dict[tuple[complex, complex], list[int]] = {}
+    for number, (a, b) in enumerate(zip(ends.tolist(), np.roll(ends, -1).tolist(), strict=True)):
+        if kept.get((b, a)):
+            kept[b, a].pop()
+        else:
+            kept.setdefault((a, b), []).append(number)
+    return np.sort(np.fromiter((n for numbers in kept.values() for n in numbers), np.intp))
 
 
 def _before(

@@ -218,7 +218,8 @@ def _fill(
     planes = [placed[a:b] for a, b in zip([0, *cuts], [*cuts, len(placed)], strict=True)]
     taken = np.zeros(plane.shape, np.bool_)
     for contours in sorted(planes, key=lambda pairs: abs(np.mean([p for p, _ in pairs]) - number)):
-        filled = [inside(outline, (plane.shape[0], plane.shape[1])) for outline in _unlike(contours)]
+        shape = plane.shape[0], plane.shape[1]
+        filled = [inside(outline, shape, uncut=True) for outline in _unlike(contours)]
         new = [area for area in filled if not (area & taken).any()]
         for area in new:
             plane ^= area

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from voxelscale import __version__
-from voxelscale.config import PredictConfig
+from voxelscale.config import PredictConfig, PrepareConfig
 from voxelscale.console import Progress, count, duration, notice, warn
 from voxelscale.data.listing import Source
 from voxelscale.data.lungs import Lungs, body_field, lung_field
@@ -378,7 +378,7 @@ def predict(
     bundle: Bundle,
     config: PredictConfig,
     out: Path,
-    fill_gaps: int | None = None,
+    reading: PrepareConfig | None = None,
 ) -> Outcome:
     """Look at every scan; write masks and findings, and warn where they are not to be relied upon.
 
@@ -391,20 +391,20 @@ def predict(
     `config.refuse_unusable` is false.
 
     Args:
-        fill_gaps: as ``prepare.fill_gaps``; None: as the model's training scans were read.
+        reading: its ``fill_gaps`` and ``select`` say how images are read; None: as in the model's config.
 
     Raises:
         VoxelscaleError: no scan could be predicted at all.
     """
     if os.environ.get("RANK", "0") == "0":
         record_cases(out, (source.case for source in sources))
-    gaps = bundle.config.prepare.fill_gaps if fill_gaps is None else fill_gaps
+    reading = reading or bundle.config.prepare
     if "RANK" not in os.environ:
-        outcome = Work(bundle, config, out, default_device(), gaps).each(sources)
+        outcome = Work(bundle, config, out, default_device(), reading).each(sources)
     else:
         from voxelscale.predict.ranks import predict_in_ranks
 
-        outcome = predict_in_ranks(sources, bundle, config, out, gaps)
+        outcome = predict_in_ranks(sources, bundle, config, out, reading)
     if outcome.rank:
         return outcome
     if not outcome.findings:
@@ -444,14 +444,14 @@ class Work:
         config: windows and thresholds.
         out: the folder that gets a folder of each case.
         device: where it computes.
-        fill_gaps: as ``prepare.fill_gaps``.
+        reading: its ``fill_gaps`` and ``select`` say how images are read.
     """
 
     def __init__(
-        self, bundle: Bundle, config: PredictConfig, out: Path, device: torch.device, fill_gaps: int = 0
+        self, bundle: Bundle, config: PredictConfig, out: Path, device: torch.device, reading: PrepareConfig
     ) -> None:
         self._bundle, self._config, self._out, self._device = bundle, config, out, device
-        self._fill_gaps = fill_gaps
+        self._reading = reading
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -542,17 +542,19 @@ class Work:
                 "low": config.low,
                 "candidates": config.candidates,
             },
-            "fill_gaps": self._fill_gaps,
+            "fill_gaps": self._reading.fill_gaps,
+            "select": list(self._reading.select),
             "model": self._bundle.identity,
             "voxelscale": __version__,
         }
 
     def _key(self, source: Source) -> str:
-        rules = [source_stamp(source), self._bundle.digest, asdict(self._config), self._fill_gaps, FORMAT]
+        reading = [self._reading.fill_gaps, self._reading.select]
+        rules = [source_stamp(source), self._bundle.digest, asdict(self._config), reading, FORMAT]
         return digest_of(rules)[:16]
 
     def _read(self, source: Source) -> Scan:
-        return read_image(source, self._fill_gaps)
+        return read_image(source, self._reading.fill_gaps, self._reading.select)
 
     def _read_together(self, source: Source, together: Together) -> Scan:
         """The scan, where all could read it: a process that could not must not leave the others waiting."""

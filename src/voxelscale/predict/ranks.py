@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from voxelscale.config import PredictConfig
+from voxelscale.config import PredictConfig, PrepareConfig
 from voxelscale.data.listing import Source
 from voxelscale.predict.bundle import Bundle
 from voxelscale.predict.predict import Outcome, Together, Work
@@ -23,11 +23,11 @@ from voxelscale.train.distributed import Workers, join
 
 
 def predict_in_ranks(
-    sources: Sequence[Source], bundle: Bundle, config: PredictConfig, out: Path, fill_gaps: int
+    sources: Sequence[Source], bundle: Bundle, config: PredictConfig, out: Path, reading: PrepareConfig
 ) -> Outcome:
     """This rank's part of `voxelscale.predict.predict.predict`; on rank 0 what became of all scans."""
     with join(virtual=1, threads=0) as workers:
-        work = Work(bundle, config, out, workers.device, fill_gaps)
+        work = Work(bundle, config, out, workers.device, reading)
         if workers.ranks == 1:
             return work.each(sources)
         # What is there already, rank 0 says: another rank might look later, and see what was just written.

@@ -56,7 +56,7 @@ class CaseScans:
     """
 
     def __init__(self, source: Source, mask: Path, config: PrepareConfig) -> None:
-        self.image = reorient(read_image(source, config.fill_gaps))
+        self.image = reorient(read_image(source, config.fill_gaps, config.select))
         self.prediction = reorient(read_label(mask))
         check_same_place(mask, self.prediction, source.image, self.image)
         self.truth = Scan(0 * self.prediction.array, self.prediction.affine)

@@ -242,4 +242,5 @@ def _stamp_of(out: Path, name: str) -> str:
 def _stamp(config: Config, source: Source, copy: int) -> str:
     """A digest of everything that a copy is made from."""
     reading = [config.prepare.labels, config.prepare.consensus, config.prepare.fill_gaps, source.values]
+    reading += config.prepare.select
     return digest_of([source_stamp(source), label_stamp(source), reading, copy])[:16]

@@ -110,8 +110,8 @@ def several(path: Path, parts: Sequence[Part], how: str = "") -> VoxelscaleError
     names = ", ".join(dict.fromkeys(name for part in parts for name, _ in part.marks))
     wanted = ",".join(f"{name}={value}" for name, value in parts[0].marks)
     hint = (
-        f"they differ in {names}: name a file of one as the image (also in a CSV); "
-        f"prepare and inspect take prepare.select=[{wanted}], too"
+        f"they differ in {names}: name a file of one as the image (also in a CSV), "
+        f"or say prepare.select=[{wanted}]"
     )
     what = f"{how}{len(parts)} acquisitions or reconstructions in one series"
     return VoxelscaleError(f"{path}: {what}: {listed}{more}", hint)
