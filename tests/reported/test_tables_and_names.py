@@ -227,7 +227,7 @@ def test_patients_without_a_name_of_their_own(
     reported: Reported, voxelscale: Command, tmp_path: Path
 ) -> None:
     folder = reported("all_patients_anonymous")
-    sets = ["prepare.workers=1", "prepare.plan=false", "prepare.split=[2,1,0]", "prepare.spacing=[8,8,8]"]
+    sets = ["prepare.workers=1", "prepare.plan=false", "prepare.split=[2,1,0]", "prepare.spacing=[4,2,2]"]
     options = [word for one in sets for word in ("--set", one)]
     code, out, err = voxelscale("--quiet", "prepare", folder, tmp_path / "s", *options)
     assert code == 0, err
