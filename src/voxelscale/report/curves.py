@@ -66,7 +66,9 @@ def visible(
 def training_charts(events: Sequence[Mapping[str, Any]]) -> list[str]:
     """Dice and loss against the samples seen, from a run's events; [] without a training step."""
     trained = [e for e in events if e["event"] == "train"]
-    validated = [(e["samples"], _number(e["dice"])) for e in events if e["event"] == "validation"]
+    # A validation without a lesion has no Dice.
+    measured = [e for e in events if e["event"] == "validation" and "dice" in e]
+    validated = [(e["samples"], _number(e["dice"])) for e in measured]
     if not trained:
         return []
     dice = [
