@@ -36,6 +36,7 @@ def test_nouns_agree_with_their_numbers() -> None:
         "2 series",
     )
     assert count(3, "axis", "axes") == "3 axes"
+    assert count(6, "key") == "6 keys"
 
 
 def test_progress_says_how_long_it_still_takes(

@@ -6,6 +6,7 @@ Progress goes to stderr, results to stdout, so that a command's output can be pi
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from types import TracebackType
@@ -44,7 +45,9 @@ def count(number: int, noun: str, plural: str = "") -> str:
     """
     if number == 1:
         return f"1 {noun}"
-    regular = noun if noun.endswith("series") else f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    regular = noun if noun.endswith("series") else f"{noun}s"
+    if re.search("[^aeiou]y$", noun):
+        regular = f"{noun[:-1]}ies"
     return f"{number} {plural or regular}"
 
 

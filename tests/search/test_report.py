@@ -12,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from tests.pages import checked
 
 from voxelscale.report.charts import Frame, draw_axes, log_ticks
 from voxelscale.search.axes import axis_of, shading_of
@@ -132,6 +133,7 @@ def test_the_page_of_a_whole_search(tmp_path: Path) -> None:
     for state, count in {"done": 24, "pruned": 8, "failed": 8, "running": 8, "waiting": 0}.items():
         assert f'class="key is-{state}">{count} {state}<' in html
     assert f"best, trial {best.number}" in html
+    assert "6 keys · sampler tpe" in html
     assert "--config best.yaml" in html
     assert "70.0 %" in html
     assert "PED-ANOVA (Watanabe, Bansal, Hutter, IJCAI 2023)" in html
@@ -342,3 +344,27 @@ def test_marks_too_long_for_one_row_take_two() -> None:
         drawn = draw_axes(frame, x_label="", x_marks=[(i, text) for i in range(4)])
         heights = re.findall(rf'y="([\d.]+)" text-anchor="middle">{re.escape(text)}', drawn)
         assert len(set(heights)) == rows
+
+
+def test_axes_of_what_cannot_be_negative_start_at_0(tmp_path: Path) -> None:
+    trials = [trial(0, "done", 0.0, curve=((100, 0.0),)), trial(1, "done", 0.0, curve=((100, 0.0),))]
+    html, _ = written(search(*trials), tmp_path)
+    assert not re.search(r'text-anchor="(?:end|middle)">-\d', html)
+    checked(html)
+
+
+def test_the_wide_parts_of_the_page_scroll_by_keyboard(tmp_path: Path) -> None:
+    html, _ = written(many(64, ("dice", "time")), tmp_path)
+    page = checked(html)
+    assert len(page.all("div", "scroll")) == 4  # importances, parallel coordinates, devices, front
+    assert len(page.all("div", "wide")) == 3  # best parameters, front, trials
+
+
+def test_a_trial_worse_than_the_scale_is_a_stroke_and_no_dot(tmp_path: Path) -> None:
+    values = [0.8, 0.82, 0.84, 0.85, 0.01]
+    html, _ = written(search(*(trial(n, "done", value) for n, value in enumerate(values))), tmp_path)
+    depth = next(
+        f for f in re.findall(r"<figure>.*?</figure>", html, re.DOTALL) if "against model.depth" in f
+    )
+    assert depth.count("h0") == 4
+    assert depth.count("v-7") == 1
