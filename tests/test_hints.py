@@ -107,7 +107,7 @@ def hints() -> Iterator[tuple[str, str]]:
                         found = [text_of(element) for element in node.value.elts]
             for text in found:
                 if " " in text.strip() and "\n" not in text:  # a page's style is no hint
-                    yield f"{path.relative_to(ROOT)}:{node.lineno}", text
+                    yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}", text
 
 
 HINTS = list(hints())

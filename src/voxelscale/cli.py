@@ -96,6 +96,13 @@ def verb(
             except VoxelscaleError as error:
                 tell(error.message, error.hint)
                 code = 2
+            except OSError as error:
+                # A disk that fails or fills, a share that goes away: not worth a traceback.
+                tell(
+                    f"{error.filename or 'input or output'}: {error.strerror or error}",
+                    "check the disk and its permissions",
+                )
+                code = 2
             except KeyboardInterrupt:
                 again = "goes on where this one stopped" if goes_on else "begins again"
                 tell("interrupted", f"the same command {again}")

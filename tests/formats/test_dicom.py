@@ -1140,12 +1140,13 @@ def test_one_scan_of_several_acquisitions_is_one(tmp_path: Path) -> None:
     """Stations that abut, passes that fill each other's gaps, times and numbers of each slice its own."""
     hu, places = noise(12), along([2.0] * 11)
     shuffled = np.random.default_rng(1).permutation(12)
-    for name, number in {
+    numbers: dict[str, Callable[[int], int]] = {
         "stations": lambda i: i // 4,
         "passes": lambda i: i % 2,
         "each": lambda i: i,
-        "shuffled": lambda i: shuffled[i],
-    }.items():
+        "shuffled": lambda i: int(shuffled[i]),
+    }
+    for name, number in numbers.items():
         files = slices(hu, places)
         for i, ds in enumerate(files):
             ds.AcquisitionNumber = ds.InstanceNumber = int(number(i)) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from pathlib import Path
 
@@ -340,3 +341,33 @@ def test_lunas_own_tables() -> None:
     with table.with_name("annotations_excluded.csv").open() as handle:
         excluded = sum(line.startswith(uid) for line in handle)
     assert sum(f.kind == "excluded" for f in labels.findings) == excluded > 0
+
+
+def test_segments_of_several_kinds_are_named(
+    case: tuple[Scan, Scan, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, mask, folder = case
+    write_seg(folder / "seg.dcm", mask, image, folder / "ct", "BINARY")
+    read_labels(folder / "seg.dcm", image)
+    assert "warning" not in capsys.readouterr().err
+    data = pydicom.dcmread(folder / "seg.dcm")
+    organ = copy.deepcopy(data.SegmentSequence[0])
+    organ.SegmentNumber, organ.SegmentLabel = 2, "lung"
+    organ.SegmentedPropertyTypeCodeSequence[0].CodeValue = "39607008"
+    data.SegmentSequence.append(organ)
+    data.save_as(folder / "seg.dcm")
+    read_labels(folder / "seg.dcm", image)
+    assert (
+        "seg.dcm: all of its segments are taken as the lesion (1 lesion, 2 lung)" in capsys.readouterr().err
+    )
+    read_labels(folder / "seg.dcm", image, values=(1,))
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_mask_without_the_wanted_values(tmp_path: Path) -> None:
+    image, path = Scan(np.zeros((4, 6, 6), np.int16), np.diag([1.0, 1, 1, 1])), tmp_path / "mask.nii.gz"
+    sitk.WriteImage(to_itk(Scan(np.ones((4, 6, 6), np.uint8), image.affine)), str(path))
+    with pytest.raises(VoxelscaleError, match="no voxel of the values"):
+        read_labels(path, image, values=(2,))
+    assert not read_labels(path, image, values=(2,), allow_empty=True).mask.array.any()
+    assert read_labels(path, image, values=(1,)).mask.array.all()

@@ -186,7 +186,7 @@ def test_a_froc_curve_that_runs_beyond_8_is_cut_there_and_says_so() -> None:
 def test_the_visible_part_of_a_curve_by_hand() -> None:
     rates, found = [0.0, 1.0, 1.0, 3.0], [0.2, 0.2, 0.6, 1.0]
     drawn = visible(rates, found, 0.125, 3.0)
-    assert drawn[0] == (0.125, pytest.approx(0.2))
+    assert drawn[0] == pytest.approx((0.125, 0.2))
     assert [y for x, y in drawn if x == 1.0] == [0.2, 0.6]
     assert drawn == sorted(drawn)
     for x, y in drawn:

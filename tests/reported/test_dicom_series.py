@@ -94,7 +94,8 @@ def test_interleaved_acquisitions_are_told_apart(
             assert scan.spacing == pytest.approx((2, 1, 1))
             assert (scan.array == hu).all()
         (tmp_path / "set.csv").write_text(f"image,label\n{folder / file},\n")
-        given = ((tmp_path / "set.csv", []), (folder, ["--set", f"prepare.select=[{select}]"]))
+        asked = ["--set", f"prepare.select=[{select}]"]
+        given: list[tuple[Path, list[str]]] = [(tmp_path / "set.csv", []), (folder, asked)]
         for number, (data, more) in enumerate(given):
             store = tmp_path / f"store{hu}{number}"
             settings = "prepare.workers=1", "prepare.plan=false", "prepare.allow_empty=true"

@@ -49,20 +49,24 @@ def _series_of(source: Source) -> str:
     return source.series if source.files else ""
 
 
-def read_case(source: Source, config: PrepareConfig, image: Scan | None = None) -> tuple[Scan, Labels]:
+def read_case(
+    source: Source, config: PrepareConfig, image: Scan | None = None, *, empty: bool = False
+) -> tuple[Scan, Labels]:
     """The scan (LPS order) and its lesions on the same voxels.
 
     Args:
         image: what `read_image` gave, where it has been read.
+        empty: whether a case without a label or with an empty one is taken as it is.
 
     Raises:
         VoxelscaleError: one of them is unfit, they do not belong together, or there is no lesion where
-            `prepare.allow_empty` does not allow it.
+            neither `empty` nor `prepare.allow_empty` allows it.
     """
+    empty = empty or config.allow_empty
     raw = read_image(source, config.fill_gaps, config.select) if image is None else image
     image = reorient(raw)
     if not source.labels:
-        if not config.allow_empty:
+        if not empty:
             hint = "add its mask, or say prepare.allow_empty=true where scans without one are healthy"
             raise VoxelscaleError(f"{source.image}: has no mask", hint)
         return image, Labels(mask=Scan(np.zeros(image.array.shape, np.uint8), image.affine))
@@ -72,7 +76,7 @@ def read_case(source: Source, config: PrepareConfig, image: Scan | None = None) 
     # A reading that found nothing is an answer; a mask without a voxel is more likely a mistake.
     kinds = {kind_of(label) for label in source.labels}
     reading = "LIDC" in kinds or ("spheres" in kinds and (source.surveyed or bool(labels.findings)))
-    if not (labels.mask.array.any() or reading or config.allow_empty):
+    if not (labels.mask.array.any() or reading or empty):
         hint = "check the mask, or say prepare.allow_empty=true where healthy scans are meant to be there"
         what = (
             "no row belongs to this scan" if kinds == {"spheres"} else "an empty mask: no voxel of a lesion"
@@ -116,8 +120,8 @@ def read_truth_labels(source: Source, config: PrepareConfig) -> Labels:
                 "choose other prepare.labels, or say prepare.allow_empty=true where such scans are healthy",
             )
         return Labels(mask=Scan(lesion.astype(np.uint8), mask.affine))
-    allow = config.allow_empty or all(kind_of(label) != "spheres" for label in source.labels)
-    return read_case(source, replace(config, allow_empty=allow))[1]
+    empty = all(kind_of(label) != "spheres" for label in source.labels)
+    return read_case(source, config, empty=empty)[1]
 
 
 def labels_of(source: Source, image: Scan, config: PrepareConfig) -> Labels:
@@ -140,6 +144,7 @@ def labels_of(source: Source, image: Scan, config: PrepareConfig) -> Labels:
         values=_values(source, config),
         consensus=config.consensus,
         thickness_mm=thickness,
+        allow_empty=config.allow_empty,
     )
 
 

@@ -63,6 +63,7 @@ def read_labels(
     values: tuple[int, ...] | None = None,
     consensus: float = 0.5,
     thickness_mm: float | None = None,
+    allow_empty: bool = False,
 ) -> Labels:
     """The lesions of a scan.
 
@@ -78,6 +79,7 @@ def read_labels(
             None: all of a mask or a SEG, and of an RTSTRUCT what is named or typed as a tumour.
         consensus: of LIDC, the share of a nodule's readers who must have outlined a voxel.
         thickness_mm: of the scan's slices, by which LIDC's readings are grouped; None: as their distance.
+        allow_empty: whether masks without a voxel of these values mean a healthy scan.
 
     Raises:
         VoxelscaleError: the file is unfit, or does not lie on the image.
@@ -99,7 +101,7 @@ def read_labels(
     for path in of_kind.get("spheres", ()):
         found.append(spheres.read(path, image, series))
     if "mask" in of_kind:
-        found.append(Labels(mask=_read_masks(of_kind["mask"], image, image_path, values)))
+        found.append(Labels(mask=_read_masks(of_kind["mask"], image, image_path, values, allow_empty)))
     return found[0] if len(found) == 1 else _merged(found)
 
 
@@ -139,7 +141,11 @@ def _dicom_kind(path: Path) -> Literal["SEG", "RTSTRUCT", "mask"]:
 
 
 def _read_masks(
-    paths: Sequence[Path], image: Scan, image_path: Path | None, values: tuple[int, ...] | None
+    paths: Sequence[Path],
+    image: Scan,
+    image_path: Path | None,
+    values: tuple[int, ...] | None,
+    allow_empty: bool,
 ) -> Scan:
     """The union of masks on the image's voxels."""
     from voxelscale.formats import on_lattice, read_label
@@ -152,7 +158,7 @@ def _read_masks(
         placed = Scan(lesion_in(mask, values).astype(np.uint8), turned.affine)
         masks.append(resample(placed, image.grid, "nearest").array)
         held[path] = None if values is None or masks[-1].any() else np.unique(mask.array)[:10]
-    if values is not None and not any(mask.any() for mask in masks):
+    if values is not None and not allow_empty and not any(mask.any() for mask in masks):
         for path, numbers in held.items():
             if numbers is not None and numbers.any():
                 hint = "choose other prepare.labels, or leave them out for all"

@@ -88,6 +88,9 @@ def read(paths: Sequence[Path], image: Scan, values: tuple[int, ...] | None, ser
                 kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(region.others.items()))
                 what = f"region {number} {region.name}".strip()
                 warn(f"{path}: {what} has contours that hold no area, left out: {kinds}")
+        if values is None and not any(sets[path][number].tumour for number in numbers):
+            only = sets[path][numbers[0]].name or numbers[0]
+            notice(f"{path}: its only region, {only}, is taken as the lesion")
         for number in numbers:
             outside += _paint(path, sets[path][number].contours, lattice, drawn)
         if outside == sum(len(sets[path][number].contours) for number in numbers) and not drawn.any():

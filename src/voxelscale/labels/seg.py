@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats.dicom.header import FARTHEST_MM
 from voxelscale.geometry import Scan, Slices
@@ -60,6 +61,8 @@ def read(paths: Sequence[Path], image: Scan, values: tuple[int, ...] | None, ser
             reason = str(error).partition("\n")[0][:120]  # decoders tell the fault of each of them
             raise VoxelscaleError(f"{path}: a damaged segmentation ({reason})", "export it again") from None
         masks.append(mask)
+        if values is None:
+            _warn_of_kinds(path, data)
     check_values(held, "segment", values)
     for mask in masks[1:]:
         masks[0] |= mask
@@ -107,6 +110,16 @@ def _segments(data: Dataset) -> set[int]:
     if len(set(numbers)) < len(numbers):
         raise ValueError("two segments of one number")
     return set(numbers)
+
+
+def _warn_of_kinds(path: Path, data: Dataset) -> None:
+    """Warn where segments of different kinds, such as an organ and a lesion, are all taken as lesions."""
+    types = [(s, _first(s, "SegmentedPropertyTypeCodeSequence")) for s in data.SegmentSequence]
+    kinds = {int(s.SegmentNumber): str(kind.get("CodeValue", "")) for s, kind in types if kind is not None}
+    kinds = {number: kind for number, kind in kinds.items() if kind != BACKGROUND}
+    if len(set(kinds.values())) > 1:
+        held = ", ".join(f"{s.SegmentNumber} {s.get('SegmentLabel', '')}".strip() for s, _ in types)
+        warn(f"{path}: all of its segments are taken as the lesion ({held}); choose with prepare.labels")
 
 
 def _backgrounds(data: Dataset) -> set[int]:

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from optuna import Study
 from optuna.exceptions import UpdateFinishedTrialError
@@ -197,13 +198,13 @@ def standing(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return [t for t in trials if t.state != TrialState.FAIL and counts(t)]
 
 
-def stretches_of(trial: FrozenTrial, ended: float | None = None) -> list[dict[str, object]]:
+def stretches_of(trial: FrozenTrial, ended: float | None = None) -> list[dict[str, Any]]:
     """The times of work on a trial and its earlier attempts, for its attributes.
 
     Args:
         ended: of the last; None: at its last beat.
     """
-    earlier: list[dict[str, object]] = list(trial.user_attrs.get(EARLIER, []))
+    earlier: list[dict[str, Any]] = list(trial.user_attrs.get(EARLIER, []))
     owner = trial.user_attrs.get(OWNER)
     if owner is None:
         return earlier

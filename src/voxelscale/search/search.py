@@ -177,7 +177,7 @@ def time_left(trials: Sequence[FrozenTrial], wanted: int, now: float) -> float |
     ended = [stretches_of(t, t.user_attrs[ENDED]) for t in known if ENDED in t.user_attrs]
     if not ended:
         return None
-    mean = sum(float(s["ended"]) - float(s["begun"]) for trial in ended for s in trial) / len(ended)  # type: ignore[arg-type]
+    mean = sum(float(s["ended"]) - float(s["begun"]) for trial in ended for s in trial) / len(ended)
     spent = sum(min(mean, now - begun) for begun in running)
     return max(0.0, (wanted - len(ended)) * mean - spent) / max(1, len(running))
 

@@ -92,7 +92,10 @@ class Engine:
         )
         self.state = State(digest=task.digest)
         # What an update is, the same in every process that goes on with the run.
-        self.update = {"global_batch": workers.world * batch_size, "optim": digest_of(asdict(optim))}
+        self.update: dict[str, Any] = {
+            "global_batch": workers.world * batch_size,
+            "optim": digest_of(asdict(optim)),
+        }
         self.writer: Writer | None = None
         if run is not None:
             self.state = load_newest(run / "checkpoints", self.trained, task.digest)

@@ -162,7 +162,7 @@ def _write_phantom(config: PhantomConfig, out: Path, case: int) -> None:
 
 def _write_copy(config: Config, out: Path, job: tuple[Source, int]) -> None:
     source, number = job
-    image, labels = read_case(source, replace(config.prepare, allow_empty=True))
+    image, labels = read_case(source, config.prepare, empty=True)
     made = copy_with_nodules(source.case, image, labels.mask, config.phantom, number)
     _write_case(
         config.phantom,
@@ -241,6 +241,6 @@ def _stamp_of(out: Path, name: str) -> str:
 
 def _stamp(config: Config, source: Source, copy: int) -> str:
     """A digest of everything that a copy is made from."""
-    reading = [config.prepare.labels, config.prepare.consensus, config.prepare.fill_gaps, source.values]
-    reading += config.prepare.select
+    rules = config.prepare
+    reading = [rules.labels, rules.consensus, rules.fill_gaps, source.values, *rules.select]
     return digest_of([source_stamp(source), label_stamp(source), reading, copy])[:16]
