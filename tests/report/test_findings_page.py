@@ -224,3 +224,38 @@ def test_counts_have_whole_ticks(scans: Path, tmp_path: Path) -> None:
     ticks = re.findall(r'text-anchor="(?:middle|end)">([-\d.]+)<', figure)
     assert ticks
     assert all(re.fullmatch(r"\d+", tick) for tick in ticks)
+
+
+def test_the_page_of_a_data_set_names_cases_that_cannot_be_read(
+    voxelscale: Command, scans: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "scans"
+    shutil.copytree(scans, data)
+    broken = sorted((data / "images").iterdir())[0]
+    broken.write_bytes(b"no scan")
+    single = ("--set", "prepare.workers=1")
+    code, printed, errors = voxelscale("inspect", data, tmp_path / "page.html", *single)
+    assert code == 0, errors
+    assert "phantom_0000" in printed
+    assert "cannot be read" in printed
+    html = (tmp_path / "page.html").read_text()
+    checked(html)
+    table = html.split("<h2>Cases</h2>")[1].split("</table>")[0]
+    assert "<td>phantom_0000</td><td colspan" in table
+    assert str(tmp_path) not in html
+
+
+def test_nothing_of_a_case_without_findings_is_drawn(
+    voxelscale: Command, scans: Path, predicted: Path, tmp_path: Path
+) -> None:
+    here = predicted / "phantom_0001"
+    write_findings([], here / "findings.csv", here / "findings.json")
+    content = json.loads((here / "findings.json").read_text())
+    content["warnings"] = ["<no lungs found>"]
+    (here / "findings.json").write_text(json.dumps(content))
+    assert voxelscale("report", predicted, scans / "images", "--out", tmp_path / "page.html")[0] == 0
+    html = (tmp_path / "page.html").read_text()
+    checked(html)
+    assert "phantom_0001: 0 findings" in html
+    assert "&lt;no lungs found&gt;" in html
+    assert "1 without a finding" in html
