@@ -108,9 +108,9 @@ def _stretches(trial: FrozenTrial) -> list[Stretch]:
     found = [
         Stretch(
             worker=str(fact["worker"]),
-            devices=tuple(f"{fact['worker']}/{device}" for device in fact["devices"]),  # type: ignore[attr-defined]
-            begun=float(fact["begun"]),  # type: ignore[arg-type]
-            ended=float(fact["ended"]),  # type: ignore[arg-type]
+            devices=tuple(f"{fact['worker']}/{device}" for device in fact["devices"]),
+            begun=float(fact["begun"]),
+            ended=float(fact["ended"]),
         )
         for fact in facts
     ]
