@@ -6,6 +6,7 @@ has, so the mask must be where that is one half or more.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -201,10 +202,13 @@ def test_every_command_reads_a_tilted_scans_label(tmp_path: Path, voxelscale: Co
     files, _ = series("tilted", tmp_path)
     write_seg(tmp_path / "seg.dcm", files, placed=True)
     (tmp_path / "set.csv").write_text("image,label\nct,seg.dcm\n")
-    code, out, err = voxelscale("inspect", tmp_path / "set.csv")
+    code, out, err = voxelscale("inspect", tmp_path / "set.csv", "--json")
     assert code == 0, err
-    assert "gantry tilt" in err
-    assert "error" not in out
+    found = json.loads(out)
+    _, mask = read(tmp_path, "seg.dcm")
+    (case,) = found["cases"]
+    assert sum(case["lesions_mm3"]) == pytest.approx(mask.array.sum() * mask.grid.voxel_mm3, rel=1e-3)
+    assert not [problem for problem in found["problems"] if problem["severity"] == "error"]
 
 
 def test_what_lies_only_partly_on_the_scan_is_reported(

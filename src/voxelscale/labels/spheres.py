@@ -36,7 +36,7 @@ def read(path: Path, image: Scan, series: str) -> Labels:
         raise VoxelscaleError(f"{path}: a table of many series, and this scan's is not known", hint)
     mask = np.zeros(image.array.shape, np.uint8)
     findings = []
-    nodules = by_series(path).get(series, ())
+    nodules = list(dict.fromkeys(by_series(path).get(series, ())))  # a repeated line is one nodule
     for *centre, diameter in nodules:
         paint(mask, image.grid, np.asarray(centre), diameter, path)
         findings.append(
@@ -53,7 +53,7 @@ def read(path: Path, image: Scan, series: str) -> Labels:
 
 
 def by_series(path: Path) -> dict[str, list[tuple[float, ...]]]:
-    """Of each series in a table x, y, z (LPS mm) and diameter (mm) of its spheres; a repeated line is one.
+    """Of each series in a table x, y, z (LPS mm) and diameter (mm) of its spheres.
 
     Raises:
         VoxelscaleError: the table is damaged, or its first line does not name the columns.
@@ -72,7 +72,7 @@ def _by_series(path: Path, stamp: tuple[int, int] | None) -> dict[str, list[tupl
         if not uid:
             raise VoxelscaleError(f"{path}: line {number} names no series", "correct or drop the line")
         found.setdefault(uid, []).append(table.numbers(number, cells, COLUMNS[1:]))
-    return {uid: list(dict.fromkeys(spheres)) for uid, spheres in found.items()}
+    return found
 
 
 def _triple(centre: list[float]) -> tuple[float, float, float]:
