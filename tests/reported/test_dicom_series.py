@@ -74,7 +74,7 @@ def test_numbers_and_places_are_read_or_named(reported: Reported, voxelscale: Co
             read_scan(folders[kind] / variant)
         assert words in caught.value.message, name
         code, out, err = voxelscale("inspect", folders[kind] / variant, "--set", "prepare.workers=1")
-        assert code == 2 or words in out + err, name
+        assert code == 2 or words.removeprefix("000.dcm: ") in out + err, name  # no file names: privacy
 
 
 @pytest.mark.parametrize("shift", ["half", "uneven"])

@@ -62,7 +62,7 @@ def headline(found: Inspection) -> list[str]:
     """The data set in a few words."""
     lesions = sum(len(one.lesions_mm3) for one in found.cases)
     counts = Counter(problem.severity for problem in found.problems)
-    told = [f"{counts[severity]} {severity}s" for severity in SEVERITIES]
+    told = [count(counts[severity], severity) for severity in SEVERITIES]
     return [f"{found.kind} of {count(len(found.cases), 'readable case')}", count(lesions, "lesion"), *told]
 
 
