@@ -57,16 +57,20 @@ def _chosen(edges: Edges, which: NDArray[np.intp] | tuple[slice, None]) -> Edges
 
 def _uncut(points: NDArray[np.float64]) -> NDArray[np.intp] | None:
     """The edges, each from a point to the next, that no other edge runs back; None: all of them."""
-    ends = np.rint(points * 1000) @ np.array([1, 1j])
-    if len(np.unique(ends)) == len(ends):
+    begin = np.rint(points * 1000) @ np.array([1, 1j])
+    if len(np.unique(begin)) == len(begin):
         return None  # without a point that comes twice there is no way back
-    kept: dict[tuple[complex, complex], list[int]] = {}
-    for number, (a, b) in enumerate(zip(ends.tolist(), np.roll(ends, -1).tolist(), strict=True)):
-        if kept.get((b, a)):
-            kept[b, a].pop()
-        else:
-            kept.setdefault((a, b), []).append(number)
-    return np.sort(np.fromiter((n for numbers in kept.values() for n in numbers), np.intp))
+    end = np.roll(begin, -1)
+    back = (end.real < begin.real) | ((end.real == begin.real) & (end.imag < begin.imag))
+    low, high = np.where(back, end, begin), np.where(back, begin, end)
+    order = np.lexsort((high.imag, high.real, low.imag, low.real))
+    low, high, sign = low[order], high[order], np.where(back, -1, 1)[order]
+    group = np.cumsum(np.append(0, (low[1:] != low[:-1]) | (high[1:] != high[:-1])))
+    odd, net = np.bincount(group) % 2 == 1, np.bincount(group, sign)
+    # Of an edge drawn an odd number of times one is left, in the direction that prevails.
+    left = odd[group] & (sign * net[group] > 0)
+    _, first = np.unique(group[left], return_index=True)
+    return np.sort(order[left][first])
 
 
 def _before(

@@ -119,11 +119,14 @@ def _regions(data: Dataset) -> Regions:
     }
     regions: Regions = {}
     for drawn in data.get("ROIContourSequence") or []:
-        contours, others = [], Counter[str]()
+        contours, others, known = [], Counter[str](), set[bytes]()
         for contour in drawn.get("ContourSequence") or []:
             kind = str(contour.get("ContourGeometricType", ""))
             if kind in CLOSED:
-                contours.append(_points(contour))
+                text = _text(contour)
+                if text not in known:  # written twice it would cut itself out
+                    contours.append(_points(text))
+                    known.add(text)
             else:
                 others[kind or "of no type"] += 1
         number = int(drawn.ReferencedROINumber)
@@ -136,11 +139,15 @@ def _regions(data: Dataset) -> Regions:
     return regions
 
 
-def _points(contour: Dataset) -> NDArray[np.float64]:
-    """A contour's points (n, 3), LPS mm."""
+def _text(contour: Dataset) -> bytes:
+    """A contour's coordinates as they are written."""
     # As bytes: of a million numbers pydicom would make a million objects before they could be counted.
     element = contour.get_item("ContourData")
-    text = bytes(element.value or b"").strip(b"\0 ") if element is not None else b""
+    return bytes(element.value or b"").strip(b"\0 ") if element is not None else b""
+
+
+def _points(text: bytes) -> NDArray[np.float64]:
+    """A contour's points (n, 3), LPS mm."""
     if not text:
         raise ValueError("a contour without points")
     count = text.count(b"\\") + 1
