@@ -218,7 +218,7 @@ def test_two_labels_of_one_name_are_reported(tmp_path: Path) -> None:
         pair(tmp_path / folder, ".mhd")
     pair(tmp_path / "labels", ".hdr")
     (source,) = list_sources(tmp_path)
-    assert source.fault == "2 labels: a.hdr, a.mhd"
+    assert source.fault == "2 labels have its name: a.hdr, a.mhd"
 
 
 @pytest.mark.parametrize("kind", ["meta", "nrrd"])
@@ -264,8 +264,10 @@ def test_a_lesion_that_vanishes_is_kept_where_asked(reported: Reported, voxelsca
     assert len(info.lesion_volumes_mm3) == 4
     assert "warning" not in said
     mask = store.read(info.case)[1]
-    at = np.rint(info.grid.mm_to_index(info.lost[0]["centre"])).astype(int)
-    assert mask[tuple(at)] == 1
+    # Its centre lies between voxels: which of them is fullest is a tie.
+    at = info.grid.mm_to_index(info.lost[0]["centre"])
+    kept = np.argwhere(mask)
+    assert (np.abs(kept - at).max(axis=1) <= 0.5 + 1e-6).sum() == 1
 
 
 def test_lesions_merged_and_cut_by_resampling_are_counted() -> None:
