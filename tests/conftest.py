@@ -12,6 +12,7 @@ import SimpleITK as sitk
 import torch
 from hypothesis import settings
 
+from tests import warm
 from voxelscale import cli
 from voxelscale.config import Config, PrepareConfig, from_dict
 from voxelscale.console import set_verbosity
@@ -50,6 +51,17 @@ def read_pair(image: Path, label: Path, values: tuple[int, ...] | None = None) -
     source = Source(case="case", patient="case", image=image, labels=(label,))
     scan, labels = read_case(source, PrepareConfig(labels=values))
     return scan, labels.mask
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_starts() -> None:
+    warm.install(warm.Starter())
+
+
+@pytest.fixture
+def cold_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes are really started, with all that they import."""
+    monkeypatch.setattr(subprocess, "_fork_exec", warm.REAL)
 
 
 @pytest.fixture

@@ -136,7 +136,8 @@ def test_evaluate_and_report(voxelscale: Command, job: Path, tmp_path: Path) -> 
         assert "surface_dice_1mm" in next(csv.DictReader(handle))
     code, out, _ = voxelscale("compare", *[job / "predictions"] * 2, job / "scans", "--json")
     same = json.loads(out)["measures"]["dice"]
-    assert (code, same["a"], same["difference"], same["p"]) == (0, summary["dice"]["mean"], 0, 1)
+    # Too few scans for a p-value.
+    assert (code, same["a"], same["difference"], same["p"]) == (0, summary["dice"]["mean"], 0, None)
     page = tmp_path / "report.html"
     code, out, _ = voxelscale(
         "report", job / "predictions", job / "scans", "--run", job / "run", "--out", page
@@ -147,7 +148,8 @@ def test_evaluate_and_report(voxelscale: Command, job: Path, tmp_path: Path) -> 
     assert f"HD95 {summary['hd95_mm']['median']:.1f} mm" in html
     for row in summary["sizes"]:
         assert (f"<td>{size_name(row)}</td>" in html) == (row["lesions"] > 0)
-    assert html.count('<svg class="slice"') == 4
+    # The case, and what went wrong in it: the most confident false positive or the largest missed lesion.
+    assert html.count('<svg class="slice"') == 4 * 2
     assert html.count('<svg class="chart"') == 3
 
 
@@ -265,7 +267,7 @@ def test_an_oblique_flipped_scan_is_found_at_the_same_place(
         (["predict", "nowhere", "scans", "out"], "nowhere"),
         (["evaluate", "nowhere", "scans"], "scans"),
         (["compare", "nowhere", "neither", "scans"], "scans"),
-        (["report", "nowhere", "scans"], "evaluation"),
+        (["report", "nowhere", "scans"], "scans"),
         (["phantom", "out", "--set", "phantom.cases=0"], "phantom.cases is 0"),
         (["phantom", "out", "--config", "no.yaml"], "no.yaml"),
         (["config", "--set", "train.sample=3"], "train.sample"),

@@ -670,7 +670,7 @@ def calibrate(
 
     Fits a rising map from a finding's score to the share of such findings that are lesions, and writes it
     into model.vxs; from then on predict gives it as the confidence. Which finding goes before which, and
-    so the FROC, stays as it is. Use scans that the model was not trained on, 5 at the least, with
+    so the FROC, stays as it is. Use at least 5 scans that the model was not trained on, with
     10 lesions found and 10 false findings; fewer are refused, below 100 of each there is a warning. Beside
     the model calibration.json and calibration.svg (reliability diagram) are written.
     """

@@ -298,14 +298,14 @@ class PredictConfig:
     batch_size: int = 4
     """Windows per forward pass."""
     threshold: float = 0.5
-    """Lesion probability that a finding reaches somewhere."""
+    """Lesion probability that at least one voxel of a finding has: hysteresis, the upper threshold."""
     low: float | None = None
-    """Lesion probability down to which the voxels that hang together with such a one belong to the finding
-    and its mask; null: the threshold itself."""
+    """Hysteresis, the lower threshold: connected voxels with at least this probability belong to the finding
+    and its mask; null: the same as the threshold."""
     candidates: float = 0.05
     """Lesion probability above which a component is listed as a doubtful finding, outside the mask."""
     merge_mm: float = 0.0
-    """Findings whose surfaces are at most so many mm apart are one; doubtful ones likewise; 0: off."""
+    """Findings at most this far apart, mm from surface to surface, are merged; 0: off."""
     min_volume_mm3: float = 10.0
     """Smaller components are dropped; a 3 mm sphere has 14 mm3."""
     flips: bool = False

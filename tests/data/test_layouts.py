@@ -107,6 +107,15 @@ def test_tests_are_left_out_but_can_be_looked_at(tmp_path: Path) -> None:
     assert "lung_003" in [s.case for s in list_scans(tmp_path)]
 
 
+def test_a_named_label_that_is_not_there_is_an_error_of_its_case(tmp_path: Path) -> None:
+    decathlon(tmp_path)
+    (tmp_path / "labelsTr" / "lung_002.nii.gz").unlink()
+    whole, without = list_sources(tmp_path)
+    read_case(whole, PrepareConfig())
+    with pytest.raises(VoxelscaleError, match=r"lung_002\.nii\.gz"):
+        read_case(without, PrepareConfig(allow_empty=True))
+
+
 @pytest.mark.parametrize("path", ["../outside.nii.gz", "/etc/passwd", "imagesTr/../../outside.nii.gz"])
 def test_a_table_cannot_lead_out_of_its_folder(tmp_path: Path, path: str) -> None:
     folder = tmp_path / "task"

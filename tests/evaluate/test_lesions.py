@@ -342,7 +342,7 @@ def test_a_broken_table_of_nodules_is_told(
     (tmp_path / "nodules.csv").write_text(HEAD + f"a,1,2,3,{cell},solid,smooth,wall,30\n")
     code, out, err = voxelscale("evaluate", tmp_path, tmp_path)
     assert (code, out) == (2, "")
-    assert "nodules.csv: line 2: diameter_mm is not a finite number" in err
+    assert f"nodules.csv: line 2: diameter_mm is {cell!r}, not a finite number" in err
 
 
 def test_a_cut_off_line_of_a_table_of_nodules_is_told(
@@ -350,7 +350,9 @@ def test_a_cut_off_line_of_a_table_of_nodules_is_told(
 ) -> None:
     (tmp_path / "dataset.csv").write_text((scans / "dataset.csv").read_text())
     (tmp_path / "nodules.csv").write_text(HEAD + "a,1,2\n")
-    assert "line 2: z is not" in voxelscale("evaluate", tmp_path, tmp_path)[2]
+    code, out, err = voxelscale("evaluate", tmp_path, tmp_path)
+    assert (code, out) == (2, "")
+    assert "nodules.csv: line 2 is cut short: 3 of 9 cells" in err
 
 
 def ball(radius: float, shift: int = 0) -> NDArray[np.uint8]:

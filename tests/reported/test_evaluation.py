@@ -66,8 +66,10 @@ def test_healthy_scans_count_with_their_false_positives(
 
 def test_scans_without_a_mask_are_left_out_with_a_word(voxelscale: Command, reported: Reported) -> None:
     folder = reported("evaluate_healthy_scans")
+    (folder / "nodules.csv").write_text("case,x,y,z,diameter_mm\nstranger,0,0,0,5\n")
     code, out, err = voxelscale("--quiet", "evaluate", folder / "predictions", folder / "set.csv")
     assert code == 0
+    assert "nodules.csv has no nodule of a scored case" in err
     assert "1 scan, 1 lesion" in out
     assert "left out 3 predicted cases without a mask (healthy1, healthy2, healthy3)" in err
     assert "prepare.allow_empty=true" in err

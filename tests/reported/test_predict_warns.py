@@ -234,7 +234,7 @@ def test_a_scan_is_compared_with_those_trained_on(store: Store, scans: Path) -> 
         ({"modality": "PT"}, "modality PT; the model was trained on CT"),
         ({"body_part": "HEAD"}, "body part HEAD; the model was trained on CHEST"),
         ({"spacing": (10.0, 4.0, 4.0)}, "spacing 10 mm along z; the model was trained on"),
-        ({"shape": (4, 50, 65)}, "covers 20 mm along z"),
+        ({"shape": (4, 50, 65)}, f"covers {4 * one.spacing[0]:.0f} mm along z"),
         ({"values": (-1000.0, -900.0, 700.0, 800.0, 900.0)}, "median 700 HU"),
     ]
     for change, words in changes:

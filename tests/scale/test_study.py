@@ -185,19 +185,21 @@ def waits(trial, run, stop):
         os.kill(os.getpid(), signal.SIGINT)
         while not getattr(stop, wish):
             time.sleep(0.01)
-        print(wish, flush=True)
+        os.write(1, f"{wish}\\n".encode())
     raise KeyboardInterrupt
 
 try:
     run_study(config(), Path(sys.argv[1]), waits)
 except KeyboardInterrupt:
-    print("interrupted")
+    os.write(1, b"interrupted\\n")
 """
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(tmp_path)],
+        [sys.executable, str(script), str(tmp_path / "study")],
         capture_output=True,
         text=True,
         timeout=60,

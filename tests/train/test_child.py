@@ -151,6 +151,7 @@ def test_its_fault_is_told(config: Config, tmp_path: Path) -> None:
     assert fault.hint
 
 
+@pytest.mark.usefixtures("cold_starts")
 def test_its_environment(config: Config, tmp_path: Path) -> None:
     """What is given lies over this process's own."""
     child = start_child(

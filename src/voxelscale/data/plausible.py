@@ -36,6 +36,10 @@ MOST_LABELS = 1000
 """Distinct values of a label map; anatomical atlases have a few hundred."""
 ROUNDING = 1e-3
 """By which a label in a file of floating-point numbers may miss its whole number."""
+GREATEST_GREY = 255
+"""Of a picture with eight bits a pixel."""
+BONE_HU = 300.0
+"""A CT whose median lies above it shows hardly a body: only bone, metal and contrast medium are denser."""
 AIR_HU = -200.0
 """A CT without any voxel below it shows no air, as a chest does inside and outside."""
 ANISOTROPIC = 5.0
@@ -190,13 +194,13 @@ def implausible_hu(values: Values) -> list[Remark]:
     """What the spread of the values says against Hounsfield units."""
     low, _, middle, _, high = values
     reach = f"values from {low:g} to {high:g}"
-    if low >= 0 and high <= 255:
+    if low >= 0 and high <= GREATEST_GREY:
         return [("error", f"{reach}: a picture in grey levels rather than HU")]
     if low >= 0:
         return [("error", f"{reach}: none below 0, as if the rescale intercept were missing")]
     if low > AIR_HU:
         return [("warning", f"{reach}: no air")]
-    if high < AIR_HU or middle > 300:
+    if high < AIR_HU or middle > BONE_HU:
         return [("warning", f"{reach}, median {middle:g}: hardly a body in HU")]
     return []
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
+from voxelscale.console import warn
 from voxelscale.data.listing import Source
 from voxelscale.evaluate.bootstrap import RESAMPLES, interval, resampled_means
 from voxelscale.evaluate.cases import FINDINGS, MASK, each_case, predicted_cases
@@ -27,7 +28,7 @@ from voxelscale.evaluate.lesions import (
     mean_or_none,
     pair_components,
 )
-from voxelscale.evaluate.nodules import Nodule, by_trait, hits_on_nodules, read_nodules
+from voxelscale.evaluate.nodules import TABLE, Nodule, by_trait, hits_on_nodules, read_nodules
 from voxelscale.evaluate.overlap import Overlap, common_box, overlap
 from voxelscale.evaluate.surface import TOLERANCES_MM, SurfaceScore, compare_surfaces
 from voxelscale.evaluate.truth import findings_in, truth_of
@@ -151,6 +152,8 @@ def evaluate_folder(
     if not results:
         raise cases.none_scored(failed)
     cases.tell()
+    if nodules and not nodules.keys() & results.keys():
+        warn(f"{data}: {TABLE} has no nodule of a scored case; no sensitivities by kind")
     summary = {**summarise(list(results.values())), "coverage": cases.coverage(len(results))}
     kept = {**summary, "failed": [failure.kept for failure in failed]}
     write_atomic(out / "evaluation.json", json.dumps(kept, indent=1))

@@ -107,7 +107,7 @@ class Layout:
 
     Attributes:
         files: one after another they hold the voxels.
-        encoding: of each file; ``deflate`` is gzip or zlib, which are told apart by themselves.
+        encoding: of each file; ``deflate`` is gzip or zlib, which their first bytes distinguish.
         offset: bytes to skip in each file before it is decoded; -1: what the voxels do not need.
         skip: bytes to skip once it is decoded.
         dtype: with its byte order.

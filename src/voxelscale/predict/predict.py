@@ -22,7 +22,7 @@ from voxelscale.config import PredictConfig, PrepareConfig
 from voxelscale.console import Progress, count, duration, notice, warn
 from voxelscale.data.listing import Source
 from voxelscale.data.lungs import Lungs, body_field, lung_field
-from voxelscale.data.plausible import about, against
+from voxelscale.data.plausible import About, about, against
 from voxelscale.data.prepare import resample_hu, source_stamp
 from voxelscale.data.reading import read_image
 from voxelscale.data.store import AIR_HU, overlap_slices
@@ -460,7 +460,7 @@ class Work:
 
     def is_done(self, source: Source) -> bool:
         """Whether what was written of a scan is whole and unchanged."""
-        return _facts(self._out / source.case).get("key") == self._key(source)
+        return _facts(self._out / source.case).get("key") == self._key(_stamp(source))
 
     def each(self, sources: Sequence[Source], together: Together | None = None) -> Outcome:
         """Look at the scans in turn; of several processes only that with part 0 knows what was found."""
@@ -485,11 +485,11 @@ class Work:
         return Outcome(findings=findings, kept=kept, failed=tuple(failed), facts=facts)
 
     def _look(self, source: Source, together: Together | None) -> tuple[list[Finding], dict[str, Any]]:
-        started, key = time.monotonic(), self._key(source)  # as the files are before they are read
-        stamp = digest_of([source_stamp(source)])[:16]
+        started, stamp = time.monotonic(), _stamp(source)  # as the files are before they are read
         image = self._read(source) if together is None else self._read_together(source, together)
-        lungs = lung_field(reorient(image))
-        warnings = self._against(source, image, lungs)
+        upright = reorient(image)
+        lungs = lung_field(upright)
+        warnings = self._against(source, about(upright, lungs, source))
         if together is not None and together.part:
             self.predictor.probability(image, together, lungs)
             return [], {}
@@ -502,18 +502,18 @@ class Work:
         write_findings(seen.findings, folder / "findings.csv", folder / "findings.json", facts)
         seconds = round(time.monotonic() - started, 2)
         notice(f"{source.case}: {count(len(seen.findings), 'finding')} in {duration(seconds)}", level=2)
-        made = {"key": key, "scan": stamp, "model": self._bundle.identity, "seconds": seconds}
+        made = {"key": self._key(stamp), "scan": stamp, "model": self._bundle.identity, "seconds": seconds}
         # Last, so that its being there says that the case is whole.
         write_atomic(folder / CASE_FACTS, json.dumps(made))
         return seen.findings, facts
 
-    def _against(self, source: Source, image: Scan, lungs: Lungs) -> list[str]:
+    def _against(self, source: Source, one: About) -> list[str]:
         """The warnings for a scan.
 
         Raises:
             VoxelscaleError: it cannot be a scan that the model is for.
         """
-        one, bundle = about(reorient(image), lungs, source), self._bundle
+        bundle = self._bundle
         found = against(one, bundle.trained_on, low=bundle.normalisation.low, depth=bundle.patch[0])
         errors = [text for severity, text in found if severity == "error"]
         if errors and self._config.refuse_unusable:
@@ -548,9 +548,9 @@ class Work:
             "voxelscale": __version__,
         }
 
-    def _key(self, source: Source) -> str:
+    def _key(self, stamp: str) -> str:
         reading = [self._reading.fill_gaps, self._reading.select]
-        rules = [source_stamp(source), self._bundle.digest, asdict(self._config), reading, FORMAT]
+        rules = [stamp, self._bundle.digest, asdict(self._config), reading, FORMAT]
         return digest_of(rules)[:16]
 
     def _read(self, source: Source) -> Scan:
@@ -576,7 +576,12 @@ def predicted_by(folder: Path) -> str:
 def made_from_this(folder: Path, source: Source) -> bool | None:
     """Whether a case was predicted from a scan's files as they are now; None: its folder does not say."""
     stamp = _facts(folder).get("scan")
-    return None if stamp is None else bool(stamp == digest_of([source_stamp(source)])[:16])
+    return None if stamp is None else bool(stamp == _stamp(source))
+
+
+def _stamp(source: Source) -> str:
+    """What tells a scan's files from others, and from themselves once they have changed."""
+    return digest_of([source_stamp(source)])[:16]
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class UpdateTime:
     """Seconds of one update, by what they are spent on.
 
     Attributes:
-        compute: one worker's arithmetic, in the mean.
+        compute: one worker's arithmetic, mean.
         straggling: waiting for the worker whose micro-batches took longest to make.
         communication: all of the gradients' and the norms' all-reduces.
         exposed: what of it the backward pass does not hide.

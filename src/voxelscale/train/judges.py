@@ -1,4 +1,4 @@
-"""The scans by which models are told apart while they are trained."""
+"""The validation scans that choose the best model during training."""
 
 from __future__ import annotations
 

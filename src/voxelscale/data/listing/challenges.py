@@ -32,7 +32,7 @@ TABLE_PLACES = ("", "CSVFILES", "evaluationScript/annotations")
 """Where LUNA16's table lies, as its archives unpack."""
 
 MOST_NAMED = 20
-"""So many classes a remark names."""
+"""Classes that a message names at most."""
 
 
 def layout_of_json(path: Path) -> str:

@@ -32,7 +32,7 @@ RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT"
 
 
 MOST_NAMED = 10
-"""So many files a remark names."""
+"""Files that a message names at most."""
 
 
 @dataclass(frozen=True, kw_only=True)

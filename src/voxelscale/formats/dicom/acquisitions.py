@@ -53,7 +53,7 @@ class Part:
 
 
 def separate(frames: Sequence[Frame]) -> list[Part]:
-    """The scans that a series holds, mostly one, told apart by what their headers say.
+    """The scans that a series holds, mostly one, distinguished by what their headers say.
 
     Args:
         frames: all with a position and an orientation.

@@ -441,11 +441,12 @@ def _frames(dataset: Elements, pixels: Pixels) -> tuple[Frame, ...]:
         return (_frame(dataset, [], pixels, 0, placed=pixels.frames == 1),)
     if len(each) < pixels.frames:
         raise DamagedError("it describes fewer frames than it claims")
-    if len(each) > pixels.frames:
+    # Empty items beyond the last frame describe nothing.
+    if described := sum(1 for item in each[pixels.frames :] if item.values):
         raise UnreadableError(
-            f"{label_of(FRAMES)} is {pixels.frames}, but {len(each)} frames are described"
+            f"{label_of(FRAMES)} is {pixels.frames}, but {pixels.frames + described} frames are described"
         )
-    all_groups = [[item, *shared] for item in each]
+    all_groups = [[item, *shared] for item in each[: pixels.frames]]
     return tuple(
         _frame(dataset, groups, pixels, index, placed=True)
         for index, groups in enumerate(all_groups)
@@ -513,8 +514,8 @@ def _padding(dataset: Elements, signed: bool) -> tuple[int, int] | None:
 
 def _refers_to(dataset: Elements) -> tuple[str, ...]:
     """The series that a segmentation or a set of structures belongs to."""
-    uids = [_text(item, SERIES) for item in _items(dataset, REFERENCED_SERIES)]
-    for frame in _items(dataset, REFERENCED_FRAME):
+    uids = [_text(item, SERIES) for item in _filled(dataset, REFERENCED_SERIES)]
+    for frame in _filled(dataset, REFERENCED_FRAME):
         for study in _items(frame, RT_STUDY):
             uids += [_text(item, SERIES) for item in _items(study, RT_SERIES)]
     return tuple(dict.fromkeys(uid for uid in uids if uid))
@@ -522,7 +523,7 @@ def _refers_to(dataset: Elements) -> tuple[str, ...]:
 
 def _frames_of_reference(dataset: Elements) -> tuple[str, ...]:
     """The object's own, and those that a set of structures names."""
-    uids = [_text(item, FRAME_OF_REFERENCE) for item in (dataset, *_items(dataset, REFERENCED_FRAME))]
+    uids = [_text(item, FRAME_OF_REFERENCE) for item in (dataset, *_filled(dataset, REFERENCED_FRAME))]
     return tuple(dict.fromkeys(uid for uid in uids if uid))
 
 
@@ -538,6 +539,11 @@ def _source(dataset: Elements, groups: Sequence[Elements], macro: int, tag: int)
 def _items(dataset: Elements, tag: int) -> list[Elements]:
     value = dataset.values.get(tag)
     return value if isinstance(value, list) else []
+
+
+def _filled(dataset: Elements, tag: int) -> list[Elements]:
+    """The items of a sequence that hold something: hostile files hold a hundred thousand empty ones."""
+    return [item for item in _items(dataset, tag) if item.values]
 
 
 def _raw(dataset: Elements, tag: int) -> bytes:
