@@ -300,8 +300,8 @@ class PredictConfig:
     threshold: float = 0.5
     """Lesion probability that at least one voxel of a finding has: hysteresis, the upper threshold."""
     low: float | None = None
-    """Hysteresis, the lower threshold: connected voxels with at least this probability belong to the finding
-    and its mask; null: the same as the threshold."""
+    """Hysteresis, the lower threshold: connected voxels with at least this probability belong to the
+    finding and its mask; null: the same as the threshold."""
     candidates: float = 0.05
     """Lesion probability above which a component is listed as a doubtful finding, outside the mask."""
     merge_mm: float = 0.0

@@ -115,7 +115,7 @@ def match(
     """Hold one scan's findings against the lesions of its true mask, all in LPS mm.
 
     A lesion of one or two voxels has a radius below the voxel's own size, within which no centroid can
-    be distinguished; its radius counts as at least that of a 3 mm nodule. LUNA16's tables have no such rule.
+    be located; its radius counts as at least that of a 3 mm nodule. LUNA16's tables have no such rule.
 
     Args:
         excluded: what is neither right nor wrong to find.
