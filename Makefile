@@ -26,6 +26,7 @@ test-slow: install
 lint: install
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/lint-imports --no-logo --no-cache
 	$(RUN)/mypy
 
 clean:

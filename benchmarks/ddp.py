@@ -41,7 +41,7 @@ from voxelscale.device import choose_precision, to_channels_last
 from voxelscale.model.build import build_model
 from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.scale.cost import buckets
-from voxelscale.train.distributed import Workers, compressed, join, parallel
+from voxelscale.train.distributed import Workers, compressed, data_parallel, join
 from voxelscale.train.optim import make_optimizer
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,7 +83,7 @@ class Contender:
         self.net: nn.Module = self.model
         self.precision = choose_precision("auto", workers.device)
         if hook is not None:
-            self.net = parallel(self.model, workers)
+            self.net = data_parallel(self.model, workers)
             if hook != "fp32":
                 assert isinstance(self.net, DistributedDataParallel)
                 self.net.register_comm_hook(TYPES[hook], compressed)

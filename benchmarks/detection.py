@@ -35,11 +35,11 @@ from voxelscale.data.reading import read_case
 from voxelscale.data.store import open_store
 from voxelscale.evaluate.froc import OPERATING_POINTS, froc, match
 from voxelscale.evaluate.overlap import overlap
+from voxelscale.findings import Finding, find_lesions, lesions_of_mask
 from voxelscale.geometry import Scan
-from voxelscale.predict.bundle import read_bundle
-from voxelscale.predict.findings import Finding, find_lesions, lesions_of_mask
-from voxelscale.predict.predict import Predictor
-from voxelscale.scale.study import interval
+from voxelscale.model.bundle import read_bundle
+from voxelscale.predict.work import Predictor
+from voxelscale.scale.study import t_interval
 from voxelscale.train.launch import start
 
 BASE = [
@@ -215,7 +215,7 @@ def summary(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for key in ("dice", "cpm"):
         values = [one[key] for one in each]
         figures[key] = statistics.mean(values)
-        figures[f"{key}_interval"] = list(interval(values) or ()) if len(values) > 1 else None
+        figures[f"{key}_interval"] = list(t_interval(values) or ()) if len(values) > 1 else None
     figures["points"] = {p: statistics.mean(one["points"][p] for one in each) for p in each[0]["points"]}
     return figures
 

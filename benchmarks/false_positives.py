@@ -41,11 +41,11 @@ from voxelscale.data.patches import PatchSource
 from voxelscale.data.randomness import generator
 from voxelscale.data.store import CaseInfo, Store, open_store
 from voxelscale.geometry import Triple
-from voxelscale.predict.bundle import Bundle, read_bundle
-from voxelscale.predict.predict import Predictor
-from voxelscale.predict.refine import find_candidates, refine
+from voxelscale.model.bundle import Bundle, read_bundle
+from voxelscale.predict.work import Predictor
 from voxelscale.train import fit
 from voxelscale.train.loop import patch_task
+from voxelscale.tune.refine import find_candidates, refine
 
 RECIPE = "cross-entropy 5, small, hardest"
 MINED = 0.2

@@ -44,7 +44,7 @@ from voxelscale.data.listing import list_sources
 from voxelscale.data.phantom.dataset import write_phantoms
 from voxelscale.data.prepare import prepare
 from voxelscale.files import write_csv
-from voxelscale.scale.study import interval
+from voxelscale.scale.study import t_interval
 from voxelscale.search.report import status_table
 from voxelscale.search.results import SearchResults, Value, utilisation
 from voxelscale.search.sampling import make_pruner, make_sampler, rungs, should_prune
@@ -406,7 +406,7 @@ def real(config: Config, folder: Path, trials: int, seeds: int) -> None:
     }
     gains = [b - d for b, d in zip(dice["best"], dice["default"], strict=True)]
     for name, values in (*dice.items(), ("best - default", gains)):
-        low, high = interval(values)
+        low, high = t_interval(values)
         mean = statistics.mean(values)
         print(f"{name:15} Dice {mean:.3f} (95 % {low:.3f} to {high:.3f}), {len(values)} seeds")
     facts = {

@@ -32,7 +32,7 @@ from voxelscale.config import PhantomConfig
 from voxelscale.data.phantom.canvas import Field
 from voxelscale.data.phantom.contours import Posed, open_library, read_outlines, shape_of
 from voxelscale.data.phantom.nodules import MARGIN_SHARES, MARGINS, Nodule, outline
-from voxelscale.report.charts import Frame, Line, draw_axes, draw_lines
+from voxelscale.pages.charts import Frame, Line, draw_axes, draw_lines
 
 VOXEL = 0.7
 MEASURES = {

@@ -19,9 +19,9 @@ from voxelscale.config import PrepareConfig
 from voxelscale.data.listing import list_sources
 from voxelscale.data.names import Names
 from voxelscale.data.reading import read_case
+from voxelscale.findings import find_lesions
 from voxelscale.formats import read_scan
 from voxelscale.geometry import reorient
-from voxelscale.predict.findings import find_lesions
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the real scans are not here")
 

@@ -170,7 +170,7 @@ def test_ctrl_c_promises_only_what_is_true(
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("voxelscale.evaluate.evaluate.evaluate_folder", interrupt)
-    monkeypatch.setattr("voxelscale.predict.bundle.read_bundle", interrupt)
+    monkeypatch.setattr("voxelscale.model.bundle.read_bundle", interrupt)
     code, _, err = voxelscale(*arguments.split())
     assert (code, err) == (130, f"error: interrupted\nhint: {words}\n")
 

@@ -128,7 +128,7 @@ def _begin() -> socket.socket:
 def install(starter: Starter) -> None:
     """Let `subprocess` start processes by it."""
     subprocess._fork_exec = starter.fork_exec  # type: ignore[attr-defined]
-    subprocess._USE_POSIX_SPAWN = False  # type: ignore[attr-defined]
+    subprocess._USE_POSIX_SPAWN = False  # type: ignore[misc]
 
 
 def _serve(end: socket.socket) -> None:

@@ -264,7 +264,8 @@ def prepare(
     """
     check_output(store)
     from voxelscale.data.listing import list_sources
-    from voxelscale.data.names import names_of, write_names
+    from voxelscale.data.names import names_of
+    from voxelscale.data.names_table import write_names
     from voxelscale.data.prepare import prepare as run_prepare
 
     settings = read_config(config, set_)
@@ -276,7 +277,7 @@ def prepare(
     kept = f", {outcome.kept} of them kept from before" if outcome.kept else ""
     print(f"{count(len(outcome.done), 'case')} in {store} ({', '.join(parts)}){kept}")
     if settings.prepare.plan:
-        from voxelscale.data.plan import tell_plan
+        from voxelscale.train.plan import tell_plan
 
         tell_plan(settings, store, unchanged=outcome.kept == len(outcome.done))
     return code
@@ -528,9 +529,10 @@ def predict(
     """
     check_output(out)
     from voxelscale.data.listing import list_scans
-    from voxelscale.data.names import names_of, write_names
+    from voxelscale.data.names import names_of
+    from voxelscale.data.names_table import write_names
     from voxelscale.data.store import open_store
-    from voxelscale.predict.bundle import read_bundle
+    from voxelscale.model.bundle import read_bundle
     from voxelscale.predict.predict import predict as run_predict
     from voxelscale.predict.record import record_cases
     from voxelscale.predict.text import lines
@@ -577,8 +579,8 @@ def refine(
     refine.candidates. Masks stay. Calibrate afterwards. Ctrl-C saves; the same command goes on.
     """
     check_output(run.parent if run.is_file() else run)
-    from voxelscale.predict.bundle import read_bundle
-    from voxelscale.predict.refine import refine as run_refine
+    from voxelscale.model.bundle import read_bundle
+    from voxelscale.tune.refine import refine as run_refine
 
     settings = read_config(config, set_, read_bundle(run).config)
     found = run_refine(run, store, settings)
@@ -610,7 +612,7 @@ def ensemble(
     anew, since the networks' own calibrations are left behind.
     """
     check_output(out, file=True)
-    from voxelscale.predict.ensemble import ensemble as run_ensemble
+    from voxelscale.tune.ensemble import ensemble as run_ensemble
 
     bundle = run_ensemble(models, out)
     print(f"{count(len(bundle.networks), 'network')} in {out}")
@@ -675,7 +677,7 @@ def calibrate(
     the model calibration.json and calibration.svg (reliability diagram) are written.
     """
     check_output(model.parent if model.is_file() else model)
-    from voxelscale.predict.calibrate import calibrate_run
+    from voxelscale.tune.calibrate import calibrate_run
 
     settings = read_config(config, set_).prepare
     summary = calibrate_run(model, predictions, data, settings, layout, annotations)

@@ -85,7 +85,7 @@ def quickstart(folder: Path, config: Config) -> QuickstartResult:
 def _predict_test_scans(data: Path, folder: Path) -> None:
     from voxelscale.data.listing import list_sources
     from voxelscale.data.store import open_store
-    from voxelscale.predict.bundle import read_bundle
+    from voxelscale.model.bundle import read_bundle
     from voxelscale.predict.predict import predict
 
     unseen = {info.case for info in open_store(folder / "store").split("test")}

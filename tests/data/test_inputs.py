@@ -23,14 +23,14 @@ from voxelscale.cli import app
 from voxelscale.config import Config, dump
 from voxelscale.data.augment import Normalisation
 from voxelscale.data.listing import list_sources
-from voxelscale.data.lungs import lung_field
 from voxelscale.data.prepare import resample_hu
 from voxelscale.data.store import open_store
 from voxelscale.formats import read_scan, write_scan
 from voxelscale.geometry import Scan, reorient, resample
+from voxelscale.lungs import lung_field
 from voxelscale.model.build import build_model
-from voxelscale.predict.bundle import Bundle, read_bundle, write_bundle
-from voxelscale.predict.predict import Predictor
+from voxelscale.model.bundle import Bundle, read_bundle, write_bundle
+from voxelscale.predict.work import Predictor
 
 CPU = torch.device("cpu")
 SPACING = (5.0, 4.0, 4.0)

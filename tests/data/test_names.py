@@ -10,7 +10,8 @@ from threading import Barrier
 import pytest
 
 from voxelscale.data.listing import Source
-from voxelscale.data.names import KEY_FILE, LEAST_BYTES, TABLE, VARIABLE, Names, write_names
+from voxelscale.data.names import KEY_FILE, LEAST_BYTES, VARIABLE, Names
+from voxelscale.data.names_table import TABLE, write_names
 from voxelscale.errors import VoxelscaleError
 
 

@@ -28,10 +28,10 @@ from voxelscale.config import PrepareConfig
 from voxelscale.data.listing import list_scans, list_sources
 from voxelscale.data.reading import read_case
 from voxelscale.errors import VoxelscaleError
+from voxelscale.findings import Finding, read_findings, write_findings
 from voxelscale.formats import write_scan
 from voxelscale.geometry import Scan, affine_from_itk
 from voxelscale.labels import read_labels
-from voxelscale.predict.findings import Finding, read_findings, write_findings
 
 SECONDS = 1.5
 LEAST = 50

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from tests.conftest import Command
 
 from voxelscale.data.listing import list_sources
-from voxelscale.evaluate.bootstrap import MIN_SCANS, interval, p_value, resampled_means
+from voxelscale.evaluate.bootstrap import MIN_SCANS, p_value, percentile_interval, resampled_means
 from voxelscale.evaluate.compare import Pair, Score, compare_scores, wilcoxon_p
 from voxelscale.evaluate.evaluate import evaluate_folder
 from voxelscale.evaluate.froc import Matches
+from voxelscale.findings import lesions_of_mask, write_findings
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan
-from voxelscale.predict.findings import lesions_of_mask, write_findings
 
 NAN = math.nan
 NOTHING = (None, None)
@@ -118,8 +118,8 @@ def test_p_values_by_hand() -> None:
     assert p_value(np.asarray([1e-17] * 9)) == 1  # rounding is no difference
     assert p_value(np.asarray([NAN, 0.1, -0.1, NAN])) == 1
     assert p_value(np.asarray([NAN])) is None
-    assert interval(np.asarray([NAN])) is None
-    assert interval(np.asarray([NAN, *np.arange(41)])) == pytest.approx([1, 39])
+    assert percentile_interval(np.asarray([NAN])) is None
+    assert percentile_interval(np.asarray([NAN, *np.arange(41)])) == pytest.approx([1, 39])
 
 
 def test_means_are_of_samples_as_large_as_the_scans() -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from voxelscale.evaluate.evaluate import evaluate_case, summarise
 from voxelscale.evaluate.froc import Matches, froc, match
 from voxelscale.evaluate.overlap import Overlap, overlap
+from voxelscale.findings import Finding
 from voxelscale.geometry import Scan
-from voxelscale.predict.findings import Finding
 
 
 def finding(x: float, probability: float = 1.0, diameter: float = 10.0, case: str = "a") -> Finding:

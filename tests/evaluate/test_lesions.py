@@ -32,8 +32,8 @@ from voxelscale.evaluate.lesions import (
 )
 from voxelscale.evaluate.nodules import Nodule, by_trait, hits_on_nodules, read_nodules
 from voxelscale.evaluate.text import text_summary
+from voxelscale.findings import Finding, lesions_of_mask
 from voxelscale.geometry import Grid, Scan
-from voxelscale.predict.findings import Finding, lesions_of_mask
 
 NAN = math.nan
 MILLIMETRE = np.diag([1.0, 1.0, 1.0, 1.0])[[2, 1, 0, 3]]

@@ -122,7 +122,7 @@ def _read(what: str, path: Path) -> dict[str, Any]:
     from voxelscale.formats import read_label, read_scan
 
     if what == "bundle":
-        from voxelscale.predict.bundle import read_bundle
+        from voxelscale.model.bundle import read_bundle
 
         read_bundle(path)
     elif what == "store":
@@ -233,7 +233,7 @@ def warm_up(heavy: bool) -> None:
 
         import voxelscale.cli
         import voxelscale.data.prepare
-        import voxelscale.predict.bundle  # noqa: F401
+        import voxelscale.model.bundle  # noqa: F401
 
         torch.set_num_threads(1)
 

@@ -14,7 +14,7 @@ from voxelscale.config import Config, ModelConfig, dump
 from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_model
-from voxelscale.predict.bundle import read_bundle
+from voxelscale.model.bundle import read_bundle
 
 CODE = """
 from torch import nn

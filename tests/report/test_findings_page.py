@@ -20,10 +20,10 @@ from voxelscale.data.inspect import inspect
 from voxelscale.data.listing import list_sources
 from voxelscale.evaluate.evaluate import evaluate_folder
 from voxelscale.evaluate.froc import OPERATING_POINTS
+from voxelscale.findings import lesions_of_mask, write_findings
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan
-from voxelscale.predict.findings import lesions_of_mask, write_findings
-from voxelscale.report.charts import Line, line_chart, round_ticks
+from voxelscale.pages.charts import Line, line_chart, round_ticks
 from voxelscale.report.curves import froc_chart, training_charts, visible
 from voxelscale.report.dataset import write_dataset_page
 from voxelscale.report.facts import warnings_of
@@ -167,7 +167,7 @@ def test_the_scale_bar_is_seen_on_bright_tissue() -> None:
     back, bar = re.findall(r'<path class="(bar back|bar)" d="([^"]*)"', svg)
     assert (back[0], bar[0]) == ("bar back", "bar")
     assert back[1] == bar[1]
-    styles = (Path(__file__).parents[2] / "src/voxelscale/report/page.html").read_text()
+    styles = (Path(__file__).parents[2] / "src/voxelscale/pages/page.html").read_text()
     assert "path.back { stroke: #000" in styles
 
 

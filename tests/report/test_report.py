@@ -12,11 +12,11 @@ from voxelscale.data.listing import list_sources
 from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.evaluate import evaluate_folder
+from voxelscale.findings import lesions_of_mask, write_findings
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan
-from voxelscale.predict.findings import lesions_of_mask, write_findings
-from voxelscale.report import charts
-from voxelscale.report.charts import Line, line_chart
+from voxelscale.pages import charts
+from voxelscale.pages.charts import Line, line_chart
 from voxelscale.report.overlays import Slice, draw_slice, overlay_views, point_of_interest
 from voxelscale.report.report import write_report
 

@@ -12,7 +12,7 @@ from tests.conftest import Command
 
 from voxelscale.config import Config, dump
 from voxelscale.data.store import open_store
-from voxelscale.predict.bundle import read_bundle
+from voxelscale.model.bundle import read_bundle
 
 WARNING = "no lesion in the 1 validation scan: they cannot choose a model, and model.vxs will be the last"
 

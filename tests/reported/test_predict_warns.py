@@ -18,17 +18,17 @@ from tests.formats.test_formats import write_series
 from voxelscale.config import Config, PrepareConfig
 from voxelscale.data.augment import Normalisation
 from voxelscale.data.listing import Source, list_sources
-from voxelscale.data.lungs import lung_field
 from voxelscale.data.plausible import TrainedOn, about, against, compared, looks_like_labels, remarks
 from voxelscale.data.reading import read_case
 from voxelscale.data.store import Store
+from voxelscale.findings import components, read_prediction
+from voxelscale.findings.depth import lung_depth, outside_mm
 from voxelscale.formats import read_scan, write_scan
 from voxelscale.geometry import Scan, reorient
+from voxelscale.lungs import lung_field
 from voxelscale.model.build import build_model
-from voxelscale.predict.bundle import Bundle, read_bundle, write_bundle
-from voxelscale.predict.findings import components, read_prediction
-from voxelscale.predict.findings.depth import lung_depth, outside_mm
-from voxelscale.predict.predict import LUNG_MARGIN_MM, Predictor
+from voxelscale.model.bundle import Bundle, read_bundle, write_bundle
+from voxelscale.predict.work import LUNG_MARGIN_MM, Predictor
 from voxelscale.train.loop import _write_bundle
 
 Change = Callable[[NDArray[np.int16]], NDArray[np.int16]]

@@ -20,7 +20,7 @@ from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.scale.cost import (
     Budget,
-    Network,
+    Interconnect,
     StepCost,
     all_reduce_seconds,
     buckets,
@@ -68,7 +68,7 @@ def test_ring_and_tree_by_hand() -> None:
 
 def test_two_levels_by_hand() -> None:
     fast = Link(name="fast", alpha_seconds=0.0, beta_bytes_per_second=1e8, source="test")
-    network = Network(within=fast, between=PLAIN, per_node=4, rails=2)
+    network = Interconnect(within=fast, between=PLAIN, per_node=4, rails=2)
     # 16 workers are 4 nodes: 2 x 3/4 x 1 MB within; an adapter carries half of it between 4 nodes.
     assert all_reduce_seconds(network, 16, 1e6) == pytest.approx(0.015 + 6e-3 + 1.5 * 0.5)
     # One node needs no network.
@@ -79,7 +79,7 @@ def test_two_levels_by_hand() -> None:
 @given(links, st.floats(0, 1e10))
 def test_one_worker_communicates_nothing(link: Link, size: float) -> None:
     assert flat_seconds(link, 1, size) == 0
-    assert all_reduce_seconds(Network(within=link), 1, size) == 0
+    assert all_reduce_seconds(Interconnect(within=link), 1, size) == 0
 
 
 @given(st.floats(1e3, 1e12), st.floats(1, 1e10))
@@ -99,7 +99,7 @@ def test_more_bytes_take_longer(link: Link, workers: int, some: float, more: flo
 
 @given(links, worker_counts, st.floats(0, 1), st.integers(1, 8))
 def test_an_update_takes_at_least_its_arithmetic(link: Link, workers: int, hidden: float, k: int) -> None:
-    time = update_time(STEP, Network(within=link, hidden=hidden), workers, k)
+    time = update_time(STEP, Interconnect(within=link, hidden=hidden), workers, k)
     arithmetic = k * (0.1 + 0.2 + 0.02) + 0.01
     assert time.compute == pytest.approx(arithmetic)
     assert time.total >= time.compute
@@ -109,10 +109,10 @@ def test_an_update_takes_at_least_its_arithmetic(link: Link, workers: int, hidde
 
 @given(links, st.integers(2, 1024))
 def test_the_last_bucket_is_never_hidden(link: Link, workers: int) -> None:
-    exposed, total = exposed_seconds(STEP, Network(within=link), workers)
+    exposed, total = exposed_seconds(STEP, Interconnect(within=link), workers)
     last = buckets(STEP.gradients)[-1][1]
-    assert exposed >= all_reduce_seconds(Network(within=link), workers, last) * (1 - 1e-9)
-    nothing_hidden, _ = exposed_seconds(STEP, Network(within=link, hidden=0.0), workers)
+    assert exposed >= all_reduce_seconds(Interconnect(within=link), workers, last) * (1 - 1e-9)
+    nothing_hidden, _ = exposed_seconds(STEP, Interconnect(within=link, hidden=0.0), workers)
     assert nothing_hidden == pytest.approx(total)
 
 
@@ -121,14 +121,14 @@ def test_overlap_by_hand() -> None:
     assert buckets(STEP.gradients) == [(0.25, MB), (0.75, 30 * MB), (1.0, MB)]
     link = Link(name="any", alpha_seconds=0.0, beta_bytes_per_second=1000 * MB, source="test")
     # Two workers: S / beta. The second ends at 0.18, so only the last millisecond shows.
-    exposed, total = exposed_seconds(STEP, Network(within=link), 2)
+    exposed, total = exposed_seconds(STEP, Interconnect(within=link), 2)
     assert exposed == pytest.approx(0.001)
     assert total == pytest.approx(0.032)
     # At 100 MB/s the second ends at 0.45 and the third at 0.46.
     slow = replace(link, beta_bytes_per_second=100 * MB)
-    assert exposed_seconds(STEP, Network(within=slow), 2)[0] == pytest.approx(0.26)
+    assert exposed_seconds(STEP, Interconnect(within=slow), 2)[0] == pytest.approx(0.26)
     # Half of the bytes: 0.15 + 0.15 + 0.005.
-    half = Network(within=slow, compression=0.5)
+    half = Interconnect(within=slow, compression=0.5)
     assert exposed_seconds(STEP, half, 2)[0] == pytest.approx(0.105)
 
 
@@ -152,7 +152,7 @@ def test_the_greatest_of_some_draws() -> None:
 
 def test_input_that_does_not_keep_up() -> None:
     slow = replace(STEP, input_seconds=1.0)
-    network = Network(within=PLAIN)
+    network = Interconnect(within=PLAIN)
     assert update_time(slow, network, 1).total == pytest.approx(1.0)
     assert update_time(STEP, network, 1).input_wait == 0
     # Where reading takes the same cores it adds up.
@@ -162,7 +162,7 @@ def test_input_that_does_not_keep_up() -> None:
 
 def test_sync_batch_waits_for_its_statistics() -> None:
     step = replace(STEP, gradients=((1.0, 4),), blocking_bytes=(0, 0))
-    network = Network(within=PLAIN)
+    network = Interconnect(within=PLAIN)
     # Two workers: 2 ms an all-reduce.
     assert update_time(step, network, 2, micro_batches=1).exposed == pytest.approx(6e-3, rel=1e-2)
     assert update_time(step, network, 1).exposed == 0
@@ -172,13 +172,13 @@ def test_a_training_by_hand() -> None:
     free = Link(name="free", alpha_seconds=0.0, beta_bytes_per_second=math.inf, source="test")
     step = replace(STEP, batch_seconds=(0.02,))
     budget = Budget(samples=1000, batch_size=2, validations=2, cases=5)
-    one = training_time(step, Network(within=free), 1, budget)
+    one = training_time(step, Interconnect(within=free), 1, budget)
     assert (one.updates, one.samples) == (500, 1000)
     assert one.total == pytest.approx(500 * 0.33 + 2 * 5 * 3.0 + 7.0)
-    four = training_time(step, Network(within=free), 4, budget)
+    four = training_time(step, Interconnect(within=free), 4, budget)
     assert (four.updates, four.samples) == (125, 1000)
     assert four.total == pytest.approx(125 * 0.33 + 2 * 2 * 3.0 + 7.0)
-    three = training_time(step, Network(within=free), 3, budget)
+    three = training_time(step, Interconnect(within=free), 3, budget)
     assert (three.updates, three.samples) == (167, 1002)
     assert one.seconds_after(1000) == pytest.approx(one.total)
     assert one.seconds_after(0) == pytest.approx(7.0)
@@ -188,7 +188,7 @@ def test_three_scalings_are_told_apart() -> None:
     free = Link(name="free", alpha_seconds=0.0, beta_bytes_per_second=math.inf, source="test")
     step = replace(STEP, batch_seconds=(0.02,), fixed_seconds=0.0, case_seconds=0.0)
     budget = Budget(samples=1000, batch_size=1)
-    one, ten = (training_time(step, Network(within=free), n, budget) for n in (1, 10))
+    one, ten = (training_time(step, Interconnect(within=free), n, budget) for n in (1, 10))
     # Ten times the samples a second, but half as many again are needed, and the Dice is 2 % less.
     told = compare(one, ten, reached=(600, 900), dice=(0.8, 0.784))
     assert told.throughput_speedup == pytest.approx(10)

@@ -11,11 +11,11 @@ import pytest
 from tests.pages import checked
 
 from voxelscale.config import Config
-from voxelscale.report.charts import BOTTOM, TOP, Frame, Line, draw_axes, draw_lines
+from voxelscale.pages.charts import BOTTOM, TOP, Frame, Line, draw_axes, draw_lines
 from voxelscale.scale.cost import TrainingTime, UpdateTime
 from voxelscale.scale.figure import Point, as_points, scaling_figure, write_figure
-from voxelscale.scale.report import Finding, write_results
-from voxelscale.scale.study import Outcome, Row, Trial, summarise
+from voxelscale.scale.report import CostedRow, write_results
+from voxelscale.scale.study import Row, Trial, TrialResult, summarise
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 ROWS = [
@@ -120,7 +120,9 @@ def study(*rows: tuple[str, int, list[float]]) -> list[Row]:
     for recipe, workers, dice in rows:
         for seed, value in enumerate(dice):
             trials.append(Trial(recipe=recipe, workers=workers, seed=seed, config=Config()))
-            outcomes.append(Outcome(dice=value, curve=((16, value),), diverged=math.isclose(value, 0.0)))
+            outcomes.append(
+                TrialResult(dice=value, curve=((16, value),), diverged=math.isclose(value, 0.0))
+            )
     return summarise(trials, outcomes, 0.9)
 
 
@@ -128,7 +130,7 @@ def written(rows: list[Row], out: Path, target: float = 0.9) -> tuple[ElementTre
     """The SVG and the page of a study whose trainings take 64 s in all."""
     update = UpdateTime(compute=1.0, straggling=0.0, communication=0.0, exposed=0.0, input_wait=0.0)
     findings = [
-        Finding(
+        CostedRow(
             row=row,
             time=TrainingTime(
                 workers=row.workers,

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 from tests.pages import checked
 
-from voxelscale.report.charts import Frame, draw_axes, log_ticks
+from voxelscale.pages.charts import Frame, draw_axes, log_ticks
 from voxelscale.search.axes import axis_of, shading_of
 from voxelscale.search.figures import duration, param_text, value_range, value_text
 from voxelscale.search.report import status_table, write_report

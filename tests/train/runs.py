@@ -16,7 +16,7 @@ from torch import Tensor
 
 from voxelscale.config import Config, dump
 from voxelscale.data.store import Store
-from voxelscale.predict.bundle import load_untrusted
+from voxelscale.model.bundle import load_untrusted
 
 SAMPLES = 240
 """Budget of the runs that are disturbed."""

@@ -36,7 +36,7 @@ from voxelscale.data.augment import Normalisation
 from voxelscale.data.store import Reader, Store, case_path
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_model
-from voxelscale.predict.bundle import load_untrusted
+from voxelscale.model.bundle import load_untrusted
 from voxelscale.train import checkpoint, fit, loop, memory
 from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.distributed import Workers

@@ -15,8 +15,8 @@ from voxelscale.data.listing import list_sources
 from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import read_scan
-from voxelscale.predict.bundle import read_bundle
-from voxelscale.predict.predict import Predictor
+from voxelscale.model.bundle import read_bundle
+from voxelscale.predict.work import Predictor
 from voxelscale.train.launch import start
 
 EVERY_TIME = AugmentConfig(p_affine=1, p_noise=1, p_blur=1, p_gamma=1, p_brightness=1, p_low_resolution=1)

@@ -31,7 +31,7 @@ from voxelscale.config import Config
 from voxelscale.console import set_verbosity
 from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
-from voxelscale.predict.bundle import read_bundle
+from voxelscale.model.bundle import read_bundle
 from voxelscale.train.launch import start
 from voxelscale.train.log import read_events
 

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from voxelscale.config import PrepareConfig
 from voxelscale.data.lesions import lesion_voxels
 from voxelscale.data.listing import Source, detect_layout, list_scans, list_sources
-from voxelscale.data.lungs import lung_field
-from voxelscale.data.plan import target_spacing
 from voxelscale.data.plausible import Remark, Severity, about, remarks
 from voxelscale.data.prepare import axis_codes
 from voxelscale.data.reading import labels_of, read_image
+from voxelscale.data.spacing import target_spacing
 from voxelscale.data.store import CaseInfo, Store, open_store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import detect_format
 from voxelscale.geometry import IntTriple, Scan, Triple, reorient, sphere_diameter
+from voxelscale.lungs import lung_field
 from voxelscale.parallel import map_processes
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")

@@ -8,30 +8,20 @@ that way, and gives the same person the same name as long as the key is the same
 from __future__ import annotations
 
 import contextlib
-import csv
 import hmac
-import io
 import os
 import secrets
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from voxelscale.config import PrepareConfig
 from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
-from voxelscale.tables import read_table
-
-if TYPE_CHECKING:
-    from voxelscale.data.listing import Source
 
 KEY_FILE = "names.key"
 """Where a key lies: in the folder of the user's settings, and in that of a store or of predictions."""
-
-TABLE = "names.csv"
-"""Which file and series is behind each name, in the folder of a store or of predictions."""
 
 VARIABLE = "VOXELSCALE_NAME_KEY"
 """The environment variable that may hold the key itself."""
@@ -126,36 +116,6 @@ def _users_key() -> bytes:
         return fresh
 
 
-def write_names(sources: Sequence[Source], folder: Path) -> Path:
-    """Write, readable for its owner only, which image and series each case is; the table grows.
-
-    It holds paths and UIDs: it is for the owner of the data, and is never part of a report.
-
-    Raises:
-        VoxelscaleError: it cannot be written.
-    """
-    path = folder / TABLE
-    rows: dict[str, list[str]] = {}
-    if path.is_file():
-        table = read_table(path, ("case", "path", "seriesuid"))
-        rows = {cells[0]: [table.word(cells, c) for c in table.places] for _, cells in table.rows()}
-    rows |= {s.case: [s.case, str(s.image.absolute()), s.series] for s in sources}
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("case", "path", "seriesuid"), *rows.values()])
-    temporary = _temporary(path)
-    try:
-        _write_private(temporary, text.getvalue().encode(errors="surrogateescape"))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise VoxelscaleError(
-            f"{path}: cannot be written ({error.strerror})", "choose another folder"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    return path
-
-
 def names_of(config: PrepareConfig, folder: Path | None) -> Names:
     """The names that a config asks for, with the key of `folder` where it has one."""
     return Names(how=config.names, key_file=config.name_key, folder=folder)
@@ -163,10 +123,10 @@ def names_of(config: PrepareConfig, folder: Path | None) -> Names:
 
 def _keep(path: Path, key: bytes) -> bytes:
     """The key in the file, written first if there is none, readable for its owner only."""
-    temporary = _temporary(path)
+    temporary = temporary_of(path)
     try:
         if not path.exists():
-            _write_private(temporary, key + b"\n")
+            write_private(temporary, key + b"\n")
             # A link, not a renaming: of two commands that begin at once the first one's key stays.
             with contextlib.suppress(FileExistsError):
                 os.link(temporary, path)
@@ -179,11 +139,12 @@ def _keep(path: Path, key: bytes) -> bytes:
     return _read(path)
 
 
-def _temporary(path: Path) -> Path:
+def temporary_of(path: Path) -> Path:
+    """A name beside a file's own, under which it is written before it takes its place."""
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
 
 
-def _write_private(path: Path, content: bytes) -> None:
+def write_private(path: Path, content: bytes) -> None:
     """A new file that its owner alone may read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.data.lungs import Lungs
 from voxelscale.geometry import IntTriple, Scan, Triple
+from voxelscale.lungs import Lungs
 
 if TYPE_CHECKING:
     from voxelscale.data.listing import Source
@@ -106,7 +106,7 @@ def about(image: Scan, lungs: Lungs, source: Source | None = None) -> About:
 
     Args:
         image: turned to LPS.
-        lungs: what `voxelscale.data.lungs.lung_field` found in it.
+        lungs: what `voxelscale.lungs.lung_field` found in it.
         source: where it comes from; None: nobody knows.
     """
     modality, body_part = subject(source) if source else ("", "")

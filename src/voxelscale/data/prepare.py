@@ -18,10 +18,9 @@ from voxelscale.config import PrepareConfig
 from voxelscale.console import count, notice, warn
 from voxelscale.data.lesions import resample_mask
 from voxelscale.data.listing import Source
-from voxelscale.data.lungs import lung_field
-from voxelscale.data.plan import target_spacing
 from voxelscale.data.plausible import about, summary
 from voxelscale.data.reading import read_case, read_image, read_lattice
+from voxelscale.data.spacing import target_spacing
 from voxelscale.data.store import (
     AIR_HU,
     VOXELS_PER_LESION,
@@ -34,6 +33,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_csv
 from voxelscale.geometry import SAME_MM, Grid, Scan, Triple, as_lps, resample, sphere_diameter
 from voxelscale.labels.spheres import EXCLUDED
+from voxelscale.lungs import lung_field
 from voxelscale.parallel import map_processes
 
 Made = TypeVar("Made")
@@ -51,7 +51,7 @@ the checksum at the end of gzip are all in them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Preparation:
     """What became of a preparation.
 
     Attributes:
@@ -65,7 +65,7 @@ class Outcome:
     failed: tuple[tuple[str, str, str], ...]
 
 
-def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outcome:
+def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Preparation:
     """Read, check, resample and store every case; then the table, the split and the fingerprint.
 
     Run again with the same arguments it keeps what is whole and unchanged.
@@ -106,7 +106,7 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Outc
     _warn_of_empty_splits(infos, config.split)
     write_csv(out / FINDINGS, _finding_rows(infos))
     write_table(out, spacing, fingerprint(infos), infos)
-    return Outcome(done=tuple(infos), kept=len(kept), failed=failures)
+    return Preparation(done=tuple(infos), kept=len(kept), failed=failures)
 
 
 def _report_changed(info: CaseInfo, spacing: Triple, kept: bool) -> None:

@@ -11,7 +11,8 @@ from voxelscale.config import PrepareConfig
 from voxelscale.data.listing import Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Grid, Scan, as_lps, reorient
-from voxelscale.labels import Labels, kind_of, lesion_in, read_labels
+from voxelscale.labels import kind_of, lesion_in, read_labels
+from voxelscale.labels.annotation import Labels
 
 
 def read_image(source: Source, fill_gaps: int = 0, select: Sequence[str] = ()) -> Scan:

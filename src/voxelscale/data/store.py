@@ -57,7 +57,7 @@ class CaseInfo:
         lesion_volumes_mm3: one a lesion (26-connected component), largest first.
         intensities: moments of the lesions' HU: count, mean, std, and percentiles 0.5, 50, 99.5.
         key: changes when the source files or the preparation do.
-        findings: what the labels said of each mark (`voxelscale.labels.Finding`); none of a mere mask.
+        findings: of the labels (`voxelscale.labels.annotation.Annotation`); a mere mask has none.
         lungs: first voxel and shape (z, y, x) in the store of the box around the lungs; None where they
             were not looked for, or not found.
         axes: where the file's own x, y and z axis point, as ``LPS`` or ``RAS``; "" in older stores.

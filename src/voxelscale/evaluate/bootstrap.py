@@ -31,7 +31,7 @@ def resampled_means(
     )
 
 
-def interval(samples: NDArray[np.float64], scans: int = MIN_SCANS) -> list[float] | None:
+def percentile_interval(samples: NDArray[np.float64], scans: int = MIN_SCANS) -> list[float] | None:
     """The 95 % percentile interval of samples that are not NaN.
 
     Args:
@@ -47,7 +47,7 @@ def interval(samples: NDArray[np.float64], scans: int = MIN_SCANS) -> list[float
 
 
 def p_value(differences: NDArray[np.float64], scans: int = MIN_SCANS) -> float | None:
-    """Two-sided, from the samples of a difference; None where `interval` has none.
+    """Two-sided, from the samples of a difference; None where `percentile_interval` has none.
 
     Twice the share of samples on the rarer side of 0, the observed one counted among them, so that it is
     never 0 (Davison and Hinkley 1997, chapters 4 and 5); at most 1.

@@ -13,8 +13,8 @@ from voxelscale.console import Progress, count, notice, warn
 from voxelscale.data.listing import Source, list_sources
 from voxelscale.data.names import names_of
 from voxelscale.errors import VoxelscaleError
-from voxelscale.predict.predict import made_from_this, predicted_by
 from voxelscale.predict.record import RECORD, read_record
+from voxelscale.predict.work import made_from_this, predicted_by
 
 Made = TypeVar("Made")
 

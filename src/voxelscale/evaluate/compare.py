@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 from voxelscale.config import PrepareConfig
 from voxelscale.console import count, warn
 from voxelscale.data.listing import Source
-from voxelscale.evaluate.bootstrap import MIN_SCANS, RESAMPLES, interval, p_value, resampled_means
+from voxelscale.evaluate.bootstrap import (
+    MIN_SCANS,
+    RESAMPLES,
+    p_value,
+    percentile_interval,
+    resampled_means,
+)
 from voxelscale.evaluate.cases import each_case, none_usable, predicted_cases
 from voxelscale.evaluate.evaluate import read_prediction
 from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match, pool, resampled
@@ -197,7 +203,7 @@ def _measure(
         "a": float(values[0]),
         "b": float(values[1]),
         "difference": float(values[0] - values[1]),
-        "interval": interval(apart, scans),
+        "interval": percentile_interval(apart, scans),
         "p": p_value(apart, scans),
     }
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from voxelscale.config import PrepareConfig
 from voxelscale.console import warn
 from voxelscale.data.listing import Source
-from voxelscale.evaluate.bootstrap import RESAMPLES, interval, resampled_means
+from voxelscale.evaluate.bootstrap import RESAMPLES, percentile_interval, resampled_means
 from voxelscale.evaluate.cases import FINDINGS, MASK, each_case, predicted_cases
 from voxelscale.evaluate.froc import OPERATING_POINTS, Froc, Matches, Placed, froc, match, pool, resampled
 from voxelscale.evaluate.lesions import (
@@ -33,9 +33,9 @@ from voxelscale.evaluate.overlap import Overlap, common_box, overlap
 from voxelscale.evaluate.surface import TOLERANCES_MM, SurfaceScore, compare_surfaces
 from voxelscale.evaluate.truth import findings_in, truth_of
 from voxelscale.files import write_atomic, write_csv
+from voxelscale.findings import Finding, lesions_of_mask
 from voxelscale.formats import check_same_place, read_label
 from voxelscale.geometry import Scan, reorient
-from voxelscale.predict.findings import Finding, lesions_of_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +226,7 @@ def _froc_figures(matches: Sequence[Matches], curve: Froc) -> dict[str, Any]:
     at_1_fp = OPERATING_POINTS.index(1.0)
     return {
         "sensitivity_at_1_fp": curve.sensitivity_at(1.0),
-        "sensitivity_at_1_fp_interval": interval(samples[:, at_1_fp], scans),
+        "sensitivity_at_1_fp_interval": percentile_interval(samples[:, at_1_fp], scans),
         "froc": {
             "fp_per_scan": curve.fp_per_scan.tolist(),
             "sensitivity": curve.sensitivity.tolist(),
@@ -234,12 +234,12 @@ def _froc_figures(matches: Sequence[Matches], curve: Froc) -> dict[str, Any]:
                 {
                     "fp_per_scan": point,
                     "sensitivity": curve.sensitivity_at(point),
-                    "interval": interval(samples[:, at], scans),
+                    "interval": percentile_interval(samples[:, at], scans),
                 }
                 for at, point in enumerate(OPERATING_POINTS)
             ],
             "cpm": curve.cpm,
-            "cpm_interval": interval(samples.mean(axis=1), scans),
+            "cpm_interval": percentile_interval(samples.mean(axis=1), scans),
         },
         "operating_point": {**_every_finding(curve), "sensitivity": float(curve.sensitivity[-1])},
     }
@@ -270,7 +270,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
         "mean": float(array.mean()),
         "median": float(np.median(array)),
         "least": float(array.min()),
-        "interval": interval(resampled_means(array), len(array)),
+        "interval": percentile_interval(resampled_means(array), len(array)),
         "cases": len(array),
     }
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.evaluate.froc import Matches, Placed, inside_any, pool
+from voxelscale.findings import Finding, components
 from voxelscale.geometry import Grid, sphere_diameter
-from voxelscale.predict.findings import Finding, components
 
 SIZE_BINS_MM = ((0.0, 6.0), (6.0, 8.0), (8.0, 15.0), (15.0, 30.0), (30.0, math.inf))
 """Diameters at which guidelines change what is done: 6 and 8 mm (Fleischner Society, MacMahon et al. 2017),

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
-from voxelscale.evaluate.bootstrap import MIN_SCANS, RESAMPLES, interval, p_value
+from voxelscale.evaluate.bootstrap import MIN_SCANS, RESAMPLES, p_value, percentile_interval
 from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match_marks, pool, resampled
 from voxelscale.files import write_atomic
-from voxelscale.predict.findings import LUNA16_COLUMNS
+from voxelscale.findings import LUNA16_COLUMNS
 from voxelscale.tables import LONGEST_QUOTE, read_list, read_table
 
 MOST_MARKS = 100
@@ -114,7 +114,7 @@ def score_submission(
         scans = _with_nodules(scored[0])
         difference = {
             "cpm": result["cpm"] - other["cpm"],
-            "interval": interval(apart, scans),
+            "interval": percentile_interval(apart, scans),
             "p": p_value(apart, scans),
         }
         result |= {"against": other, "difference": difference}
@@ -149,9 +149,9 @@ def _summary(submission: Path, scored: Scored, samples: NDArray[np.float64]) -> 
         "submission": str(submission),
         "false_positives_per_scan": list(OPERATING_POINTS),
         "sensitivity": [curve.sensitivity_at(point) for point in OPERATING_POINTS],
-        "sensitivity_interval": [interval(values, scans) for values in samples.T],
+        "sensitivity_interval": [percentile_interval(values, scans) for values in samples.T],
         "cpm": curve.cpm,
-        "cpm_interval": interval(samples.mean(axis=1), scans),
+        "cpm_interval": percentile_interval(samples.mean(axis=1), scans),
         "counts": _counts(scored),
     }
 

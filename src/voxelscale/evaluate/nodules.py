@@ -16,7 +16,7 @@ from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import LEAST_DIAMETER_MM, match_marks
 from voxelscale.evaluate.lesions import sensitivity_figures
-from voxelscale.predict.findings import Finding
+from voxelscale.findings import Finding
 from voxelscale.tables import read_table
 
 TABLE = "nodules.csv"

@@ -13,8 +13,8 @@ from voxelscale.data.listing import Source
 from voxelscale.data.reading import read_truth_labels
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.luna16 import UNKNOWN_DIAMETER_MM
+from voxelscale.findings import Finding, lesions_of_mask, read_findings
 from voxelscale.geometry import Grid, Scan
-from voxelscale.predict.findings import Finding, lesions_of_mask, read_findings
 
 IGNORED = ("excluded", "small", "non-nodule")
 """Kinds of marks that LUNA16 excludes: what fewer than 3 readers accepted, nodules below 3 mm, non-nodules

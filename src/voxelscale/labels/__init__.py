@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,41 +16,11 @@ from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Scan
+from voxelscale.labels.annotation import Labels
 from voxelscale.tables import is_table_of
 
 HEAD = 4096
 """Bytes by which the kind of a file is known."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One mark of the source.
-
-    Attributes:
-        kind: ``nodule`` (at least 3 mm, in the mask); ``small`` (a nodule below 3 mm), ``non-nodule``
-            and ``excluded`` (LUNA16: neither a hit nor a false positive), which are not in the mask.
-        centre: LPS mm (x, y, z).
-        diameter_mm: of a sphere of the same volume; None where the source has only a point.
-        readers: how many marked it.
-    """
-
-    kind: Literal["nodule", "small", "non-nodule", "excluded"]
-    centre: tuple[float, float, float]
-    diameter_mm: float | None
-    readers: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Labels:
-    """The truth about a scan.
-
-    Attributes:
-        mask: uint8, 0 or 1, on the scan's own voxels.
-        findings: empty where the source is only a mask.
-    """
-
-    mask: Scan
-    findings: tuple[Finding, ...] = ()
 
 
 def read_labels(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Grid, Scan, Slices, as_lps, resample, sphere_diameter
-from voxelscale.labels import Finding, Labels
+from voxelscale.labels.annotation import Annotation, Labels
 from voxelscale.labels.contours import inside
 from voxelscale.labels.drawn import Lattice, on_scan
 
@@ -182,7 +182,7 @@ def _put(mask: NDArray[np.uint8], agreed: NDArray[np.bool_], corner: tuple[int, 
     return int(np.count_nonzero(there))
 
 
-def _lies_in(finding: Finding, lattice: Lattice) -> bool:
+def _lies_in(finding: Annotation, lattice: Lattice) -> bool:
     """Whether its centre does, by slices: in-plane everything does."""
     return bool(-0.5 <= lattice.mm_to_index(finding.centre)[0] <= lattice.shape[0] - 0.5)
 
@@ -403,13 +403,13 @@ def fill(
 
 def _nodule(
     agreed: NDArray[np.bool_], corner: tuple[int, int, int], group: Sequence[Reading], lattice: Lattice
-) -> Finding:
+) -> Annotation:
     """Centre of the consensus, or where it is empty of the outlines."""
     voxels = np.argwhere(agreed) + corner
     places = voxels if len(voxels) else np.concatenate([_points(reading, lattice) for reading in group])
     volume = _volume(voxels, lattice)
     diameter = sphere_diameter(volume) if volume else None
-    return Finding(
+    return Annotation(
         kind="nodule", centre=_mm(places.mean(axis=0), lattice), diameter_mm=diameter, readers=len(group)
     )
 
@@ -424,11 +424,11 @@ def _volume(voxels: NDArray[np.int64], lattice: Lattice) -> float:
     return float(thick[there].sum() * np.prod(lattice.spacing[1:]))
 
 
-def _marks(points: Sequence[Reading], lattice: Lattice) -> list[Finding]:
+def _marks(points: Sequence[Reading], lattice: Lattice) -> list[Annotation]:
     """Small nodules and non-nodules; marks of one kind within `SAME_MM` are of one thing."""
     from scipy.cluster.hierarchy import fcluster, linkage
 
-    found: list[Finding] = []
+    found: list[Annotation] = []
     kinds: tuple[Literal["small", "non-nodule"], ...] = ("small", "non-nodule")
     for kind in kinds:
         places = np.array(
@@ -445,7 +445,7 @@ def _marks(points: Sequence[Reading], lattice: Lattice) -> list[Finding]:
             x, y, z = places[owner == group].mean(axis=0)
             count = min(READERS, int((owner == group).sum()))
             centre = (float(x), float(y), float(z))
-            found.append(Finding(kind=kind, centre=centre, diameter_mm=None, readers=count))
+            found.append(Annotation(kind=kind, centre=centre, diameter_mm=None, readers=count))
     return found
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Grid, Scan
-from voxelscale.labels import Finding, Labels
+from voxelscale.labels.annotation import Annotation, Labels
 from voxelscale.tables import read_table
 
 EXCLUDED = "annotations_excluded.csv"
@@ -40,7 +40,7 @@ def read(path: Path, image: Scan, series: str) -> Labels:
     for *centre, diameter in nodules:
         paint(mask, image.grid, np.asarray(centre), diameter, path)
         findings.append(
-            Finding(kind="nodule", centre=_triple(centre), diameter_mm=diameter, readers=3)
+            Annotation(kind="nodule", centre=_triple(centre), diameter_mm=diameter, readers=3)
         )  # LUNA16 keeps what at least 3 of 4 readers accepted
     if nodules and not mask.any():
         hint = "give LPS mm: x grows to the patient's left, y to the back, z to the head"
@@ -48,7 +48,7 @@ def read(path: Path, image: Scan, series: str) -> Labels:
     beside = path.with_name(EXCLUDED)
     for *centre, diameter in by_series(beside).get(series, ()) if beside.is_file() else ():
         known = diameter if 0 < diameter <= LARGEST_MM else None
-        findings.append(Finding(kind="excluded", centre=_triple(centre), diameter_mm=known, readers=1))
+        findings.append(Annotation(kind="excluded", centre=_triple(centre), diameter_mm=known, readers=1))
     return Labels(mask=Scan(mask, image.affine), findings=tuple(findings))
 
 

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from voxelscale.config import PredictConfig, PrepareConfig
 from voxelscale.data.listing import Source
-from voxelscale.predict.bundle import Bundle
-from voxelscale.predict.predict import Outcome, Together, Work
+from voxelscale.model.bundle import Bundle
+from voxelscale.predict.work import Predictions, Together, Work
 from voxelscale.train.distributed import Workers, join
 
 
 def predict_in_ranks(
     sources: Sequence[Source], bundle: Bundle, config: PredictConfig, out: Path, reading: PrepareConfig
-) -> Outcome:
+) -> Predictions:
     """This rank's part of `voxelscale.predict.predict.predict`; on rank 0 what became of all scans."""
     with join(virtual=1, threads=0) as workers:
         work = Work(bundle, config, out, workers.device, reading)
@@ -72,13 +72,17 @@ def _group(workers: Workers, groups: int) -> Together:
     return Together(part=ranks.index(workers.rank), parts=len(ranks), combine=combine, all_well=all_well)
 
 
-def _gathered(outcomes: Sequence[Outcome], sources: Sequence[Source], rank: int, ranks: int) -> Outcome:
+def _gathered(
+    outcomes: Sequence[Predictions], sources: Sequence[Source], rank: int, ranks: int
+) -> Predictions:
     """On rank 0 what became of all ranks' scans, in their order; on others of their own."""
     parts: list[Any] = [None] * ranks
     dist.all_gather_object(parts, outcomes)
-    every: list[Outcome] = [outcome for part in (parts if rank == 0 else [outcomes]) for outcome in part]
+    every: list[Predictions] = [
+        outcome for part in (parts if rank == 0 else [outcomes]) for outcome in part
+    ]
     found = {case: found for outcome in every for case, found in outcome.findings.items()}
-    return Outcome(
+    return Predictions(
         findings={s.case: found[s.case] for s in sources if s.case in found},
         kept=sum(outcome.kept for outcome in every),
         failed=tuple(sorted(fault for outcome in every for fault in outcome.failed)),

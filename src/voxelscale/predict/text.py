@@ -7,13 +7,13 @@ from typing import Any
 
 from voxelscale.config import PredictConfig
 from voxelscale.console import count
-from voxelscale.predict.predict import Outcome
+from voxelscale.predict.work import Predictions
 
 SHOWN = 5
 """Findings of a scan that are printed; all are in the files."""
 
 
-def lines(outcome: Outcome, config: PredictConfig) -> Iterator[str]:
+def lines(outcome: Predictions, config: PredictConfig) -> Iterator[str]:
     """Each scan's most confident findings, where they were looked for, and from which confidence on."""
     for case, findings in outcome.findings.items():
         yield f"{case}: {count(len(findings), 'finding')}{_looked_at(outcome.facts.get(case, {}))}"

@@ -11,11 +11,11 @@ from voxelscale.console import warn
 from voxelscale.data.listing import Source
 from voxelscale.data.reading import read_image, read_truth
 from voxelscale.errors import VoxelscaleError
+from voxelscale.findings import Finding
 from voxelscale.formats import check_same_place, read_label
 from voxelscale.geometry import Scan, reorient
-from voxelscale.predict.findings import Finding
+from voxelscale.pages.page import plain_table
 from voxelscale.report.overlays import Place, overlay_views
-from voxelscale.report.page import plain_table
 
 LAYERS = {"truth": "#4dd964", "prediction": "#ff9f1c", "mark": "#4cc9f0"}
 """What is drawn over a slice, with its colour, as the page's styles have it."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from voxelscale.evaluate.froc import OPERATING_POINTS
-from voxelscale.report.charts import Line, line_chart
+from voxelscale.pages.charts import Line, line_chart
 
 
 def froc_chart(froc: Mapping[str, Any]) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 from voxelscale.console import count
 from voxelscale.data.inspect import HU_EDGES, SEVERITIES, Facts, Inspection, Problem
 from voxelscale.geometry import sphere_diameter
-from voxelscale.report.charts import BOTTOM, chart, draw_axes, round_ticks, small_frame
+from voxelscale.pages.charts import BOTTOM, chart, draw_axes, round_ticks, small_frame
+from voxelscale.pages.page import notes, wide, write_page
 from voxelscale.report.overlays import WINDOW_NAME, Slice, draw_slice
-from voxelscale.report.page import notes, wide, write_page
 
 MOST_THUMBNAILS = 200
 """About 20 kB each."""

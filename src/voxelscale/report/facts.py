@@ -11,7 +11,7 @@ from typing import Any
 
 from voxelscale import __version__
 from voxelscale.errors import VoxelscaleError
-from voxelscale.predict.predict import predicted_by
+from voxelscale.predict.work import predicted_by
 from voxelscale.report.overlays import WINDOW_NAME
 
 
@@ -42,7 +42,7 @@ def model_lines(found: list[str], run: Path | None) -> list[str]:
         lines.append("the cases were predicted by different models")
     if run is None or not (run / "model.vxs").is_file():
         return lines
-    from voxelscale.predict.bundle import read_bundle
+    from voxelscale.model.bundle import read_bundle
 
     try:
         bundle = read_bundle(run)

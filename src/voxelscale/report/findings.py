@@ -11,11 +11,11 @@ from voxelscale.console import count, warn
 from voxelscale.data.listing import Source, list_scans
 from voxelscale.data.names import names_of
 from voxelscale.errors import VoxelscaleError
-from voxelscale.predict.findings import Finding, read_findings
+from voxelscale.findings import Finding, read_findings
+from voxelscale.pages.page import cards, notes, write_page
 from voxelscale.report.cases import finding_table, read_scans, toggles
 from voxelscale.report.facts import head, model_lines, model_section, models, warnings_of
 from voxelscale.report.overlays import Place
-from voxelscale.report.page import cards, notes, write_page
 
 MOST_PICTURES = 3
 """Findings of a case that are shown; four pictures each, 100 kB in all."""

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.findings import components
 from voxelscale.geometry import Scan, Triple, reorient
-from voxelscale.predict.findings import components
 
 LUNG_WINDOW = (-1350.0, 150.0)
 """HU from black to white: level -600, width 1500."""

@@ -19,7 +19,8 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import LEAST_DIAMETER_MM, match_marks
 from voxelscale.evaluate.text import size_name, text_change, text_value
 from voxelscale.evaluate.truth import truth_of
-from voxelscale.predict.findings import Finding, read_findings
+from voxelscale.findings import Finding, read_findings
+from voxelscale.pages.page import cards, notes, plain_table, sortable_table, write_page
 from voxelscale.report.cases import confidence, further, meter, read_scans, toggles
 from voxelscale.report.curves import froc_chart, training_charts
 from voxelscale.report.facts import (
@@ -32,7 +33,6 @@ from voxelscale.report.facts import (
 )
 from voxelscale.report.findings import write_findings_page
 from voxelscale.report.overlays import Place
-from voxelscale.report.page import cards, notes, plain_table, sortable_table, write_page
 from voxelscale.train.log import read_events
 
 MOST_FINDINGS = 200

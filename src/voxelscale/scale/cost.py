@@ -19,7 +19,7 @@ FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
+class Interconnect:
     """How workers are connected: devices of a node by one link, nodes by another.
 
     Attributes:
@@ -208,7 +208,7 @@ def flat_seconds(link: Link, workers: int, size: float) -> float:
     return min(ring_seconds(link, workers, size), tree_seconds(link, workers, size))
 
 
-def all_reduce_seconds(network: Network, workers: int, size: float) -> float:
+def all_reduce_seconds(network: Interconnect, workers: int, size: float) -> float:
     """All-reduce of `size` bytes over all workers.
 
     On two levels where the network has two and more than one node is needed. With G devices a node
@@ -249,7 +249,7 @@ def buckets(
     return made
 
 
-def exposed_seconds(step: StepCost, network: Network, workers: int) -> tuple[float, float]:
+def exposed_seconds(step: StepCost, network: Interconnect, workers: int) -> tuple[float, float]:
     """The gradients' communication of one update: what the backward pass does not hide, and all of it.
 
     Bucket i's all-reduce begins when it is ready and the one before has ended (one stream of
@@ -287,7 +287,7 @@ def expected_greatest(values: Sequence[float], draws: int) -> float:
     )
 
 
-def update_time(step: StepCost, network: Network, workers: int, micro_batches: int = 1) -> UpdateTime:
+def update_time(step: StepCost, network: Interconnect, workers: int, micro_batches: int = 1) -> UpdateTime:
     """One update of N workers.
 
     With k micro-batches a worker::
@@ -318,7 +318,7 @@ def update_time(step: StepCost, network: Network, workers: int, micro_batches: i
     )
 
 
-def training_time(step: StepCost, network: Network, workers: int, budget: Budget) -> TrainingTime:
+def training_time(step: StepCost, network: Interconnect, workers: int, budget: Budget) -> TrainingTime:
     """A whole training::
 
         updates = ceil(samples / (N k b))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from voxelscale.files import write_atomic
-from voxelscale.report.charts import Frame, Line, draw_axes, draw_lines, number
+from voxelscale.pages.charts import Frame, Line, draw_axes, draw_lines, number
 
 TARGET = 0.99
 """Share of one worker's Dice that a recipe should keep."""

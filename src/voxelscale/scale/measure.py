@@ -31,9 +31,9 @@ from voxelscale.data.store import Store, open_store
 from voxelscale.device import choose_precision, default_device, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.norm import SyncBatchNorm
-from voxelscale.scale.cost import Budget, Network, StepCost, UpdateTime, update_time
+from voxelscale.scale.cost import Budget, Interconnect, StepCost, UpdateTime, update_time
 from voxelscale.scale.links import Link, fit_link
-from voxelscale.train.distributed import Workers, join, parallel
+from voxelscale.train.distributed import Workers, data_parallel, join
 from voxelscale.train.judges import validation_cases
 from voxelscale.train.loop import patch_task
 from voxelscale.train.optim import make_optimizer
@@ -125,7 +125,7 @@ def validate_model(config: Config, store: Store, *, rounds: int = 8) -> ModelChe
     )
     step, link = step_from_dict(facts["step"]), _fitted(2, facts)
     full = not torch.cuda.is_available() and (os.cpu_count() or 1) <= 2
-    predicted = update_time(step, Network(within=link, hidden=0.0 if full else 1.0), workers=2)
+    predicted = update_time(step, Interconnect(within=link, hidden=0.0 if full else 1.0), workers=2)
     return ModelCheck(
         predicted=predicted,
         measured=facts["measured"],
@@ -388,7 +388,7 @@ def _link_rank(workers: Workers, sizes: Sequence[int], rounds: int) -> dict[str,
 def _check_rank(workers: Workers, config: Config, store: Store, rounds: int) -> dict[str, Any]:
     """Steps alone, together and under DistributedDataParallel, in turns; and the link."""
     worker = _Worker(config, store, workers.device, workers.rank)
-    net = parallel(worker.model, workers)
+    net = data_parallel(worker.model, workers)
     for samples in worker.batches(4):  # DDP settles its buckets in the second step
         worker.update(net, samples)
     alone: list[float] = []

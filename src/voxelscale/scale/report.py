@@ -12,7 +12,7 @@ from typing import Any
 
 from voxelscale import __version__
 from voxelscale.files import write_atomic
-from voxelscale.report.page import plain_table, wide, write_page
+from voxelscale.pages.page import plain_table, wide, write_page
 from voxelscale.scale.cost import Scaling, TrainingTime, UpdateTime
 from voxelscale.scale.figure import Point, scaling_figure
 from voxelscale.scale.study import Row
@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class CostedRow:
     """A row of the study with what it costs.
 
     Attributes:
@@ -47,7 +47,7 @@ class Finding:
     scaling: Scaling | None
 
 
-def table(findings: Sequence[Finding]) -> str:
+def table(findings: Sequence[CostedRow]) -> str:
     """Aligned text, a line a finding."""
     lines = [[title for _, title in COLUMNS], *(list(_cells(f).values()) for f in findings)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
@@ -60,7 +60,9 @@ def table(findings: Sequence[Finding]) -> str:
     )
 
 
-def write_results(findings: Sequence[Finding], facts: Mapping[str, Any], out: Path, target: float) -> None:
+def write_results(
+    findings: Sequence[CostedRow], facts: Mapping[str, Any], out: Path, target: float
+) -> None:
     """``scaling.json``, ``scaling.svg`` and ``scaling.html`` in `out`.
 
     Args:
@@ -84,7 +86,7 @@ def write_results(findings: Sequence[Finding], facts: Mapping[str, Any], out: Pa
     write_page("Scaling study", _sections(findings, facts, figure), out / "scaling.html")
 
 
-def _point(finding: Finding) -> Point:
+def _point(finding: CostedRow) -> Point:
     row = finding.row
     return Point(
         recipe=row.recipe,
@@ -99,7 +101,7 @@ def _point(finding: Finding) -> Point:
     )
 
 
-def _cells(finding: Finding) -> dict[str, str]:
+def _cells(finding: CostedRow) -> dict[str, str]:
     row, scaling = finding.row, finding.scaling
     own = _spread(row.seeds, row.dice_low, min(row.dice_high, 1.0), 1, 3)
     spread = _spread(row.seeds, row.relative_low, row.relative_high, 100, 1)
@@ -127,7 +129,7 @@ def _spread(seeds: int, low: float | None, high: float | None, scale: float, dig
     return f" ({scale * max(low, 0.0):.{digits}f} to {scale * high:.{digits}f})"
 
 
-def _sections(findings: Sequence[Finding], facts: Mapping[str, Any], figure: str) -> list[str]:
+def _sections(findings: Sequence[CostedRow], facts: Mapping[str, Any], figure: str) -> list[str]:
     workers = ", ".join(str(n) for n in sorted({f.row.workers for f in findings}))
     seeds = max((f.row.seeds for f in findings), default=0)
     lead = [
@@ -162,7 +164,7 @@ _SPENT = {
 }
 
 
-def _parts(finding: Finding) -> list[str]:
+def _parts(finding: CostedRow) -> list[str]:
     update: UpdateTime = finding.time.update
     spent = [f"{1e3 * getattr(update, name):.2f}" for name in _SPENT]
     return [escape(finding.row.recipe), str(finding.row.workers), *spent]

@@ -15,9 +15,9 @@ from voxelscale.console import notice
 from voxelscale.data.store import Store, open_store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
-from voxelscale.scale.cost import Network, StepCost, TrainingTime, compare, training_time
+from voxelscale.scale.cost import Interconnect, StepCost, TrainingTime, compare, training_time
 from voxelscale.scale.links import Link, parse_link
-from voxelscale.scale.report import Finding, write_results
+from voxelscale.scale.report import CostedRow, write_results
 from voxelscale.scale.study import Row, Trial, plan, run_study
 from voxelscale.scale.trials import train_trial
 from voxelscale.train.judges import require_validation
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from voxelscale.scale.measure import ModelCheck
 
 
-def scale(config: Config, store_path: Path, out: Path) -> list[Finding]:
+def scale(config: Config, store_path: Path, out: Path) -> list[CostedRow]:
     """The whole study, into ``<out>/scaling.json``, ``.svg`` and ``.html``.
 
     Called again it keeps the trainings that are done, and the measurements.
@@ -58,7 +58,7 @@ def scale(config: Config, store_path: Path, out: Path) -> list[Finding]:
     return findings
 
 
-def _findings(rows: Sequence[Row], times: dict[tuple[str, int], TrainingTime]) -> list[Finding]:
+def _findings(rows: Sequence[Row], times: dict[tuple[str, int], TrainingTime]) -> list[CostedRow]:
     alone = {row.recipe: row for row in rows if row.workers == 1}
     found = []
     for row in rows:
@@ -67,11 +67,11 @@ def _findings(rows: Sequence[Row], times: dict[tuple[str, int], TrainingTime]) -
         if one is not None:
             reached = (one.samples_to_target, row.samples_to_target)
             scaling = compare(times[row.recipe, 1], time, reached=reached, dice=(one.dice, row.dice))
-        found.append(Finding(row=row, time=time, scaling=scaling))
+        found.append(CostedRow(row=row, time=time, scaling=scaling))
     return found
 
 
-def _network(config: Config) -> tuple[Network, list[str]]:
+def _network(config: Config) -> tuple[Interconnect, list[str]]:
     """The interconnect of the config, and what a reader must know of it."""
     scale = config.scale
     if scale.measure:
@@ -83,10 +83,12 @@ def _network(config: Config) -> tuple[Network, list[str]]:
     compression = 0.5 if config.train.compress == "bf16" else 1.0
     notes = [_told(between)]
     if scale.node_devices == 1:
-        return Network(within=between, compression=compression), notes
+        return Interconnect(within=between, compression=compression), notes
     within = parse_link(scale.node_link)
     notes.append(f"within a node of {scale.node_devices}: {_told(within)}")
-    network = Network(within=within, between=between, per_node=scale.node_devices, compression=compression)
+    network = Interconnect(
+        within=within, between=between, per_node=scale.node_devices, compression=compression
+    )
     return network, notes
 
 
@@ -95,7 +97,7 @@ def _told(link: Link) -> str:
     return f"interconnect {link.name}: alpha {alpha:.1f} us, beta {beta:.2f} GB/s ({link.source})"
 
 
-def _time(trial: Trial, store: Store, network: Network, out: Path) -> TrainingTime:
+def _time(trial: Trial, store: Store, network: Interconnect, out: Path) -> TrainingTime:
     """The modelled time of a trial; its step is measured once for all numbers of workers."""
     from voxelscale.scale.measure import budget_of
 

@@ -68,7 +68,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class TrialResult:
     """What a trial came to.
 
     Attributes:
@@ -95,7 +95,7 @@ class Stop:
     at_once: bool = False
 
 
-TrainOne = Callable[[Trial, Path, Stop], Outcome]
+TrainOne = Callable[[Trial, Path, Stop], TrialResult]
 """Trains one trial in the folder it is given and says what came of it; it looks at the wish to stop."""
 
 
@@ -211,10 +211,10 @@ def _in_parallel(
     train_one: TrainOne,
     jobs: int,
     show: Callable[[], None],
-) -> Iterator[tuple[Trial, Outcome]]:
+) -> Iterator[tuple[Trial, TrialResult]]:
     waiting, stop = iter(trials), Stop()
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="trial")
-    flying: dict[Future[Outcome], Trial] = {}
+    flying: dict[Future[TrialResult], Trial] = {}
     try:
         while True:
             for trial in waiting if len(flying) < jobs else ():
@@ -240,14 +240,14 @@ def _in_parallel(
             raise
 
 
-def summarise(trials: Sequence[Trial], outcomes: Sequence[Outcome], target: float) -> list[Row]:
+def summarise(trials: Sequence[Trial], outcomes: Sequence[TrialResult], target: float) -> list[Row]:
     """A row for each recipe and number of workers, in the order of the plan.
 
     Args:
         target: share of the first recipe's mean Dice at one worker that "time to a target Dice" means.
     """
     dice = {(t.recipe, t.workers, t.seed): o.dice for t, o in zip(trials, outcomes, strict=True)}
-    groups: dict[tuple[str, int], list[tuple[Trial, Outcome]]] = {}
+    groups: dict[tuple[str, int], list[tuple[Trial, TrialResult]]] = {}
     for trial, outcome in zip(trials, outcomes, strict=True):
         groups.setdefault((trial.recipe, trial.workers), []).append((trial, outcome))
     first = trials[0].recipe
@@ -258,7 +258,10 @@ def summarise(trials: Sequence[Trial], outcomes: Sequence[Outcome], target: floa
 
 
 def _row(
-    group: Sequence[tuple[Trial, Outcome]], dice: dict[tuple[str, int, int], float], first: str, aim: float
+    group: Sequence[tuple[Trial, TrialResult]],
+    dice: dict[tuple[str, int, int], float],
+    first: str,
+    aim: float,
 ) -> Row:
     trial, outcomes = group[0][0], [outcome for _, outcome in group]
     scores = [outcome.dice for outcome in outcomes]
@@ -270,8 +273,8 @@ def _row(
     relative, own = over(first), over(trial.recipe)
     reached = [next((seen for seen, score in o.curve if score >= aim), None) for o in outcomes]
     known = [seen for seen in reached if seen is not None]
-    low, high = interval(scores)
-    relative_low, relative_high = interval(relative) if relative else (None, None)
+    low, high = t_interval(scores)
+    relative_low, relative_high = t_interval(relative) if relative else (None, None)
     return Row(
         recipe=trial.recipe,
         workers=trial.workers,
@@ -291,7 +294,7 @@ def _row(
     )
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of a mean by Student's t; the mean twice where there is one value."""
     mean = statistics.mean(values)
     if len(values) < 2:
@@ -320,17 +323,17 @@ def _trained(config: Config) -> str:
     return digest_of({**to_dict(config), "scale": {}, "search": {}})
 
 
-def read_outcome(out: Path, trial: Trial) -> Outcome | None:
+def read_outcome(out: Path, trial: Trial) -> TrialResult | None:
     """What an earlier call found, or None."""
     try:
         facts = json.loads(_outcome_path(out, trial).read_text(encoding="utf-8"))
         curve = tuple((int(seen), float(dice)) for seen, dice in facts["curve"])
-        return Outcome(dice=facts["dice"], curve=curve, diverged=facts["diverged"])
+        return TrialResult(dice=facts["dice"], curve=curve, diverged=facts["diverged"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write_outcome(out: Path, trial: Trial, outcome: Outcome) -> None:
+def _write_outcome(out: Path, trial: Trial, outcome: TrialResult) -> None:
     facts = {"recipe": trial.recipe, "workers": trial.workers, "seed": trial.seed, **asdict(outcome)}
     write_atomic(_outcome_path(out, trial), json.dumps(facts))
 

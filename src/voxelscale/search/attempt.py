@@ -59,7 +59,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class AttemptResult:
     """How an attempt ended.
 
     Attributes:
@@ -78,7 +78,7 @@ def run_attempt(
     report: Callable[[int, float], bool],
     stopped: Callable[[], bool],
     lost: Callable[[], bool],
-) -> Outcome:
+) -> AttemptResult:
     """Train until the budget is spent, the trial is pruned, or something ends it.
 
     Args:
@@ -106,33 +106,33 @@ def _watch(
     report: Callable[[int, float], bool],
     stopped: Callable[[], bool],
     lost: Callable[[], bool],
-) -> Outcome:
+) -> AttemptResult:
     begun, curve = time.monotonic(), Curve(attempt.run, attempt.marks)
     while True:
         code = child.wait(POLL)
         for samples, dice in curve.new():
             if report(samples, dice):
                 _stop(child)
-                return Outcome(ending="pruned", dice=dice)
+                return AttemptResult(ending="pruned", dice=dice)
         if code is not None:
             return _ended(child, code, curve)
         if lost():
             child.kill()
-            return Outcome(ending="lost", dice=curve.dice)
+            return AttemptResult(ending="lost", dice=curve.dice)
         if stopped():
             _stop(child)
-            return Outcome(ending="stopped", dice=curve.dice)
+            return AttemptResult(ending="stopped", dice=curve.dice)
         if 0 < attempt.seconds < time.monotonic() - begun:
             _stop(child)
-            return Outcome(ending="late", dice=curve.dice)
+            return AttemptResult(ending="late", dice=curve.dice)
 
 
-def _ended(child: Child, code: int, curve: Curve) -> Outcome:
+def _ended(child: Child, code: int, curve: Curve) -> AttemptResult:
     if code == 0:
-        return Outcome(ending="finished", dice=curve.dice)
+        return AttemptResult(ending="finished", dice=curve.dice)
     if curve.fatal:
-        return Outcome(ending=FATAL[curve.fatal], dice=curve.dice, fault=child.fault())
-    return Outcome(ending="failed", dice=curve.dice, fault=child.fault())
+        return AttemptResult(ending=FATAL[curve.fatal], dice=curve.dice, fault=child.fault())
+    return AttemptResult(ending="failed", dice=curve.dice, fault=child.fault())
 
 
 def _stop(child: Child) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from voxelscale.report.charts import Frame, draw_axes, log_ticks, round_ticks
+from voxelscale.pages.charts import Frame, draw_axes, log_ticks, round_ticks
 from voxelscale.search.figures import (
     WIDE,
     axis_label,
@@ -113,7 +113,7 @@ def shading_of(results: SearchResults) -> Shading:
     return Shading(worst=worst, best=best)
 
 
-def parallel(results: SearchResults) -> str:
+def parallel_coordinates(results: SearchResults) -> str:
     """A line for each trial over an axis for each key; the last axis is the first objective, better up."""
     shading, name, best = shading_of(results), results.objectives[0], results.best
     axes = [*(axis_of(results, key) for key in results.keys), _objective_axis(results)]

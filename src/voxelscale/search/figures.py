@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from voxelscale.report.charts import Frame, Line, draw_axes, draw_lines, log_ticks, round_ticks
-from voxelscale.report.page import wide as scrolled
+from voxelscale.pages.charts import Frame, Line, draw_axes, draw_lines, log_ticks, round_ticks
+from voxelscale.pages.page import wide as scrolled
 from voxelscale.search.results import SearchResults, State, TrialResult, Value
 
 STATES: tuple[State, ...] = ("done", "pruned", "running", "waiting", "infeasible", "diverged", "failed")

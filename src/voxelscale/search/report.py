@@ -10,7 +10,7 @@ from pathlib import Path
 
 from voxelscale import __version__
 from voxelscale.console import count
-from voxelscale.report.page import cards, plain_table, sortable_table, write_page
+from voxelscale.pages.page import cards, plain_table, sortable_table, write_page
 from voxelscale.search import axes, figures
 from voxelscale.search.figures import STATES, duration, label, param_text, score, value_text
 from voxelscale.search.results import SearchResults, TrialResult, Value, utilisation
@@ -213,7 +213,7 @@ def _keys(results: SearchResults) -> str:
     shares = (
         figures.importances(results) if results.importances else _none("Too few trials for importances.")
     )
-    return f'<div class="stack">{shares}{axes.parallel(results)}{axes.slices(results)}</div>'
+    return f'<div class="stack">{shares}{axes.parallel_coordinates(results)}{axes.slices(results)}</div>'
 
 
 def _front(results: SearchResults) -> str:

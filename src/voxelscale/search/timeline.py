@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from voxelscale.report.charts import BOTTOM, TOP, Frame, round_ticks
+from voxelscale.pages.charts import BOTTOM, TOP, Frame, round_ticks
 from voxelscale.search.figures import ROW, STATES, WIDE, duration, figure, legend, svg
 from voxelscale.search.results import SearchResults, TrialResult, utilisation
 

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from voxelscale.config import Config
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
-from voxelscale.search.attempt import Attempt, Outcome, copy_run, drop_checkpoints, run_attempt
+from voxelscale.search.attempt import Attempt, AttemptResult, copy_run, drop_checkpoints, run_attempt
 from voxelscale.search.definition import CONSTRAINTS, Search, marks_of, trial_config
 from voxelscale.search.feasible import Cost, constraints, cost_of
 from voxelscale.search.lease import (
@@ -191,7 +191,7 @@ class Worker:
         grid = self.settings.sampler == "grid"
         return "" if grid or len(before) < self.settings.trials else "one too many"
 
-    def _train(self, trial: Trial, config: Config, lease: Lease) -> Outcome:
+    def _train(self, trial: Trial, config: Config, lease: Lease) -> AttemptResult:
         """Train a trial's attempt, from where the one before it stopped."""
         run, told = self._run(trial.number), 0
         for old in self._before(trial):
@@ -246,7 +246,7 @@ class Worker:
             return False  # taken over: the lease says so, too
         return hopeless and not decided
 
-    def _tell(self, trial: Trial, outcome: Outcome, limits: dict[str, float], cost: Cost) -> None:
+    def _tell(self, trial: Trial, outcome: AttemptResult, limits: dict[str, float], cost: Cost) -> None:
         """Tell the study how a trial ended."""
         ended = time.time()
         ending, number = outcome.ending, trial.number
@@ -273,7 +273,7 @@ class Worker:
             hint = outcome.fault.hint
             raise VoxelscaleError(f"{FAILURES} trainings in a row failed: {outcome.fault.message}", hint)
 
-    def _again(self, trial: Trial, outcome: Outcome) -> bool:
+    def _again(self, trial: Trial, outcome: AttemptResult) -> bool:
         """Whether a training that failed is to be tried again.
 
         Raises:

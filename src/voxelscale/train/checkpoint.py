@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic, write_sealed
-from voxelscale.predict.bundle import load_untrusted
+from voxelscale.model.bundle import load_untrusted
 from voxelscale.train.optim import AveragedWeights
 
 FORMAT = 2

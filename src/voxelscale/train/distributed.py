@@ -100,7 +100,7 @@ def _store_of_restart() -> Any:
     )
 
 
-def parallel(model: nn.Module, workers: Workers, compress: str = "none") -> nn.Module:
+def data_parallel(model: nn.Module, workers: Workers, compress: str = "none") -> nn.Module:
     """The model as it is trained: wrapped so that gradients are averaged over ranks, if there are any.
 
     With ``compress="bf16"`` gradients travel as bfloat16: half the bytes, rounded to three digits.

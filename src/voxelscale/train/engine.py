@@ -29,7 +29,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.train.checkpoint import State, Trained, Writer, load_newest
 from voxelscale.train.clock import Clock, Step
-from voxelscale.train.distributed import WorkerBuffers, Workers, average_buffers, held_back, parallel
+from voxelscale.train.distributed import WorkerBuffers, Workers, average_buffers, data_parallel, held_back
 from voxelscale.train.log import STOP_FILE, RunLog, environment, note_out_of_memory
 from voxelscale.train.meter import Meter, Word
 from voxelscale.train.optim import AveragedWeights, learning_rate, make_optimizer, set_learning_rate
@@ -102,7 +102,7 @@ class Engine:
             self.writer = Writer(run / "checkpoints", config.train.keep) if self.chief else None
         skip = config.train.not_finite == "skip"
         self.buffers = WorkerBuffers(self.model, workers.virtual, undo=skip)
-        self.wrapped = parallel(self.model, workers, config.train.compress)
+        self.wrapped = data_parallel(self.model, workers, config.train.compress)
         if config.train.compile:
             self.wrapped.compile()
         self.meter = Meter(workers)

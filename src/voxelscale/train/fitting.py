@@ -24,8 +24,8 @@ from voxelscale.data.order import item_of
 from voxelscale.data.patches import Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_sealed
+from voxelscale.model.bundle import load_untrusted
 from voxelscale.model.norm import SyncBatchNorm
-from voxelscale.predict.bundle import load_untrusted
 from voxelscale.train.distributed import Workers
 from voxelscale.train.engine import Engine, Result
 from voxelscale.train.launch import claim

@@ -27,8 +27,8 @@ from voxelscale.device import Arithmetic, choose_arithmetic, choose_precision
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.model.build import build_model
+from voxelscale.model.bundle import Bundle, write_bundle
 from voxelscale.model.losses import dice_cross_entropy
-from voxelscale.predict.bundle import Bundle, write_bundle
 from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.distributed import Workers, join
 from voxelscale.train.engine import Engine, Result

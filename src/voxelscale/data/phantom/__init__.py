@@ -21,8 +21,8 @@ from voxelscale.data.phantom.nodules import Nodule, draw_nodules, nodule_shares,
 from voxelscale.data.phantom.vessels import Tree, grow
 from voxelscale.data.randomness import generator
 from voxelscale.errors import VoxelscaleError
+from voxelscale.findings import components
 from voxelscale.geometry import Grid, Scan
-from voxelscale.predict.findings import components
 
 ANATOMY, VESSELS, LESIONS, NOISE = 0, 1, 2, 3
 """Streams of one case's random numbers."""

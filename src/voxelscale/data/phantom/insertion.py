@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.config import PhantomConfig
-from voxelscale.data.lungs import Lungs, lung_field
 from voxelscale.data.phantom.canvas import Field, Point
 from voxelscale.data.phantom.contours import open_library
 from voxelscale.data.phantom.nodules import (
@@ -30,8 +29,9 @@ from voxelscale.data.phantom.nodules import (
 )
 from voxelscale.data.randomness import generator
 from voxelscale.errors import VoxelscaleError
+from voxelscale.findings import components
 from voxelscale.geometry import Grid, Scan
-from voxelscale.predict.findings import components
+from voxelscale.lungs import Lungs, lung_field
 
 NODULES, GRAIN = 0, 1
 """Streams of one copy's random numbers."""

@@ -35,7 +35,7 @@ from voxelscale.formats.dicom.header import (
     label_of,
     read_header,
 )
-from voxelscale.formats.dicom.stack import at_one_place, parallel, stack
+from voxelscale.formats.dicom.stack import are_parallel, at_one_place, stack
 from voxelscale.formats.dicom.voxels import check_claims, read_classes, read_voxels, slices_of
 
 
@@ -321,7 +321,7 @@ def _volume(group: Sequence[Header], left_out: Counter[str]) -> list[Header]:
         left_out["single image"] += 1
         return []
     known = [frame for frame in frames if frame.orientation is not None]
-    if 1 < len(frames) <= MOST_SCOUTS and not faulty and known and not parallel(known):
+    if 1 < len(frames) <= MOST_SCOUTS and not faulty and known and not are_parallel(known):
         left_out["localizer"] += len(kept)
         return []
     return kept
@@ -337,7 +337,7 @@ def _with_orientations(frames: list[Frame]) -> tuple[list[Frame], list[str]]:
     bare = [frame.pixels.path for frame in frames if frame.orientation is None]
     if not bare:
         return frames, []
-    if not known or not parallel(known):
+    if not known or not are_parallel(known):
         why = "no slice of the series has one" if not known else "those of the other slices differ"
         what = f"{bare[0]}: {label_of(ORIENTATION)} is missing, and {why}"
         raise VoxelscaleError(what, "export the series again, or give each part a folder of its own")

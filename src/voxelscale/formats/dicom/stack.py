@@ -142,7 +142,7 @@ def at_one_place(frames: Sequence[Frame]) -> list[list[Frame]]:
     return [[frames[i] for i in group] for group in np.split(order, cuts)]
 
 
-def parallel(frames: Sequence[Frame]) -> bool:
+def are_parallel(frames: Sequence[Frame]) -> bool:
     """Whether the slices look the same way; two scouts at right angles do not."""
     table = np.asarray([frame.orientation for frame in frames])
     return bool(np.abs(table - table[0]).max() <= TURNED)
@@ -178,7 +178,7 @@ def _common_spacing(path: Path, frames: Sequence[Frame]) -> NDArray[np.float64]:
 
 def _axes(path: Path, frames: Sequence[Frame]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Unit directions of the rows and of the columns, at right angles."""
-    if not parallel(frames):
+    if not are_parallel(frames):
         raise VoxelscaleError(f"{path}: its slices are turned against each other", NOT_TOGETHER)
     pair = np.asarray(frames[0].orientation).reshape(2, 3)
     if np.abs(pair @ pair.T - np.eye(2)).max() > 0.01:

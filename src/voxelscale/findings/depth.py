@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.data.lungs import Lungs, coarse_factors, lung_field
 from voxelscale.geometry import Grid, Scan, reorient
+from voxelscale.lungs import Lungs, coarse_factors, lung_field
 
 
 def lung_depth(image: Scan, lungs: Lungs | None = None) -> Scan | None:

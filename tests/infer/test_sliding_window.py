@@ -11,8 +11,8 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from voxelscale.config import IntTriple
+from voxelscale.infer.sliding_window import Share, Windows, flip_axes, predict_volume, window_starts
 from voxelscale.model.unet import UNet
-from voxelscale.predict.sliding_window import Share, Windows, flip_axes, predict_volume, window_starts
 
 
 class Identity(nn.Module):

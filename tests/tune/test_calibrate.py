@@ -17,20 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conftest import Command
 from tests.evaluate.test_evaluate import finding as plain_finding
-from tests.predict.test_ensemble import made
+from tests.tune.test_ensemble import made
 
 from voxelscale.config import Config, PrepareConfig
 from voxelscale.data.listing import list_sources
 from voxelscale.data.reading import read_truth
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import froc, match
+from voxelscale.findings import Finding, lesions_of_mask, read_findings, write_findings
 from voxelscale.geometry import Grid, Scan, affine_from_itk
-from voxelscale.predict.bundle import Calibration, read_bundle, write_bundle
-from voxelscale.predict.calibrate import FITS, Judged, calibrate, cross_validated, judge
-from voxelscale.predict.findings import Finding, lesions_of_mask, read_findings, write_findings
-from voxelscale.predict.predict import Predictor
+from voxelscale.model.bundle import Calibration, read_bundle, write_bundle
 from voxelscale.predict.record import record_cases
-from voxelscale.predict.reliability import BINS, calibration_error, reliability
+from voxelscale.predict.work import Predictor
+from voxelscale.tune.calibrate import FITS, Judged, calibrate, cross_validated, judge
+from voxelscale.tune.reliability import BINS, calibration_error, reliability
 
 Curve = Callable[[Any], Any]
 

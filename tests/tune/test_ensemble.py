@@ -17,8 +17,8 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_sealed
 from voxelscale.geometry import Grid, Scan, Triple, affine_from_itk
 from voxelscale.model.build import build_model
-from voxelscale.predict.bundle import Bundle, Calibration, load_untrusted, read_bundle, write_bundle
-from voxelscale.predict.predict import Predictor
+from voxelscale.model.bundle import Bundle, Calibration, load_untrusted, read_bundle, write_bundle
+from voxelscale.predict.work import Predictor
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.geometry import Grid, Scan, affine_from_itk, reorient, to_itk
-from voxelscale.predict.findings import (
+from voxelscale.findings import (
     Finding,
     components,
     find_lesions,
@@ -22,8 +21,9 @@ from voxelscale.predict.findings import (
     read_prediction,
     write_findings,
 )
-from voxelscale.predict.findings.depth import lung_depth
-from voxelscale.predict.findings.regions import merge_near
+from voxelscale.findings.depth import lung_depth
+from voxelscale.findings.regions import merge_near
+from voxelscale.geometry import Grid, Scan, affine_from_itk, reorient, to_itk
 
 TURN = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, 1.0]])
 GRID = Grid((16, 18, 20), affine_from_itk((-50, 20, 300), (0.7, 0.9, 2.5), TURN))

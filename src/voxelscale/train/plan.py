@@ -1,6 +1,6 @@
 """What to train with, told from a data set's fingerprint and the memory at hand, and why.
 
-The rules for spacing and patch follow Isensee et al., "nnU-Net: a self-configuring method for deep
+The rule for the patch follows Isensee et al., "nnU-Net: a self-configuring method for deep
 learning-based biomedical image segmentation" (2021), in its supplementary note on dynamic design choices;
 memory is told by `voxelscale.train.memory` instead of by a reference network's feature maps.
 """
@@ -24,8 +24,6 @@ from voxelscale.geometry import IntTriple, Triple
 if TYPE_CHECKING:
     from voxelscale.data.store import Store
 
-ANISOTROPIC = 3.0
-"""How many times coarser than the others an axis is before it is treated apart."""
 DEEPEST = 6
 MOST_VOXELS = 160**3
 """A patch is no larger even where memory is plenty: a step would take long and see little variety."""
@@ -54,36 +52,6 @@ class Plan:
     batch_size: int
     memory: int
     reasons: tuple[str, ...]
-
-
-def target_spacing(spacings: Sequence[Triple], shapes: Sequence[IntTriple] = ()) -> tuple[Triple, str]:
-    """The spacing (z, y, x) in mm, to the hundredth, that a data set is best stored at, and why.
-
-    The median along each axis; along one that is more than three times as coarse as the others, and has as
-    many times fewer voxels, the 10th percentile, so that thin-slice scans are not blurred to thick ones.
-
-    Args:
-        spacings: of the scans, mm (z, y, x).
-        shapes: of the scans, voxels (z, y, x); (): not known, so that the spacing alone decides.
-    """
-    each = np.asarray(spacings, np.float64)
-    chosen = np.median(each, axis=0)
-    why = "the median of the data set along every axis"
-    worst = int(np.argmax(chosen))
-    others = [axis for axis in range(3) if axis != worst]
-    coarse = chosen[worst] > ANISOTROPIC * chosen[others].max()
-    if shapes:
-        voxels = np.median(np.asarray(shapes, np.float64), axis=0)
-        coarse &= voxels[worst] * ANISOTROPIC < voxels[others].min()
-    if coarse:
-        finer = float(np.percentile(each[:, worst], 10))
-        median, chosen[worst] = chosen[worst], max(finer, float(chosen[others].max()))
-        why = (
-            f"the median of the data set; along {'zyx'[worst]}, where its median of {median:.2f} mm is "
-            f"over {ANISOTROPIC:g} times the others', the 10th percentile"
-        )
-    z, y, x = (round(float(v), 2) for v in chosen)
-    return (z, y, x), why
 
 
 def make_plan(config: Config, store: Store, measure: Callable[[Config], int], budget: int) -> Plan:

@@ -27,11 +27,11 @@ from voxelscale.device import default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import match
 from voxelscale.files import digest_of, not_written, read_json_lines
+from voxelscale.findings import lesions_of_mask
 from voxelscale.geometry import Scan, Triple
+from voxelscale.model.bundle import Bundle, bundle_path, read_bundle, write_bundle
 from voxelscale.model.judge import JudgeNet, crop_shape, crop_start
-from voxelscale.predict.bundle import Bundle, bundle_path, read_bundle, write_bundle
-from voxelscale.predict.findings import lesions_of_mask
-from voxelscale.predict.predict import Predictor, lesions_by
+from voxelscale.predict.work import Predictor, lesions_by
 from voxelscale.train.fitting import fit
 
 FOLDER = "refine"

@@ -23,11 +23,11 @@ from voxelscale.evaluate.cases import FINDINGS, each_case, predicted_cases
 from voxelscale.evaluate.froc import Placed, match
 from voxelscale.evaluate.truth import findings_in, truth_of
 from voxelscale.files import write_atomic
-from voxelscale.predict.bundle import Bundle, Calibration, bundle_path, read_bundle, write_bundle
-from voxelscale.predict.findings import Finding
-from voxelscale.predict.predict import predicted_by
+from voxelscale.findings import Finding
+from voxelscale.model.bundle import Bundle, Calibration, bundle_path, read_bundle, write_bundle
 from voxelscale.predict.record import read_record
-from voxelscale.predict.reliability import BINS, calibration_error, reliability, reliability_figure
+from voxelscale.predict.work import predicted_by
+from voxelscale.tune.reliability import BINS, calibration_error, reliability, reliability_figure
 
 LEAST_FINDINGS = 20
 """Below it nothing can be said of ten bins, nor of a curve."""

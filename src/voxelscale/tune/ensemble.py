@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.predict.bundle import MOST_NETWORKS, Bundle, read_bundle, write_bundle
+from voxelscale.model.bundle import MOST_NETWORKS, Bundle, read_bundle, write_bundle
 
 
 def ensemble(models: Sequence[Path], out: Path) -> Bundle:

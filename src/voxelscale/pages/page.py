@@ -21,7 +21,7 @@ def write_page(title: str, sections: Sequence[str], out: Path) -> None:
     Raises:
         VoxelscaleError: the file cannot be written.
     """
-    page = resources.files("voxelscale.report").joinpath("page.html").read_text(encoding="utf-8")
+    page = resources.files("voxelscale.pages").joinpath("page.html").read_text(encoding="utf-8")
     write_atomic(out, Template(page).substitute(title=escape(title), body="\n".join(sections)))
 
 

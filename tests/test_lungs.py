@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import ndimage
-from tests.conftest import SHARED
 
+from tests.conftest import SHARED
 from voxelscale.config import Config
 from voxelscale.data.listing import list_sources
-from voxelscale.data.lungs import lung_field
 from voxelscale.data.patches import PatchSource
 from voxelscale.data.prepare import prepare
 from voxelscale.data.store import open_store
 from voxelscale.formats import read_scan
 from voxelscale.geometry import Scan, reorient
+from voxelscale.lungs import lung_field
 
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real scans are not here")
 

@@ -20,9 +20,9 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_sealed
 from voxelscale.geometry import Scan
 from voxelscale.model.build import build_model
+from voxelscale.model.bundle import Bundle, Calibration, load_untrusted, read_bundle, write_bundle
 from voxelscale.model.judge import JudgeNet, crop_shape
-from voxelscale.predict.bundle import Bundle, Calibration, load_untrusted, read_bundle, write_bundle
-from voxelscale.predict.predict import Predictor
+from voxelscale.predict.work import Predictor
 
 CPU = torch.device("cpu")
 QUICK = [
@@ -52,7 +52,7 @@ def untrained(tiny: Config, store: Store) -> Bundle:
 def refined(untrained: Bundle, store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run's folder after the command."""
     from voxelscale.config import load
-    from voxelscale.predict.refine import refine
+    from voxelscale.tune.refine import refine
 
     run = tmp_path_factory.mktemp("run")
     write_bundle(run / "model.vxs", untrained)

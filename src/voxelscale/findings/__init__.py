@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic, write_csv
+from voxelscale.findings.calipers import Ends, axial_diameters
+from voxelscale.findings.depth import nearest_border
+from voxelscale.findings.regions import components, doubtful_regions, sure_regions
 from voxelscale.geometry import Grid, Scan, Triple, sphere_diameter
-from voxelscale.predict.findings.calipers import Ends, axial_diameters
-from voxelscale.predict.findings.depth import nearest_border
-from voxelscale.predict.findings.regions import components, doubtful_regions, sure_regions
 
 __all__ = [
     "LEAST_NODULE_MM3",
@@ -125,7 +125,7 @@ def find_lesions(
         merge_mm: lesions whose surfaces are at most so far apart are one; so are doubtful ones; 0: off.
         min_volume_mm3: smaller ones are dropped.
         image: (z, y, x) HU on the same grid, for the density.
-        depth: of `voxelscale.predict.findings.depth.lung_depth`, for the distance to the pleura.
+        depth: of `voxelscale.findings.depth.lung_depth`, for the distance to the pleura.
         keep: whether a lesion or doubtful one, given by its voxels (n, 3), is to be listed; None: all are.
 
     Returns:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.report.charts import Frame, Line, draw_axes, draw_lines
+from voxelscale.pages.charts import Frame, Line, draw_axes, draw_lines
 
 BINS = 10
 
@@ -70,7 +70,7 @@ def _wilson(share: float, count: int) -> list[float]:
 
 
 def reliability_figure(summary: Mapping[str, Any]) -> str:
-    """The diagram of what `voxelscale.predict.calibrate.calibrate` returns, as an SVG that stands alone."""
+    """The diagram of what `voxelscale.tune.calibrate.calibrate` returns, as an SVG that stands alone."""
     frame = Frame(x=(0.0, 1.0), y=(0.0, 1.0), width=WIDTH, height=HEIGHT)
     lines = [
         Line(name="ideal", points=[(0.0, 0.0), (1.0, 1.0)], dashed=True, style="ideal"),

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from voxelscale.config import Config, dump, load
-from voxelscale.data.plan import make_plan, plan_store, plan_text, target_spacing
+from voxelscale.data.spacing import target_spacing
 from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.unet import plan_pooling
 from voxelscale.train.memory import estimate_memory
+from voxelscale.train.plan import make_plan, plan_store, plan_text
 
 
 def test_nearly_isotropic_spacing_is_the_median() -> None:

@@ -1,0 +1,539 @@
+"""From raw scans to masks and findings on the scans' own voxels."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from voxelscale import __version__
+from voxelscale.config import PredictConfig, PrepareConfig
+from voxelscale.console import Progress, count, duration, notice
+from voxelscale.data.listing import Source
+from voxelscale.data.plausible import About, about, against
+from voxelscale.data.prepare import resample_hu, source_stamp
+from voxelscale.data.reading import read_image
+from voxelscale.data.store import AIR_HU, overlap_slices
+from voxelscale.device import choose_inference
+from voxelscale.errors import VoxelscaleError
+from voxelscale.files import digest_of, write_atomic
+from voxelscale.findings import (
+    FORMAT,
+    Finding,
+    find_lesions,
+    ranked,
+    read_prediction,
+    write_findings,
+)
+from voxelscale.findings.depth import lung_depth, outside_mm
+from voxelscale.formats import write_scan
+from voxelscale.geometry import SAME_MM, Grid, IntTriple, Scan, Triple, reorient, resample
+from voxelscale.infer.sliding_window import Share, Windows, predict_volume
+from voxelscale.lungs import Lungs, body_field, lung_field
+from voxelscale.model.bundle import Bundle
+from voxelscale.model.judge import crop_shape, crop_start
+
+JUDGED_AT_ONCE = 64
+"""Findings in a batch of the second look."""
+
+CASE_FACTS = "case.json"
+"""Beside a case's mask and findings: by what they were made, and that they are whole."""
+
+
+LUNG_MARGIN_MM = 10.0
+"""A finding may lie so far outside the lungs that were found: lesions of the pleura and the hilum belong to
+them. Every nodule of our LIDC-IDRI scans and pyradiomics' lung1 tumour reaches into them (0 mm)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What became of a prediction.
+
+    Attributes:
+        findings: by case, most confident first.
+        kept: how many cases were there already.
+        failed: case, error and hint of each that is not.
+        rank: of this process; 0 knows of all cases, the others of their own.
+        facts: by case, what else its ``findings.json`` says.
+    """
+
+    findings: dict[str, list[Finding]]
+    kept: int
+    failed: tuple[tuple[str, str, str], ...]
+    rank: int = 0
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> dict[str, tuple[str, ...]]:
+        """By case, what speaks against relying on its findings."""
+        return {case: tuple(facts.get("warnings", ())) for case, facts in self.facts.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a model sees in a scan.
+
+    Attributes:
+        findings: most confident first.
+        mask: of those that reach the threshold, on the scan's own voxels.
+        lungs: as they were found; None: the scan was looked at whatever they are.
+        left_out: what was found further than `LUNG_MARGIN_MM` from the lungs, and is not listed.
+        share: of the scan that was looked at.
+    """
+
+    findings: list[Finding]
+    mask: Scan
+    lungs: Lungs | None
+    left_out: int
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Region:
+    """A scan as a network takes it.
+
+    Attributes:
+        volume: all of it, at the network's spacing.
+        within: (z, y, x) bool, where it is looked at; None: everywhere.
+    """
+
+    volume: Scan
+    within: NDArray[np.bool_] | None
+
+    @classmethod
+    def of(cls, image: Scan, spacing: Triple, *, lungs: bool, skip_air: bool) -> _Region:
+        """Resample the scan and bound what is looked at."""
+        volume = resample_hu(reorient(image), spacing)
+        within = body_field(volume) if skip_air else None
+        if lungs and (found := lung_field(volume)).ok:
+            box = np.zeros(volume.array.shape, bool)
+            box[found.slices] = True
+            within = box if within is None else within & box
+        return cls(volume=volume, within=within)
+
+    @property
+    def share(self) -> float:
+        """Of the scan that is looked at, 0 to 1."""
+        return 1.0 if self.within is None else float(self.within.mean())
+
+
+class _Network:
+    """One trained network on its device."""
+
+    def __init__(
+        self, bundle: Bundle, config: PredictConfig, device: torch.device, precision: torch.dtype | None
+    ) -> None:
+        self._normalisation, self._device = bundle.normalisation, device
+        self._network: nn.Module = bundle.network(device)
+        self._patch = config.patch_size or bundle.patch
+        self._config = config
+        wanted = bundle.config.train.precision
+        shape = (1, 1, *self._patch)
+        self.precision = precision or choose_inference(self._network, shape, device, wanted)
+
+    def __call__(self, region: _Region, share: Share | None) -> NDArray[np.float32]:
+        """Lesion probability in [0, 1] at every voxel of the region; 0 where it is not looked at."""
+        probability = predict_volume(
+            self._network,
+            torch.from_numpy(region.volume.array),
+            self._windows,
+            prepare=self._normalisation,
+            within=None if region.within is None else torch.from_numpy(region.within),
+            device=self._device,
+            share=share,
+        )
+        return probability.numpy()
+
+    @property
+    def _windows(self) -> Windows:
+        config = self._config
+        threads = torch.get_num_threads() if self._device.type == "cpu" else 1
+        return Windows(
+            patch=self._patch,
+            overlap=config.overlap,
+            # Threads have a window each at a time: together they are a batch.
+            batch_size=config.batch_size if threads == 1 else 1,
+            flips=config.flips,
+            precision=self.precision,
+            threads=threads,
+        )
+
+
+class Predictor:
+    """A trained network, or several as one, ready to look at scans.
+
+    Args:
+        bundle: what training wrote.
+        config: windows and thresholds.
+        device: where it computes.
+        precision: float32 or bfloat16; None: what the training says, and the faster where it says nothing.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        config: PredictConfig,
+        device: torch.device,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        self._config, self._calibration = config, bundle.calibration
+        self._lungs = bundle.of_chests if config.lungs is None else config.lungs
+        self._networks: dict[Triple, list[_Network]] = {}
+        self._judges = [
+            _Judge(network, one, device)
+            for one in bundle.networks
+            if (network := one.judge_network(device)) is not None
+        ]
+        for one in bundle.networks:
+            same_spacing = self._networks.setdefault(one.spacing, [])
+            same_spacing.append(_Network(one, config, device, precision))
+
+    @property
+    def precisions(self) -> list[torch.dtype]:
+        """The precision of each network."""
+        return [network.precision for networks in self._networks.values() for network in networks]
+
+    @precisions.setter
+    def precisions(self, precisions: Sequence[torch.dtype]) -> None:
+        each = [network for networks in self._networks.values() for network in networks]
+        for network, precision in zip(each, precisions, strict=True):
+            network.precision = precision
+
+    def probability(
+        self, image: Scan, share: Share | None = None, lungs: Lungs | None = None
+    ) -> NDArray[np.float32]:
+        """Lesion probability in [0, 1] at every voxel of a scan in HU, on the scan's own grid.
+
+        Of several networks it is the mean. With a share, only the process with part 0 has it.
+
+        Args:
+            lungs: what `lung_field` found in the image turned to LPS; None: it is looked for here.
+        """
+        return self._look(image, share, lungs or lung_field(reorient(image)))[0]
+
+    def _look(
+        self, image: Scan, share: Share | None, lungs: Lungs
+    ) -> tuple[NDArray[np.float32], dict[Triple, _Region]]:
+        """The probability, and the scan as it was resampled to each spacing."""
+        rules = {"lungs": self._lungs and lungs.ok, "skip_air": self._config.skip_air}
+        regions = {spacing: _Region.of(image, spacing, **rules) for spacing in self._networks}
+        count = sum(map(len, self._networks.values()))
+        total: NDArray[np.float32] | None = None
+        for spacing, networks in self._networks.items():
+            region = regions[spacing]
+            mean = networks[0](region, share)
+            for network in networks[1:]:
+                mean += network(region, share)
+            mean *= 1 / count
+            mean = _on_grid(mean, region, image.grid)
+            total = mean if total is None else np.add(total, mean, out=total)
+        assert total is not None  # noqa: S101 (a bundle has a network)
+        return total, regions
+
+    def look(self, case: str, image: Scan, share: Share | None = None) -> tuple[list[Finding], Scan]:
+        """The findings in a scan, most confident first, and their mask on the scan's own voxels."""
+        seen = self.see(case, image, share)
+        return seen.findings, seen.mask
+
+    def see(self, case: str, image: Scan, share: Share | None = None, lungs: Lungs | None = None) -> Seen:
+        """What there is in a scan.
+
+        Args:
+            image: HU, axes in any order.
+            share: this process's share of the work; None: all of it.
+            lungs: what `lung_field` found in the image turned to LPS; None: it is looked for here.
+        """
+        lungs = lungs or lung_field(reorient(image))
+        probability, regions = self._look(image, share, lungs)
+        depth = lung_depth(image, lungs)
+        near = _Near(depth, image.grid) if self._lungs and depth is not None else None
+        findings, mask = lesions_by(
+            self._config, case, probability, image.grid, image=image.array, depth=depth, keep=near
+        )
+        if self._judges and findings:
+            verdicts = [judge(findings, regions[judge.spacing].volume) for judge in self._judges]
+            findings = _with_verdict(findings, np.mean(verdicts, axis=0))
+        if (calibration := self._calibration) is not None:
+            findings = [
+                replace(f, probability=float(calibration(f.probability if f.score is None else f.score)))
+                for f in findings
+            ]
+        return Seen(
+            findings=findings,
+            mask=Scan(mask, image.affine),
+            lungs=lungs if self._lungs else None,
+            left_out=near.left_out if near else 0,
+            share=min((region.share for region in regions.values()), default=1.0),
+        )
+
+
+class _Near:
+    """Whether a finding lies at most `LUNG_MARGIN_MM` from the lungs; counts those that do not."""
+
+    def __init__(self, depth: Scan, grid: Grid) -> None:
+        self._depth, self._grid, self._far = depth, grid, set[bytes]()
+
+    def __call__(self, voxels: NDArray[np.int64]) -> bool:
+        near = outside_mm(voxels, self._grid, self._depth) <= LUNG_MARGIN_MM
+        if not near:
+            self._far.add(voxels[0].tobytes())
+        return near
+
+    @property
+    def left_out(self) -> int:
+        """How many were not."""
+        return len(self._far)
+
+
+def lesions_by(
+    config: PredictConfig,
+    case: str,
+    probability: NDArray[np.float32],
+    grid: Grid,
+    *,
+    image: NDArray[Any] | None = None,
+    depth: Scan | None = None,
+    keep: Callable[[NDArray[np.int64]], bool] | None = None,
+) -> tuple[list[Finding], NDArray[np.uint8]]:
+    """`find_lesions` with a config's thresholds."""
+    return find_lesions(
+        case,
+        probability,
+        grid,
+        threshold=config.threshold,
+        low=config.low,
+        candidates=config.candidates,
+        merge_mm=config.merge_mm,
+        min_volume_mm3=config.min_volume_mm3,
+        image=image,
+        depth=depth,
+        keep=keep,
+    )
+
+
+class _Judge:
+    """A network that looks again at what was found."""
+
+    def __init__(self, network: nn.Module, bundle: Bundle, device: torch.device) -> None:
+        self._network, self._device = network, device
+        self._normalise, self.spacing = bundle.normalisation, bundle.spacing
+
+    def __call__(self, findings: Sequence[Finding], volume: Scan) -> NDArray[np.float64]:
+        """(n,) probabilities of being lesions, each the mean over crops mirrored along one axis or none."""
+        centres = volume.grid.mm_to_index([(f.x, f.y, f.z) for f in findings])
+        shape = crop_shape(self.spacing)
+        starts = [crop_start(centre, shape) for centre in centres]
+        verdicts = []
+        for first in range(0, len(starts), JUDGED_AT_ONCE):
+            crops = [_crop(volume.array, start, shape) for start in starts[first : first + JUDGED_AT_ONCE]]
+            batch = self._normalise(torch.from_numpy(np.stack(crops)[:, None]).to(self._device))
+            batch = batch.contiguous(memory_format=torch.channels_last_3d)
+            with torch.inference_mode():
+                looks = [self._network(batch.flip(axes)).sigmoid() for axes in ((), (2,), (3,), (4,))]
+            verdicts.append(torch.stack(looks).mean(0)[:, 0].double().cpu().numpy())
+        return np.concatenate(verdicts)
+
+
+def _crop(volume: NDArray[np.int16], start: IntTriple, shape: IntTriple) -> NDArray[np.int16]:
+    """A window of a scan; air beyond it."""
+    out = np.full(shape, AIR_HU, np.int16)
+    inside, target = overlap_slices(start, shape, volume.shape)
+    if all(side.stop > side.start for side in inside):
+        out[target] = volume[inside]
+    return out
+
+
+def _with_verdict(findings: Sequence[Finding], verdicts: NDArray[np.float64]) -> list[Finding]:
+    """Each finding's score becomes its geometric mean with what the second look says; in the new order."""
+    judged = []
+    for finding, verdict in zip(findings, verdicts, strict=True):
+        score = math.sqrt(finding.probability * float(verdict))
+        judged.append(replace(finding, probability=score, score=score))
+    return ranked(judged)
+
+
+def _on_grid(probability: NDArray[np.float32], region: _Region, grid: Grid) -> NDArray[np.float32]:
+    """A region's probabilities on a scan's own voxels."""
+    volume = region.volume
+    if volume.grid.same_as(grid, SAME_MM):
+        return probability
+    coarse = Scan(probability, volume.affine)
+    return np.asarray(resample(coarse, grid, "linear", fill=0.0).array, np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together(Share):
+    """This process's share of scans that several look at together.
+
+    Attributes:
+        all_well: whether it is so in all of these processes.
+    """
+
+    all_well: Callable[[bool], bool]
+
+
+class Work:
+    """Scans to look at with a model, and what is written of each.
+
+    Args:
+        bundle: the model.
+        config: windows and thresholds.
+        out: the folder that gets a folder of each case.
+        device: where it computes.
+        reading: its ``fill_gaps`` and ``select`` say how images are read.
+    """
+
+    def __init__(
+        self, bundle: Bundle, config: PredictConfig, out: Path, device: torch.device, reading: PrepareConfig
+    ) -> None:
+        self._bundle, self._config, self._out, self._device = bundle, config, out, device
+        self._reading = reading
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """Made when it is first needed."""
+        return Predictor(self._bundle, self._config, self._device)
+
+    def is_done(self, source: Source) -> bool:
+        """Whether what was written of a scan is whole and unchanged."""
+        return _facts(self._out / source.case).get("key") == self._key(_stamp(source))
+
+    def each(self, sources: Sequence[Source], together: Together | None = None) -> Predictions:
+        """Look at the scans in turn; of several processes only that with part 0 knows what was found."""
+        findings: dict[str, list[Finding]] = {}
+        facts: dict[str, dict[str, Any]] = {}
+        failed: list[tuple[str, str, str]] = []
+        kept = 0
+        with Progress("predict", len(sources)) as progress:
+            for done, source in enumerate(sources, start=1):
+                case = source.case
+                try:
+                    if together is None and self.is_done(source):
+                        findings[case], facts[case] = read_prediction(self._out / case / "findings.json")
+                        kept += 1
+                    else:
+                        findings[case], facts[case] = self._look(source, together)
+                except VoxelscaleError as error:
+                    failed.append((case, error.message, error.hint))
+                progress.update(done, case)
+        if together is not None and together.part:
+            return Predictions(findings={}, kept=0, failed=())
+        return Predictions(findings=findings, kept=kept, failed=tuple(failed), facts=facts)
+
+    def _look(self, source: Source, together: Together | None) -> tuple[list[Finding], dict[str, Any]]:
+        started, stamp = time.monotonic(), _stamp(source)  # as the files are before they are read
+        image = self._read(source) if together is None else self._read_together(source, together)
+        upright = reorient(image)
+        lungs = lung_field(upright)
+        warnings = self._against(source, about(upright, lungs, source))
+        if together is not None and together.part:
+            self.predictor.probability(image, together, lungs)
+            return [], {}
+        folder = self._out / source.case
+        if _facts(folder).get("scan", stamp) != stamp:
+            warnings.append("replaces the prediction of another scan, or of another state of this one")
+        seen = self.predictor.see(source.case, image, together, lungs)
+        facts = self._told(source.case, seen, warnings)
+        write_scan(seen.mask, folder / "mask.nii.gz")
+        write_findings(seen.findings, folder / "findings.csv", folder / "findings.json", facts)
+        seconds = round(time.monotonic() - started, 2)
+        notice(f"{source.case}: {count(len(seen.findings), 'finding')} in {duration(seconds)}", level=2)
+        made = {"key": self._key(stamp), "scan": stamp, "model": self._bundle.identity, "seconds": seconds}
+        # Last, so that its being there says that the case is whole.
+        write_atomic(folder / CASE_FACTS, json.dumps(made))
+        return seen.findings, facts
+
+    def _against(self, source: Source, one: About) -> list[str]:
+        """The warnings for a scan.
+
+        Raises:
+            VoxelscaleError: it cannot be a scan that the model is for.
+        """
+        bundle = self._bundle
+        found = against(one, bundle.trained_on, low=bundle.normalisation.low, depth=bundle.patch[0])
+        errors = [text for severity, text in found if severity == "error"]
+        if errors and self._config.refuse_unusable:
+            hint = "name a scan as the model was trained on, or set predict.refuse_unusable=false"
+            raise VoxelscaleError(f"{source.image}: not a scan for this model: {errors[0]}", hint)
+        return [text for _, text in found]
+
+    def _told(self, case: str, seen: Seen, warnings: Sequence[str]) -> dict[str, Any]:
+        """What ``findings.json`` says beside the findings (docs/measures.md, "What predict writes")."""
+        lungs, config = seen.lungs, self._config
+        return {
+            "case": case,
+            "warnings": list(warnings),
+            "looked_at": round(seen.share, 4),
+            "lungs": None
+            if lungs is None
+            else {
+                "found": lungs.ok,
+                "problem": lungs.problem,
+                "volume_ml": round(lungs.volume_ml, 1),
+                "margin_mm": LUNG_MARGIN_MM,
+                "left_out": seen.left_out,
+            },
+            "thresholds": {
+                "threshold": config.threshold,
+                "low": config.low,
+                "candidates": config.candidates,
+            },
+            "fill_gaps": self._reading.fill_gaps,
+            "select": list(self._reading.select),
+            "model": self._bundle.identity,
+            "voxelscale": __version__,
+        }
+
+    def _key(self, stamp: str) -> str:
+        reading = [self._reading.fill_gaps, self._reading.select]
+        rules = [stamp, self._bundle.digest, asdict(self._config), reading, FORMAT]
+        return digest_of(rules)[:16]
+
+    def _read(self, source: Source) -> Scan:
+        return read_image(source, self._reading.fill_gaps, self._reading.select)
+
+    def _read_together(self, source: Source, together: Together) -> Scan:
+        """The scan, where all could read it: a process that could not must not leave the others waiting."""
+        try:
+            image = self._read(source)
+        except VoxelscaleError:
+            together.all_well(False)
+            raise
+        if not together.all_well(True):
+            raise VoxelscaleError(f"{source.image}: another process could not read it", "run it again")
+        return image
+
+
+def predicted_by(folder: Path) -> str:
+    """The `Bundle.identity` of the model that predicted a case; "" where its folder does not say."""
+    return str(_facts(folder).get("model", ""))
+
+
+def made_from_this(folder: Path, source: Source) -> bool | None:
+    """Whether a case was predicted from a scan's files as they are now; None: its folder does not say."""
+    stamp = _facts(folder).get("scan")
+    return None if stamp is None else bool(stamp == _stamp(source))
+
+
+def _stamp(source: Source) -> str:
+    """What tells a scan's files from others, and from themselves once they have changed."""
+    return digest_of([source_stamp(source)])[:16]
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What a case's folder says of how it was made; nothing where it is not whole."""
+    try:
+        facts = json.loads((folder / CASE_FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
