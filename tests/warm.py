@@ -220,7 +220,8 @@ def _run(words: Sequence[str]) -> int:
         if words[0] == "-m":
             sys.argv = [words[1], *words[2:]]
             sys.path[0] = os.getcwd()
-            sys.modules.pop(words[1], None)
+            if not hasattr(sys.modules.get(words[1]), "__path__"):
+                sys.modules.pop(words[1], None)  # or runpy warns that it is there already
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = list(words)

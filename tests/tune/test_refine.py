@@ -1,4 +1,4 @@
-"""The second look: what it learns from, what it does to findings, and the command."""
+"""False-positive reduction: what it learns from, what it does to findings, and the command."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Bundle:
             `voxelscale.data.plausible.TrainedOn` reads, and is not in older models.
         digest: of the file it was read from; "" where it was not.
         calibration: of the findings' confidence; None: none was made.
-        judge: weights of a `voxelscale.model.judge.JudgeNet` that looks again at what the network finds;
+        judge: weights of a `voxelscale.model.judge.JudgeNet` for false-positive reduction;
             None: there is none.
         others: further networks whose probabilities are averaged with this one's, each a bundle of its own
             without others or calibration.

@@ -1,4 +1,4 @@
-"""The second look at a finding: a small network on a crop around it."""
+"""False-positive reduction: a small network on a crop around each finding."""
 
 from __future__ import annotations
 

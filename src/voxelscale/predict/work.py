@@ -44,7 +44,7 @@ from voxelscale.model.bundle import Bundle
 from voxelscale.model.judge import crop_shape, crop_start
 
 JUDGED_AT_ONCE = 64
-"""Findings in a batch of the second look."""
+"""Findings in a batch of false-positive reduction."""
 
 CASE_FACTS = "case.json"
 """Beside a case's mask and findings: by what they were made, and that they are whole."""
@@ -322,7 +322,7 @@ def lesions_by(
 
 
 class _Judge:
-    """A network that looks again at what was found."""
+    """A network for false-positive reduction."""
 
     def __init__(self, network: nn.Module, bundle: Bundle, device: torch.device) -> None:
         self._network, self._device = network, device
@@ -354,7 +354,7 @@ def _crop(volume: NDArray[np.int16], start: IntTriple, shape: IntTriple) -> NDAr
 
 
 def _with_verdict(findings: Sequence[Finding], verdicts: NDArray[np.float64]) -> list[Finding]:
-    """Each finding's score becomes its geometric mean with what the second look says; in the new order."""
+    """Each finding's score becomes its geometric mean with what false-positive reduction says; in the new order."""
     judged = []
     for finding, verdict in zip(findings, verdicts, strict=True):
         score = math.sqrt(finding.probability * float(verdict))

@@ -1,4 +1,4 @@
-"""Training the second look: what a trained network takes for lesions in its training scans, and which are.
+"""Training false-positive reduction: what a trained network takes for lesions in its training scans, and which are.
 
 `docs/benchmarks.md` ("False positives") holds it against hard negatives in the first network's training.
 """
@@ -55,7 +55,7 @@ class Candidates:
 
 
 def refine(run: Path, store_path: Path, config: Config) -> Candidates | None:
-    """Train a second look for a run's model and put it into its ``model.vxs``.
+    """Train false-positive reduction for a run's model and put it into its ``model.vxs``.
 
     Interrupted, it goes on where it was. The model's calibration, which is of other scores, is dropped.
 

@@ -1,0 +1,144 @@
+"""Commands of data sets: phantom, prepare, inspect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from voxelscale.cli.common import Annotations, ConfigFile, Layout, Sets, read_config, tell_failed, verb
+from voxelscale.console import count
+from voxelscale.files import check_output
+
+
+@verb("Data", goes_on=True)
+def phantom(
+    out: Annotated[Path, typer.Argument(help="Folder to write: images/, labels/, dataset.csv.")],
+    cases: Annotated[int | None, typer.Option(help="How many scans (phantom.cases).")] = None,
+    into: Annotated[
+        list[Path] | None, typer.Option(help="A real scan, or a data set of them, to put nodules into.")
+    ] = None,
+    copies: Annotated[int, typer.Option(min=1, help="With --into: how many of each scan.")] = 1,
+    originals: Annotated[bool, typer.Option(help="With --into: list the scans as they are, too.")] = False,
+    layout: Layout = "auto",
+    annotations: Annotations = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> int:
+    """Make synthetic chest CTs with nodules, or put nodules into real ones.
+
+    \b
+    voxelscale phantom scans/ --cases 20
+    voxelscale phantom scans/ --cases 5 --set phantom.seed=7 --set phantom.diameter_mm=[3,10]
+    voxelscale phantom more/ --into scan.nii.gz --into LIDC-IDRI/ --copies 3
+
+    Case c is a pure function of (phantom.seed, c). Run again with more --cases it adds to the folder.
+
+    With --into each copy of a scan gets phantom.nodules nodules in its lungs, clear of the lesions it has;
+    its mask holds both, nodules.csv says where the new ones are, how large and of which kind. Everywhere
+    else the copy is the scan, voxel by voxel. All copies keep the scan's patient. Use them as more
+    training data, or to measure which nodules a model finds.
+    """
+    check_output(out)
+    from voxelscale.data.phantom import dataset
+
+    sets = [*(set_ or []), *([f"phantom.cases={cases}"] if cases is not None else [])]
+    settings = read_config(config, sets)
+    if not into:
+        table = dataset.write_phantoms(settings.phantom, out, settings.prepare.workers)
+        print(f"{count(settings.phantom.cases, 'phantom')} in {table}")
+        return 0
+    from voxelscale.data.names import names_of
+
+    sources = dataset.sources_into(into, layout, annotations, names_of(settings.prepare, out))
+    made = dataset.write_copies(sources, settings, out, copies, originals)
+    code = tell_failed(made.failed, "copied")
+    print(f"{count(made.done, 'scan')} with {count(made.nodules, 'nodule')} put in: {made.table}")
+    return code
+
+
+@verb("Data", goes_on=True)
+def prepare(
+    data: Annotated[Path, typer.Argument(help="CSV with the columns image,label, or a data set's folder.")],
+    store: Annotated[Path, typer.Argument(help="Folder of the training store to write.")],
+    layout: Layout = "auto",
+    annotations: Annotations = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> int:
+    """Check, resample and store scans and masks.
+
+    \b
+    voxelscale prepare scans/ store/
+    voxelscale prepare cases.csv store/ --set prepare.spacing=[2,1,1] --set prepare.split=[1,0,0]
+    voxelscale prepare Task06_Lung/ store/
+
+    DATA is a CSV (image,label and optionally case,patient; paths from the CSV's folder), a folder with
+    images/ and labels/, or a data set as the Medical Segmentation Decathlon, nnU-Net, LIDC-IDRI or LUNA16
+    deliver it, or any tree of DICOM series with SEG or RTSTRUCT. What was recognised is said. Images:
+    NIfTI, MetaImage, NRRD, DICOM; labels: masks, SEG, RTSTRUCT, LIDC's XML, LUNA16's tables.
+
+    DICOM cases are called by a keyed hash (prepare.names), the same in every command of a user. Which
+    path and series each case is stands in store/names.csv, which is for you alone: do not share it.
+    A case that cannot be used is named with its fault and the others go on; the exit code is then 2.
+    Patch, depth and batch are planned into store/plan.yaml, for voxelscale train --config.
+    """
+    check_output(store)
+    from voxelscale.data.listing import list_sources
+    from voxelscale.data.names import names_of
+    from voxelscale.data.names_table import write_names
+    from voxelscale.data.prepare import prepare as run_prepare
+
+    settings = read_config(config, set_)
+    sources = list_sources(data, layout, annotations, names_of(settings.prepare, store))
+    write_names(sources, store)
+    outcome = run_prepare(sources, store, settings.prepare)
+    code = tell_failed(outcome.failed, "prepared")
+    parts = [f"{sum(c.split == split for c in outcome.done)} {split}" for split in ("train", "val", "test")]
+    kept = f", {outcome.kept} of them kept from before" if outcome.kept else ""
+    print(f"{count(len(outcome.done), 'case')} in {store} ({', '.join(parts)}){kept}")
+    if settings.prepare.plan:
+        from voxelscale.train.plan import tell_plan
+
+        tell_plan(settings, store, unchanged=outcome.kept == len(outcome.done))
+    return code
+
+
+@verb("Data")
+def inspect(
+    data: Annotated[Path, typer.Argument(help="A data set as for prepare, or a store.")],
+    out: Annotated[Path | None, typer.Argument(help="HTML page to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    layout: Layout = "auto",
+    annotations: Annotations = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> None:
+    """Look at a data set: what is there, and what is wrong with it.
+
+    \b
+    voxelscale inspect scans/
+    voxelscale inspect scans/ scans.html
+    voxelscale inspect store/ --json
+
+    Nothing is changed. Problems are listed by severity and the exit code is 0 all the same.
+    """
+    if out is not None:
+        check_output(out, file=True)
+    from voxelscale.data.inspect import inspect as run_inspect
+    from voxelscale.report.dataset import headline, text_table, write_dataset_page
+
+    found = run_inspect(data, read_config(config, set_).prepare, layout, annotations)
+    if out is not None:
+        write_dataset_page(found, data.absolute().name, out)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    print("\n".join(text_table(found)))
+    for problem in found.problems:
+        print(f"{problem.severity}: {problem.case}: {problem.text}")
+    print(", ".join(headline(found)))
+    if out is not None:
+        print(f"page in {out}")

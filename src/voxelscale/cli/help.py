@@ -1,0 +1,71 @@
+"""Commands to begin with: quickstart, config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from voxelscale.cli.common import ConfigFile, Sets, read_config, verb
+from voxelscale.console import duration
+from voxelscale.files import check_output
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+@verb("Help", goes_on=True)
+def quickstart(
+    out: Annotated[Path, typer.Argument(help="Folder for everything.")] = Path("quickstart"),
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> None:
+    """Do all of it on synthetic scans, in minutes.
+
+    \b
+    voxelscale quickstart
+    voxelscale quickstart trial/ --set train.samples=2000
+
+    The last line printed is JSON with dice, sensitivity_at_1_fp, seconds and report.
+    """
+    check_output(out)
+    from voxelscale.evaluate.text import text_value
+    from voxelscale.quickstart import quickstart as run_quickstart
+    from voxelscale.quickstart import quickstart_config
+
+    result = run_quickstart(out, quickstart_config(config, tuple(set_ or ())))
+    total = sum(result.seconds.values())
+    laps = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items())
+    print(f"Dice on scans never seen: {text_value(result.dice)}")
+    print(f"sensitivity at 1 false positive per scan: {text_value(result.sensitivity_at_1_fp)}")
+    print(f"time: {duration(total)} ({laps})")
+    print(f"report: {result.report}")
+    summary = {
+        "dice": _rounded(result.dice),
+        "sensitivity_at_1_fp": _rounded(result.sensitivity_at_1_fp),
+        "seconds": round(total, 1),
+        "report": str(result.report),
+    }
+    print(json.dumps(summary))
+
+
+@verb("Help")
+def config(
+    config: ConfigFile = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of all keys and defaults (docs/config.md).")
+    ] = False,
+    set_: Sets = None,
+) -> None:
+    """Print the whole config tree as YAML, with a comment on every key.
+
+    \b
+    voxelscale config > mine.yaml
+    voxelscale train store/ run/ --config mine.yaml
+    """
+    from voxelscale import config_docs
+
+    print(config_docs.markdown() if markdown else config_docs.commented(read_config(config, set_)), end="")

@@ -1,0 +1,150 @@
+"""Commands of many trainings: search, scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from voxelscale.cli.common import ConfigFile, Sets, read_config, search_app, verb
+from voxelscale.errors import VoxelscaleError
+from voxelscale.files import check_output
+
+
+@verb("Search", goes_on=True, to=search_app)
+def run(
+    store: Annotated[Path, typer.Argument(help="What voxelscale prepare wrote.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the search; if it has begun, it goes on.")],
+    trials: Annotated[int | None, typer.Option(help="Trials to finish.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes here; 0: as many as there are devices for.")
+    ] = None,
+    devices_per_trial: Annotated[
+        int | None, typer.Option(help="GPUs, or ranks on CPUs, of a trial.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="tpe, gp, random or grid.")] = None,
+    pruner: Annotated[str | None, typer.Option(help="asha, hyperband, median or none.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="postgresql://...; without it a journal file in the folder.")
+    ] = None,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Train the best on the full budget.")] = False,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> int:
+    """Find better settings by parallel Bayesian optimisation.
+
+    \b
+    voxelscale search store/ search/ --trials 50
+    voxelscale search store/ search/ --workers 4 --devices-per-trial 2 --sampler gp
+    voxelscale search store/ search/ --config mine.yaml --set search.samples=4000 --retrain
+    voxelscale search status search/ --follow         where it stands, from any machine
+    voxelscale search report search/                  write search/search.html now
+
+    What is searched is the config's search.space, as {model.depth: {int: [2, 5]}}; without it a default
+    space. The first trial is the config itself. The same command on another machine that sees the folder
+    joins; killed or stopped by Ctrl-C, the same command goes on, and no trial is lost or run twice.
+    Leaves best.yaml, which voxelscale train takes as it is, and search.html.
+    """
+    check_output(out)
+    from voxelscale.config import load
+    from voxelscale.search.definition import DEFINITION
+    from voxelscale.search.search import retrain_best
+    from voxelscale.search.search import search as run_search
+
+    options = {"trials": trials, "workers": workers, "devices_per_trial": devices_per_trial}
+    options |= {"sampler": sampler, "pruner": pruner, "storage": storage}  # type: ignore[dict-item]
+    sets = [f"search.{key}={value}" for key, value in options.items() if value is not None]
+    begun = out / DEFINITION
+    base = load(begun) if begun.is_file() else None
+    settings = read_config(config, [*(set_ or []), *sets], base)
+    results = run_search(settings, store, out)
+    best = results.best
+    if best is None:
+        raise VoxelscaleError(f"{out}: no trial came to its end", "voxelscale search status tells why")
+    values = ", ".join(f"{n} {v:.4g}" for n, v in zip(results.objectives, best.values, strict=True))
+    print(f"best trial {best.number}: {values}")
+    for key, value in best.params.items():
+        print(f"  {key}: {value}")
+    print(f"report in {out / 'search.html'}")
+    if retrain:
+        return retrain_best(out, store)
+    print(f"to train it: voxelscale train {store} run/ --config {out / 'best.yaml'}")
+    return 0
+
+
+@verb("Search", to=search_app)
+def status(
+    out: Annotated[Path, typer.Argument(help="Folder of the search.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Again every few seconds until it is done.")
+    ] = False,
+) -> None:
+    """Show where a search stands: running, done, pruned and failed trials, and the best so far.
+
+    \b
+    voxelscale search status search/
+    voxelscale search status search/ --follow
+    """
+    from voxelscale.search.status import follow_status
+
+    follow_status(out, forever=follow)
+
+
+@verb("Search", to=search_app, name="report")
+def report_search(
+    out: Annotated[Path, typer.Argument(help="Folder of the search.")],
+) -> None:
+    """Write search.html and best.yaml of a search as it stands now.
+
+    \b
+    voxelscale search report search/
+    """
+    check_output(out)
+    from voxelscale.search.definition import reopen
+    from voxelscale.search.search import write_results
+
+    write_results(reopen(out))
+    print(f"report in {out / 'search.html'}")
+
+
+@verb("Studies", goes_on=True)
+def scale(
+    store: Annotated[Path, typer.Argument(help="What voxelscale prepare wrote.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the study; if it has begun, it goes on.")],
+    workers: Annotated[str | None, typer.Option(help="Numbers of workers, as 1,8,64.")] = None,
+    recipes: Annotated[
+        str | None, typer.Option(help="Recipes, the first being the one to compare with.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Training seeds, as 0,1,2.")] = None,
+    interconnect: Annotated[
+        str | None, typer.Option(help="infiniband-edr, ethernet-10g, ... or alpha=5us,beta=12GB/s.")
+    ] = None,
+    measure: Annotated[bool, typer.Option(help="Measure the link between ranks here instead.")] = False,
+    jobs: Annotated[int | None, typer.Option(help="Trainings at a time; 0: one a core or GPU.")] = None,
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> None:
+    """Say what N workers do to time and Dice.
+
+    \b
+    voxelscale scale store/ study/ --workers 1,8,64 --seeds 0
+    voxelscale scale store/ study/ --recipes unchanged,large_batch --interconnect infiniband-hdr
+    voxelscale scale store/ study/ --recipes "unchanged,large_batch,large_batch:optim.warmup=0"
+
+    Trains at every number of workers with the same samples, each worker emulated where there is no device
+    for it: the updates are those of real ones. The time of N workers is modelled from a measured step and
+    the interconnect; the model is checked against two real ranks, and its error printed. Writes
+    scaling.json, scaling.svg and scaling.html. Ctrl-C saves; the same command goes on.
+    """
+    check_output(out)
+    from voxelscale.scale.report import table
+    from voxelscale.scale.scale import scale as run_scale
+
+    lists = {"workers": workers, "recipes": recipes, "seeds": seeds}
+    sets = [f"scale.{key}=[{value}]" for key, value in lists.items() if value is not None]
+    single = {"interconnect": interconnect, "jobs": jobs, "measure": measure or None}
+    sets += [f"scale.{key}={value}" for key, value in single.items() if value is not None]
+    findings = run_scale(read_config(config, [*(set_ or []), *sets]), store, out)
+    print(table(findings))
+    print(f"figure in {out / 'scaling.html'}")
