@@ -13,7 +13,7 @@ from tests.pages import checked
 from voxelscale.config import Config
 from voxelscale.pages.charts import BOTTOM, TOP, Frame, Line, draw_axes, draw_lines
 from voxelscale.scale.cost import TrainingTime, UpdateTime
-from voxelscale.scale.figure import Point, as_points, scaling_figure, write_figure
+from voxelscale.scale.figure import Point, as_points, scaling_figure
 from voxelscale.scale.report import CostedRow, write_results
 from voxelscale.scale.study import Row, Trial, TrialResult, summarise
 
@@ -103,15 +103,6 @@ def test_few_rows_are_no_fault(rows: list[Point]) -> None:
 def test_rows_may_be_dictionaries() -> None:
     row = {**ROWS[3].__dict__, "anything": "else"}
     assert as_points([row, ROWS[0]]) == [ROWS[0], ROWS[3]]
-
-
-def test_files(tmp_path: Path) -> None:
-    write_figure(ROWS, tmp_path / "scaling.svg")
-    ElementTree.parse(tmp_path / "scaling.svg")
-    write_figure(ROWS, tmp_path / "scaling.html")
-    page = (tmp_path / "scaling.html").read_text(encoding="utf-8")
-    assert page.startswith("<!doctype html>")
-    assert scaling_figure(ROWS) in page
 
 
 def study(*rows: tuple[str, int, list[float]]) -> list[Row]:

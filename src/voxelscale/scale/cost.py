@@ -70,11 +70,6 @@ class StepCost:
     case_seconds: float = 0.0
     fixed_seconds: float = 0.0
 
-    @property
-    def gradient_bytes(self) -> int:
-        """S."""
-        return sum(size for _, size in self.gradients)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:

@@ -10,10 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from voxelscale.files import write_atomic
 from voxelscale.pages.charts import Frame, Line, draw_axes, draw_lines, number
 
 TARGET = 0.99
@@ -118,19 +116,6 @@ def scaling_figure(rows: Iterable[Point | Mapping[str, Any]], *, target: float =
         f'<g transform="translate({PANEL + GAP} {HEAD})">{right}</g>'
         f'<g transform="translate(0 {HEAD + HEIGHT})">{legend}</g></svg>'
     )
-
-
-def write_figure(rows: Iterable[Point | Mapping[str, Any]], path: Path, *, target: float = TARGET) -> None:
-    """The figure as a file: an SVG, or a page with it where the name ends in ``.html``."""
-    figure = scaling_figure(rows, target=target)
-    if path.suffix == ".html":
-        look = (
-            ":root { color-scheme: light dark; } body { margin: 0 auto; max-width: 1100px; padding: 24px; }"
-        )
-        head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        head += f"<title>Scaling</title><style>{look}"
-        figure = f'<!doctype html><html lang="en"><head>{head}</style></head><body>{figure}</body></html>\n'
-    write_atomic(path, figure)
 
 
 def _time_panel(points: Sequence[Point], recipes: Sequence[str]) -> str:
