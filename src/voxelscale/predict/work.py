@@ -354,7 +354,7 @@ def _crop(volume: NDArray[np.int16], start: IntTriple, shape: IntTriple) -> NDAr
 
 
 def _with_verdict(findings: Sequence[Finding], verdicts: NDArray[np.float64]) -> list[Finding]:
-    """Each finding's score becomes its geometric mean with what false-positive reduction says; in the new order."""
+    """Each finding's score becomes its geometric mean with the judge's; in the new order."""
     judged = []
     for finding, verdict in zip(findings, verdicts, strict=True):
         score = math.sqrt(finding.probability * float(verdict))

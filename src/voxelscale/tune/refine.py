@@ -1,4 +1,4 @@
-"""Training false-positive reduction: what a trained network takes for lesions in its training scans, and which are.
+"""Training false-positive reduction on what a network finds in its training scans: lesions and others.
 
 `docs/benchmarks.md` ("False positives") holds it against hard negatives in the first network's training.
 """
