@@ -189,6 +189,7 @@ def test_out_of_memory_in_a_command(config: Config, store: Store, tmp_path: Path
     assert child.wait(120) == 2
     fault = child.fault()
     assert "a step of 1 patches of 16x16x16 voxels does not fit; " in fault.message
+    assert fault.message.count(str(run)) == 1
     assert "--fit-memory" in fault.hint
     noted = [event for event in read_events(run)[-2:] if event["event"] == "out_of_memory"]
     assert json.dumps(noted) == json.dumps([{"event": "out_of_memory", "samples": noted[0]["samples"]}])

@@ -93,6 +93,7 @@ class Child:
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         hints = [line.removeprefix("hint: ") for line in lines if line.startswith("hint: ")]
         (*_, said) = errors or lines or [f"ended without a word, with exit code {code}"]
+        said = said.removeprefix(f"{self.run}: ")
         return VoxelscaleError(f"{self.run}: {said}", hints[-1] if hints else "")
 
     def _touch(self) -> None:
