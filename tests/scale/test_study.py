@@ -80,7 +80,7 @@ def test_sums_by_hand(tmp_path: Path) -> None:
 
 def test_intervals_are_students() -> None:
     values = [0.71, 0.74, 0.78, 0.7]
-    low, high = stats.t.t_interval(0.95, 3, statistics.mean(values), stats.sem(values))
+    low, high = stats.t.interval(0.95, 3, statistics.mean(values), stats.sem(values))
     assert t_interval(values) == pytest.approx((low, high), abs=1e-4)
     assert t_interval([0.5]) == (0.5, 0.5)
 
