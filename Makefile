@@ -21,7 +21,7 @@ test: install
 	$(RUN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: install
-	$(RUN)/python -m pytest -m slow -n 2 --dist loadfile
+	VOXELSCALE_COLD_STARTS=1 $(RUN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: install
 	$(RUN)/ruff check .

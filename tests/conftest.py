@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -55,7 +56,9 @@ def read_pair(image: Path, label: Path, values: tuple[int, ...] | None = None) -
 
 @pytest.fixture(scope="session", autouse=True)
 def _warm_starts() -> None:
-    warm.install(warm.Starter())
+    """But for the slow tests, whose processes are really started."""
+    if "VOXELSCALE_COLD_STARTS" not in os.environ:
+        warm.install(warm.Starter())
 
 
 @pytest.fixture
