@@ -4,8 +4,8 @@ One process imports what ours import, and then only forks. ``python -m voxelscal
 torch.distributed.run`` and ``python script.py``, which `subprocess` would start, are forked from it, and so
 are the processes that those start in turn. All else is real: pid, parent, session, pipes, environment,
 signals, command line, exit code. Everything else is started as ever: ``python -c`` among it, by which tests
-look at imports. Tests that must see a real start take the fixture `cold_starts`; the slow tests have no other
-(VOXELSCALE_COLD_STARTS in their environment).
+look at imports. Tests that must see a real start take the fixture `cold_starts`; the slow tests have no
+other (VOXELSCALE_COLD_STARTS in their environment).
 """
 
 from __future__ import annotations
