@@ -71,14 +71,15 @@ class Starter:
     def fork_exec(self, arguments: Any, executables: Any, close_fds: bool, keep: Any, *rest: Any) -> int:
         """Of the signature of `_posixsubprocess.fork_exec` (Python 3.11 to 3.13)."""
         cwd, env, stdin, _, _, stdout, _, stderr, _, errpipe, _, session, group, *as_whom = rest
-        words = run_words([os.fsdecode(word) for word in arguments])
+        typed = [os.fsdecode(word) for word in arguments]
+        words = run_words(typed)
         plain = close_fds and tuple(keep) == (errpipe,) and group == -1
         plain = plain and as_whom[:5] == [None, None, None, -1, None]
         if words is None or not plain:
             return int(REAL(arguments, executables, close_fds, keep, *rest))
-        pairs = (os.environb.items()) if env is None else (word.split(b"=", 1) for word in env)
+        pairs = os.environb.items() if env is None else (word.split(b"=", 1) for word in env)
         request = {
-            "arguments": [os.fsdecode(word) for word in arguments],
+            "arguments": typed,
             "words": words,
             "cwd": os.getcwd() if cwd is None else os.fsdecode(cwd),
             "env": {os.fsdecode(key): os.fsdecode(value) for key, value in pairs},
@@ -229,7 +230,10 @@ def _run(words: Sequence[str]) -> int:
             sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
-        code = end.code
+        code = end.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except KeyboardInterrupt:
         traceback.print_exc()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -237,14 +241,12 @@ def _run(words: Sequence[str]) -> int:
     except BaseException:
         traceback.print_exc()
         code = 1
-    if isinstance(code, str):
-        print(code, file=sys.stderr)
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
-    return int(code or 0) if not isinstance(code, str) else 1
+    return int(code)
 
 
 if __name__ == "__main__":

@@ -211,9 +211,9 @@ def loaded(run: Path, image_file: Path, child: Child, tmp_path_factory: pytest.T
 
 @pytest.mark.parametrize("name", MODELS)
 def test_hostile_models(run: Path, image_file: Path, tmp_path: Path, loaded: Child, name: str) -> None:
-    child, path = loaded, tmp_path / f"{name}.vxs"
+    path = tmp_path / f"{name}.vxs"
     path.write_bytes(MODELS[name]((run / "model.vxs").read_bytes()))
-    outcome = child.ask({"command": ["predict", str(path), str(image_file), str(tmp_path / "out")]})
+    outcome = loaded.ask({"command": ["predict", str(path), str(image_file), str(tmp_path / "out")]})
     assert_told(outcome, path)
     assert not Path(WITNESS).exists()
 

@@ -15,7 +15,7 @@ from voxelscale.pages.charts import BOTTOM, TOP, Frame, Line, draw_axes, draw_li
 from voxelscale.scale.cost import TrainingTime, UpdateTime
 from voxelscale.scale.figure import Point, as_points, scaling_figure
 from voxelscale.scale.report import CostedRow, write_results
-from voxelscale.scale.study import Row, Trial, TrialResult, summarise
+from voxelscale.scale.study import Row, Trial, TrialScore, summarise
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 ROWS = [
@@ -111,9 +111,7 @@ def study(*rows: tuple[str, int, list[float]]) -> list[Row]:
     for recipe, workers, dice in rows:
         for seed, value in enumerate(dice):
             trials.append(Trial(recipe=recipe, workers=workers, seed=seed, config=Config()))
-            outcomes.append(
-                TrialResult(dice=value, curve=((16, value),), diverged=math.isclose(value, 0.0))
-            )
+            outcomes.append(TrialScore(dice=value, curve=((16, value),), diverged=math.isclose(value, 0.0)))
     return summarise(trials, outcomes, 0.9)
 
 

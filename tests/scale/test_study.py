@@ -22,7 +22,7 @@ from voxelscale.console import Progress
 from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.scale import study as study_module
-from voxelscale.scale.study import Stop, Trial, TrialResult, plan, run_study, t_interval
+from voxelscale.scale.study import Stop, Trial, TrialScore, plan, run_study, t_interval
 from voxelscale.scale.trials import real_ranks, train_trial
 from voxelscale.train.log import read_events
 from voxelscale.train.optim import peak_rate
@@ -33,11 +33,11 @@ def config(*sets: str) -> Config:
     return load(None, [*few, "optim.reference_batch=1", *sets])
 
 
-def made_up(trial: Trial, run: Path, stop: Stop) -> TrialResult:
+def made_up(trial: Trial, run: Path, stop: Stop) -> TrialScore:
     """Dice falls with the logarithm of the workers, less so with the recipe."""
     loss = 0.1 if trial.recipe == "unchanged" else 0.01
     dice = 0.8 + 0.01 * trial.seed - loss * (trial.workers.bit_length() - 1)
-    return TrialResult(dice=dice, curve=((320, dice - 0.05), (640, dice)))
+    return TrialScore(dice=dice, curve=((320, dice - 0.05), (640, dice)))
 
 
 def test_the_plan_has_every_trial_with_its_recipe_applied() -> None:
@@ -89,7 +89,7 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     study = config("scale.recipes=[unchanged]")
     done: list[str] = []
 
-    def fails_at_the_third(trial: Trial, run: Path, stop: Stop) -> TrialResult:
+    def fails_at_the_third(trial: Trial, run: Path, stop: Stop) -> TrialScore:
         if len(done) == 2:
             raise VoxelscaleError("no power", "plug it in")
         done.append(trial.name)
@@ -99,7 +99,7 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
         run_study(study, tmp_path, fails_at_the_third)
     begun = len(done)
 
-    def counted(trial: Trial, run: Path, stop: Stop) -> TrialResult:
+    def counted(trial: Trial, run: Path, stop: Stop) -> TrialScore:
         done.append(trial.name)
         return made_up(trial, run, stop)
 
@@ -124,7 +124,7 @@ def test_progress_counts_the_samples_of_running_trainings(
         def update(self, done: int, note: str = "", left: float | None = None) -> None:
             shown.append((done, note))
 
-    def half_way(trial: Trial, run: Path, stop: Stop) -> TrialResult:
+    def half_way(trial: Trial, run: Path, stop: Stop) -> TrialScore:
         run.mkdir(parents=True)
         half = trial.config.train.samples // 2
         (run / "metrics.jsonl").write_text(json.dumps({"event": "train", "samples": half}) + "\n")
@@ -158,7 +158,7 @@ def test_a_trial_that_fails_lets_the_others_save_and_stop(tmp_path: Path) -> Non
     stopped: list[str] = []
     begun = threading.Event()
 
-    def one_fails(trial: Trial, run: Path, stop: Stop) -> TrialResult:
+    def one_fails(trial: Trial, run: Path, stop: Stop) -> TrialScore:
         if trial.workers == 1:
             begun.wait(60)
             raise VoxelscaleError("no power", "plug it in")

@@ -104,7 +104,7 @@ def froc(
     annotations: Annotated[Path, typer.Option(help="CSV of the nodules, with diameter_mm.")],
     series: Annotated[Path, typer.Option(help="The scans, a SeriesInstanceUID a line.")],
     excluded: Annotated[
-        Path | None, typer.Option(help="CSV of findings that neither count nor hurt.")
+        Path | None, typer.Option(help="CSV of findings that are ignored in scoring.")
     ] = None,
     against: Annotated[Path | None, typer.Option(help="Another submission, to compare with.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,

@@ -108,8 +108,8 @@ def ensemble(
     voxelscale predict all.vxs scans/ predictions/
 
     The networks' probabilities are averaged; they may differ in size, patch and spacing. Windows and
-    thresholds are the first one's. Finds more than each alone, in so many times the time; calibrate it
-    anew, since the networks' own calibrations are left behind.
+    thresholds are those of the first. Two networks take twice the time of one. Calibrate the new model:
+    the calibrations of the single models are not kept.
     """
     check_output(out, file=True)
     from voxelscale.tune.ensemble import ensemble as run_ensemble

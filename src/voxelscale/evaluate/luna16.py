@@ -46,7 +46,7 @@ class Truth:
         path: the list of series, for messages.
         series: all scans of the challenge, those without nodules too.
         nodules: to be found.
-        excluded: neither count nor hurt.
+        excluded: ignored in scoring.
     """
 
     path: Path
@@ -85,7 +85,7 @@ def score_submission(
         submission: CSV with ``seriesuid,coordX,coordY,coordZ,probability``, mm in the world of the scans.
         annotations: CSV with ``seriesuid,coordX,coordY,coordZ,diameter_mm``: the nodules.
         series: a SeriesInstanceUID a line: the scans, those without nodules too.
-        excluded: as `annotations`: findings that neither count nor hurt.
+        excluded: as `annotations`: findings that are ignored in scoring.
         against: another submission, to compare with.
         out: a JSON file to write the result to.
         resamples, seed: of the bootstrap over scans.

@@ -68,7 +68,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialResult:
+class TrialScore:
     """What a trial came to.
 
     Attributes:
@@ -95,7 +95,7 @@ class Stop:
     at_once: bool = False
 
 
-TrainOne = Callable[[Trial, Path, Stop], TrialResult]
+TrainOne = Callable[[Trial, Path, Stop], TrialScore]
 """Trains one trial in the folder it is given and says what came of it; it looks at the wish to stop."""
 
 
@@ -211,10 +211,10 @@ def _in_parallel(
     train_one: TrainOne,
     jobs: int,
     show: Callable[[], None],
-) -> Iterator[tuple[Trial, TrialResult]]:
+) -> Iterator[tuple[Trial, TrialScore]]:
     waiting, stop = iter(trials), Stop()
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="trial")
-    flying: dict[Future[TrialResult], Trial] = {}
+    flying: dict[Future[TrialScore], Trial] = {}
     try:
         while True:
             for trial in waiting if len(flying) < jobs else ():
@@ -240,14 +240,14 @@ def _in_parallel(
             raise
 
 
-def summarise(trials: Sequence[Trial], outcomes: Sequence[TrialResult], target: float) -> list[Row]:
+def summarise(trials: Sequence[Trial], outcomes: Sequence[TrialScore], target: float) -> list[Row]:
     """A row for each recipe and number of workers, in the order of the plan.
 
     Args:
         target: share of the first recipe's mean Dice at one worker that "time to a target Dice" means.
     """
     dice = {(t.recipe, t.workers, t.seed): o.dice for t, o in zip(trials, outcomes, strict=True)}
-    groups: dict[tuple[str, int], list[tuple[Trial, TrialResult]]] = {}
+    groups: dict[tuple[str, int], list[tuple[Trial, TrialScore]]] = {}
     for trial, outcome in zip(trials, outcomes, strict=True):
         groups.setdefault((trial.recipe, trial.workers), []).append((trial, outcome))
     first = trials[0].recipe
@@ -258,7 +258,7 @@ def summarise(trials: Sequence[Trial], outcomes: Sequence[TrialResult], target: 
 
 
 def _row(
-    group: Sequence[tuple[Trial, TrialResult]],
+    group: Sequence[tuple[Trial, TrialScore]],
     dice: dict[tuple[str, int, int], float],
     first: str,
     aim: float,
@@ -323,17 +323,17 @@ def _trained(config: Config) -> str:
     return digest_of({**to_dict(config), "scale": {}, "search": {}})
 
 
-def read_outcome(out: Path, trial: Trial) -> TrialResult | None:
+def read_outcome(out: Path, trial: Trial) -> TrialScore | None:
     """What an earlier call found, or None."""
     try:
         facts = json.loads(_outcome_path(out, trial).read_text(encoding="utf-8"))
         curve = tuple((int(seen), float(dice)) for seen, dice in facts["curve"])
-        return TrialResult(dice=facts["dice"], curve=curve, diverged=facts["diverged"])
+        return TrialScore(dice=facts["dice"], curve=curve, diverged=facts["diverged"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write_outcome(out: Path, trial: Trial, outcome: TrialResult) -> None:
+def _write_outcome(out: Path, trial: Trial, outcome: TrialScore) -> None:
     facts = {"recipe": trial.recipe, "workers": trial.workers, "seed": trial.seed, **asdict(outcome)}
     write_atomic(_outcome_path(out, trial), json.dumps(facts))
 

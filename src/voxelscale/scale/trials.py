@@ -6,12 +6,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from voxelscale.scale.study import Stop, Trial, TrialResult
+from voxelscale.scale.study import Stop, Trial, TrialScore
 from voxelscale.train.child import Child, start_child
 from voxelscale.train.log import read_events
 
 
-def train_trial(trial: Trial, run: Path, stop: Stop, *, store: Path, jobs: int) -> TrialResult:
+def train_trial(trial: Trial, run: Path, stop: Stop, *, store: Path, jobs: int) -> TrialScore:
     """Train it with ``voxelscale train`` in `run`, going on where that was stopped.
 
     Real ranks as far as devices go, each playing its share of the workers.
@@ -33,13 +33,13 @@ def train_trial(trial: Trial, run: Path, stop: Stop, *, store: Path, jobs: int) 
     code = _end_of(child, stop)
     events = read_events(run)
     if events and events[-1]["event"] == "diverged":
-        return TrialResult(dice=0.0, diverged=True)
+        return TrialScore(dice=0.0, diverged=True)
     if code == 130 or stop.at_once:
         raise KeyboardInterrupt
     if code != 0:
         raise child.fault()
     curve = [(int(e["samples"]), float(e["dice"])) for e in events if e["event"] == "validation"]
-    return TrialResult(dice=curve[-1][1], curve=tuple(curve))
+    return TrialScore(dice=curve[-1][1], curve=tuple(curve))
 
 
 def real_ranks(workers: int, wanted: int, jobs: int) -> int:
