@@ -84,7 +84,7 @@ class Starter:
             "cwd": os.getcwd() if cwd is None else os.fsdecode(cwd),
             "env": {os.fsdecode(key): os.fsdecode(value) for key, value in pairs},
             "session": bool(session),
-            "warnings": b"-W" in arguments,
+            "warnings": typed[1:3] == WARNINGS,
         }
         fds = [own if fd == -1 else fd for own, fd in enumerate((stdin, stdout, stderr))]
         with self._lock, _reaping():
