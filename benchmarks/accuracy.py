@@ -59,11 +59,11 @@ from monai.transforms import (
 from numpy.typing import NDArray
 
 from voxelscale.config import Config
-from voxelscale.data.store import open_store
 from voxelscale.geometry import Scan, resample
 from voxelscale.lungs import lung_field
 from voxelscale.model.bundle import read_bundle
 from voxelscale.predict.work import Predictor
+from voxelscale.store import open_store
 from voxelscale.train.launch import start
 
 PATCH = (16, 32, 32)

@@ -12,14 +12,14 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from voxelscale.config import Config
-from voxelscale.data.augment import Normalisation
-from voxelscale.data.patches import Sample
-from voxelscale.data.store import open_store
 from voxelscale.findings import Finding
 from voxelscale.geometry import Grid, Scan, Triple
 from voxelscale.infer.sliding_window import Windows, predict_volume
 from voxelscale.lungs import lung_field
 from voxelscale.model.unet import UNet, plan_pooling
+from voxelscale.samples.augment import Normalisation
+from voxelscale.samples.patches import Sample
+from voxelscale.store import open_store
 from voxelscale.train import fit
 from voxelscale.train.loop import patch_task
 

@@ -28,18 +28,18 @@ import torch
 from numpy.typing import NDArray
 
 from voxelscale.config import Config, load
-from voxelscale.data.listing import Source, list_sources
-from voxelscale.data.phantom.dataset import write_phantoms
-from voxelscale.data.prepare import prepare
-from voxelscale.data.reading import read_case
-from voxelscale.data.store import open_store
+from voxelscale.dataset.listing import Source, list_sources
+from voxelscale.dataset.reading import read_case
 from voxelscale.evaluate.froc import OPERATING_POINTS, froc, match
 from voxelscale.evaluate.overlap import overlap
 from voxelscale.findings import Finding, find_lesions, lesions_of_mask
 from voxelscale.geometry import Scan
 from voxelscale.model.bundle import read_bundle
+from voxelscale.phantom.dataset import write_phantoms
 from voxelscale.predict.work import Predictor
 from voxelscale.scale.study import t_interval
+from voxelscale.store import open_store
+from voxelscale.store.prepare import prepare
 from voxelscale.train.launch import start
 
 BASE = [

@@ -37,12 +37,12 @@ from detection import (  # type: ignore[import-not-found]
 from numpy.typing import NDArray
 
 from voxelscale.config import Config
-from voxelscale.data.patches import PatchSource
-from voxelscale.data.randomness import generator
-from voxelscale.data.store import CaseInfo, Store, open_store
 from voxelscale.geometry import Triple
 from voxelscale.model.bundle import Bundle, read_bundle
 from voxelscale.predict.work import Predictor
+from voxelscale.randomness import generator
+from voxelscale.samples.patches import PatchSource
+from voxelscale.store import CaseInfo, Store, open_store
 from voxelscale.train import fit
 from voxelscale.train.loop import patch_task
 from voxelscale.tune.refine import find_candidates, refine

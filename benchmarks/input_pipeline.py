@@ -57,13 +57,13 @@ from monai.data import CacheDataset, set_track_meta
 from torch import Tensor
 
 from voxelscale.config import AugmentConfig, DataConfig, IntTriple, PhantomConfig, PrepareConfig
-from voxelscale.data import augment
-from voxelscale.data.augment import Normalisation, make_batch
-from voxelscale.data.listing import Source, list_sources
-from voxelscale.data.patches import PatchSource, read_ahead
-from voxelscale.data.phantom.dataset import write_phantoms
-from voxelscale.data.prepare import prepare
-from voxelscale.data.store import Store, open_store
+from voxelscale.dataset.listing import Source, list_sources
+from voxelscale.phantom.dataset import write_phantoms
+from voxelscale.samples import augment
+from voxelscale.samples.augment import Normalisation, make_batch
+from voxelscale.samples.patches import PatchSource, read_ahead
+from voxelscale.store import Store, open_store
+from voxelscale.store.prepare import prepare
 
 ROUNDS, BATCHES = 9, 12
 AUGMENT = AugmentConfig()

@@ -34,12 +34,12 @@ PATCH = (64, 64, 64)
 
 
 def ours(image: Path, mask: Path, spacing: list[float], out: Path) -> Callable[[], object]:
-    """`voxelscale.data.prepare.prepare_case`."""
+    """`voxelscale.store.prepare.prepare_case`."""
     import SimpleITK as sitk
 
     from voxelscale.config import PrepareConfig
-    from voxelscale.data.listing import Source
-    from voxelscale.data.prepare import prepare_case
+    from voxelscale.dataset.listing import Source
+    from voxelscale.store.prepare import prepare_case
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     target = (spacing[0], spacing[1], spacing[2])
@@ -114,8 +114,8 @@ def one(name: str, image: Path, mask: Path, spacing: list[float], out: Path) -> 
 def phantom(folder: Path) -> tuple[Path, Path]:
     """A chest of clinical size and its mask, as files."""
     from voxelscale.config import PhantomConfig
-    from voxelscale.data.phantom import make_phantom
     from voxelscale.formats import write_scan
+    from voxelscale.phantom import make_phantom
 
     made = make_phantom(PhantomConfig(spacing=(1.25, 0.75, 0.75)), 0)
     paths = folder / "image.nii.gz", folder / "mask.nii.gz"

@@ -13,11 +13,11 @@ import argparse
 from pathlib import Path
 
 from voxelscale.config import load
-from voxelscale.data.listing import list_sources
-from voxelscale.data.phantom.dataset import write_phantoms
-from voxelscale.data.prepare import prepare
+from voxelscale.dataset.listing import list_sources
+from voxelscale.phantom.dataset import write_phantoms
 from voxelscale.scale.report import table
 from voxelscale.scale.scale import scale
+from voxelscale.store.prepare import prepare
 
 QUICK = [
     "phantom.cases=40",

@@ -40,16 +40,16 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
 from voxelscale.config import Config, SearchConfig, load
-from voxelscale.data.listing import list_sources
-from voxelscale.data.phantom.dataset import write_phantoms
-from voxelscale.data.prepare import prepare
+from voxelscale.dataset.listing import list_sources
 from voxelscale.files import write_csv
+from voxelscale.phantom.dataset import write_phantoms
 from voxelscale.scale.study import t_interval
 from voxelscale.search.report import status_table
 from voxelscale.search.results import SearchResults, Value, utilisation
 from voxelscale.search.sampling import make_pruner, make_sampler, rungs, should_prune
 from voxelscale.search.search import search
 from voxelscale.search.space import Space, read_space
+from voxelscale.store.prepare import prepare
 from voxelscale.train.launch import start
 from voxelscale.train.log import read_events
 

@@ -29,10 +29,10 @@ from scipy import ndimage
 from scipy.stats import ks_2samp
 
 from voxelscale.config import PhantomConfig
-from voxelscale.data.phantom.canvas import Field
-from voxelscale.data.phantom.contours import Posed, open_library, read_outlines, shape_of
-from voxelscale.data.phantom.nodules import MARGIN_SHARES, MARGINS, Nodule, outline
 from voxelscale.pages.charts import Frame, Line, draw_axes, draw_lines
+from voxelscale.phantom.canvas import Field
+from voxelscale.phantom.contours import Posed, open_library, read_outlines, shape_of
+from voxelscale.phantom.nodules import MARGIN_SHARES, MARGINS, Nodule, outline
 
 VOXEL = 0.7
 MEASURES = {

@@ -37,8 +37,6 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
 from voxelscale.config import PhantomConfig, from_dict
-from voxelscale.data.augment import Normalisation
-from voxelscale.data.phantom import make_phantom
 from voxelscale.device import keep_freed_memory, to_channels_last
 from voxelscale.formats import write_scan
 from voxelscale.geometry import Scan, crop_or_pad
@@ -46,6 +44,8 @@ from voxelscale.infer.sliding_window import Windows, gaussian_profile, predict_v
 from voxelscale.lungs import body_field, lung_field
 from voxelscale.model.bundle import Bundle, write_bundle
 from voxelscale.model.unet import UNet, fold_batch_norms
+from voxelscale.phantom import make_phantom
+from voxelscale.samples.augment import Normalisation
 
 PATCH = (64, 64, 64)
 SHAPE = (96, 160, 224)

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle, ZstdCodec
 
 from voxelscale.config import PhantomConfig
-from voxelscale.data.phantom import make_phantom
-from voxelscale.data.store import CaseInfo, Reader, write_case
 from voxelscale.formats import read_scan
+from voxelscale.phantom import make_phantom
+from voxelscale.store import CaseInfo, Reader, write_case
 
 PATCHES, CHUNK, ROUNDS = (64, 128), 64, 9
 Read = Callable[[Sequence[int], int], NDArray[Any]]

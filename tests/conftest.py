@@ -17,12 +17,12 @@ from tests import warm
 from voxelscale import cli
 from voxelscale.config import Config, PrepareConfig, from_dict
 from voxelscale.console import set_verbosity
-from voxelscale.data.listing import Source, list_sources
-from voxelscale.data.phantom.dataset import write_phantoms
-from voxelscale.data.prepare import prepare
-from voxelscale.data.reading import read_case
-from voxelscale.data.store import Store, open_store
+from voxelscale.dataset.listing import Source, list_sources
+from voxelscale.dataset.reading import read_case
 from voxelscale.geometry import Scan
+from voxelscale.phantom.dataset import write_phantoms
+from voxelscale.store import Store, open_store
+from voxelscale.store.prepare import prepare
 
 # A busy machine makes any deadline a coin toss.
 settings.register_profile("patient", deadline=None)

@@ -19,10 +19,10 @@ import SimpleITK as sitk
 from tests.conftest import Command, assert_same_place
 from voxelscale import __version__
 from voxelscale.config import Config, dump
-from voxelscale.data.listing import list_sources
-from voxelscale.data.phantom.dataset import write_phantoms
+from voxelscale.dataset.listing import list_sources
 from voxelscale.evaluate.text import size_name
 from voxelscale.geometry import from_itk, to_itk
+from voxelscale.phantom.dataset import write_phantoms
 
 VERBS = [
     "phantom",

@@ -9,13 +9,13 @@ from scipy import ndimage
 
 from tests.conftest import SHARED
 from voxelscale.config import Config
-from voxelscale.data.listing import list_sources
-from voxelscale.data.patches import PatchSource
-from voxelscale.data.prepare import prepare
-from voxelscale.data.store import open_store
+from voxelscale.dataset.listing import list_sources
 from voxelscale.formats import read_scan
 from voxelscale.geometry import Scan, reorient
 from voxelscale.lungs import lung_field
+from voxelscale.samples.patches import PatchSource
+from voxelscale.store import open_store
+from voxelscale.store.prepare import prepare
 
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real scans are not here")
 

@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw
 
 from tests.conftest import SHARED, assert_same_place
 from voxelscale.config import PrepareConfig
-from voxelscale.data.listing import list_sources
-from voxelscale.data.names import Names
-from voxelscale.data.reading import read_case
+from voxelscale.dataset.listing import list_sources
+from voxelscale.dataset.names import Names
+from voxelscale.dataset.reading import read_case
 from voxelscale.findings import find_lesions
 from voxelscale.formats import read_scan
 from voxelscale.geometry import reorient

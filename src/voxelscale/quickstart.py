@@ -44,11 +44,11 @@ def quickstart(folder: Path, config: Config) -> QuickstartResult:
     Raises:
         VoxelscaleError: a step failed, or the training was asked to stop.
     """
-    from voxelscale.data.listing import list_sources
-    from voxelscale.data.phantom.dataset import write_phantoms
-    from voxelscale.data.prepare import prepare
+    from voxelscale.dataset.listing import list_sources
     from voxelscale.evaluate.evaluate import evaluate_folder
+    from voxelscale.phantom.dataset import write_phantoms
     from voxelscale.report.report import write_report
+    from voxelscale.store.prepare import prepare
     from voxelscale.train.launch import start
 
     seconds: dict[str, float] = {}
@@ -83,10 +83,10 @@ def quickstart(folder: Path, config: Config) -> QuickstartResult:
 
 
 def _predict_test_scans(data: Path, folder: Path) -> None:
-    from voxelscale.data.listing import list_sources
-    from voxelscale.data.store import open_store
+    from voxelscale.dataset.listing import list_sources
     from voxelscale.model.bundle import read_bundle
     from voxelscale.predict.predict import predict
+    from voxelscale.store import open_store
 
     unseen = {info.case for info in open_store(folder / "store").split("test")}
     bundle = read_bundle(folder / "run")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conftest import Command
 
-from voxelscale.data.listing import list_sources
+from voxelscale.dataset.listing import list_sources
 from voxelscale.evaluate.bootstrap import MIN_SCANS, p_value, percentile_interval, resampled_means
 from voxelscale.evaluate.compare import Pair, Score, compare_scores, wilcoxon_p
 from voxelscale.evaluate.evaluate import evaluate_folder

@@ -36,8 +36,8 @@ from pydicom.uid import (
 )
 
 from voxelscale.console import set_verbosity
-from voxelscale.data.listing import list_scans
-from voxelscale.data.reading import read_image
+from voxelscale.dataset.listing import list_scans
+from voxelscale.dataset.reading import read_image
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import dicom, read_scan
 from voxelscale.formats.dicom import find_series, header, open_scan, thickness_of

@@ -21,7 +21,7 @@ from tests.formats.watched import Child, Outcome
 from tests.train.runs import with_train
 
 from voxelscale.config import Config
-from voxelscale.data.store import Store, open_store
+from voxelscale.store import Store, open_store
 from voxelscale.train.launch import start
 
 SECONDS, MIB = 5.0, 300.0

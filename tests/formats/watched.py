@@ -126,7 +126,7 @@ def _read(what: str, path: Path) -> dict[str, Any]:
 
         read_bundle(path)
     elif what == "store":
-        from voxelscale.data.store import open_store
+        from voxelscale.store import open_store
 
         open_store(path)
     elif what == "pair":
@@ -140,8 +140,8 @@ def _read(what: str, path: Path) -> dict[str, Any]:
 def _read_pair(label: Path) -> int:
     """Voxels of the lesions that a label says of the DICOM series in ``ct`` beside it."""
     from voxelscale.config import PrepareConfig
-    from voxelscale.data.listing.source import Source, identity
-    from voxelscale.data.reading import read_case
+    from voxelscale.dataset.reading import read_case
+    from voxelscale.dataset.source import Source, identity
 
     image = label.parent / "ct"
     patient, series = identity(image) or ("", "")
@@ -226,14 +226,8 @@ def warm_up(heavy: bool) -> None:
     import pydicom  # noqa: F401
     import SimpleITK  # noqa: F401
 
-    import voxelscale.formats
-
     if heavy:
         import torch
-
-        import voxelscale.cli
-        import voxelscale.data.prepare
-        import voxelscale.model.bundle  # noqa: F401
 
         torch.set_num_threads(1)
 

@@ -21,8 +21,8 @@ from tests.formats.test_dicom import SPACING, along, segmentation, set_pixels, s
 from tests.labels.test_kinds import write_rtstruct
 
 from voxelscale.config import PrepareConfig
-from voxelscale.data.listing.source import Source
-from voxelscale.data.reading import read_case, read_truth
+from voxelscale.dataset.reading import read_case, read_truth
+from voxelscale.dataset.source import Source
 from voxelscale.geometry import Scan
 
 FULL = 1000

@@ -18,8 +18,8 @@ from tests.conftest import SHARED
 from tests.formats.test_dicom import along, noise, slices, write
 
 from voxelscale.config import PrepareConfig
-from voxelscale.data.listing import list_sources
-from voxelscale.data.reading import read_case
+from voxelscale.dataset.listing import list_sources
+from voxelscale.dataset.reading import read_case
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import read_scan
 from voxelscale.geometry import Grid, Scan, affine_from_itk

@@ -11,10 +11,10 @@ import torch
 from tests.conftest import Command
 
 from voxelscale.config import Config, ModelConfig, dump
-from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import read_bundle
+from voxelscale.store import Store
 
 CODE = """
 from torch import nn

@@ -16,8 +16,7 @@ from tests.pages import checked
 
 from voxelscale import __version__
 from voxelscale.config import PrepareConfig
-from voxelscale.data.inspect import inspect
-from voxelscale.data.listing import list_sources
+from voxelscale.dataset.listing import list_sources
 from voxelscale.evaluate.evaluate import evaluate_folder
 from voxelscale.evaluate.froc import OPERATING_POINTS
 from voxelscale.findings import lesions_of_mask, write_findings
@@ -28,6 +27,7 @@ from voxelscale.report.curves import froc_chart, training_charts, visible
 from voxelscale.report.dataset import write_dataset_page
 from voxelscale.report.facts import warnings_of
 from voxelscale.report.overlays import Place, Slice, draw_slice, overlay_views
+from voxelscale.store.inspect import inspect
 
 
 @pytest.fixture

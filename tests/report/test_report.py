@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from voxelscale.data.listing import list_sources
-from voxelscale.data.store import Store
+from voxelscale.dataset.listing import list_sources
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.evaluate import evaluate_folder
 from voxelscale.findings import lesions_of_mask, write_findings
@@ -19,6 +18,7 @@ from voxelscale.pages import charts
 from voxelscale.pages.charts import Line, line_chart
 from voxelscale.report.overlays import Slice, draw_slice, overlay_views, point_of_interest
 from voxelscale.report.report import write_report
+from voxelscale.store import Store
 
 VOID = {"meta", "input", "image", "path", "line"}
 

@@ -10,11 +10,11 @@ import pytest
 from numpy.typing import NDArray
 from tests.conftest import Command
 
-from voxelscale.data.listing import list_scans
-from voxelscale.data.reading import read_image
-from voxelscale.data.store import open_store
+from voxelscale.dataset.listing import list_scans
+from voxelscale.dataset.reading import read_image
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import read_scan
+from voxelscale.store import open_store
 
 Reported = Callable[..., Path]
 

@@ -16,13 +16,13 @@ import SimpleITK as sitk
 from tests.conftest import Command
 from tests.evaluate.test_evaluate import finding
 
-from voxelscale.data.listing import list_sources
-from voxelscale.data.prepare import source_stamp
+from voxelscale.dataset.listing import list_sources
 from voxelscale.files import digest_of
 from voxelscale.findings import lesions_of_mask, read_findings, write_findings
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan
 from voxelscale.predict.record import record_cases
+from voxelscale.store.prepare import source_stamp
 
 HEALTHY = ("--set", "prepare.allow_empty=true")
 

@@ -11,8 +11,8 @@ import pytest
 from tests.conftest import Command
 
 from voxelscale.config import Config, dump
-from voxelscale.data.store import open_store
 from voxelscale.model.bundle import read_bundle
+from voxelscale.store import open_store
 
 WARNING = "no lesion in the 1 validation scan: they cannot choose a model, and model.vxs will be the last"
 

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from tests.conftest import Command, read_pair
 
 from voxelscale.config import PrepareConfig
-from voxelscale.data.lesions import resample_mask
-from voxelscale.data.listing import Source, list_scans, list_sources
-from voxelscale.data.prepare import label_stamp, prepare_case, source_stamp
-from voxelscale.data.reading import read_truth
-from voxelscale.data.store import Store, case_path, open_case, open_store, write_case
+from voxelscale.dataset.listing import Source, list_scans, list_sources
+from voxelscale.dataset.reading import read_truth
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output, write_sealed
 from voxelscale.formats import WRITTEN, files_of, read_label, read_scan, write_scan
 from voxelscale.geometry import Scan
+from voxelscale.store import Store, case_path, open_case, open_store, write_case
+from voxelscale.store.lesions import resample_mask
+from voxelscale.store.prepare import label_stamp, prepare_case, source_stamp
 
 Reported = Callable[..., Path]
 ALL_TRAIN = ("prepare.workers=1", "prepare.plan=false", "prepare.split=[1,0,0]", "prepare.spacing=[2,1,1]")

@@ -11,10 +11,10 @@ from scipy import ndimage
 from tests.conftest import Command
 
 from voxelscale.config import PrepareConfig
-from voxelscale.data.listing import list_sources
-from voxelscale.data.reading import read_case, read_truth
-from voxelscale.data.store import open_store
+from voxelscale.dataset.listing import list_sources
+from voxelscale.dataset.reading import read_case, read_truth
 from voxelscale.geometry import Scan
+from voxelscale.store import open_store
 
 Reported = Callable[..., Path]
 ALONE = ("prepare.workers=1", "prepare.plan=false", "prepare.split=[1,0,0]")

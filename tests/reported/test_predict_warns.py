@@ -16,11 +16,8 @@ from tests.conftest import SHARED, Command
 from tests.formats.test_formats import write_series
 
 from voxelscale.config import Config, PrepareConfig
-from voxelscale.data.augment import Normalisation
-from voxelscale.data.listing import Source, list_sources
-from voxelscale.data.plausible import TrainedOn, about, against, compared, looks_like_labels, remarks
-from voxelscale.data.reading import read_case
-from voxelscale.data.store import Store
+from voxelscale.dataset.listing import Source, list_sources
+from voxelscale.dataset.reading import read_case
 from voxelscale.findings import components, read_prediction
 from voxelscale.findings.depth import lung_depth, outside_mm
 from voxelscale.formats import read_scan, write_scan
@@ -29,6 +26,9 @@ from voxelscale.lungs import lung_field
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, read_bundle, write_bundle
 from voxelscale.predict.work import LUNG_MARGIN_MM, Predictor
+from voxelscale.samples.augment import Normalisation
+from voxelscale.store import Store
+from voxelscale.store.plausible import TrainedOn, about, against, compared, looks_like_labels, remarks
 from voxelscale.train.loop import _write_bundle
 
 Change = Callable[[NDArray[np.int16]], NDArray[np.int16]]

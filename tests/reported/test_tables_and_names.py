@@ -12,9 +12,9 @@ import pytest
 from tests.conftest import Command
 
 from voxelscale.config import PrepareConfig
-from voxelscale.data.listing import list_scans, list_sources
-from voxelscale.data.listing.source import safe_names
-from voxelscale.data.reading import read_case
+from voxelscale.dataset.listing import list_scans, list_sources
+from voxelscale.dataset.reading import read_case
+from voxelscale.dataset.source import safe_names
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import write_scan
 from voxelscale.geometry import Scan, affine_from_itk

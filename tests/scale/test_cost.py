@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch.distributed import _compute_bucket_assignment_by_size  # type: ignore[attr-defined]
 
 from voxelscale.config import Config
-from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.scale.cost import (
     Budget,
@@ -35,6 +34,7 @@ from voxelscale.scale.cost import (
 )
 from voxelscale.scale.links import LINKS, Link, fit_link, parse_link
 from voxelscale.scale.measure import budget_of, describe, measure_link, measure_step, validate_model
+from voxelscale.store import Store
 
 MB = 2**20
 PLAIN = Link(name="plain", alpha_seconds=1e-3, beta_bytes_per_second=1e6, source="test")

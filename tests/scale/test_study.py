@@ -19,11 +19,11 @@ from tests.train.runs import processes, seen_in
 
 from voxelscale.config import Config, dump, load
 from voxelscale.console import Progress
-from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.scale import study as study_module
 from voxelscale.scale.study import Stop, Trial, TrialScore, plan, run_study, t_interval
 from voxelscale.scale.trials import real_ranks, train_trial
+from voxelscale.store import Store
 from voxelscale.train.log import read_events
 from voxelscale.train.optim import peak_rate
 

@@ -27,8 +27,8 @@ from tests.search.runs import (
 from tests.train.runs import fill, rank_processes, told
 
 from voxelscale.config import Config
-from voxelscale.data.store import Store
 from voxelscale.search.storage import JOURNAL
+from voxelscale.store import Store
 
 pytestmark = pytest.mark.slow
 SAMPLES = 240

@@ -13,10 +13,10 @@ from tests.search.runs import command, events, finish, results_in, searched
 from tests.train.runs import told
 
 from voxelscale.config import Config, load, to_dict
-from voxelscale.data.store import Store
 from voxelscale.search.definition import begin
 from voxelscale.search.lease import LOSSES, hand_over
 from voxelscale.search.results import utilisation
+from voxelscale.store import Store
 
 
 def cli(*words: str | Path) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.train.runs import SAMPLES, final_weights, with_train
 from voxelscale.config import Config
-from voxelscale.data.store import Store
+from voxelscale.store import Store
 from voxelscale.train.launch import start
 
 

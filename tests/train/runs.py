@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from voxelscale.config import Config, dump
-from voxelscale.data.store import Store
 from voxelscale.model.bundle import load_untrusted
+from voxelscale.store import Store
 
 SAMPLES = 240
 """Budget of the runs that are disturbed."""

@@ -14,7 +14,7 @@ import pytest
 
 from tests.train.runs import apart, final_weights, rank_processes, seen_in, two_ranks, with_train
 from voxelscale.config import Config
-from voxelscale.data.store import Store
+from voxelscale.store import Store
 from voxelscale.train.launch import start
 
 KILLS = 20

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tests.train.runs import SAMPLES, apart, final_weights, processes, rank_processes, seen_in, with_train
 from voxelscale.config import Config, dump, load
-from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
+from voxelscale.store import Store
 from voxelscale.train.child import Child, start_child
 from voxelscale.train.log import STOP_FILE, read_events
 

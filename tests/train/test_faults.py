@@ -32,11 +32,11 @@ from tests.train.runs import (
     with_train,
 )
 from voxelscale.config import Config
-from voxelscale.data.augment import Normalisation
-from voxelscale.data.store import Reader, Store, case_path
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import load_untrusted
+from voxelscale.samples.augment import Normalisation
+from voxelscale.store import Reader, Store, case_path
 from voxelscale.train import checkpoint, fit, loop, memory
 from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.distributed import Workers

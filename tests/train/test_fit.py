@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from tests.train.runs import apart, identical
 from voxelscale.config import Config, load
-from voxelscale.data.order import item_of
 from voxelscale.errors import VoxelscaleError
+from voxelscale.samples.order import item_of
 from voxelscale.train import fit, load_weights
 from voxelscale.train.log import STOP_FILE
 

@@ -11,12 +11,12 @@ import torch
 
 from tests.train.runs import apart, final_weights
 from voxelscale.config import AugmentConfig, Config
-from voxelscale.data.listing import list_sources
-from voxelscale.data.store import Store
+from voxelscale.dataset.listing import list_sources
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import read_scan
 from voxelscale.model.bundle import read_bundle
 from voxelscale.predict.work import Predictor
+from voxelscale.store import Store
 from voxelscale.train.launch import start
 
 EVERY_TIME = AugmentConfig(p_affine=1, p_noise=1, p_blur=1, p_gamma=1, p_brightness=1, p_low_resolution=1)
@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_finite_is_told(tiny: Config, store: Store, tmp_path:
 
 
 def test_another_data_set_is_refused(tiny: Config, store: Store, scans: Path, tmp_path: Path) -> None:
-    from voxelscale.data.prepare import prepare
+    from voxelscale.store.prepare import prepare
 
     run = tmp_path / "run"
     assert start(short(tiny), store.path, run)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from voxelscale.config import Config, dump, load
-from voxelscale.data.spacing import target_spacing
-from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.unet import plan_pooling
+from voxelscale.store import Store
+from voxelscale.store.spacing import target_spacing
 from voxelscale.train.memory import estimate_memory
 from voxelscale.train.plan import make_plan, plan_store, plan_text
 

@@ -7,8 +7,8 @@ import pytest
 
 from tests.train.runs import apart, final_weights, with_train
 from voxelscale.config import Config, OptimConfig, load
-from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
+from voxelscale.store import Store
 from voxelscale.train.launch import start
 from voxelscale.train.log import read_events
 from voxelscale.train.recipes import LARGE_FROM, resolve

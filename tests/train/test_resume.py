@@ -29,9 +29,9 @@ from tests.train.runs import (
 )
 from voxelscale.config import Config
 from voxelscale.console import set_verbosity
-from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.bundle import read_bundle
+from voxelscale.store import Store
 from voxelscale.train.launch import start
 from voxelscale.train.log import read_events
 

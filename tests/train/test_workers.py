@@ -9,7 +9,7 @@ import pytest
 
 from tests.train.runs import apart, final_weights, with_train
 from voxelscale.config import Config
-from voxelscale.data.store import Store
+from voxelscale.store import Store
 from voxelscale.train.launch import start
 
 STEPS, BATCH = 20, 4

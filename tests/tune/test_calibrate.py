@@ -20,8 +20,8 @@ from tests.evaluate.test_evaluate import finding as plain_finding
 from tests.tune.test_ensemble import made
 
 from voxelscale.config import Config, PrepareConfig
-from voxelscale.data.listing import list_sources
-from voxelscale.data.reading import read_truth
+from voxelscale.dataset.listing import list_sources
+from voxelscale.dataset.reading import read_truth
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import froc, match
 from voxelscale.findings import Finding, lesions_of_mask, read_findings, write_findings

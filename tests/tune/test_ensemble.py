@@ -12,13 +12,13 @@ import torch
 from tests.conftest import Command
 
 from voxelscale.config import Config, load
-from voxelscale.data.augment import Normalisation
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_sealed
 from voxelscale.geometry import Grid, Scan, Triple, affine_from_itk
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, Calibration, load_untrusted, read_bundle, write_bundle
 from voxelscale.predict.work import Predictor
+from voxelscale.samples.augment import Normalisation
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,6 @@ from tests.conftest import Command
 from torch import Tensor
 
 from voxelscale.config import Config
-from voxelscale.data.augment import Normalisation
-from voxelscale.data.store import Store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_sealed
 from voxelscale.geometry import Scan
@@ -23,6 +21,8 @@ from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, Calibration, load_untrusted, read_bundle, write_bundle
 from voxelscale.model.judge import JudgeNet, crop_shape
 from voxelscale.predict.work import Predictor
+from voxelscale.samples.augment import Normalisation
+from voxelscale.store import Store
 
 CPU = torch.device("cpu")
 QUICK = [

@@ -42,7 +42,7 @@ def phantom(
     training data, or to measure which nodules a model finds.
     """
     check_output(out)
-    from voxelscale.data.phantom import dataset
+    from voxelscale.phantom import dataset
 
     sets = [*(set_ or []), *([f"phantom.cases={cases}"] if cases is not None else [])]
     settings = read_config(config, sets)
@@ -50,7 +50,7 @@ def phantom(
         table = dataset.write_phantoms(settings.phantom, out, settings.prepare.workers)
         print(f"{count(settings.phantom.cases, 'phantom')} in {table}")
         return 0
-    from voxelscale.data.names import names_of
+    from voxelscale.dataset.names import names_of
 
     sources = dataset.sources_into(into, layout, annotations, names_of(settings.prepare, out))
     made = dataset.write_copies(sources, settings, out, copies, originals)
@@ -86,10 +86,10 @@ def prepare(
     Patch, depth and batch are planned into store/plan.yaml, for voxelscale train --config.
     """
     check_output(store)
-    from voxelscale.data.listing import list_sources
-    from voxelscale.data.names import names_of
-    from voxelscale.data.names_table import write_names
-    from voxelscale.data.prepare import prepare as run_prepare
+    from voxelscale.dataset.listing import list_sources
+    from voxelscale.dataset.names import names_of
+    from voxelscale.dataset.names_table import write_names
+    from voxelscale.store.prepare import prepare as run_prepare
 
     settings = read_config(config, set_)
     sources = list_sources(data, layout, annotations, names_of(settings.prepare, store))
@@ -127,8 +127,8 @@ def inspect(
     """
     if out is not None:
         check_output(out, file=True)
-    from voxelscale.data.inspect import inspect as run_inspect
     from voxelscale.report.dataset import headline, text_table, write_dataset_page
+    from voxelscale.store.inspect import inspect as run_inspect
 
     found = run_inspect(data, read_config(config, set_).prepare, layout, annotations)
     if out is not None:

@@ -42,14 +42,14 @@ def predict(
     Which path and series each case is stands in names.csv, which is for you alone: do not share it.
     """
     check_output(out)
-    from voxelscale.data.listing import list_scans
-    from voxelscale.data.names import names_of
-    from voxelscale.data.names_table import write_names
-    from voxelscale.data.store import open_store
+    from voxelscale.dataset.listing import list_scans
+    from voxelscale.dataset.names import names_of
+    from voxelscale.dataset.names_table import write_names
     from voxelscale.model.bundle import read_bundle
     from voxelscale.predict.predict import predict as run_predict
     from voxelscale.predict.record import record_cases
     from voxelscale.predict.text import lines
+    from voxelscale.store import open_store
 
     bundle = read_bundle(model)
     settings = read_config(config, set_, bundle.config)

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from voxelscale.config import PrepareConfig
 from voxelscale.console import Progress, count, notice, warn
-from voxelscale.data.listing import Source, list_sources
-from voxelscale.data.names import names_of
+from voxelscale.dataset.listing import Source, list_sources
+from voxelscale.dataset.names import names_of
 from voxelscale.errors import VoxelscaleError
 from voxelscale.predict.record import RECORD, read_record
 from voxelscale.predict.work import made_from_this, predicted_by
@@ -148,7 +148,7 @@ def predicted_cases(
 
     Args:
         predictions: what `voxelscale predict` wrote.
-        data, layout, annotations: as of `voxelscale.data.listing.list_sources`.
+        data, layout, annotations: as of `voxelscale.dataset.listing.list_sources`.
         needs: the files that a prediction must have.
         missing_is_empty: a case without a prediction counts as predicted.
     """

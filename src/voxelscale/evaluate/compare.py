@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
 from voxelscale.console import count, warn
-from voxelscale.data.listing import Source
+from voxelscale.dataset.listing import Source
 from voxelscale.evaluate.bootstrap import (
     MIN_SCANS,
     RESAMPLES,

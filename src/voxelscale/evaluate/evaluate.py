@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
 from voxelscale.console import warn
-from voxelscale.data.listing import Source
+from voxelscale.dataset.listing import Source
 from voxelscale.evaluate.bootstrap import RESAMPLES, percentile_interval, resampled_means
 from voxelscale.evaluate.cases import FINDINGS, MASK, each_case, predicted_cases
 from voxelscale.evaluate.froc import OPERATING_POINTS, Froc, Matches, Placed, froc, match, pool, resampled
@@ -118,7 +118,7 @@ def evaluate_folder(
 
     Args:
         predictions: what `voxelscale predict` wrote: ``<case>/mask.nii.gz`` and ``findings.json``.
-        data: the data set, as `voxelscale.data.listing.list_sources` takes it; its ``nodules.csv``, too,
+        data: the data set, as `voxelscale.dataset.listing.list_sources` takes it; its ``nodules.csv``, too,
             where it is synthetic.
         out: where the tables go.
         config: what in the labels is the lesion, and what cases are called after; None: the defaults.

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from voxelscale.config import PrepareConfig
-from voxelscale.data.listing import Source
-from voxelscale.data.reading import read_truth_labels
+from voxelscale.dataset.listing import Source
+from voxelscale.dataset.reading import read_truth_labels
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.luna16 import UNKNOWN_DIAMETER_MM
 from voxelscale.findings import Finding, lesions_of_mask, read_findings
@@ -54,7 +54,7 @@ def truth_of(source: Source, config: PrepareConfig) -> Truth:
     """Read the truth about a case; a case without a label is healthy where ``prepare.allow_empty`` says so.
 
     Raises:
-        VoxelscaleError: as `voxelscale.data.reading.read_truth`.
+        VoxelscaleError: as `voxelscale.dataset.reading.read_truth`.
     """
     labels = read_truth_labels(source, config)
     marks = [mark for mark in labels.findings if mark.kind in IGNORED]

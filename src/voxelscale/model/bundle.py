@@ -18,8 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from voxelscale.config import Config, IntTriple, Triple, from_dict, to_dict
-from voxelscale.data.augment import Normalisation
-from voxelscale.data.plausible import TrainedOn
 from voxelscale.device import to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import read_sealed, seal_of, write_sealed
@@ -27,6 +25,8 @@ from voxelscale.model.build import build_model
 from voxelscale.model.judge import JudgeNet
 from voxelscale.model.registry import check_name
 from voxelscale.model.unet import fold_batch_norms
+from voxelscale.samples.augment import Normalisation
+from voxelscale.store.plausible import TrainedOn
 
 FORMAT, FORMAT_OF_MORE = 1, 2
 """Of a file with one network; with more, which a reader of the first kind would take for one."""
@@ -77,7 +77,7 @@ class Bundle:
         spacing: (z, y, x) mm that scans are resampled to.
         normalisation: HU to network input.
         trained: facts for a person: samples seen, validation Dice, version, data set; ``data_set`` is what
-            `voxelscale.data.plausible.TrainedOn` reads, and is not in older models.
+            `voxelscale.store.plausible.TrainedOn` reads, and is not in older models.
         digest: of the file it was read from; "" where it was not.
         calibration: of the findings' confidence; None: none was made.
         judge: weights of a `voxelscale.model.judge.JudgeNet` for false-positive reduction;

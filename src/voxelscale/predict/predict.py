@@ -8,7 +8,7 @@ from pathlib import Path
 
 from voxelscale.config import PredictConfig, PrepareConfig
 from voxelscale.console import warn
-from voxelscale.data.listing import Source
+from voxelscale.dataset.listing import Source
 from voxelscale.device import default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import write_findings
@@ -32,7 +32,7 @@ def predict(
     all cases. Run again with the same arguments it keeps what is whole and unchanged. Started by torchrun,
     the ranks share the scans out, and what remains of them by windows (`voxelscale.predict.ranks`).
 
-    A scan that cannot be what the model is for (`voxelscale.data.plausible.against`) fails, unless
+    A scan that cannot be what the model is for (`voxelscale.store.plausible.against`) fails, unless
     `config.refuse_unusable` is false.
 
     Args:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from voxelscale.config import PredictConfig, PrepareConfig
-from voxelscale.data.listing import Source
+from voxelscale.dataset.listing import Source
 from voxelscale.model.bundle import Bundle
 from voxelscale.predict.work import Predictions, Together, Work
 from voxelscale.train.distributed import Workers, join

@@ -19,11 +19,9 @@ from torch import nn
 from voxelscale import __version__
 from voxelscale.config import PredictConfig, PrepareConfig
 from voxelscale.console import Progress, count, duration, notice
-from voxelscale.data.listing import Source
-from voxelscale.data.plausible import About, about, against
-from voxelscale.data.prepare import resample_hu, source_stamp
-from voxelscale.data.reading import read_image
-from voxelscale.data.store import AIR_HU, overlap_slices
+from voxelscale.dataset.listing import Source
+from voxelscale.dataset.reading import read_image
+from voxelscale.dataset.stamps import source_stamp
 from voxelscale.device import choose_inference
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
@@ -42,6 +40,9 @@ from voxelscale.infer.sliding_window import Share, Windows, predict_volume
 from voxelscale.lungs import Lungs, body_field, lung_field
 from voxelscale.model.bundle import Bundle
 from voxelscale.model.judge import crop_shape, crop_start
+from voxelscale.store import AIR_HU, overlap_slices
+from voxelscale.store.plausible import About, about, against
+from voxelscale.store.prepare import resample_hu
 
 JUDGED_AT_ONCE = 64
 """Findings in a batch of false-positive reduction."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from voxelscale.config import PrepareConfig
 from voxelscale.console import warn
-from voxelscale.data.listing import Source
-from voxelscale.data.reading import read_image, read_truth
+from voxelscale.dataset.listing import Source
+from voxelscale.dataset.reading import read_image, read_truth
 from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import Finding
 from voxelscale.formats import check_same_place, read_label

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from voxelscale.console import count
-from voxelscale.data.inspect import HU_EDGES, SEVERITIES, Facts, Inspection, Problem
 from voxelscale.geometry import sphere_diameter
 from voxelscale.pages.charts import BOTTOM, chart, draw_axes, round_ticks, small_frame
 from voxelscale.pages.page import notes, wide, write_page
 from voxelscale.report.overlays import WINDOW_NAME, Slice, draw_slice
+from voxelscale.store.inspect import HU_EDGES, SEVERITIES, Facts, Inspection, Problem
 
 MOST_THUMBNAILS = 200
 """About 20 kB each."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from voxelscale.config import PrepareConfig
 from voxelscale.console import count, warn
-from voxelscale.data.listing import Source, list_scans
-from voxelscale.data.names import names_of
+from voxelscale.dataset.listing import Source, list_scans
+from voxelscale.dataset.names import names_of
 from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import Finding, read_findings
 from voxelscale.pages.page import cards, notes, write_page
@@ -54,7 +54,7 @@ def write_findings_page(
 
     Args:
         predictions: ``<case>/mask.nii.gz`` and ``<case>/findings.json``.
-        data: the scans that were predicted, as `voxelscale.data.listing.list_scans` takes them.
+        data: the scans that were predicted, as `voxelscale.dataset.listing.list_scans` takes them.
         out: the page.
         config: how images are read and cases are called.
         run: the folder of the model's training; None: the page does not say how it was trained.

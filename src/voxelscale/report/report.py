@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
 from voxelscale.console import count, duration, warn
-from voxelscale.data.listing import Source, list_scans, list_sources
-from voxelscale.data.names import names_of
+from voxelscale.dataset.listing import Source, list_scans, list_sources
+from voxelscale.dataset.names import names_of
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import LEAST_DIAMETER_MM, match_marks
 from voxelscale.evaluate.text import size_name, text_change, text_value

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from voxelscale.config import Config, to_dict
 from voxelscale.console import notice
-from voxelscale.data.store import Store, open_store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.scale.cost import Interconnect, StepCost, TrainingTime, compare, training_time
@@ -20,6 +19,7 @@ from voxelscale.scale.links import Link, parse_link
 from voxelscale.scale.report import CostedRow, write_results
 from voxelscale.scale.study import Row, Trial, plan, run_study
 from voxelscale.scale.trials import train_trial
+from voxelscale.store import Store, open_store
 from voxelscale.train.judges import require_validation
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from optuna.trial import TrialState, create_trial
 
 from voxelscale.config import Config, SearchConfig, Triple, dump, load, to_dict
 from voxelscale.console import count, notice
-from voxelscale.data.store import open_store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.search.records import IMPORTED, NOTE, OUTCOME, directions, read_results
@@ -23,6 +22,7 @@ from voxelscale.search.results import TrialResult, Value
 from voxelscale.search.sampling import make_pruner, make_sampler, rungs
 from voxelscale.search.space import SECTIONS, Space, read_space
 from voxelscale.search.storage import open_storage
+from voxelscale.store import open_store
 
 DEFINITION = "search.yaml"
 STORAGE = "VOXELSCALE_STORAGE"

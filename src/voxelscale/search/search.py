@@ -13,7 +13,6 @@ from optuna.trial import FrozenTrial
 
 from voxelscale.config import Config, load
 from voxelscale.console import Progress, notice
-from voxelscale.data.store import open_store
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search.definition import Search, begin, write_best
 from voxelscale.search.lease import OWNER, stretches_of
@@ -23,6 +22,7 @@ from voxelscale.search.report import write_report
 from voxelscale.search.results import SearchResults
 from voxelscale.search.storage import patiently
 from voxelscale.search.worker import Place
+from voxelscale.store import open_store
 from voxelscale.train.judges import require_validation
 
 LOOK = 2.0

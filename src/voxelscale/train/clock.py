@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from voxelscale.data.patches import worker_indices
 from voxelscale.errors import VoxelscaleError
+from voxelscale.samples.patches import worker_indices
 
 
 @dataclass(frozen=True, kw_only=True)

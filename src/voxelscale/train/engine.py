@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from voxelscale.config import Config
 from voxelscale.console import Progress, count, duration, notice, warn
-from voxelscale.data.patches import read_ahead
-from voxelscale.data.randomness import generator
 from voxelscale.device import choose_precision, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
+from voxelscale.randomness import generator
+from voxelscale.samples.patches import read_ahead
 from voxelscale.train.checkpoint import State, Trained, Writer, load_newest
 from voxelscale.train.clock import Clock, Step
 from voxelscale.train.distributed import WorkerBuffers, Workers, average_buffers, data_parallel, held_back
@@ -41,7 +41,7 @@ LOG_LINES = 200
 """Training events a run writes to ``metrics.jsonl``, about."""
 
 LAYERS = 3
-"""The stream of a sample's generator (see `voxelscale.data.patches`) that random layers draw from."""
+"""The stream of a sample's generator (see `voxelscale.samples.patches`) that random layers draw from."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,12 @@ from torch.utils.data import IterableDataset, default_collate
 from voxelscale import __version__
 from voxelscale.config import Config
 from voxelscale.console import notice
-from voxelscale.data.order import item_of
-from voxelscale.data.patches import Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_sealed
 from voxelscale.model.bundle import load_untrusted
 from voxelscale.model.norm import SyncBatchNorm
+from voxelscale.samples.order import item_of
+from voxelscale.samples.patches import Source
 from voxelscale.train.distributed import Workers
 from voxelscale.train.engine import Engine, Result
 from voxelscale.train.launch import claim

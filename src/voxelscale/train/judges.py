@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from voxelscale.config import Config
 from voxelscale.console import count, warn
-from voxelscale.data.store import CaseInfo, Store
 from voxelscale.errors import VoxelscaleError
+from voxelscale.store import CaseInfo, Store
 
 TO_VALIDATE = "prepare with scans with lesions in val, by another prepare.split or prepare.seed"
 

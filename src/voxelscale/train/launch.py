@@ -92,8 +92,8 @@ def fit_to_memory(config: Config, store: Path) -> Config:
         )
     import statistics
 
-    from voxelscale.data.store import open_store
     from voxelscale.device import default_device
+    from voxelscale.store import open_store
     from voxelscale.train.memory import fit_patch, with_patch
 
     opened, device = open_store(store), default_device()

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from voxelscale import __version__
 from voxelscale.config import Config
 from voxelscale.console import count, notice
-from voxelscale.data.augment import Normalisation, make_batch
-from voxelscale.data.patches import PatchSource, Sample
-from voxelscale.data.store import Store, open_store
 from voxelscale.device import Arithmetic, choose_arithmetic, choose_precision
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, write_bundle
 from voxelscale.model.losses import dice_cross_entropy
+from voxelscale.samples.augment import Normalisation, make_batch
+from voxelscale.samples.patches import PatchSource, Sample
+from voxelscale.store import Store, open_store
 from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.distributed import Workers, join
 from voxelscale.train.engine import Engine, Result

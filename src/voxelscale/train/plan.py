@@ -22,7 +22,7 @@ from voxelscale.files import write_atomic
 from voxelscale.geometry import IntTriple, Triple
 
 if TYPE_CHECKING:
-    from voxelscale.data.store import Store
+    from voxelscale.store import Store
 
 DEEPEST = 6
 MOST_VOXELS = 160**3
@@ -114,7 +114,7 @@ def tell_plan(config: Config, store: Path, *, unchanged: bool) -> None:
         unchanged: nothing was prepared anew, so that a plan that is there is kept.
     """
     from voxelscale.console import notice
-    from voxelscale.data.store import open_store
+    from voxelscale.store import open_store
 
     path = store / PLAN_FILE
     if unchanged and path.is_file():

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from voxelscale.data.patches import Source
 from voxelscale.errors import VoxelscaleError
+from voxelscale.samples.patches import Source
 
 Table = list[list[float]]
 """Counts or scores, a row a case; exact as float64 up to 2^53."""

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from voxelscale.config import Config
-from voxelscale.data.augment import Normalisation
-from voxelscale.data.store import CaseInfo, Store
 from voxelscale.infer.sliding_window import Windows, predict_volume
+from voxelscale.samples.augment import Normalisation
+from voxelscale.store import CaseInfo, Store
 from voxelscale.train.checkpoint import State
 from voxelscale.train.distributed import Workers, sum_over_ranks
 from voxelscale.train.judges import has_lesions

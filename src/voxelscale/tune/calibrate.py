@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from voxelscale.config import PrepareConfig
 from voxelscale.console import count, warn
-from voxelscale.data.listing import Source
+from voxelscale.dataset.listing import Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.cases import FINDINGS, each_case, predicted_cases
 from voxelscale.evaluate.froc import Placed, match

@@ -20,9 +20,6 @@ from torch.nn import functional as F
 
 from voxelscale.config import Config, PredictConfig
 from voxelscale.console import Progress
-from voxelscale.data.augment import Normalisation
-from voxelscale.data.randomness import generator
-from voxelscale.data.store import CaseInfo, Reader, Store, open_store
 from voxelscale.device import default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import match
@@ -32,6 +29,9 @@ from voxelscale.geometry import Scan, Triple
 from voxelscale.model.bundle import Bundle, bundle_path, read_bundle, write_bundle
 from voxelscale.model.judge import JudgeNet, crop_shape, crop_start
 from voxelscale.predict.work import Predictor, lesions_by
+from voxelscale.randomness import generator
+from voxelscale.samples.augment import Normalisation
+from voxelscale.store import CaseInfo, Reader, Store, open_store
 from voxelscale.train.fitting import fit
 
 FOLDER = "refine"

@@ -1,1 +1,0 @@
-"""From scans to training samples."""

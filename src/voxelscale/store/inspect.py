@@ -1,0 +1,371 @@
+"""A look at a data set before anything is made of it: what is there, and what is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelscale.config import PrepareConfig
+from voxelscale.dataset.listing import Source, detect_layout, list_scans, list_sources
+from voxelscale.dataset.reading import labels_of, read_image
+from voxelscale.errors import VoxelscaleError
+from voxelscale.formats import detect_format
+from voxelscale.geometry import IntTriple, Scan, Triple, reorient, sphere_diameter
+from voxelscale.lungs import lung_field
+from voxelscale.parallel import map_processes
+from voxelscale.store import CaseInfo, Store, open_store
+from voxelscale.store.lesions import lesion_voxels
+from voxelscale.store.plausible import Remark, Severity, about, remarks
+from voxelscale.store.prepare import axis_codes
+from voxelscale.store.spacing import target_spacing
+
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+HU_EDGES = tuple(range(-1200, 1801, 50))
+"""Of the histogram; what lies outside counts to the first and last bin."""
+THUMBNAIL = 224
+"""Pixels along the longer edge, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something that a person should look at.
+
+    Attributes:
+        severity: ``error``: prepare refuses it, or what is learnt from it is wrong; ``warning``: likely
+            a mistake; ``note``: good to know.
+        case: whose; "" of the data set as a whole.
+        text: what, without the case's name.
+    """
+
+    severity: Severity
+    case: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Thumbnail:
+    """The axial slice that has most of the largest lesion, small.
+
+    Attributes:
+        pixels: HU (rows, columns).
+        mask: uint8 of the same shape, every lesion in the slice.
+        spacing: mm between rows, and between columns.
+    """
+
+    pixels: NDArray[np.int16]
+    mask: NDArray[np.uint8]
+    spacing: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What one case is.
+
+    Attributes:
+        case, patient: as the listing has them; the patient is for grouping only and shown nowhere.
+        shape, spacing: voxels and mm (z, y, x), once turned to LPS.
+        axes: where the file's own x, y and z axis point, as ``LPS``.
+        hu: least, 1st percentile, median, 99th percentile and greatest.
+        labelled: whether there is a mask.
+        lesions_mm3: volumes, largest first.
+        lungs_ml: volume of the lungs, or None where they were not found.
+        digest: of the voxels' values, whatever the file or format.
+        histogram: counts between `HU_EDGES`.
+        problems: of this case alone.
+        thumbnail: None where the case has no lesion.
+    """
+
+    case: str
+    patient: str
+    shape: IntTriple
+    spacing: Triple
+    axes: str
+    hu: tuple[float, float, float, float, float]
+    labelled: bool
+    lesions_mm3: tuple[float, ...]
+    lungs_ml: float | None
+    digest: str
+    histogram: tuple[int, ...] = field(repr=False)
+    problems: tuple[Problem, ...]
+    thumbnail: Thumbnail | None = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a data set is.
+
+    Attributes:
+        kind: ``data set`` or ``store``.
+        cases: those that could be read, by name.
+        problems: the most severe first.
+        unreadable: the other cases, each with its error.
+    """
+
+    kind: str
+    cases: tuple[Facts, ...]
+    problems: tuple[Problem, ...]
+    unreadable: tuple[Problem, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without pictures and patients."""
+        hidden = ("patient", "thumbnail", "problems", "histogram")
+        cases = [{f: v for f, v in _plain(facts).items() if f not in hidden} for facts in self.cases]
+        unreadable = [{"case": problem.case, "error": problem.text} for problem in self.unreadable]
+        problems = [asdict(problem) for problem in self.problems]
+        return {"kind": self.kind, "cases": cases, "unreadable": unreadable, "problems": problems}
+
+
+def inspect(
+    data: Path, config: PrepareConfig, layout: str = "auto", annotations: Path | None = None
+) -> Inspection:
+    """Look at every case, in parallel; a broken one becomes a problem and stops nothing.
+
+    Args:
+        data: a data set as `list_sources` takes it, scans as `list_scans` takes them, or a store that
+            `prepare` wrote.
+        config: its `labels`, `consensus`, `fill_gaps` and `workers` count.
+        layout, annotations: as of `list_sources`.
+
+    Raises:
+        VoxelscaleError: there is no data set.
+    """
+    facts: list[Facts] = []
+    problems: list[Problem] = []
+    sources: Sequence[Source] = ()
+    if (data / "dataset.json").is_file() and (data / "cases").is_dir():
+        store = open_store(data)
+        kind, splits = (
+            "store",
+            {name: [c.case for c in store.split(name)] for name in ("train", "val", "test")},
+        )
+        results = _gather(
+            partial(look_at_stored, store), store.cases, lambda info: info.case, config.workers
+        )
+    else:
+        kind, splits = "data set", declared_split(data)
+        sources = _sources(data, layout, annotations)
+        results = _gather(
+            partial(look_at, config=config), sources, lambda source: source.case, config.workers
+        )
+    for name, result in results:
+        if isinstance(result, VoxelscaleError):
+            problems.append(Problem(severity="error", case=name, text=result.message))
+        else:
+            facts.append(result)
+            problems += result.problems
+    facts.sort(key=lambda one: one.case)
+    problems += [*duplicates(facts), *across_splits(facts, splits), *_vanishing(facts)]
+    # The page may be passed on; where the data lie on this machine is nobody's business.
+    problems = _without_places(problems, data, sources)
+    readable = {one.case for one in facts}
+    unreadable = sorted(
+        (p for p in problems if p.severity == "error" and p.case and p.case not in readable),
+        key=lambda p: p.case,
+    )
+    problems.sort(key=lambda p: (SEVERITIES.index(p.severity), p.case, p.text))
+    return Inspection(kind=kind, cases=tuple(facts), problems=tuple(problems), unreadable=tuple(unreadable))
+
+
+def _sources(data: Path, layout: str, annotations: Path | None) -> list[Source]:
+    """The cases of a data set, or the scans that lie there without being one."""
+    if layout != "auto" or detect_layout(data, annotations):
+        return list_sources(data, layout, annotations)
+    if data.is_file():
+        detect_format(data)  # raises where it is no scan at all
+    return list_scans(data)
+
+
+def _without_places(problems: Sequence[Problem], data: Path, sources: Sequence[Source]) -> list[Problem]:
+    """The problems with files as the data set calls them; of hashed cases not even that.
+
+    Folders of DICOM archives are often called after the patient: such a case is called by its hash only.
+    """
+    hashed = {s.case: s for s in sources if s.files and s.case.startswith("case-")}
+    bare = []
+    for problem in problems:
+        text, source = problem.text, hashed.get(problem.case)
+        if source is not None:
+            places = {file: f"file {n} of {source.case}" for n, file in enumerate(source.files, start=1)}
+            places[source.image] = source.case
+            places |= {label: f"the label of {source.case}" for label in source.labels}
+            for place in sorted(places, key=lambda path: -len(str(path))):  # one may begin another
+                text = text.replace(str(place), places[place])
+        bare.append(replace(problem, text=text.replace(f"{data}/", "")))
+    return bare
+
+
+def look_at(source: Source, config: PrepareConfig) -> Facts:
+    """Read one case of a data set.
+
+    Raises:
+        VoxelscaleError: its image is unfit; a fault of its mask becomes a problem.
+    """
+    raw = read_image(source, config.fill_gaps, config.select)
+    image, problems = reorient(raw), []
+    mask = None
+    if not source.labels:
+        problems.append(Problem(severity="note", case=source.case, text="has no mask"))
+    else:
+        try:
+            mask = reorient(labels_of(source, raw, config).mask).array
+        except VoxelscaleError as error:
+            problems.append(Problem(severity="error", case=source.case, text=error.message))
+    names = (source.case, source.patient, axis_codes(raw.grid))
+    return describe(names, image, mask, problems, labelled=bool(source.labels))
+
+
+def look_at_stored(store: Store, info: CaseInfo) -> Facts:
+    """Read one case of a store."""
+    hu, mask = store.read(info.case)
+    image = Scan(hu, info.grid.affine)
+    return describe((info.case, info.patient, axis_codes(info.grid)), image, mask, [], labelled=True)
+
+
+def describe(
+    names: tuple[str, str, str],
+    image: Scan,
+    mask: NDArray[np.uint8] | None,
+    problems: Iterable[Problem],
+    *,
+    labelled: bool,
+) -> Facts:
+    """The facts of a case and what is wrong with it.
+
+    Args:
+        names: case, patient, and the axes' codes.
+        image: HU, turned to LPS.
+        mask: 0 and 1 on the image's voxels, or None.
+        problems: known already.
+    """
+    case, patient, axes = names
+    lesions = lesion_voxels(mask) if mask is not None and mask.any() else []
+    voxel = image.grid.voxel_mm3
+    lungs = lung_field(image)
+    what = about(image, lungs)
+    found = [*remarks(what), *_of_mask(mask, lesions)]
+    if lungs.ok and lesions:
+        flat = lungs.mask.ravel()
+        outside = sum(not flat[voxels].any() for voxels in lesions)
+        if outside:
+            found.append(("warning", f"{outside} of {len(lesions)} lesions lie outside the lungs"))
+    counts, _ = np.histogram(np.clip(image.array, HU_EDGES[0], HU_EDGES[-1]), HU_EDGES)
+    return Facts(
+        case=case,
+        patient=patient,
+        shape=image.grid.shape,
+        spacing=image.spacing,
+        axes=axes,
+        hu=what.values,
+        labelled=labelled,
+        lesions_mm3=tuple(round(len(voxels) * voxel, 3) for voxels in lesions),
+        lungs_ml=round(lungs.volume_ml, 1) if lungs.ok else None,
+        digest=_digest(image.array),
+        histogram=tuple(int(n) for n in counts),
+        problems=(*problems, *(Problem(severity=s, case=case, text=t) for s, t in found)),
+        thumbnail=_thumbnail(image, mask, lesions[0]) if mask is not None and lesions else None,
+    )
+
+
+def _of_mask(mask: NDArray[np.uint8] | None, lesions: Sequence[NDArray[np.int64]]) -> list[Remark]:
+    if mask is None:
+        return []
+    if not lesions:
+        return [("warning", "an empty mask: no voxel of a lesion")]
+    single = sum(len(voxels) == 1 for voxels in lesions)
+    return [("warning", f"{single} of {len(lesions)} lesions are a single voxel")] if single else []
+
+
+def duplicates(facts: Sequence[Facts]) -> list[Problem]:
+    """Cases that hold the very same voxels under several names."""
+    same: dict[str, list[str]] = defaultdict(list)
+    for one in facts:
+        same[one.digest].append(one.case)
+    return [
+        Problem(severity="error", case=cases[0], text=f"has the same voxels as {', '.join(cases[1:])}")
+        for cases in same.values()
+        if len(cases) > 1
+    ]
+
+
+def across_splits(facts: Sequence[Facts], splits: Mapping[str, Sequence[str]]) -> list[Problem]:
+    """Patients, and copies of scans, on several sides of a split: what is measured is then too good."""
+    side_of = {case: name for name, cases in splits.items() for case in cases}
+    found = []
+    for key, what in (("patient", "one patient"), ("digest", "the same voxels")):
+        groups: dict[str, list[str]] = defaultdict(list)
+        for one in facts:
+            if one.case in side_of:
+                groups[getattr(one, key)].append(one.case)
+        for cases in groups.values():
+            if len({side_of[case] for case in cases}) > 1:
+                where = ", ".join(f"{case} ({side_of[case]})" for case in cases)
+                text = f"{what} on several sides of the split: {where}"
+                found.append(Problem(severity="error", case=cases[0], text=text))
+    return found
+
+
+def declared_split(data: Path) -> dict[str, list[str]]:
+    """The first fold of nnU-Net's ``splits_final.json`` in the data set's folder, if it is there."""
+    path = (data if data.is_dir() else data.parent) / "splits_final.json"
+    try:
+        if path.stat().st_size > 2**26:
+            return {}
+        fold = json.loads(path.read_text(encoding="utf-8"))[0]
+        return {str(name): [str(case) for case in cases] for name, cases in fold.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def _vanishing(facts: Sequence[Facts]) -> list[Problem]:
+    """Lesions that take less than a voxel of the spacing that `prepare` would choose."""
+    if not facts:
+        return []
+    spacing, _ = target_spacing([f.spacing for f in facts], [f.shape for f in facts])
+    voxel = float(np.prod(spacing))
+    found = []
+    for one in facts:
+        if small := sum(volume < 0.999 * voxel for volume in one.lesions_mm3):
+            words = " x ".join(f"{s:g}" for s in spacing)
+            text = f"{small} lesions smaller than a voxel of {words} mm, the data set's planned spacing"
+            found.append(Problem(severity="warning", case=one.case, text=text))
+    return found
+
+
+def _thumbnail(image: Scan, mask: NDArray[np.uint8], largest: NDArray[np.int64]) -> Thumbnail:
+    depth, rows, columns = image.array.shape
+    z = int(np.argmax(np.bincount(largest // (rows * columns), minlength=depth)))
+    step = max(1, -(-max(rows, columns) // THUMBNAIL))
+    there = mask[z]
+    missing = [(0, -n % step) for n in there.shape]
+    blocks = np.pad(there, missing).reshape(-(-rows // step), step, -(-columns // step), step)
+    pixels = np.clip(image.array[z, ::step, ::step], -2000, 3000).astype(np.int16)
+    # The greatest of a block: a lesion of one voxel must not slip through.
+    spacing = (image.spacing[1] * step, image.spacing[2] * step)
+    return Thumbnail(pixels=pixels, mask=blocks.max(axis=(1, 3)), spacing=spacing)
+
+
+def _digest(array: NDArray[Any]) -> str:
+    """Of values and shape; the same for float32 and int16 where the values are."""
+    whole = np.ascontiguousarray(array, np.float32)
+    return hashlib.sha256(repr(whole.shape).encode() + whole.tobytes()).hexdigest()[:16]
+
+
+def _gather(
+    work: Callable[[Any], Facts], items: Sequence[Any], name: Callable[[Any], str], workers: int
+) -> list[tuple[str, Facts | VoxelscaleError]]:
+    done = map_processes(work, items, label="inspect", name=name, workers=workers)
+    return [(name(item), result) for item, result in done]
+
+
+def _plain(facts: Facts) -> dict[str, Any]:
+    values = {name: getattr(facts, name) for name in Facts.__dataclass_fields__}
+    return values | {"diameters_mm": [round(sphere_diameter(v), 2) for v in facts.lesions_mm3]}

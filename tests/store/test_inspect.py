@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.conftest import Command
+from tests.formats.test_formats import write_series
+from typer.testing import CliRunner
+
+from voxelscale.cli import app
+from voxelscale.config import PrepareConfig
+from voxelscale.dataset.listing import list_scans, list_sources
+from voxelscale.dataset.names import Names
+from voxelscale.formats import read_scan
+from voxelscale.geometry import Scan, reorient
+from voxelscale.report.dataset import write_dataset_page
+from voxelscale.store import Store
+from voxelscale.store.inspect import across_splits, describe, inspect
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Nesting(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_faults_are_named_and_names_escaped(scans: Path, tmp_path: Path) -> None:
+    images = sorted((scans / "images").iterdir())
+    labels = sorted((scans / "labels").iterdir())
+    data = tmp_path / "set"
+    data.mkdir()
+    shutil.copy(images[0], data / "copy.nii.gz")
+    (data / "torn.nii.gz").write_bytes(images[1].read_bytes()[:500])
+    name = '<b>&amp;"x"'
+    quoted = '"<b>&amp;""x"""'
+    rows = [
+        f"first,{images[0]},{labels[0]}",
+        f"second,{data / 'copy.nii.gz'},{labels[0]}",
+        f"torn,{data / 'torn.nii.gz'},{labels[1]}",
+        f"{quoted},{images[2]},{labels[2]}",
+        f"swapped,{images[3]},{labels[4]}",
+    ]
+    (data / "dataset.csv").write_text("\n".join(["case,image,label", *rows]) + "\n")
+    found = inspect(data, PrepareConfig(workers=1))
+    told = {(p.severity, p.case) for p in found.problems}
+    assert any("same voxels" in p.text for p in found.problems)
+    assert {("error", "torn"), ("error", "swapped")} <= told
+    write_dataset_page(found, data.name, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    nesting = Nesting()
+    nesting.feed(page)
+    assert not nesting.open
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    assert name not in page
+    assert str(tmp_path) not in page
+
+
+def test_a_store(store: Store) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(store.path), "--json"])
+    assert result.exit_code == 0
+    told = json.loads(result.stdout)
+    assert told["kind"] == "store"
+    volumes = {case["case"]: case["lesions_mm3"] for case in told["cases"]}
+    for info in store.cases:
+        assert volumes[info.case] == pytest.approx(info.lesion_volumes_mm3)
+
+
+def test_intercept_empty_mask_outside_and_split(scans: Path) -> None:
+    image = reorient(read_scan(list_sources(scans)[0].image))
+    blank = np.zeros(image.array.shape, np.uint8)
+    corner = blank.copy()
+    corner[:2, :2, :2] = 1
+    unsigned = Scan((image.array + 1024).clip(0).astype(np.int16), image.affine)
+    one = describe(("a", "p", "LPS"), image, blank, [], labelled=True)
+    two = describe(("b", "p", "LPS"), unsigned, corner, [], labelled=True)
+    three = describe(("c", "q", "LPS"), image, corner, [], labelled=True)
+    assert any("empty mask" in p.text for p in one.problems)
+    assert any("intercept" in p.text for p in two.problems)
+    assert any("1 of 1 lesions lie outside" in p.text for p in three.problems)
+    found = across_splits([one, two, three], {"train": ["a"], "val": ["b", "c"]})
+    assert {p.text.split(" on ")[0] for p in found} == {"one patient", "the same voxels"}
+
+
+def test_plain_scans_are_looked_at_as_predict_takes_them(
+    voxelscale: Command, scans: Path, tmp_path: Path
+) -> None:
+    """One file, and files and a DICOM series at any depth of a folder, without labels."""
+    one, two = (source.image for source in list_sources(scans)[:2])
+    code, out, err = voxelscale("inspect", one)
+    assert code == 0, err
+    assert "no mask" in out
+    (tmp_path / "tree" / "deep" / "p1").mkdir(parents=True)
+    shutil.copy(one, tmp_path / "tree" / "ct.nii.gz")
+    shutil.copy(two, tmp_path / "tree" / "deep" / "p1" / "ct.nii.gz")
+    code, out, err = voxelscale("inspect", tmp_path / "tree", "--json")
+    assert code == 0, err
+    assert [case["case"] for case in json.loads(out)["cases"]] == ["ct", "deep-p1-ct"]
+    write_series(tmp_path / "tree" / "series", read_scan(one))
+    listed = list_scans(tmp_path / "tree", names=Names(how="file"))
+    assert [source.case for source in listed] == ["ct", "deep-p1-ct", "series"]
+    code, out, err = voxelscale("inspect", tmp_path / "tree", "--json")
+    assert code == 0
+    assert len(json.loads(out)["cases"]) == 1
+    assert "2 files in other formats, as ct.nii.gz, not read" in err
+    (tmp_path / "notes.txt").write_text("not a scan")
+    code, _, err = voxelscale("inspect", tmp_path / "notes.txt")
+    assert code == 2
+    assert "not a scan in a known format" in err
+
+
+def test_unreadable_cases_are_in_the_table(voxelscale: Command, scans: Path, tmp_path: Path) -> None:
+    image = list_sources(scans)[0].image
+    shutil.copy(image, tmp_path / "good.nii.gz")
+    (tmp_path / "torn.nii.gz").write_bytes(image.read_bytes()[:500])
+    page = tmp_path / "out" / "page.html"
+    code, out, _ = voxelscale("inspect", tmp_path, page)
+    assert code == 0
+    (line,) = (line for line in out.splitlines() if line.startswith("torn"))
+    assert "cannot be read: torn.nii.gz" in line
+    assert '<td>torn</td><td colspan="8">cannot be read: torn.nii.gz' in page.read_text()
+    told = json.loads(voxelscale("inspect", tmp_path, "--json")[1])
+    assert [case["case"] for case in told["unreadable"]] == ["torn"]
