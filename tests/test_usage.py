@@ -159,8 +159,8 @@ def test_completion_is_shown_for_the_shell(shell: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("evaluate predictions scans", "the same command begins again"),
-        ("predict run scans out", "the same command goes on where this one stopped"),
+        ("evaluate predictions scans", "the same command starts again from the beginning"),
+        ("predict run scans out", "the same command resumes where this one stopped"),
     ],
 )
 def test_ctrl_c_promises_only_what_is_true(

@@ -58,7 +58,7 @@ def scan() -> Scan:
 def test_its_probability_is_the_mean(
     voxelscale: Command, models: list[Path], tmp_path: Path, lungs: bool
 ) -> None:
-    assert voxelscale("ensemble", tmp_path / "all.vxs", *models)[0] == 0
+    assert voxelscale("ensemble", *models, "--out", tmp_path / "all.vxs")[0] == 0
     config = replace(read_bundle(models[0]).config.predict, lungs=lungs)
     parts = [
         Predictor(read_bundle(path), config, CPU, torch.float32).probability(scan()) for path in models
@@ -69,7 +69,7 @@ def test_its_probability_is_the_mean(
 
 
 def test_it_is_a_model_as_any(voxelscale: Command, models: list[Path], scans: Path, tmp_path: Path) -> None:
-    code, out, err = voxelscale("--quiet", "ensemble", tmp_path / "all.vxs", *models)
+    code, out, err = voxelscale("--quiet", "ensemble", *models, "--out", tmp_path / "all.vxs")
     assert (code, err, out) == (0, "", f"3 networks in {tmp_path / 'all.vxs'}\n")
     bundle = read_bundle(tmp_path / "all.vxs")
     assert bundle.calibration is None, "a calibration is of one model's scores"
@@ -83,11 +83,23 @@ def test_it_is_a_model_as_any(voxelscale: Command, models: list[Path], scans: Pa
 
 def test_ensembles_give_their_networks(voxelscale: Command, models: list[Path], tmp_path: Path) -> None:
     two, all_, same = (tmp_path / name for name in ("two.vxs", "all.vxs", "same.vxs"))
-    assert voxelscale("ensemble", two, *models[:2])[0] == 0
-    assert voxelscale("ensemble", all_, two, models[2])[0] == 0
-    assert voxelscale("ensemble", same, *models)[0] == 0
+    assert voxelscale("ensemble", *models[:2], "--out", two)[0] == 0
+    assert voxelscale("ensemble", two, models[2], "--out", all_)[0] == 0
+    assert voxelscale("ensemble", *models, "--out", same)[0] == 0
     assert len(read_bundle(all_).networks) == 3
     assert read_bundle(all_).identity == read_bundle(same).identity != read_bundle(two).identity
+
+
+def test_the_output_may_come_first_but_no_model_is_overwritten(
+    voxelscale: Command, models: list[Path], tmp_path: Path
+) -> None:
+    """The command's former form, `ensemble OUT MODELS...`, still works where OUT does not exist."""
+    assert voxelscale("ensemble", tmp_path / "new.vxs", *models)[0] == 0
+    before = (models[0] / "model.vxs").read_bytes()
+    code, _, err = voxelscale("ensemble", models[0] / "model.vxs", *models[1:])
+    assert code == 2
+    assert "missing option --out" in err
+    assert (models[0] / "model.vxs").read_bytes() == before
 
 
 def test_identity_is_of_what_makes_the_scores(tiny: Config) -> None:
@@ -106,10 +118,11 @@ def test_identity_is_of_what_makes_the_scores(tiny: Config) -> None:
 def test_mistakes_are_told(voxelscale: Command, models: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "all.vxs"
     for arguments, words in (
-        ([out, models[0]], "an ensemble of 1"),
-        ([out, models[0], models[1], models[0] / "model.vxs"], "holds the same weights as"),
-        ([out, models[0], tmp_path / "none"], "none"),
-        ([tmp_path / "all", models[0], models[1]], "no name for a model file"),
+        ([models[0], "--out", out], "an ensemble of 1"),
+        ([models[0], models[1], models[0] / "model.vxs", "--out", out], "holds the same weights as"),
+        ([models[0], tmp_path / "none", "--out", out], "none"),
+        ([models[0], models[1], "--out", tmp_path / "all"], "no name for a model file"),
+        ([models[0], models[1]], "missing option --out"),
     ):
         code, _, err = voxelscale("ensemble", *arguments)
         assert (code, len(err.strip().splitlines())) == (2, 2)

@@ -161,7 +161,7 @@ def test_in_an_ensemble_each_network_keeps_its_own(
 ) -> None:
     other = {name: weight * 1.01 for name, weight in untrained.weights.items()}
     write_bundle(tmp_path / "other.vxs", replace(untrained, weights=other))
-    assert voxelscale("ensemble", tmp_path / "all.vxs", tmp_path / "other.vxs", refined)[0] == 0
+    assert voxelscale("ensemble", tmp_path / "other.vxs", refined, "--out", tmp_path / "all.vxs")[0] == 0
     both = read_bundle(tmp_path / "all.vxs")
     assert [one.judge is not None for one in both.networks] == [False, True]
     config = read_bundle(refined).config.predict

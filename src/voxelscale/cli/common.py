@@ -35,24 +35,25 @@ def _keys() -> list[str]:
 
 
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="YAML with any of the config's keys.")
+    Path | None, typer.Option("--config", metavar="FILE", help="YAML file with any of the config's keys.")
 ]
 Sets = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="One config key, as train.samples=4000; repeatable.",
+        help="Set one config key, such as train.samples=4000; repeatable.",
         autocompletion=_keys,
     ),
 ]
 
 Layout = Annotated[
-    str, typer.Option(help="How the data set is laid out: csv, folders, msd, nnunet, lidc, luna16, dicom.")
+    str,
+    typer.Option(help="Layout of the data set: auto, csv, folders, msd, nnunet, lidc, luna16 or dicom."),
 ]
 Annotations = Annotated[
     Path | None,
-    typer.Option(help="Where XML, tables, SEG or RTSTRUCT lie, if elsewhere."),
+    typer.Option(help="Folder of XML, tables, SEG or RTSTRUCT, if not the data set's own."),
 ]
 
 
@@ -62,13 +63,13 @@ Verb = Callable[..., int | None]
 def verb(
     group: str, *, goes_on: bool = False, to: typer.Typer = app, name: str | None = None
 ) -> Callable[[Verb], Verb]:
-    """A command whose errors are two lines and exit code 2, and that ends well on Ctrl-C.
+    """Register a command. Its errors are two lines with exit code 2; Ctrl-C ends it with exit code 130.
 
     Args:
-        group: under which the help lists it.
-        goes_on: whether the same command, given again, keeps what an interrupted one has done.
-        to: the commands that it becomes one of.
-        name: where it is not the function's.
+        group: heading in the help.
+        goes_on: whether the same command, given again, resumes an interrupted one.
+        to: the application or group of commands that it belongs to.
+        name: name of the command; None: that of the function.
     """
 
     def register(command: Verb) -> Verb:
@@ -80,14 +81,14 @@ def verb(
                 tell(error.message, error.hint)
                 code = 2
             except OSError as error:
-                # A disk that fails or fills, a share that goes away: not worth a traceback.
+                # A full or failing disk, a network share that is gone: a traceback would not help.
                 tell(
                     f"{error.filename or 'input or output'}: {error.strerror or error}",
                     "check the disk and its permissions",
                 )
                 code = 2
             except KeyboardInterrupt:
-                again = "goes on where this one stopped" if goes_on else "begins again"
+                again = "resumes where this one stopped" if goes_on else "starts again from the beginning"
                 tell("interrupted", f"the same command {again}")
                 code = 130
             raise typer.Exit(code)
@@ -108,14 +109,14 @@ app.add_typer(
 
 
 def tell(message: str, hint: str) -> None:
-    """An error on stderr, in two lines."""
+    """Print an error and its hint to stderr, one line each."""
     print(f"error: {message}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
 
 
 def tell_failed(failed: Sequence[tuple[str, str, str]], verb: str) -> int:
-    """Each failed case with its fault, then how many; the exit code."""
+    """Print the error of each failed case, then their number; return the exit code."""
     for _, message, hint in failed:
         tell(message, hint)
     if failed:
@@ -125,7 +126,7 @@ def tell_failed(failed: Sequence[tuple[str, str, str]], verb: str) -> int:
 
 
 def rows_of(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The failed cases of a summary, as `tell_failed` takes them."""
+    """The failed cases of a summary, in the form that `tell_failed` takes."""
     return [(f["case"], f["error"], f["hint"]) for f in summary["failed"]]
 
 
@@ -147,27 +148,22 @@ def common(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Details, too.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print results and errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print details as well.")] = False,
 ) -> None:
     """From a folder of CT scans to a model that finds lesions.
 
     \b
-    voxelscale inspect scans/ scans.html              what is there, and what is wrong with it
-    voxelscale prepare scans/ store/                  check, resample and store scans and masks
-    voxelscale train store/ run/                      train a U-Net; Ctrl-C saves, again goes on
-    voxelscale search store/ search/                  find better settings, on all devices at once
-    voxelscale scale store/ study/                    what N workers do to time and Dice
-    voxelscale predict run/ new_scans/ predictions/   masks and findings in patient mm
-    voxelscale evaluate predictions/ scans/           Dice, surfaces, sensitivity, FROC
-    voxelscale compare predictions/ others/ scans/    whether one model is better than another
-    voxelscale froc findings.csv --annotations ...    a submission scored as LUNA16 does
-    voxelscale calibrate run/ val/ scans/             confidence that means what it says
-    voxelscale refine run/ store/                     false-positive reduction by a second network
-    voxelscale ensemble all.vxs run1/ run2/           several models as one
-    voxelscale report predictions/ scans/ --run run/  one HTML page
+    voxelscale inspect scans/ --out scans.html        what the data set holds, and what is wrong with it
+    voxelscale prepare scans/ store/                  check, resample and store it
+    voxelscale train store/ run/                      train a U-Net; the same command resumes
+    voxelscale predict run/ new_scans/ predictions/   write masks and findings
+    voxelscale evaluate predictions/ scans/           Dice, sensitivity, FROC, with intervals
+    voxelscale report predictions/ scans/ --run run/  write one HTML page
 
-    No scans at hand: voxelscale phantom scans/ makes synthetic ones, and voxelscale quickstart does
-    all of it in a few minutes. Every parameter is a key of one config tree; voxelscale config prints it.
+    New here? `voxelscale quickstart` does all of this on synthetic scans, in minutes. The folder that a
+    command writes is its last argument; a single file, or another folder than usual, is --out. Every
+    parameter is a key of one config: `voxelscale config` prints all of them, --set changes one. Each
+    command's --help has examples.
     """
     set_verbosity(0 if quiet else 2 if verbose else 1)

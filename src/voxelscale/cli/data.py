@@ -16,30 +16,30 @@ from voxelscale.files import check_output
 @verb("Data", goes_on=True)
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write: images/, labels/, dataset.csv.")],
-    cases: Annotated[int | None, typer.Option(help="How many scans (phantom.cases).")] = None,
+    cases: Annotated[int | None, typer.Option(help="Number of scans (phantom.cases).")] = None,
     into: Annotated[
-        list[Path] | None, typer.Option(help="A real scan, or a data set of them, to put nodules into.")
+        list[Path] | None, typer.Option(help="A scan or a data set to put nodules into; repeatable.")
     ] = None,
-    copies: Annotated[int, typer.Option(min=1, help="With --into: how many of each scan.")] = 1,
-    originals: Annotated[bool, typer.Option(help="With --into: list the scans as they are, too.")] = False,
+    copies: Annotated[int, typer.Option(min=1, help="With --into: copies of each scan.")] = 1,
+    originals: Annotated[bool, typer.Option(help="With --into: list the unchanged scans as well.")] = False,
     layout: Layout = "auto",
     annotations: Annotations = None,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> int:
-    """Make synthetic chest CTs with nodules, or put nodules into real ones.
+    """Make synthetic chest CTs, or put nodules into real ones.
 
     \b
     voxelscale phantom scans/ --cases 20
     voxelscale phantom scans/ --cases 5 --set phantom.seed=7 --set phantom.diameter_mm=[3,10]
     voxelscale phantom more/ --into scan.nii.gz --into LIDC-IDRI/ --copies 3
 
-    Case c is a pure function of (phantom.seed, c). Run again with more --cases it adds to the folder.
+    Case c depends on phantom.seed and c alone: the same command with more --cases adds to the folder.
 
-    With --into each copy of a scan gets phantom.nodules nodules in its lungs, clear of the lesions it has;
-    its mask holds both, nodules.csv says where the new ones are, how large and of which kind. Everywhere
-    else the copy is the scan, voxel by voxel. All copies keep the scan's patient. Use them as more
-    training data, or to measure which nodules a model finds.
+    With --into, each copy of a scan gets new nodules in its lungs (phantom.nodules), away from the lesions
+    it has. Its mask holds both. nodules.csv has position, size and kind of the new ones. Every other voxel
+    keeps its value. All copies belong to the scan's patient. Use them as more training data, or to measure
+    which nodules a model finds.
     """
     check_output(out)
     from voxelscale.phantom import dataset
@@ -61,7 +61,9 @@ def phantom(
 
 @verb("Data", goes_on=True)
 def prepare(
-    data: Annotated[Path, typer.Argument(help="CSV with the columns image,label, or a data set's folder.")],
+    data: Annotated[
+        Path, typer.Argument(help="Folder of a data set, or a CSV with the columns image,label.")
+    ],
     store: Annotated[Path, typer.Argument(help="Folder of the training store to write.")],
     layout: Layout = "auto",
     annotations: Annotations = None,
@@ -75,15 +77,15 @@ def prepare(
     voxelscale prepare cases.csv store/ --set prepare.spacing=[2,1,1] --set prepare.split=[1,0,0]
     voxelscale prepare Task06_Lung/ store/
 
-    DATA is a CSV (image,label and optionally case,patient; paths from the CSV's folder), a folder with
-    images/ and labels/, or a data set as the Medical Segmentation Decathlon, nnU-Net, LIDC-IDRI or LUNA16
-    deliver it, or any tree of DICOM series with SEG or RTSTRUCT. What was recognised is said. Images:
-    NIfTI, MetaImage, NRRD, DICOM; labels: masks, SEG, RTSTRUCT, LIDC's XML, LUNA16's tables.
+    DATA is one of: a folder with images/ and labels/; a CSV (image,label and optionally case,patient; paths
+    relative to the CSV); a data set of the Medical Segmentation Decathlon, nnU-Net, LIDC-IDRI or LUNA16 as
+    downloaded; any tree of DICOM series with SEG or RTSTRUCT. The layout is recognised and printed.
+    Images are NIfTI, MetaImage, NRRD or DICOM; labels are masks, SEG, RTSTRUCT, LIDC XML or LUNA16 tables.
 
-    DICOM cases are called by a keyed hash (prepare.names), the same in every command of a user. Which
-    path and series each case is stands in store/names.csv, which is for you alone: do not share it.
-    A case that cannot be used is named with its fault and the others go on; the exit code is then 2.
-    Patch, depth and batch are planned into store/plan.yaml, for voxelscale train --config.
+    DICOM cases are named by a keyed hash (prepare.names), which is the same in all your commands.
+    store/names.csv lists the path and series of each case: it identifies patients, do not share it.
+    A case that cannot be used is reported and the others are prepared; the exit code is then 2.
+    A plan of patch, depth and batch is written to store/plan.yaml, for voxelscale train --config.
     """
     check_output(store)
     from voxelscale.dataset.listing import list_sources
@@ -108,23 +110,25 @@ def prepare(
 
 @verb("Data")
 def inspect(
-    data: Annotated[Path, typer.Argument(help="A data set as for prepare, or a store.")],
-    out: Annotated[Path | None, typer.Argument(help="HTML page to write.")] = None,
+    data: Annotated[Path, typer.Argument(help="Data set, as for prepare, or a store.")],
+    page: Annotated[Path | None, typer.Argument(help="Former form of --out.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="HTML page to write.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     layout: Layout = "auto",
     annotations: Annotations = None,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> None:
-    """Look at a data set: what is there, and what is wrong with it.
+    """Show what a data set holds, and what is wrong with it.
 
     \b
     voxelscale inspect scans/
-    voxelscale inspect scans/ scans.html
+    voxelscale inspect scans/ --out scans.html
     voxelscale inspect store/ --json
 
-    Nothing is changed. Problems are listed by severity and the exit code is 0 all the same.
+    Nothing is changed. Problems are listed by severity; they do not change the exit code.
     """
+    out = out or page
     if out is not None:
         check_output(out, file=True)
     from voxelscale.report.dataset import headline, text_table, write_dataset_page

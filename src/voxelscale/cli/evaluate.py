@@ -1,4 +1,4 @@
-"""Commands that measure: evaluate, compare, froc, report."""
+"""Commands that score predictions: evaluate, compare, froc, report."""
 
 from __future__ import annotations
 
@@ -23,26 +23,29 @@ from voxelscale.files import check_output
 
 @verb("Evaluation")
 def evaluate(
-    predictions: Annotated[Path, typer.Argument(help="What voxelscale predict wrote.")],
-    data: Annotated[Path, typer.Argument(help="The data set with the true masks, as for prepare.")],
-    out: Annotated[Path | None, typer.Option(help="Folder to write; PREDICTIONS where not said.")] = None,
+    predictions: Annotated[Path, typer.Argument(help="Folder that voxelscale predict wrote.")],
+    data: Annotated[Path, typer.Argument(help="Data set with the true masks, as for prepare.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder to write; by default PREDICTIONS.")
+    ] = None,
     layout: Layout = "auto",
     annotations: Annotations = None,
     config: ConfigFile = None,
     set_: Sets = None,
     all_: Annotated[
-        bool, typer.Option("--all", help="Score cases without a prediction, too: nothing was found there.")
+        bool, typer.Option("--all", help="Also score cases without a prediction, as if nothing was found.")
     ] = False,
 ) -> int:
-    """Score predictions: Dice, surfaces, sensitivity, FROC.
+    """Score predictions: Dice, surface distances, sensitivity, FROC.
 
     \b
     voxelscale evaluate predictions/ scans/
 
-    Dice, surface Dice and HD95 of each case; lesions by size, and synthetic ones by kind, margin and place;
-    FROC by LUNA16's rule; components matched by IoU. docs/measures.md says how each is counted.
-    Writes evaluation.json and cases.csv. Cases without a true mask are left out, or are healthy with
-    prepare.allow_empty=true. A case that predict was asked for and that has no prediction is an error.
+    Dice, surface Dice and HD95 per case; sensitivity by lesion size, and by kind, margin and place for
+    synthetic nodules; FROC by LUNA16's rule; components matched by IoU; 95 % intervals. docs/measures.md
+    defines each. Writes evaluation.json and cases.csv. Cases without a true mask are left out; with
+    prepare.allow_empty=true they count as healthy. A case that predict was to predict and did not is an
+    error.
     """
     check_output(out or predictions)
     from voxelscale.evaluate.evaluate import evaluate_folder
@@ -59,26 +62,26 @@ def evaluate(
 
 @verb("Evaluation")
 def compare(
-    predictions_a: Annotated[Path, typer.Argument(help="What voxelscale predict wrote.")],
-    predictions_b: Annotated[Path, typer.Argument(help="The same of another model.")],
-    data: Annotated[Path, typer.Argument(help="The data set with the true masks, as for prepare.")],
+    predictions_a: Annotated[Path, typer.Argument(help="Predictions of model A, from voxelscale predict.")],
+    predictions_b: Annotated[Path, typer.Argument(help="Predictions of model B.")],
+    data: Annotated[Path, typer.Argument(help="Data set with the true masks, as for prepare.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write, too.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the bootstrap.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file to write.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of the bootstrap.")] = 0,
     layout: Layout = "auto",
     annotations: Annotations = None,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> int:
-    """Say whether one model is better than another.
+    """Compare two models on the same scans, with p-values.
 
     \b
     voxelscale compare predictions/ other_predictions/ scans/
     voxelscale compare predictions/ other_predictions/ scans/ --json
 
-    On the cases that both predicted: the difference of mean Dice, of CPM and of sensitivity at 1 FP/scan,
-    A less B, with 95 % intervals and two-sided p-values by paired bootstrap over scans; of Dice by
-    Wilcoxon's signed ranks, too.
+    On the cases that both predicted: the differences A - B of mean Dice, CPM and sensitivity at 1 false
+    positive per scan, with 95 % intervals and two-sided p-values by paired bootstrap over scans. For Dice
+    also Wilcoxon's signed-rank test.
     """
     if out is not None:
         check_output(out, file=True)
@@ -102,24 +105,24 @@ def compare(
 def froc(
     submission: Annotated[Path, typer.Argument(help="CSV: seriesuid,coordX,coordY,coordZ,probability.")],
     annotations: Annotated[Path, typer.Option(help="CSV of the nodules, with diameter_mm.")],
-    series: Annotated[Path, typer.Option(help="The scans, a SeriesInstanceUID a line.")],
+    series: Annotated[Path, typer.Option(help="File of the scans, one SeriesInstanceUID per line.")],
     excluded: Annotated[
         Path | None, typer.Option(help="CSV of findings that are ignored in scoring.")
     ] = None,
-    against: Annotated[Path | None, typer.Option(help="Another submission, to compare with.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Second submission, to compare with.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write, too.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the bootstrap.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file to write.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of the bootstrap.")] = 0,
 ) -> None:
-    """Score a submission to LUNA16 as the challenge does.
+    """Score a LUNA16 submission as the challenge does.
 
     \b
     voxelscale froc findings.csv --annotations annotations.csv --excluded annotations_excluded.csv \\
         --series seriesuids.csv
     voxelscale froc a.csv --against b.csv --annotations annotations.csv --series seriesuids.csv --json
 
-    Sensitivity at 1/8 to 8 false positives per scan, their mean (CPM) and the challenge's counts, with
-    95 % intervals by bootstrap over scans. --against adds the difference of CPM, its interval and p.
+    Sensitivity at 1/8 to 8 false positives per scan, their mean (CPM) and the challenge's counts, with 95 %
+    intervals by bootstrap over scans. --against adds the difference in CPM, its interval and p-value.
     """
     if out is not None:
         check_output(out, file=True)
@@ -139,25 +142,27 @@ def froc(
 
 @verb("Evaluation")
 def report(
-    predictions: Annotated[Path, typer.Argument(help="What voxelscale predict wrote.")],
-    data: Annotated[Path, typer.Argument(help="The scans, or the data set with true masks.")],
-    evaluation: Annotated[Path | None, typer.Option(help="Where evaluation.json is, if elsewhere.")] = None,
-    run: Annotated[Path | None, typer.Option(help="The training's folder, for its curves.")] = None,
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    predictions: Annotated[Path, typer.Argument(help="Folder that voxelscale predict wrote.")],
+    data: Annotated[Path, typer.Argument(help="Scans, or the data set with the true masks.")],
+    evaluation: Annotated[
+        Path | None, typer.Option(help="Folder of evaluation.json; by default PREDICTIONS.")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="Folder of the training run, for its curves.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="HTML page to write.")] = Path("report.html"),
     layout: Layout = "auto",
     annotations: Annotations = None,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> None:
-    """Write one self-contained HTML page.
+    """Write one self-contained HTML page about predictions.
 
     \b
     voxelscale report predictions/ scans/ --run run/ --out report.html
-    voxelscale report predictions/ dicom_folder/              findings alone, of scans without masks
+    voxelscale report predictions/ dicom_folder/              scans without masks: findings only
 
-    With true masks it shows what voxelscale evaluate measured: curves, intervals, the best and the worst
-    case, the most confident false positive and the largest missed lesion. Without them it lists each scan's
-    findings with their positions and shows the most confident ones.
+    With true masks the page shows what voxelscale evaluate measured: curves, intervals, the best and the
+    worst case, the most confident false positive and the largest missed lesion. Without them it lists the
+    findings of each scan with their positions, and shows the most confident ones.
     """
     check_output(out, file=True)
     from voxelscale.report.report import write_report

@@ -19,17 +19,19 @@ def _rounded(value: float | None) -> float | None:
 
 @verb("Help", goes_on=True)
 def quickstart(
-    out: Annotated[Path, typer.Argument(help="Folder for everything.")] = Path("quickstart"),
+    out: Annotated[Path, typer.Argument(help="Folder of all results.")] = Path("quickstart"),
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> None:
-    """Do all of it on synthetic scans, in minutes.
+    """Run all steps on synthetic scans, in minutes.
 
     \b
     voxelscale quickstart
     voxelscale quickstart trial/ --set train.samples=2000
 
-    The last line printed is JSON with dice, sensitivity_at_1_fp, seconds and report.
+    Makes scans, prepares them, trains, predicts the test scans, evaluates and writes a report. After Ctrl-C
+    the same command resumes. The last line printed is JSON with dice, sensitivity_at_1_fp, seconds and
+    report.
     """
     check_output(out)
     from voxelscale.evaluate.text import text_value
@@ -39,7 +41,7 @@ def quickstart(
     result = run_quickstart(out, quickstart_config(config, tuple(set_ or ())))
     total = sum(result.seconds.values())
     laps = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items())
-    print(f"Dice on scans never seen: {text_value(result.dice)}")
+    print(f"Dice on the test scans: {text_value(result.dice)}")
     print(f"sensitivity at 1 false positive per scan: {text_value(result.sensitivity_at_1_fp)}")
     print(f"time: {duration(total)} ({laps})")
     print(f"report: {result.report}")
@@ -56,15 +58,18 @@ def quickstart(
 def config(
     config: ConfigFile = None,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table of all keys and defaults (docs/config.md).")
+        bool, typer.Option("--markdown", help="Print a table of all keys instead, as docs/config.md.")
     ] = False,
     set_: Sets = None,
 ) -> None:
-    """Print the whole config tree as YAML, with a comment on every key.
+    """Print the config as YAML, with a comment on every key.
 
     \b
     voxelscale config > mine.yaml
     voxelscale train store/ run/ --config mine.yaml
+    voxelscale train store/ run/ --config mine.yaml --set optim.lr=0.002
+
+    --config replaces defaults, --set replaces both.
     """
     from voxelscale import config_docs
 

@@ -1,4 +1,4 @@
-"""The command that looks at scans: predict."""
+"""The command predict."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from voxelscale.files import check_output
 
 @verb("Prediction", goes_on=True)
 def predict(
-    model: Annotated[Path, typer.Argument(help="A run's folder, a model.vxs, or an ensemble's file.")],
-    scans: Annotated[Path, typer.Argument(help="A scan, a DICOM folder, a folder of scans, or a CSV.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    store: Annotated[Path | None, typer.Option(help="Look only at cases of this store's --split.")] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    model: Annotated[Path, typer.Argument(help="Folder of a run, or a model file.")],
+    scans: Annotated[Path, typer.Argument(help="Scan, DICOM folder, folder of scans, or CSV.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the predictions.")],
+    store: Annotated[
+        Path | None, typer.Option(help="Predict only the cases in this store's --split.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="With --store: train, val or test.")] = "test",
     layout: Layout = "auto",
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> int:
-    """Find lesions in scans: masks and findings.
+    """Find lesions in scans; write masks and findings.
 
     \b
     voxelscale predict run/ patient.nii.gz predictions/
@@ -31,15 +33,15 @@ def predict(
     voxelscale predict run/ scans/ predictions/ --store store/ --split test
     torchrun --nproc-per-node 4 -m voxelscale.cli predict run/ scans/ predictions/
 
-    Writes <case>/mask.nii.gz (voxel on voxel on the scan), <case>/findings.csv (LUNA16's columns, LPS
-    mm), <case>/findings.json (volume, diameters, mean HU, warnings, too) and findings.csv of all cases.
+    For each case writes mask.nii.gz (on the scan's own voxels), findings.csv (LUNA16's columns, LPS mm) and
+    findings.json (also volume, diameters, mean HU and warnings), and findings.csv of all cases.
 
-    A scan unlike those that the model was trained on gets a warning; one that cannot be a scan for it (a
-    mask, grey levels, two slices) is an error. A model of chests looks in and around the lungs only
-    (predict.lungs). Slices may be missing as prepare.fill_gaps says; prepare.select chooses one of several
+    A scan unlike the training scans gets a warning. One that the model cannot be meant for (a mask, grey
+    levels, two slices) is an error. A model of chests predicts only in and around the lungs
+    (predict.lungs). prepare.fill_gaps allows missing slices; prepare.select chooses one of several
     acquisitions in a series.
 
-    Which path and series each case is stands in names.csv, which is for you alone: do not share it.
+    names.csv lists the path and series of each case: it identifies patients, do not share it.
     """
     check_output(out)
     from voxelscale.dataset.listing import list_scans
@@ -61,7 +63,7 @@ def predict(
         wanted = {info.case for info in opened.split(split)}
         sources = [source for source in sources if source.case in wanted]
         if not sources:
-            hint = "check --split, and that prepare.names is as it was for prepare"
+            hint = "check --split, and that prepare.names is the same as in voxelscale prepare"
             raise VoxelscaleError(f"{scans}: no case of the split {split} of {store}", hint)
         record_cases(out, (source.case for source in sources), split, opened.fingerprint["digest"])
     write_names(sources, out)

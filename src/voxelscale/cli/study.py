@@ -1,4 +1,4 @@
-"""Commands of many trainings: search, scale."""
+"""Commands that run many trainings: search, scale."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from voxelscale.files import check_output
 
 @verb("Search", goes_on=True, to=search_app)
 def run(
-    store: Annotated[Path, typer.Argument(help="What voxelscale prepare wrote.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the search; if it has begun, it goes on.")],
-    trials: Annotated[int | None, typer.Option(help="Trials to finish.")] = None,
+    store: Annotated[Path, typer.Argument(help="Training store, from voxelscale prepare.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the search; an unfinished search is resumed.")],
+    trials: Annotated[int | None, typer.Option(help="Number of trials.")] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Worker processes here; 0: as many as there are devices for.")
+        int | None, typer.Option(help="Worker processes on this machine; 0: as many as its devices allow.")
     ] = None,
-    devices_per_trial: Annotated[
-        int | None, typer.Option(help="GPUs, or ranks on CPUs, of a trial.")
-    ] = None,
+    devices_per_trial: Annotated[int | None, typer.Option(help="GPUs per trial, or ranks on CPUs.")] = None,
     sampler: Annotated[str | None, typer.Option(help="tpe, gp, random or grid.")] = None,
     pruner: Annotated[str | None, typer.Option(help="asha, hyperband, median or none.")] = None,
     storage: Annotated[
-        str | None, typer.Option(help="postgresql://...; without it a journal file in the folder.")
+        str | None, typer.Option(help="postgresql://...; by default a journal file in the folder.")
     ] = None,
-    retrain: Annotated[bool, typer.Option("--retrain", help="Train the best on the full budget.")] = False,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Then train the best config on the full budget.")
+    ] = False,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> int:
@@ -38,13 +38,13 @@ def run(
     voxelscale search store/ search/ --trials 50
     voxelscale search store/ search/ --workers 4 --devices-per-trial 2 --sampler gp
     voxelscale search store/ search/ --config mine.yaml --set search.samples=4000 --retrain
-    voxelscale search status search/ --follow         where it stands, from any machine
+    voxelscale search status search/ --follow         progress, from any machine
     voxelscale search report search/                  write search/search.html now
 
-    What is searched is the config's search.space, as {model.depth: {int: [2, 5]}}; without it a default
-    space. The first trial is the config itself. The same command on another machine that sees the folder
-    joins; killed or stopped by Ctrl-C, the same command goes on, and no trial is lost or run twice.
-    Leaves best.yaml, which voxelscale train takes as it is, and search.html.
+    The search space is the config's search.space, such as {model.depth: {int: [2, 5]}}, or a default one.
+    The first trial is the config itself. To add workers, run the same command on another machine that sees
+    the folder. After Ctrl-C or a crash the same command resumes; no trial is lost or run twice. Writes
+    best.yaml, a config for voxelscale train, and search.html.
     """
     check_output(out)
     from voxelscale.config import load
@@ -61,7 +61,7 @@ def run(
     results = run_search(settings, store, out)
     best = results.best
     if best is None:
-        raise VoxelscaleError(f"{out}: no trial came to its end", "voxelscale search status tells why")
+        raise VoxelscaleError(f"{out}: no trial finished", f"voxelscale search status {out} shows why")
     values = ", ".join(f"{n} {v:.4g}" for n, v in zip(results.objectives, best.values, strict=True))
     print(f"best trial {best.number}: {values}")
     for key, value in best.params.items():
@@ -77,10 +77,10 @@ def run(
 def status(
     out: Annotated[Path, typer.Argument(help="Folder of the search.")],
     follow: Annotated[
-        bool, typer.Option("--follow", help="Again every few seconds until it is done.")
+        bool, typer.Option("--follow", help="Repeat every few seconds until the search is done.")
     ] = False,
 ) -> None:
-    """Show where a search stands: running, done, pruned and failed trials, and the best so far.
+    """Show running, done, pruned and failed trials, and the best so far.
 
     \b
     voxelscale search status search/
@@ -95,7 +95,7 @@ def status(
 def report_search(
     out: Annotated[Path, typer.Argument(help="Folder of the search.")],
 ) -> None:
-    """Write search.html and best.yaml of a search as it stands now.
+    """Write search.html and best.yaml from the trials so far.
 
     \b
     voxelscale search report search/
@@ -110,32 +110,32 @@ def report_search(
 
 @verb("Studies", goes_on=True)
 def scale(
-    store: Annotated[Path, typer.Argument(help="What voxelscale prepare wrote.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the study; if it has begun, it goes on.")],
-    workers: Annotated[str | None, typer.Option(help="Numbers of workers, as 1,8,64.")] = None,
+    store: Annotated[Path, typer.Argument(help="Training store, from voxelscale prepare.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the study; an unfinished study is resumed.")],
+    workers: Annotated[str | None, typer.Option(help="Numbers of workers, such as 1,8,64.")] = None,
     recipes: Annotated[
-        str | None, typer.Option(help="Recipes, the first being the one to compare with.")
+        str | None, typer.Option(help="Recipes; the first is the reference for the others.")
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Training seeds, as 0,1,2.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Training seeds, such as 0,1,2.")] = None,
     interconnect: Annotated[
         str | None, typer.Option(help="infiniband-edr, ethernet-10g, ... or alpha=5us,beta=12GB/s.")
     ] = None,
     measure: Annotated[bool, typer.Option(help="Measure the link between ranks here instead.")] = False,
-    jobs: Annotated[int | None, typer.Option(help="Trainings at a time; 0: one a core or GPU.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Trainings at a time; 0: one per core or GPU.")] = None,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> None:
-    """Say what N workers do to time and Dice.
+    """Measure what N workers do to time and Dice.
 
     \b
     voxelscale scale store/ study/ --workers 1,8,64 --seeds 0
     voxelscale scale store/ study/ --recipes unchanged,large_batch --interconnect infiniband-hdr
     voxelscale scale store/ study/ --recipes "unchanged,large_batch,large_batch:optim.warmup=0"
 
-    Trains at every number of workers with the same samples, each worker emulated where there is no device
-    for it: the updates are those of real ones. The time of N workers is modelled from a measured step and
-    the interconnect; the model is checked against two real ranks, and its error printed. Writes
-    scaling.json, scaling.svg and scaling.html. Ctrl-C saves; the same command goes on.
+    Trains with every number of workers on the same samples. Workers without a device are emulated: the
+    updates are those of real ones. The time of N workers is modelled from a measured step and the
+    interconnect; the model is checked against two real ranks and its error printed. Writes scaling.json,
+    scaling.svg and scaling.html. Ctrl-C saves; the same command resumes.
     """
     check_output(out)
     from voxelscale.scale.report import table

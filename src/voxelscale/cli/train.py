@@ -1,4 +1,4 @@
-"""Commands of models: train, refine, ensemble, calibrate."""
+"""Commands that make or change models: train, refine, ensemble, calibrate."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from voxelscale.cli.common import (
     verb,
 )
 from voxelscale.console import count, notice
+from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output
 
 
 @verb("Training", goes_on=True)
 def train(
-    store: Annotated[Path, typer.Argument(help="What voxelscale prepare wrote.")],
-    run: Annotated[Path, typer.Argument(help="Folder of the run; if it has begun, it goes on.")],
+    store: Annotated[Path, typer.Argument(help="Training store, from voxelscale prepare.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the run; an unfinished run is resumed.")],
     fit_memory: Annotated[
         bool,
-        typer.Option("--fit-memory", help="Take the largest patch of its shape that fits."),
+        typer.Option("--fit-memory", help="Take the largest patch of the same shape that fits."),
     ] = False,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> int:
-    """Train a U-Net on any number of processes.
+    """Train a U-Net, on any number of processes.
 
     \b
     voxelscale train store/ run/
@@ -41,9 +42,9 @@ def train(
     voxelscale train store/ run/ --fit-memory                 the largest patch that fits
     torchrun --nnodes 2 --nproc-per-node 8 --no-python voxelscale train store/ run/
 
-    The budget is in samples (patches). Ctrl-C saves; killed or not, the same command goes on with the
-    very next sample. The best model on the validation scans is run/model.vxs; metrics.jsonl and
-    tensorboard/ have the curves.
+    The budget is train.samples patches, whatever the number of workers. Ctrl-C saves a checkpoint. After
+    it, or after a crash, the same command resumes with the next sample. run/model.vxs is the model of the
+    best validation; metrics.jsonl and tensorboard/ have the curves.
     """
     check_output(run)
     from voxelscale.config import load
@@ -54,7 +55,7 @@ def train(
     if fit_memory and not begun.is_file():
         settings = fit_to_memory(settings, store)
     if not start(settings, store, run):
-        notice(f"stopped and saved; to go on: voxelscale train {store} {run}")
+        notice(f"stopped and saved; to resume: voxelscale train {store} {run}")
         return 130
     print(f"model in {run / 'model.vxs'}")
     return 0
@@ -62,21 +63,22 @@ def train(
 
 @verb("Training", goes_on=True)
 def refine(
-    run: Annotated[Path, typer.Argument(help="A trained run's folder, or its model.vxs.")],
-    store: Annotated[Path, typer.Argument(help="The store that it was trained on.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or its model.vxs.")],
+    store: Annotated[Path, typer.Argument(help="Training store of that run.")],
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> int:
-    """Train false-positive reduction for a model.
+    """Train a false-positive reduction network for a model.
 
     \b
     voxelscale refine run/ store/
     voxelscale refine run/ store/ --set refine.samples=30000
 
-    The model looks at its own training scans; a second, small network learns from crops around what it
-    found there, and around the lesions, to tell them apart. It becomes part of the model: predict then
-    gives each finding the geometric mean of both confidences, and also lists what only reaches
-    refine.candidates. Masks stay. Calibrate afterwards. Ctrl-C saves; the same command goes on.
+    The model predicts its own training scans. A small classification network then learns, from crops around
+    its candidates and around the lesions, to tell false positives from lesions. It is stored in the model:
+    from then on the confidence of a finding in predict is the geometric mean of both networks', and
+    candidates down to refine.candidates are listed. Masks do not change. Calibrate the model afterwards.
+    Ctrl-C saves; the same command resumes.
     """
     check_output(run.parent if run.is_file() else run)
     from voxelscale.model.bundle import read_bundle
@@ -85,7 +87,7 @@ def refine(
     settings = read_config(config, set_, read_bundle(run).config)
     found = run_refine(run, store, settings)
     if found is None:
-        notice(f"stopped and saved; to go on: voxelscale refine {run} {store}")
+        notice(f"stopped and saved; to resume: voxelscale refine {run} {store}")
         return 130
     lesions = count(len(found.lesions), "lesion")
     others = count(len(found.others), "candidate that is", "candidates that are")
@@ -96,21 +98,23 @@ def refine(
 
 @verb("Training")
 def ensemble(
-    out: Annotated[Path, typer.Argument(help="The model file to write, as all.vxs.")],
-    models: Annotated[list[Path], typer.Argument(help="Runs' folders, or model files; two or more.")],
+    models: Annotated[list[Path], typer.Argument(help="Folders of runs, or model files; two or more.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Model file to write. Required.")] = None,
 ) -> None:
-    """Put several models into one file.
+    """Combine several models into one.
 
     \b
     voxelscale train store/ run1/ --set train.seed=1
     voxelscale train store/ run2/ --set train.seed=2
-    voxelscale ensemble all.vxs run1/ run2/
+    voxelscale ensemble run1/ run2/ --out all.vxs
     voxelscale predict all.vxs scans/ predictions/
 
-    The networks' probabilities are averaged; they may differ in size, patch and spacing. Windows and
-    thresholds are those of the first. Two networks take twice the time of one. Calibrate the new model:
-    the calibrations of the single models are not kept.
+    Their probabilities are averaged. The networks may differ in size, patch and spacing. Windows and
+    thresholds are those of the first. Two networks take twice the time of one. The calibrations of the
+    single models are not kept: calibrate the ensemble.
     """
+    if out is None:
+        out, models = _first_is_output(models)
     check_output(out, file=True)
     from voxelscale.tune.ensemble import ensemble as run_ensemble
 
@@ -118,27 +122,44 @@ def ensemble(
     print(f"{count(len(bundle.networks), 'network')} in {out}")
 
 
+def _first_is_output(models: list[Path]) -> tuple[Path, list[Path]]:
+    """(Output, models) of ``ensemble OUT MODELS...``, the command's former form.
+
+    Raises:
+        VoxelscaleError: the first cannot be a new model file, so --out is missing.
+    """
+    first, *others = models
+    if first.suffix != ".vxs" or first.exists():
+        names = " ".join(map(str, models))
+        raise VoxelscaleError(
+            "ensemble: missing option --out", f"voxelscale ensemble {names} --out all.vxs"
+        )
+    return first, others
+
+
 @verb("Training")
 def calibrate(
-    model: Annotated[Path, typer.Argument(help="A run's folder, or a model.vxs.")],
-    predictions: Annotated[Path, typer.Argument(help="What voxelscale predict wrote with it.")],
-    data: Annotated[Path, typer.Argument(help="The data set with the true masks, as for prepare.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a run, or a model.vxs.")],
+    predictions: Annotated[
+        Path, typer.Argument(help="Predictions of this model, from voxelscale predict.")
+    ],
+    data: Annotated[Path, typer.Argument(help="Data set with the true masks, as for prepare.")],
     layout: Layout = "auto",
     annotations: Annotations = None,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> int:
-    """Make a model's confidence mean what it says.
+    """Calibrate the confidence of a model's findings.
 
     \b
     voxelscale predict run/ scans/ val/ --store store/ --split val
     voxelscale calibrate run/ val/ scans/
 
-    Fits a rising map from a finding's score to the share of such findings that are lesions, and writes it
-    into model.vxs; from then on predict gives it as the confidence. Which finding goes before which, and
-    so the FROC, stays as it is. Use at least 5 scans that the model was not trained on, with
-    10 lesions found and 10 false findings; fewer are refused, below 100 of each there is a warning. Beside
-    the model calibration.json and calibration.svg (reliability diagram) are written.
+    Fits a rising curve from a finding's score to the share of such findings that are lesions, and stores it
+    in model.vxs. From then on predict reports it as the probability. The order of findings does not change,
+    so neither does the FROC curve. Use at least 5 scans that the model was not trained on, with 10 lesions
+    found and 10 false positives: fewer are refused, and below 100 of each there is a warning. Also writes
+    calibration.json and calibration.svg (reliability diagram) next to the model.
     """
     check_output(model.parent if model.is_file() else model)
     from voxelscale.tune.calibrate import calibrate_run
@@ -151,5 +172,5 @@ def calibrate(
         f"ECE {summary['ece_before']:.3f} before, {summary['ece_after']:.3f} after "
         f"({summary['method']}, cross-validated by scans)"
     )
-    print(f"calibrated model in {model}, reliability diagram in calibration.svg beside it")
+    print(f"calibrated model in {model}, reliability diagram in calibration.svg next to it")
     return tell_failed(rows_of(summary), "read")
