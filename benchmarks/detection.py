@@ -60,7 +60,7 @@ BASE = [
     "train.precision=bf16",
     "optim.lr=0.004",
     "loss.small=0",
-    "loss.hardest=1",
+    "loss.top_k=1",
     "predict.lungs=true",
 ]
 DEFAULT = "cross-entropy 5, small, hardest"
@@ -69,16 +69,16 @@ CENTRES = "centres"
 RECIPES: dict[str, list[str]] = {
     "plain": ["loss.cross_entropy=1"],
     "small lesions weigh more": ["loss.cross_entropy=1", "loss.small=0.5"],
-    "hardest tenth of the voxels": ["loss.cross_entropy=1", "loss.hardest=0.1"],
+    "hardest tenth of the voxels": ["loss.cross_entropy=1", "loss.top_k=0.1"],
     "cross-entropy 5": ["loss.cross_entropy=5"],
     "cross-entropy 5, small": ["loss.cross_entropy=5", "loss.small=0.5"],
-    "cross-entropy 5, hardest": ["loss.cross_entropy=5", "loss.hardest=0.1"],
-    DEFAULT: ["loss.cross_entropy=5", "loss.small=0.5", "loss.hardest=0.1"],
+    "cross-entropy 5, hardest": ["loss.cross_entropy=5", "loss.top_k=0.1"],
+    DEFAULT: ["loss.cross_entropy=5", "loss.small=0.5", "loss.top_k=0.1"],
     "cross-entropy 5, centres": ["loss.cross_entropy=5"],
     "cross-entropy 5, small, hardest, centres": [
         "loss.cross_entropy=5",
         "loss.small=0.5",
-        "loss.hardest=0.1",
+        "loss.top_k=0.1",
     ],
 }
 WAYS: dict[str, dict[str, float | None]] = {
@@ -144,7 +144,7 @@ def test_sources(folder: Path) -> list[Source]:
 
 def truth_of(source: Source) -> tuple[Scan, Scan]:
     """Image and mask."""
-    image, labels = read_case(source, load(sets=BASE).prepare)
+    image, labels = read_case(source, load(sets=BASE).reading)
     return image, labels.mask
 
 

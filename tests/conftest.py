@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from tests import warm
 from voxelscale import cli
-from voxelscale.config import Config, PrepareConfig, from_dict
+from voxelscale.config import Config, ReadingConfig, from_dict
 from voxelscale.console import set_verbosity
 from voxelscale.dataset.listing import Source, list_sources
 from voxelscale.dataset.reading import read_case
@@ -50,7 +50,7 @@ def assert_same_place(mask: sitk.Image, scan: sitk.Image) -> None:
 def read_pair(image: Path, label: Path, values: tuple[int, ...] | None = None) -> tuple[Scan, Scan]:
     """A scan and its mask, as `prepare` reads them."""
     source = Source(case="case", patient="case", image=image, labels=(label,))
-    scan, labels = read_case(source, PrepareConfig(labels=values))
+    scan, labels = read_case(source, ReadingConfig(labels=values))
     return scan, labels.mask
 
 

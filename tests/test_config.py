@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import Command
 from voxelscale.config import Config, dump, from_dict, keys, load, to_dict
-from voxelscale.config_docs import docstrings, markdown, undocumented
+from voxelscale.config.docs import docstrings, markdown, undocumented
 from voxelscale.errors import VoxelscaleError
 
 

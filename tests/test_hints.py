@@ -13,7 +13,7 @@ import typer
 
 from voxelscale import cli
 from voxelscale.config import keys
-from voxelscale.config_docs import docstrings
+from voxelscale.config.docs import docstrings
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))

@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from PIL import Image, ImageDraw
 
 from tests.conftest import SHARED, assert_same_place
-from voxelscale.config import PrepareConfig
+from voxelscale.config import ReadingConfig
 from voxelscale.dataset.listing import list_sources
 from voxelscale.dataset.names import Names
 from voxelscale.dataset.reading import read_case
@@ -95,7 +95,7 @@ def test_the_truths_findings_lie_at_the_readers_centroids(case: str) -> None:
     """The truth fed through the findings' code, against the outlines and LUNA16's own table."""
     sources = list_sources(SHARED / "lidc", names=Names(how="series"))
     (source,) = [s for s in sources if case in str(s.image)]
-    image, labels = read_case(source, PrepareConfig(names="series"))
+    image, labels = read_case(source, ReadingConfig(names="series"))
     probability = labels.mask.array.astype(np.float32)
     findings, mask = find_lesions(case, probability, image.grid, threshold=0.5, image=image.array)
     assert np.array_equal(mask, labels.mask.array)

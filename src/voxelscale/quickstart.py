@@ -6,10 +6,14 @@ import time
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from voxelscale.config import Config, load
 from voxelscale.console import duration, notice
 from voxelscale.errors import VoxelscaleError
+
+if TYPE_CHECKING:
+    from voxelscale.dataset import DataSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ def quickstart(folder: Path, config: Config) -> QuickstartResult:
     Raises:
         VoxelscaleError: a step failed, or the training was asked to stop.
     """
-    from voxelscale.dataset.listing import list_sources
+    from voxelscale.dataset import DataSet
     from voxelscale.evaluate.evaluate import evaluate_folder
     from voxelscale.phantom.dataset import write_phantoms
     from voxelscale.report.report import write_report
@@ -60,9 +64,9 @@ def quickstart(folder: Path, config: Config) -> QuickstartResult:
         notice(f"{name}: {duration(seconds[name])}")
         started = time.monotonic()
 
-    data = write_phantoms(config.phantom, folder / "data", config.prepare.workers)
+    data = DataSet(path=write_phantoms(config.phantom, folder / "data", config.prepare.workers))
     lap("phantom")
-    prepare(list_sources(data), folder / "store", config.prepare)
+    prepare(data.cases, folder / "store", config.prepare)
     lap("prepare")
     if not start(config, folder / "store", folder / "run"):
         raise VoxelscaleError(f"{folder / 'run'}: stopped", "the same command goes on from there")
@@ -82,13 +86,12 @@ def quickstart(folder: Path, config: Config) -> QuickstartResult:
     )
 
 
-def _predict_test_scans(data: Path, folder: Path) -> None:
-    from voxelscale.dataset.listing import list_sources
+def _predict_test_scans(data: DataSet, folder: Path) -> None:
     from voxelscale.model.bundle import read_bundle
     from voxelscale.predict.predict import predict
     from voxelscale.store import open_store
 
     unseen = {info.case for info in open_store(folder / "store").split("test")}
     bundle = read_bundle(folder / "run")
-    sources = [source for source in list_sources(data) if source.case in unseen]
+    sources = [source for source in data.cases if source.case in unseen]
     predict(sources, bundle, bundle.config.predict, folder / "predictions")

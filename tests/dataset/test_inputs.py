@@ -188,7 +188,7 @@ def test_a_tree_with_segmentations_by_highdicom(tmp_path: Path, config_file: Pat
         lesions[uid] = reorient(on_scan)
     spacing = ",".join(f"{s:g}" for s in lesions[uid].spacing)
     sets = ["--set", f"prepare.spacing=[{spacing}]", "--set", "prepare.plan=false"]
-    sets += ["--set", "prepare.names=series"]
+    sets += ["--set", "reading.names=series"]
     done = voxelscale("prepare", tmp_path / "tree", tmp_path / "store", "--config", config_file, *sets)
     assert done.exit_code == 0, done.output
     assert "layout: DICOM tree, 2 cases" in done.stderr
@@ -278,7 +278,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_commands_find_each_others_cases(
     tree: Path, tmp_path: Path, config_file: Path, model: Path, names: str
 ) -> None:
-    sets = ["--config", config_file, "--set", f"prepare.names={names}"]
+    sets = ["--config", config_file, "--set", f"reading.names={names}"]
     sets += ["--set", "prepare.split=[1,1,1]", "--set", "prepare.plan=false"]
     store, out = tmp_path / "store", tmp_path / "predictions"
     done = voxelscale("prepare", tree, store, *sets)
@@ -307,11 +307,11 @@ def test_other_names_than_the_stores_are_told(
 ) -> None:
     sets = ["--config", config_file, "--set", "prepare.plan=false"]
     assert voxelscale("prepare", tree, tmp_path / "store", *sets).exit_code == 0
-    asked = ["--store", tmp_path / "store", "--split", "train", "--set", "prepare.names=series"]
+    asked = ["--store", tmp_path / "store", "--split", "train", "--set", "reading.names=series"]
     done = voxelscale("predict", model, tree, tmp_path / "out", *asked)
     assert done.exit_code == 2
     assert "error: " in done.stderr
-    assert "prepare.names" in done.stderr
+    assert "reading.names" in done.stderr
 
 
 # ---------------------------------------------------------------- workers

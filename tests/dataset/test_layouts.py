@@ -15,7 +15,7 @@ from tests.conftest import SHARED
 from tests.formats.test_formats import write_series
 from tests.labels.test_kinds import write_table
 
-from voxelscale.config import PrepareConfig
+from voxelscale.config import PrepareConfig, ReadingConfig
 from voxelscale.dataset.listing import detect_layout, list_scans, list_sources
 from voxelscale.dataset.names import Names
 from voxelscale.dataset.reading import read_case, read_image
@@ -94,7 +94,7 @@ def test_a_layout_is_recognised_and_read(
     assert len(found) == 2
     assert list_sources(tmp_path, layout) == found
     for source in found:
-        scan, labels = read_case(source, PrepareConfig())
+        scan, labels = read_case(source, ReadingConfig())
         assert scan.grid.same_as(image().grid, 1e-3)
         assert np.array_equal(scan.array, image().array)
         if layout != "luna16":
@@ -111,9 +111,9 @@ def test_a_named_label_that_is_not_there_is_an_error_of_its_case(tmp_path: Path)
     decathlon(tmp_path)
     (tmp_path / "labelsTr" / "lung_002.nii.gz").unlink()
     whole, without = list_sources(tmp_path)
-    read_case(whole, PrepareConfig())
+    read_case(whole, ReadingConfig())
     with pytest.raises(VoxelscaleError, match=r"lung_002\.nii\.gz"):
-        read_case(without, PrepareConfig(allow_empty=True))
+        read_case(without, ReadingConfig(allow_empty=True))
 
 
 @pytest.mark.parametrize("path", ["../outside.nii.gz", "/etc/passwd", "imagesTr/../../outside.nii.gz"])
@@ -191,7 +191,7 @@ def test_series_in_one_folder_are_cases_of_their_patients(
     by_series = list_sources(tmp_path / "tree", "dicom", names=Names(how="series", folder=tmp_path / "key"))
     assert sorted(s.case for s in by_series) == sorted(uids)
     for source in found:
-        assert read_image(source).array.shape == image().array.shape
+        assert read_image(source, ReadingConfig()).array.shape == image().array.shape
 
 
 def test_the_split_is_the_same_under_any_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,13 +199,13 @@ def test_the_split_is_the_same_under_any_key(tmp_path: Path, monkeypatch: pytest
     for path in list((tmp_path / "tree" / "x").iterdir()):
         if pydicom.dcmread(path).SeriesInstanceUID == uids[2]:
             path.unlink()
-    config = PrepareConfig(spacing=(4.0, 2.0, 2.0), split=(1, 1, 0), workers=1, allow_empty=True)
+    config = PrepareConfig(spacing=(4.0, 2.0, 2.0), split=(1, 1, 0), workers=1)
     sides = []
     for key in range(4):
         monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / f"user{key}"))
         names = Names(folder=tmp_path / f"key{key}")
         sources = list_sources(tmp_path / "tree", "dicom", names=names)
-        done = prepare(sources, tmp_path / f"store{key}", config).done
+        done = prepare(sources, tmp_path / f"store{key}", config, ReadingConfig(allow_empty=True)).done
         series = {source.case: source.series for source in sources}
         sides.append({series[info.case]: info.split for info in done})
     assert all(side == sides[0] for side in sides)
@@ -222,5 +222,5 @@ def test_lidc_with_its_xml_beside_or_elsewhere(tmp_path: Path) -> None:
     shutil.copy(SHARED / "lidc" / "LIDC-IDRI-0001" / "69.xml", tmp_path / "xml" / "157" / "158.xml")
     (apart,) = list_sources(tmp_path / "scans", annotations=tmp_path / "xml", names=Names(how="file"))
     assert apart.labels == (tmp_path / "xml" / "157" / "158.xml",)
-    _, labels = read_case(apart, PrepareConfig())
+    _, labels = read_case(apart, ReadingConfig())
     assert labels.findings[0].readers == 4

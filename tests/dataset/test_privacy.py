@@ -16,9 +16,10 @@ from pydicom.uid import generate_uid
 from tests.formats.test_formats import write_series
 from tests.labels.test_kinds import boundaries, write_rtstruct
 
-from voxelscale.config import Config, PrepareConfig, dump
+from voxelscale.config import Config, ReadingConfig, dump
+from voxelscale.dataset import DataSet
 from voxelscale.dataset.listing import list_sources
-from voxelscale.dataset.names import names_of
+from voxelscale.dataset.names import Names
 from voxelscale.dataset.reading import read_image
 from voxelscale.evaluate.evaluate import evaluate_folder
 from voxelscale.formats import write_scan
@@ -86,7 +87,7 @@ def pipeline(
     out = tmp_path_factory.mktemp("out")
     (out / "config.yaml").write_text(dump(tiny))
     sets = [
-        f"prepare.names={request.param}",
+        f"reading.names={request.param}",
         "prepare.split=[1,1,1]",
         "train.samples=8",
         "prepare.plan=false",
@@ -190,17 +191,17 @@ def test_what_an_evaluation_keeps_of_a_fault_names_the_case(archive: Path, tmp_p
     for path in data.glob("*/rt.dcm"):
         path.rename(path.with_name("DOE^JOHN.dcm"))
     (tmp_path / "key").write_text("of this test alone")
-    config = PrepareConfig(names="hash", name_key=str(tmp_path / "key"))
-    sources = list_sources(data, names=names_of(config, None))
+    config = ReadingConfig(names="hash", name_key=str(tmp_path / "key"))
+    sources = list_sources(data, names=Names(how="hash", key_file=config.name_key))
     for source in sources:
-        image = read_image(source)
+        image = read_image(source, ReadingConfig())
         # The first one's mask lies elsewhere.
         shift = np.zeros((4, 4))
         shift[0, 3] = 50.0 * (source is sources[0])
         empty = Scan(np.zeros(image.array.shape, np.uint8), image.affine + shift)
         write_scan(empty, predictions / source.case / "mask.nii.gz")
         (predictions / source.case / "findings.json").write_text("[]")
-    summary = evaluate_folder(predictions, data, tmp_path / "out", config)
+    summary = evaluate_folder(predictions, DataSet(path=data, reading=config), tmp_path / "out")
     (fault,) = summary["failed"]
     assert "DOE^JOHN.dcm" in fault["error"], "who mends it now is told the file"
     kept = (tmp_path / "out" / "evaluation.json").read_text()

@@ -24,7 +24,7 @@ from tests.dataset.test_inputs import old_nnunet
 from tests.dataset.test_layouts import decathlon, image, luna16, nnunet
 from tests.formats.mutation import Random, mutate
 
-from voxelscale.config import PrepareConfig
+from voxelscale.config import ReadingConfig
 from voxelscale.dataset.listing import list_scans, list_sources
 from voxelscale.dataset.reading import read_case
 from voxelscale.errors import VoxelscaleError
@@ -135,7 +135,7 @@ def nodules(folder: Path) -> Made:
 
     def read() -> None:
         for source in list_sources(folder, "luna16"):
-            read_case(source, PrepareConfig(allow_empty=True))
+            read_case(source, ReadingConfig(allow_empty=True))
 
     return path, read
 

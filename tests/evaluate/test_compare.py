@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conftest import Command
 
+from voxelscale.dataset import DataSet
 from voxelscale.dataset.listing import list_sources
 from voxelscale.evaluate.bootstrap import MIN_SCANS, p_value, percentile_interval, resampled_means
 from voxelscale.evaluate.compare import Pair, Score, compare_scores, wilcoxon_p
@@ -157,7 +158,7 @@ def test_the_command(
     assert code == 0
     result = json.loads(out)
     assert result == json.loads((tmp_path / "compared.json").read_text())
-    evaluations = [evaluate_folder(folder, scans, folder) for folder in predicted]
+    evaluations = [evaluate_folder(folder, DataSet(path=scans), folder) for folder in predicted]
     for model, evaluation in zip("ab", evaluations, strict=True):
         measures = result["measures"]
         assert measures["dice"][model] == pytest.approx(evaluation["dice"]["mean"])

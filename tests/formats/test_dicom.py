@@ -35,6 +35,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from voxelscale.config import ReadingConfig
 from voxelscale.console import set_verbosity
 from voxelscale.dataset.listing import list_scans
 from voxelscale.dataset.reading import read_image
@@ -393,7 +394,7 @@ def test_the_series_of_a_flat_folder_are_read_alone(
     seeds = [int(source.files[0].name[0]) for source in sources]
     assert sorted(seeds) == list(range(5))
     for seed, source in zip(seeds, sources, strict=True):
-        assert np.array_equal(read_image(source).array, noise(4, seed=seed))
+        assert np.array_equal(read_image(source, ReadingConfig()).array, noise(4, seed=seed))
     assert len(opened) == 20
     assert max(opened.values()) <= 2
 
@@ -408,12 +409,12 @@ def test_a_listed_slice_that_is_damaged_or_gone_is_told(tmp_path: Path) -> None:
     victim.write_bytes(content[:300])
     for source in list_scans(folder):
         with pytest.raises(VoxelscaleError, match="a3: damaged or empty, and may be a slice"):
-            read_image(source)
+            read_image(source, ReadingConfig())
     victim.unlink()
     first, second = sorted(whole, key=lambda source: source.files[0].name)
     with pytest.raises(VoxelscaleError, match="a3: no such file, and is a slice"):
-        read_image(first)
-    assert np.array_equal(read_image(second).array, noise(4, seed=2))
+        read_image(first, ReadingConfig())
+    assert np.array_equal(read_image(second, ReadingConfig()).array, noise(4, seed=2))
 
 
 def test_the_thickness_of_slices_is_what_they_say(archive: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -471,7 +472,7 @@ def test_missing_slices(tmp_path: Path, told: Callable[[], str]) -> None:
     kept = [i for i in range(12) if i not in (4, 8)]
     folder = write(slices(hu[kept], places[kept]), tmp_path / "ct")
     words = "2 slices missing: 1 between z = -134.00 and -130.00 mm, 1 between z = -126.00 and -122.00 mm"
-    fails(folder, words, "prepare.fill_gaps=1")
+    fails(folder, words, "reading.fill_gaps=1")
     scan = read(folder, fill_gaps=1)
     assert "2 missing slices interpolated" in told()
     assert np.array_equal(scan.array[kept], hu[kept])
@@ -982,7 +983,7 @@ def test_a_lost_end_slice_is_not_passed_over(tmp_path: Path, how: str) -> None:
         victim.symlink_to(tmp_path / "annex" / "3.dcm")
     assert str(victim) in fails(folder, how).message
     with pytest.raises(VoxelscaleError, match=how):
-        read_image(list_scans(folder)[0])
+        read_image(list_scans(folder)[0], ReadingConfig())
 
 
 def test_an_unknown_code_names_its_syntax(tmp_path: Path) -> None:
@@ -1081,7 +1082,7 @@ def test_a_number_that_cannot_be_read_names_its_attribute(
     error = fails(folder, words)
     assert str(folder / ("003" if where == "end" else "000")) in error.message
     with pytest.raises(VoxelscaleError) as caught:  # the listing neither loses the slice nor the case
-        read_image(list_scans(folder)[0])
+        read_image(list_scans(folder)[0], ReadingConfig())
     assert words in caught.value.message
 
 

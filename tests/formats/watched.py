@@ -139,14 +139,14 @@ def _read(what: str, path: Path) -> dict[str, Any]:
 
 def _read_pair(label: Path) -> int:
     """Voxels of the lesions that a label says of the DICOM series in ``ct`` beside it."""
-    from voxelscale.config import PrepareConfig
+    from voxelscale.config import ReadingConfig
     from voxelscale.dataset.reading import read_case
     from voxelscale.dataset.source import Source, identity
 
     image = label.parent / "ct"
     patient, series = identity(image) or ("", "")
     source = Source(case="case", patient=patient, image=image, labels=(label,), series=series)
-    return int(read_case(source, PrepareConfig())[1].mask.array.sum())
+    return int(read_case(source, ReadingConfig())[1].mask.array.sum())
 
 
 SLOW = 2.0

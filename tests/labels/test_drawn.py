@@ -20,7 +20,7 @@ from tests.conftest import Command
 from tests.formats.test_dicom import SPACING, along, segmentation, set_pixels, slices, text, write
 from tests.labels.test_kinds import write_rtstruct
 
-from voxelscale.config import PrepareConfig
+from voxelscale.config import ReadingConfig
 from voxelscale.dataset.reading import read_case, read_truth
 from voxelscale.dataset.source import Source
 from voxelscale.geometry import Scan
@@ -158,7 +158,7 @@ def ring(corners: NDArray[Any]) -> list[tuple[float, float]]:
 
 def read(folder: Path, label: str) -> tuple[Scan, Scan]:
     source = Source(case="a", patient="a", image=folder / "ct", labels=(folder / label,), series="1.2.3")
-    config = PrepareConfig(fill_gaps=1)
+    config = ReadingConfig(fill_gaps=1)
     image, labels = read_case(source, config)
     assert np.array_equal(read_truth(source, config).array, labels.mask.array)
     return image, labels.mask

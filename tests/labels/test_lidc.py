@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import SHARED
 from tests.formats.test_dicom import along, noise, slices, write
 
-from voxelscale.config import PrepareConfig
+from voxelscale.config import ReadingConfig
 from voxelscale.dataset.listing import list_sources
 from voxelscale.dataset.reading import read_case
 from voxelscale.errors import VoxelscaleError
@@ -183,7 +183,7 @@ def test_the_thickness_is_what_the_slices_headers_say(
     (tmp_path / "data" / "dataset.csv").write_text("image,label\nct,a.xml\n")
     for layout in ("lidc", "csv"):
         (source,) = list_sources(tmp_path / "data", layout)
-        _, labels = read_case(source, PrepareConfig(consensus=0.5))
+        _, labels = read_case(source, ReadingConfig(consensus=0.5))
         assert [f.kind for f in labels.findings] == ["nodule"] * nodules
 
 

@@ -15,7 +15,7 @@ from tests.conftest import Command
 from tests.pages import checked
 
 from voxelscale import __version__
-from voxelscale.config import PrepareConfig
+from voxelscale.dataset import DataSet
 from voxelscale.dataset.listing import list_sources
 from voxelscale.evaluate.evaluate import evaluate_folder
 from voxelscale.evaluate.froc import OPERATING_POINTS
@@ -103,7 +103,7 @@ def test_what_the_report_of_an_evaluation_says(
     largest = max(rows[:-1], key=lambda row: row["diameter_mm"])
     rows.remove(largest)
     first.write_text(json.dumps(content))
-    summary = evaluate_folder(predicted, scans, predicted)
+    summary = evaluate_folder(predicted, DataSet(path=scans), predicted)
     points = summary["froc"]["points"]
     assert points[3]["interval"] == summary["sensitivity_at_1_fp_interval"]
     assert all(p["interval"][0] <= p["sensitivity"] <= p["interval"][1] for p in points)
@@ -215,7 +215,7 @@ def test_counts_have_whole_ticks(scans: Path, tmp_path: Path) -> None:
     assert round_ticks(-0.5, 0.5, whole=True) == [0]
     assert round_ticks(-0.5, 3.5, whole=True) == [0, 1, 2, 3]
     assert round_ticks(0, 1.05, whole=True) == [0, 1]
-    write_dataset_page(inspect(scans, PrepareConfig(workers=1)), "<scans>", tmp_path / "page.html")
+    write_dataset_page(inspect(DataSet(path=scans), workers=1), "<scans>", tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     checked(html)
     figure = next(

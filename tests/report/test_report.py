@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from voxelscale.dataset import DataSet
 from voxelscale.dataset.listing import list_sources
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.evaluate import evaluate_folder
@@ -58,10 +59,10 @@ def predicted(scans: Path, tmp_path: Path) -> Path:
 
 
 def test_the_page(scans: Path, predicted: Path, store: Store, tmp_path: Path) -> None:
-    summary = evaluate_folder(predicted, scans, predicted)
+    summary = evaluate_folder(predicted, DataSet(path=scans), predicted)
     assert summary["cases"][0]["dice"] == 1.0
     page = tmp_path / "report.html"
-    write_report(predicted, predicted, scans, page)
+    write_report(predicted, predicted, DataSet(path=scans), page)
     html = page.read_text()
     parser = Balanced()
     parser.feed(html)
@@ -76,23 +77,23 @@ def test_the_page(scans: Path, predicted: Path, store: Store, tmp_path: Path) ->
 
 
 def test_names_are_escaped(scans: Path, predicted: Path, tmp_path: Path) -> None:
-    evaluate_folder(predicted, scans, predicted)
+    evaluate_folder(predicted, DataSet(path=scans), predicted)
     path = predicted / "evaluation.json"
     summary = json.loads(path.read_text())
     evil = '"><script>alert(1)</script>'
     summary["cases"][0]["case"] = evil
     summary["failed"] = [{"case": evil, "error": evil, "hint": ""}]
     path.write_text(json.dumps(summary))
-    write_report(predicted, predicted, scans, tmp_path / "report.html")
+    write_report(predicted, predicted, DataSet(path=scans), tmp_path / "report.html")
     assert "<script>alert" not in (tmp_path / "report.html").read_text()
 
 
 def test_no_evaluation_is_told(scans: Path, tmp_path: Path) -> None:
     with pytest.raises(VoxelscaleError, match="no evaluation there"):
-        write_report(tmp_path, tmp_path, scans, tmp_path / "report.html")
+        write_report(tmp_path, tmp_path, DataSet(path=scans), tmp_path / "report.html")
     (tmp_path / "evaluation.json").write_text("[]")
     with pytest.raises(VoxelscaleError, match="no evaluation there"):
-        write_report(tmp_path, tmp_path, scans, tmp_path / "report.html")
+        write_report(tmp_path, tmp_path, DataSet(path=scans), tmp_path / "report.html")
 
 
 def test_outlines_lie_around_the_mask_in_mm() -> None:

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from tests.conftest import Command
 
+from voxelscale.config import ReadingConfig
 from voxelscale.dataset.listing import list_scans
 from voxelscale.dataset.reading import read_image
 from voxelscale.errors import VoxelscaleError
@@ -33,10 +34,12 @@ def test_linked_folders(reported: Reported, voxelscale: Command, extra: str) -> 
     assert code == 0, err
     assert "2 cases" in err
     scans = list_scans(selected)
-    assert [read_image(scan).array.shape for scan in scans] == [(24, 48, 48)] * 2
+    assert [read_image(scan, ReadingConfig()).array.shape for scan in scans] == [(24, 48, 48)] * 2
     direct = list_scans(folder / "archive")
     assert {s.series for s in direct} == {s.series for s in scans}
-    assert np.array_equal(read_image(direct[0]).array, read_image(scans[0]).array)
+    assert np.array_equal(
+        read_image(direct[0], ReadingConfig()).array, read_image(scans[0], ReadingConfig()).array
+    )
 
 
 RIGHT = [
@@ -94,11 +97,11 @@ def test_interleaved_acquisitions_are_told_apart(
             assert scan.spacing == pytest.approx((2, 1, 1))
             assert (scan.array == hu).all()
         (tmp_path / "set.csv").write_text(f"image,label\n{folder / file},\n")
-        asked = ["--set", f"prepare.select=[{select}]"]
+        asked = ["--set", f"reading.select=[{select}]"]
         given: list[tuple[Path, list[str]]] = [(tmp_path / "set.csv", []), (folder, asked)]
         for number, (data, more) in enumerate(given):
             store = tmp_path / f"store{hu}{number}"
-            settings = "prepare.workers=1", "prepare.plan=false", "prepare.allow_empty=true"
+            settings = "prepare.workers=1", "prepare.plan=false", "reading.allow_empty=true"
             each = [word for setting in settings for word in ("--set", setting)]
             code, _, err = voxelscale(
                 "prepare", data, store, *each, "--set", "prepare.split=[1,0,0]", *more

@@ -24,7 +24,7 @@ from voxelscale.geometry import Scan
 from voxelscale.predict.record import record_cases
 from voxelscale.store.prepare import source_stamp
 
-HEALTHY = ("--set", "prepare.allow_empty=true")
+HEALTHY = ("--set", "reading.allow_empty=true")
 
 Reported = Callable[..., Path]
 
@@ -72,7 +72,7 @@ def test_scans_without_a_mask_are_left_out_with_a_word(voxelscale: Command, repo
     assert "nodules.csv has no nodule of a scored case" in err
     assert "1 scan, 1 lesion" in out
     assert "left out 3 predicted cases without a mask (healthy1, healthy2, healthy3)" in err
-    assert "prepare.allow_empty=true" in err
+    assert "reading.allow_empty=true" in err
     summary = evaluation(folder / "predictions")
     assert summary["coverage"]["without_truth"] == ["healthy1", "healthy2", "healthy3"]
 
@@ -217,7 +217,7 @@ def test_no_prediction_of_the_data_set_at_all(voxelscale: Command, scans: Path, 
     code, _, err = voxelscale("--quiet", "evaluate", predicted, scans)
     assert (code, len(err.splitlines())) == (2, 2)
     assert "but 3 predictions (other0, other1, other2)" in err
-    assert "prepare.names" in err
+    assert "reading.names" in err
 
 
 def test_a_scan_listed_twice_is_named(
@@ -260,7 +260,7 @@ def test_a_confidence_that_is_none_is_an_error(
 
 
 def test_values_that_no_mask_has_are_an_error(voxelscale: Command, scans: Path, predicted: Path) -> None:
-    code, _, err = voxelscale("--quiet", "evaluate", predicted, scans, "--set", "prepare.labels=[7]")
+    code, _, err = voxelscale("--quiet", "evaluate", predicted, scans, "--set", "reading.labels=[7]")
     assert (code, "no voxel of the values 7" in err) == (2, True)
 
 

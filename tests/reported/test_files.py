@@ -18,7 +18,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from tests.conftest import Command, read_pair
 
-from voxelscale.config import PrepareConfig
+from voxelscale.config import PrepareConfig, ReadingConfig
 from voxelscale.dataset.listing import Source, list_scans, list_sources
 from voxelscale.dataset.reading import read_truth
 from voxelscale.errors import VoxelscaleError
@@ -122,8 +122,10 @@ def voxels_of(store: Store) -> list[int]:
 
 def prepared(data: Path, labels: tuple[int, ...] | None = None) -> list[int]:
     """Voxels of lesions in each case of a data set, prepared in this process."""
-    config, out = PrepareConfig(labels=labels), data.parent / "prepared"
-    infos = [prepare_case(source, config, out, (2, 1, 1)) for source in list_sources(data)]
+    reading, out = ReadingConfig(labels=labels), data.parent / "prepared"
+    infos = [
+        prepare_case(source, PrepareConfig(), out, (2, 1, 1), reading) for source in list_sources(data)
+    ]
     return [int(open_case(out, info.case)[1].sum()) for info in infos]
 
 
@@ -295,7 +297,7 @@ def test_segmentations_of_3d_slicer(
     assert source.case == "a"
     shutil.copy(source.labels[0], source.image.parent)  # as 3D Slicer saves it
     assert [scan.image for scan in list_scans(source.image.parent)] == [source.image]
-    assert read_truth(source, PrepareConfig()).array.sum() == voxels
+    assert read_truth(source, ReadingConfig()).array.sum() == voxels
 
 
 def test_segments_are_chosen_by_number(reported: Reported) -> None:

@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage
 from tests.conftest import Command
 
-from voxelscale.config import PrepareConfig
+from voxelscale.config import ReadingConfig
 from voxelscale.dataset.listing import list_sources
 from voxelscale.dataset.reading import read_case, read_truth
 from voxelscale.geometry import Scan
@@ -47,8 +47,8 @@ def read(data: Path) -> list[tuple[Scan, Scan]]:
     """Image and mask of every case, the truth alone the same."""
     found = []
     for source in list_sources(data):
-        image, labels = read_case(source, PrepareConfig())
-        assert np.array_equal(read_truth(source, PrepareConfig()).array, labels.mask.array)
+        image, labels = read_case(source, ReadingConfig())
+        assert np.array_equal(read_truth(source, ReadingConfig()).array, labels.mask.array)
         found.append((image, labels.mask))
     return found
 
@@ -104,7 +104,7 @@ def test_a_segmentation_without_reference_may_be_a_healthy_scans(
 ) -> None:
     """Where scans without a mask are taken as healthy, this one still has its lesion."""
     tree = reported("seg_without_reference") / "tree"
-    ((_, mask),) = prepared(voxelscale, tree, tmp_path / "s", "prepare.allow_empty=true").values()
+    ((_, mask),) = prepared(voxelscale, tree, tmp_path / "s", "reading.allow_empty=true").values()
     assert lesions(mask) == 1
 
 

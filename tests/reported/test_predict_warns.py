@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tests.conftest import SHARED, Command
 from tests.formats.test_formats import write_series
 
-from voxelscale.config import Config, PrepareConfig
+from voxelscale.config import Config, ReadingConfig
 from voxelscale.dataset.listing import Source, list_sources
 from voxelscale.dataset.reading import read_case
 from voxelscale.findings import components, read_prediction
@@ -258,7 +258,7 @@ def test_a_model_that_says_nothing_is_told_apart(scans: Path) -> None:
 
 def test_every_lesion_of_the_phantoms_is_in_reach_of_the_lungs(scans: Path) -> None:
     for source in list_sources(scans):
-        image, labels = read_case(source, PrepareConfig())
+        image, labels = read_case(source, ReadingConfig())
         assert lesions_away(image, labels.mask) == []
 
 
@@ -302,7 +302,7 @@ def test_every_real_lesion_is_in_reach_of_the_lungs(place: str, tmp_path: Path) 
     else:
         sources = list_sources(SHARED / place)
     for source in sources:
-        image, labels = read_case(source, PrepareConfig())
+        image, labels = read_case(source, ReadingConfig())
         assert labels.mask.array.any()
         assert lesions_away(image, labels.mask) == []
 
@@ -312,7 +312,7 @@ def test_findings_outside_the_lungs_are_left_out_and_counted(
 ) -> None:
     """A network that marks a true nodule, and a place in the shoulder's soft tissue."""
     source = list_sources(scans)[0]
-    image, labels = read_case(source, PrepareConfig())
+    image, labels = read_case(source, ReadingConfig())
     depth = lung_depth(image)
     assert depth is not None
     truth = labels.mask.array.astype(np.float32)
@@ -405,10 +405,10 @@ def test_missing_slices_are_filled_where_the_reading_rules_say_so(
     filling = replace(tiny, prepare=replace(tiny.prepare, fill_gaps=1))
     write_bundle(tmp_path / "plain.vxs", untrained(tiny, data_set=kept))
     write_bundle(tmp_path / "filling.vxs", untrained(filling, data_set=kept))
-    series, fill = tmp_path / "series", ["--set", "prepare.fill_gaps=1"]
+    series, fill = tmp_path / "series", ["--set", "reading.fill_gaps=1"]
     code, _, err = voxelscale("predict", tmp_path / "plain.vxs", series, tmp_path / "no")
     assert code == 2
-    assert "prepare.fill_gaps=1" in err
+    assert "reading.fill_gaps=1" in err
     for name, sets in (("plain", fill), ("filling", [])):
         assert voxelscale("predict", tmp_path / f"{name}.vxs", series, tmp_path / name, *sets)[0] == 0
         _, facts = read_prediction(next((tmp_path / name).glob("*/findings.json")))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tests.conftest import Command
 
-from voxelscale.config import PrepareConfig
+from voxelscale.config import ReadingConfig
 from voxelscale.dataset.listing import list_scans, list_sources
 from voxelscale.dataset.reading import read_case
 from voxelscale.dataset.source import safe_names
@@ -73,7 +73,7 @@ def test_headers_in_every_form(reported: Reported, encoding: str) -> None:
     for name, text in HEADERS.items():
         (folder / "right.csv").write_bytes(text.format(u=UID).encode(encoding))
         (source,) = list_sources(folder / "set_right.csv")
-        image, labels = read_case(source, PrepareConfig())
+        image, labels = read_case(source, ReadingConfig())
         (found,) = labels.findings
         assert (*found.centre, found.diameter_mm) == (6.0, 0.0, -26.0, 8.0), name
         assert image.array[labels.mask.array > 0].mean() > -100, name
@@ -119,7 +119,7 @@ def test_a_scan_without_a_row_is_healthy_only_where_that_is_said(
     assert err.count("this scan's is not known") == 1
     assert "rows of 1 of 3 scans; 0 rows of other scans" in err
     assert out.startswith("1 case")
-    healthy = (*ALONE, "--set", "prepare.allow_empty=true")
+    healthy = (*ALONE, "--set", "reading.allow_empty=true")
     code, out, _ = voxelscale("prepare", folder / "set.csv", tmp_path / "t", *healthy)
     assert (code, out.split()[0]) == (2, "2"), "a scan that cannot be in the table is not healthy for it"
     assert nodules(tmp_path / "t") == [(6.0, 0.0, -26.0, 8.0)]
@@ -215,7 +215,7 @@ def test_what_a_dataset_json_leaves_out_is_said(tmp_path: Path, capsys: pytest.C
 def test_an_xml_and_its_copy_are_one(reported: Reported) -> None:
     folder = reported("lidc_xml_twice")
     (source,) = list_sources(folder)
-    _, labels = read_case(source, PrepareConfig())
+    _, labels = read_case(source, ReadingConfig())
     assert (source.fault, [finding.kind for finding in labels.findings]) == ("", ["nodule"])
     other = folder / "tcia-lidc-xml" / "157" / "158.xml"
     other.write_text(other.read_text().replace("24.0", "26.0"))

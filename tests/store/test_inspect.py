@@ -12,7 +12,7 @@ from tests.formats.test_formats import write_series
 from typer.testing import CliRunner
 
 from voxelscale.cli import app
-from voxelscale.config import PrepareConfig
+from voxelscale.dataset import DataSet
 from voxelscale.dataset.listing import list_scans, list_sources
 from voxelscale.dataset.names import Names
 from voxelscale.formats import read_scan
@@ -54,7 +54,7 @@ def test_faults_are_named_and_names_escaped(scans: Path, tmp_path: Path) -> None
         f"swapped,{images[3]},{labels[4]}",
     ]
     (data / "dataset.csv").write_text("\n".join(["case,image,label", *rows]) + "\n")
-    found = inspect(data, PrepareConfig(workers=1))
+    found = inspect(DataSet(path=data), workers=1)
     told = {(p.severity, p.case) for p in found.problems}
     assert any("same voxels" in p.text for p in found.problems)
     assert {("error", "torn"), ("error", "swapped")} <= told

@@ -51,7 +51,9 @@ class Endless:
 def test_the_weights_are_those_of_a_plain_loop_over_a_finite_set() -> None:
     """Schedule and clipping off; items in the order that `item_of` says."""
     items = [draw(i) for i in range(7)]
-    config = settings("optim.schedule=constant", "optim.warmup=0", "optim.clip=0", "optim.weight_decay=0")
+    config = settings(
+        "optim.schedule=constant", "optim.warmup=0", "optim.gradient_clipping=0", "optim.weight_decay=0"
+    )
     fitted, plain = network(0.0), network(0.0)
     result = fit(fitted, F.mse_loss, items, config)
     assert (result.seen, result.finished) == (24, True)
@@ -111,7 +113,7 @@ def test_the_best_model_is_kept_whatever_the_sign_of_its_score(tmp_path: Path) -
 
 
 def test_averaged_weights_with_their_own_statistics(tmp_path: Path) -> None:
-    config = settings("optim.average=0.5", "train.recalibrate=6")
+    config = settings("optim.ema=0.5", "train.recalibrate=6")
     model = network(0.0)
     seen: list[dict[str, Tensor]] = []
 
@@ -157,7 +159,7 @@ for name in ("first", "second"):
     model = network()
     if int(__import__("os").environ["RANK"]):
         torch.nn.init.zeros_(model[0].weight)  # every rank must start from rank 0's
-    config = settings("optim.average=0.2")
+    config = settings("optim.ema=0.2")
     fit(model, F.mse_loss, Endless(), config, run=Path({folder!r}) / name)
 """
 
@@ -171,7 +173,7 @@ def test_two_ranks_equal_two_virtual_workers_and_fit_can_be_called_twice(tmp_pat
     )
     assert done.returncode == 0, done.stderr
     virtual = network()
-    config = settings("optim.average=0.2", "train.virtual_workers=2")
+    config = settings("optim.ema=0.2", "train.virtual_workers=2")
     fit(virtual, F.mse_loss, Endless(), config)
     for name in ("first", "second"):
         assert apart(load_weights(tmp_path / name), dict(virtual.state_dict())) <= 1e-4

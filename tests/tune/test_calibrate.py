@@ -19,7 +19,7 @@ from tests.conftest import Command
 from tests.evaluate.test_evaluate import finding as plain_finding
 from tests.tune.test_ensemble import made
 
-from voxelscale.config import Config, PrepareConfig
+from voxelscale.config import Config, ReadingConfig
 from voxelscale.dataset.listing import list_sources
 from voxelscale.dataset.reading import read_truth
 from voxelscale.errors import VoxelscaleError
@@ -199,7 +199,7 @@ def made_up(scans: Path, out: Path, wrong: int, model: Path | None = None) -> No
     """Predictions too sure of themselves: each lesion found, and so many false ones a scan."""
     random = np.random.default_rng(0)
     for source in list_sources(scans):
-        truth = read_truth(source, PrepareConfig())
+        truth = read_truth(source, ReadingConfig())
         lesions = lesions_of_mask(source.case, truth.array, truth.grid)
         right = [replace(f, probability=p, score=p) for f in lesions for p in [random.uniform(0.7, 1)]]
         # Along an edge of the scan, where no lesion is.

@@ -17,6 +17,7 @@ from voxelscale.usage import Commands, RunsByDefault
 
 if TYPE_CHECKING:
     from voxelscale.config import Config
+    from voxelscale.dataset import DataSet
 
 app = typer.Typer(
     name="voxelscale",
@@ -135,6 +136,21 @@ def read_config(path: Path | None, sets: list[str] | None, base: Config | None =
     from voxelscale.config import load
 
     return load(path, sets or (), base)
+
+
+def data_set(
+    path: Path,
+    config: Config,
+    layout: str = "auto",
+    annotations: Path | None = None,
+    keys: Path | None = None,
+) -> DataSet:
+    """The data set of a command line; `keys`: a store or predictions, whose key names its cases."""
+    from voxelscale.dataset import DataSet
+
+    return DataSet(
+        path=path, reading=config.reading, layout=layout, annotations=annotations, key_folder=keys
+    )
 
 
 def _show_version(wanted: bool) -> None:

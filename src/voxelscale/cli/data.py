@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from voxelscale.cli.common import Annotations, ConfigFile, Layout, Sets, read_config, tell_failed, verb
+from voxelscale.cli.common import (
+    Annotations,
+    ConfigFile,
+    Layout,
+    Sets,
+    data_set,
+    read_config,
+    tell_failed,
+    verb,
+)
 from voxelscale.console import count
 from voxelscale.files import check_output
 
@@ -50,9 +59,7 @@ def phantom(
         table = dataset.write_phantoms(settings.phantom, out, settings.prepare.workers)
         print(f"{count(settings.phantom.cases, 'phantom')} in {table}")
         return 0
-    from voxelscale.dataset.names import names_of
-
-    sources = dataset.sources_into(into, layout, annotations, names_of(settings.prepare, out))
+    sources = dataset.sources_into([data_set(path, settings, layout, annotations, out) for path in into])
     made = dataset.write_copies(sources, settings, out, copies, originals)
     code = tell_failed(made.failed, "copied")
     print(f"{count(made.done, 'scan')} with {count(made.nodules, 'nodule')} put in: {made.table}")
@@ -82,21 +89,19 @@ def prepare(
     downloaded; any tree of DICOM series with SEG or RTSTRUCT. The layout is recognised and printed.
     Images are NIfTI, MetaImage, NRRD or DICOM; labels are masks, SEG, RTSTRUCT, LIDC XML or LUNA16 tables.
 
-    DICOM cases are named by a keyed hash (prepare.names), which is the same in all your commands.
+    DICOM cases are named by a keyed hash (reading.names), which is the same in all your commands.
     store/names.csv lists the path and series of each case: it identifies patients, do not share it.
     A case that cannot be used is reported and the others are prepared; the exit code is then 2.
     A plan of patch, depth and batch is written to store/plan.yaml, for voxelscale train --config.
     """
     check_output(store)
-    from voxelscale.dataset.listing import list_sources
-    from voxelscale.dataset.names import names_of
     from voxelscale.dataset.names_table import write_names
     from voxelscale.store.prepare import prepare as run_prepare
 
     settings = read_config(config, set_)
-    sources = list_sources(data, layout, annotations, names_of(settings.prepare, store))
+    sources = data_set(data, settings, layout, annotations, store).cases
     write_names(sources, store)
-    outcome = run_prepare(sources, store, settings.prepare)
+    outcome = run_prepare(sources, store, settings.prepare, settings.reading)
     code = tell_failed(outcome.failed, "prepared")
     parts = [f"{sum(c.split == split for c in outcome.done)} {split}" for split in ("train", "val", "test")]
     kept = f", {outcome.kept} of them kept from before" if outcome.kept else ""
@@ -134,7 +139,8 @@ def inspect(
     from voxelscale.report.dataset import headline, text_table, write_dataset_page
     from voxelscale.store.inspect import inspect as run_inspect
 
-    found = run_inspect(data, read_config(config, set_).prepare, layout, annotations)
+    settings = read_config(config, set_)
+    found = run_inspect(data_set(data, settings, layout, annotations), settings.prepare.workers)
     if out is not None:
         write_dataset_page(found, data.absolute().name, out)
     if as_json:

@@ -13,6 +13,7 @@ from voxelscale.cli.common import (
     ConfigFile,
     Layout,
     Sets,
+    data_set,
     read_config,
     rows_of,
     tell_failed,
@@ -44,18 +45,15 @@ def evaluate(
     Dice, surface Dice and HD95 per case; sensitivity by lesion size, and by kind, margin and place for
     synthetic nodules; FROC by LUNA16's rule; components matched by IoU; 95 % intervals. docs/measures.md
     defines each. Writes evaluation.json and cases.csv. Cases without a true mask are left out; with
-    prepare.allow_empty=true they count as healthy. A case that predict was to predict and did not is an
+    reading.allow_empty=true they count as healthy. A case that predict was to predict and did not is an
     error.
     """
     check_output(out or predictions)
     from voxelscale.evaluate.evaluate import evaluate_folder
     from voxelscale.evaluate.text import text_summary
 
-    settings = read_config(config, set_).prepare
-    folder = out or predictions
-    summary = evaluate_folder(
-        predictions, data, folder, settings, layout, annotations, missing_is_empty=all_
-    )
+    truth = data_set(data, read_config(config, set_), layout, annotations)
+    summary = evaluate_folder(predictions, truth, out or predictions, missing_is_empty=all_)
     print("\n".join(text_summary(summary)))
     return tell_failed(rows_of(summary), "evaluated")
 
@@ -90,10 +88,7 @@ def compare(
     result = compare_folders(
         predictions_a,
         predictions_b,
-        data,
-        config=read_config(config, set_).prepare,
-        layout=layout,
-        annotations=annotations,
+        data_set(data, read_config(config, set_), layout, annotations),
         out=out,
         seed=seed,
     )
@@ -167,6 +162,6 @@ def report(
     check_output(out, file=True)
     from voxelscale.report.report import write_report
 
-    settings = read_config(config, set_).prepare
-    write_report(evaluation, predictions, data, out, run, settings, layout, annotations)
+    scans = data_set(data, read_config(config, set_), layout, annotations)
+    write_report(evaluation, predictions, scans, out, run)
     print(f"report in {out}")

@@ -71,6 +71,6 @@ def config(
 
     --config replaces defaults, --set replaces both.
     """
-    from voxelscale import config_docs
+    from voxelscale.config import docs
 
-    print(config_docs.markdown() if markdown else config_docs.commented(read_config(config, set_)), end="")
+    print(docs.markdown() if markdown else docs.commented(read_config(config, set_)), end="")

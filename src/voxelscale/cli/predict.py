@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from voxelscale.cli.common import ConfigFile, Layout, Sets, read_config, tell_failed, verb
+from voxelscale.cli.common import ConfigFile, Layout, Sets, data_set, read_config, tell_failed, verb
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output
 
@@ -29,7 +29,7 @@ def predict(
 
     \b
     voxelscale predict run/ patient.nii.gz predictions/
-    voxelscale predict model.vxs dicom_folder/ predictions/ --set predict.flips=true
+    voxelscale predict model.vxs dicom_folder/ predictions/ --set predict.test_time_augmentation=true
     voxelscale predict run/ scans/ predictions/ --store store/ --split test
     torchrun --nproc-per-node 4 -m voxelscale.cli predict run/ scans/ predictions/
 
@@ -38,14 +38,12 @@ def predict(
 
     A scan unlike the training scans gets a warning. One that the model cannot be meant for (a mask, grey
     levels, two slices) is an error. A model of chests predicts only in and around the lungs
-    (predict.lungs). prepare.fill_gaps allows missing slices; prepare.select chooses one of several
+    (predict.lungs). reading.fill_gaps allows missing slices; reading.select chooses one of several
     acquisitions in a series.
 
     names.csv lists the path and series of each case: it identifies patients, do not share it.
     """
     check_output(out)
-    from voxelscale.dataset.listing import list_scans
-    from voxelscale.dataset.names import names_of
     from voxelscale.dataset.names_table import write_names
     from voxelscale.model.bundle import read_bundle
     from voxelscale.predict.predict import predict as run_predict
@@ -55,19 +53,19 @@ def predict(
 
     bundle = read_bundle(model)
     settings = read_config(config, set_, bundle.config)
-    names = names_of(settings.prepare, store or out)
-    sources = list_scans(scans, layout, names)
-    names.keep_in(out)
+    data = data_set(scans, settings, layout, keys=store or out)
+    sources = data.scans
+    data.names.keep_in(out)
     if store is not None:
         opened = open_store(store)
         wanted = {info.case for info in opened.split(split)}
         sources = [source for source in sources if source.case in wanted]
         if not sources:
-            hint = "check --split, and that prepare.names is the same as in voxelscale prepare"
+            hint = "check --split, and that reading.names is the same as in voxelscale prepare"
             raise VoxelscaleError(f"{scans}: no case of the split {split} of {store}", hint)
         record_cases(out, (source.case for source in sources), split, opened.fingerprint["digest"])
     write_names(sources, out)
-    outcome = run_predict(sources, bundle, settings.predict, out, settings.prepare)
+    outcome = run_predict(sources, bundle, settings.predict, out, settings.reading)
     if outcome.rank:
         return 0
     code = tell_failed(outcome.failed, "predicted")

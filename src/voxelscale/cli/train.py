@@ -12,6 +12,7 @@ from voxelscale.cli.common import (
     ConfigFile,
     Layout,
     Sets,
+    data_set,
     read_config,
     rows_of,
     tell_failed,
@@ -164,8 +165,8 @@ def calibrate(
     check_output(model.parent if model.is_file() else model)
     from voxelscale.tune.calibrate import calibrate_run
 
-    settings = read_config(config, set_).prepare
-    summary = calibrate_run(model, predictions, data, settings, layout, annotations)
+    truth = data_set(data, read_config(config, set_), layout, annotations)
+    summary = calibrate_run(model, predictions, truth)
     found, scans = count(summary["findings"], "finding"), count(summary["scans"], "scan")
     print(f"{found} of {scans}, {summary['hits']} of them lesions")
     print(

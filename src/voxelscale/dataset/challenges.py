@@ -175,7 +175,7 @@ def _classes(path: Path, tree: Mapping[str, Any]) -> tuple[tuple[int, ...] | Non
     remark = ""
     if len(named) > 1:
         each = [f"{name} [{','.join(map(str, group))}]" for name, group in named.items()]
-        remark = f"classes: {', '.join(each[:MOST_NAMED])}; choose with prepare.labels, else all are lesion"
+        remark = f"classes: {', '.join(each[:MOST_NAMED])}; choose with reading.labels, else all are lesion"
     return tuple(every) if ignored else None, (remark,) if remark else ()
 
 

@@ -239,7 +239,7 @@ def _named(data: Path, sources: Sequence[Source], names: Names, layout: str) -> 
     if names.how == "series":
         without = [source.case for source in sources if not source.series]
         if without:
-            hint = "use prepare.names=file, or give DICOM"
+            hint = "use reading.names=file, or give DICOM"
             raise VoxelscaleError(f"{data}: {without[0]} has no series UID to be called after", hint)
         return [replace(source, case=safe_name(source.series)) for source in sources]
     done = ("case-", "patient-")

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from voxelscale.config import PrepareConfig
 from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
 
@@ -116,11 +115,6 @@ def _users_key() -> bytes:
         return fresh
 
 
-def names_of(config: PrepareConfig, folder: Path | None) -> Names:
-    """The names that a config asks for, with the key of `folder` where it has one."""
-    return Names(how=config.names, key_file=config.name_key, folder=folder)
-
-
 def _keep(path: Path, key: bytes) -> bytes:
     """The key in the file, written first if there is none, readable for its owner only."""
     temporary = temporary_of(path)
@@ -131,7 +125,7 @@ def _keep(path: Path, key: bytes) -> bytes:
             with contextlib.suppress(FileExistsError):
                 os.link(temporary, path)
     except OSError as error:
-        hint = "choose another folder, or name a file with a key as prepare.name_key"
+        hint = "choose another folder, or name a file with a key as reading.name_key"
         raise VoxelscaleError(f"{path}: cannot be written ({error.strerror})", hint) from None
     finally:
         with contextlib.suppress(OSError):
@@ -159,7 +153,7 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as handle:
             content = handle.read(MOST_BYTES + 1)
     except OSError as error:
-        hint = "name a file that holds the key as prepare.name_key"
+        hint = "name a file that holds the key as reading.name_key"
         raise VoxelscaleError(f"{path}: cannot be read ({error.strerror})", hint) from None
     return _checked(content.strip(), str(path))
 

@@ -9,8 +9,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from voxelscale.dataset.listing import Source
 from voxelscale.dataset.names import temporary_of, write_private
+from voxelscale.dataset.source import Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.tables import read_table
 

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from voxelscale.config import PrepareConfig
-from voxelscale.dataset.listing import Source
+from voxelscale.config import ReadingConfig
+from voxelscale.dataset.source import Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Grid, Scan, as_lps, reorient
 from voxelscale.labels import kind_of, lesion_in, read_labels
 from voxelscale.labels.annotation import Labels
 
 
-def read_image(source: Source, fill_gaps: int = 0, select: Sequence[str] = ()) -> Scan:
+def read_image(source: Source, reading: ReadingConfig) -> Scan:
     """The scan in HU, axes as in its files.
-
-    Args:
-        fill_gaps, select: as `PrepareConfig` has them.
 
     Raises:
         VoxelscaleError: the case is known to be unfit, or the image is.
     """
     from voxelscale.formats import read_scan
 
-    return read_scan(source.image, _series_of(source), fill_gaps, source.files, select)
+    return read_scan(source.image, _series_of(source), reading.fill_gaps, source.files, reading.select)
 
 
-def read_lattice(source: Source, fill_gaps: int = 0, select: Sequence[str] = ()) -> Grid:
+def read_lattice(source: Source, reading: ReadingConfig) -> Grid:
     """The lattice of the scan that `read_image` gives, from the headers alone.
 
     Raises:
@@ -37,7 +33,7 @@ def read_lattice(source: Source, fill_gaps: int = 0, select: Sequence[str] = ())
     """
     from voxelscale.formats import read_grid
 
-    return read_grid(source.image, _series_of(source), fill_gaps, source.files, select)
+    return read_grid(source.image, _series_of(source), reading.fill_gaps, source.files, reading.select)
 
 
 def _series_of(source: Source) -> str:
@@ -51,7 +47,7 @@ def _series_of(source: Source) -> str:
 
 
 def read_case(
-    source: Source, config: PrepareConfig, image: Scan | None = None, *, empty: bool = False
+    source: Source, reading: ReadingConfig, image: Scan | None = None, *, empty: bool = False
 ) -> tuple[Scan, Labels]:
     """The scan (LPS order) and its lesions on the same voxels.
 
@@ -61,24 +57,24 @@ def read_case(
 
     Raises:
         VoxelscaleError: one of them is unfit, they do not belong together, or there is no lesion where
-            neither `empty` nor `prepare.allow_empty` allows it.
+            neither `empty` nor `reading.allow_empty` allows it.
     """
-    empty = empty or config.allow_empty
-    raw = read_image(source, config.fill_gaps, config.select) if image is None else image
+    empty = empty or reading.allow_empty
+    raw = read_image(source, reading) if image is None else image
     image = reorient(raw)
     if not source.labels:
         if not empty:
-            hint = "add its mask, or say prepare.allow_empty=true where scans without one are healthy"
+            hint = "add its mask, or say reading.allow_empty=true where scans without one are healthy"
             raise VoxelscaleError(f"{source.image}: has no mask", hint)
         return image, Labels(mask=Scan(np.zeros(image.array.shape, np.uint8), image.affine))
     # Labels speak of the pixels that were drawn on: they are read before anything is turned.
-    drawn = labels_of(source, raw, config)
+    drawn = labels_of(source, raw, reading)
     labels = replace(drawn, mask=reorient(drawn.mask))
     # A reading that found nothing is an answer; a mask without a voxel is more likely a mistake.
     kinds = {kind_of(label) for label in source.labels}
-    reading = "LIDC" in kinds or ("spheres" in kinds and (source.surveyed or bool(labels.findings)))
-    if not (labels.mask.array.any() or reading or empty):
-        hint = "check the mask, or say prepare.allow_empty=true where healthy scans are meant to be there"
+    answered = "LIDC" in kinds or ("spheres" in kinds and (source.surveyed or bool(labels.findings)))
+    if not (labels.mask.array.any() or answered or empty):
+        hint = "check the mask, or say reading.allow_empty=true where healthy scans are meant to be there"
         what = (
             "no row belongs to this scan" if kinds == {"spheres"} else "an empty mask: no voxel of a lesion"
         )
@@ -86,15 +82,15 @@ def read_case(
     return image, labels
 
 
-def read_truth(source: Source, config: PrepareConfig) -> Scan:
+def read_truth(source: Source, reading: ReadingConfig) -> Scan:
     """The mask alone, uint8 of 0 and 1 (LPS order); see `read_truth_labels`."""
-    return read_truth_labels(source, config).mask
+    return read_truth_labels(source, reading).mask
 
 
-def read_truth_labels(source: Source, config: PrepareConfig) -> Labels:
+def read_truth_labels(source: Source, reading: ReadingConfig) -> Labels:
     """The labels of a case on its image's lattice (LPS order); voxels are read only where labels need them.
 
-    A case without a label is healthy where `prepare.allow_empty` says so.
+    A case without a label is healthy where `reading.allow_empty` says so.
 
     Raises:
         VoxelscaleError: as `read_case`; but an empty mask is an answer, too.
@@ -102,30 +98,30 @@ def read_truth_labels(source: Source, config: PrepareConfig) -> Labels:
     from voxelscale.formats import on_lattice, read_label
 
     if not source.labels:
-        if not config.allow_empty:
-            hint = "add its mask, or say prepare.allow_empty=true where scans without one are healthy"
+        if not reading.allow_empty:
+            hint = "add its mask, or say reading.allow_empty=true where scans without one are healthy"
             raise VoxelscaleError(f"{source.image}: has no mask", hint)
-        grid = as_lps(read_lattice(source, config.fill_gaps, config.select))[2]
+        grid = as_lps(read_lattice(source, reading))[2]
         return Labels(mask=Scan(np.zeros(grid.shape, np.uint8), grid.affine))
     if [kind_of(label) for label in source.labels] == ["mask"]:
-        values = _values(source, config)
+        values = _values(source, reading)
         mask = reorient(read_label(source.labels[0], values))
         if source.image.exists():  # a mask may be cropped to what is drawn in it
-            lattice = as_lps(read_lattice(source, config.fill_gaps, config.select))[2]
+            lattice = as_lps(read_lattice(source, reading))[2]
             mask = on_lattice(source.labels[0], mask, source.image, lattice)
         lesion = lesion_in(mask, values)
-        if mask.array.any() and not lesion.any() and not config.allow_empty:
+        if mask.array.any() and not lesion.any() and not reading.allow_empty:
             shown = ", ".join(map(str, values or ()))
             raise VoxelscaleError(
                 f"{source.label_names}: no voxel of the values {shown}",
-                "choose other prepare.labels, or say prepare.allow_empty=true where such scans are healthy",
+                "choose other reading.labels, or say reading.allow_empty=true where such scans are healthy",
             )
         return Labels(mask=Scan(lesion.astype(np.uint8), mask.affine))
     empty = all(kind_of(label) != "spheres" for label in source.labels)
-    return read_case(source, config, empty=empty)[1]
+    return read_case(source, reading, empty=empty)[1]
 
 
-def labels_of(source: Source, image: Scan, config: PrepareConfig) -> Labels:
+def labels_of(source: Source, image: Scan, reading: ReadingConfig) -> Labels:
     """The lesions of an image, on its own voxels.
 
     Args:
@@ -142,13 +138,13 @@ def labels_of(source: Source, image: Scan, config: PrepareConfig) -> Labels:
         image,
         image_path=source.image,
         series=source.series,
-        values=_values(source, config),
-        consensus=config.consensus,
+        values=_values(source, reading),
+        consensus=reading.consensus,
         thickness_mm=thickness,
-        allow_empty=config.allow_empty,
+        allow_empty=reading.allow_empty,
     )
 
 
-def _values(source: Source, config: PrepareConfig) -> tuple[int, ...] | None:
+def _values(source: Source, reading: ReadingConfig) -> tuple[int, ...] | None:
     """What the user calls the lesion, or else the data set."""
-    return config.labels or source.values
+    return reading.labels or source.values

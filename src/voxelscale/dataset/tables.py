@@ -184,5 +184,5 @@ def _unrelated(table: Path, rows: Mapping[str, object], scan: Source) -> Voxelsc
     first = next(iter(rows), None)
     meant = f"; it names {first[:LONGEST_QUOTE]}" if first else ""
     known = f", the first scan is {scan.series or case_name(scan.image)}"
-    hint = "give the table of these scans; of healthy ones leave the label empty (prepare.allow_empty=true)"
+    hint = "give the table of these scans; of healthy ones leave the label empty (reading.allow_empty=true)"
     return VoxelscaleError(f"{table}: no row belongs to a scan of the data set{meant}{known}", hint)

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from voxelscale.config import PrepareConfig
 from voxelscale.console import Progress, count, notice, warn
-from voxelscale.dataset.listing import Source, list_sources
-from voxelscale.dataset.names import names_of
+from voxelscale.dataset import DataSet, Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.predict.record import RECORD, read_record
 from voxelscale.predict.work import made_from_this, predicted_by
@@ -100,7 +98,7 @@ class Cases:
         if self.without_truth:
             warn(
                 f"{self.data}: left out {_some('predicted case without a mask', self.without_truth)}; "
-                "if such scans are healthy, say prepare.allow_empty=true to count them"
+                "if such scans are healthy, say reading.allow_empty=true to count them"
             )
         if self.unknown:
             warn(f"{self.data}: left out {_some('prediction without a case there', self.unknown)}")
@@ -122,10 +120,10 @@ class Cases:
         """The error where not one case could be scored."""
         what = f"{self.predictions}: no prediction of a case of {self.data} that has a mask"
         if self.without_truth:
-            hint = "add the masks, or say prepare.allow_empty=true where scans without one are healthy"
+            hint = "add the masks, or say reading.allow_empty=true where scans without one are healthy"
         elif self.unknown:
             what += f", but {_some('prediction', self.unknown)}"
-            hint = "name the data set that was predicted, with prepare.names and prepare.name_key as then"
+            hint = "name the data set that was predicted, with reading.names and reading.name_key as then"
         else:
             hint = "run voxelscale predict on that data set first"
         return none_usable(what, failed, hint)
@@ -133,29 +131,25 @@ class Cases:
 
 def predicted_cases(
     predictions: Path,
-    data: Path,
-    config: PrepareConfig,
-    layout: str = "auto",
-    annotations: Path | None = None,
+    data: DataSet,
     *,
     needs: Sequence[str] = (MASK, FINDINGS),
     missing_is_empty: bool = False,
 ) -> Cases:
     """Match predictions with the cases of a data set whose truth is known.
 
-    The truth is known of a case with a label, and with ``prepare.allow_empty`` of one without, too: it is
+    The truth is known of a case with a label, and with ``reading.allow_empty`` of one without, too: it is
     healthy. A case without a prediction fails where `predict` recorded that it was to be predicted.
 
     Args:
         predictions: what `voxelscale predict` wrote.
-        data, layout, annotations: as of `voxelscale.dataset.listing.list_sources`.
         needs: the files that a prediction must have.
         missing_is_empty: a case without a prediction counts as predicted.
     """
-    listed = list_sources(data, layout, annotations, names_of(config, predictions))
+    listed = data.named_as_in(predictions).cases
     there = {path.name for path in _folders(predictions) if _has_any(path)}
     record = read_record(predictions)
-    known = [s for s in listed if s.labels or s.fault or config.allow_empty]
+    known = [s for s in listed if s.labels or s.fault or data.reading.allow_empty]
     predicted, failed, missing = [], [], []
     for source in known:
         fault = _half(predictions / source.case, needs) if source.case in there else None
@@ -172,7 +166,7 @@ def predicted_cases(
     scans = Counter((s.image, s.series, s.files) for s in predicted)
     return Cases(
         predictions=predictions,
-        data=data,
+        data=data.path,
         predicted=tuple(predicted),
         failed=tuple(failed),
         missing=tuple(missing),

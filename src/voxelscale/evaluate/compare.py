@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.config import PrepareConfig
+from voxelscale.config import ReadingConfig
 from voxelscale.console import count, warn
-from voxelscale.dataset.listing import Source
+from voxelscale.dataset import DataSet, Source
 from voxelscale.evaluate.bootstrap import (
     MIN_SCANS,
     RESAMPLES,
@@ -51,11 +51,8 @@ Pair = tuple[Score, Score]
 def compare_folders(
     first: Path,
     second: Path,
-    data: Path,
+    data: DataSet,
     *,
-    config: PrepareConfig | None = None,
-    layout: str = "auto",
-    annotations: Path | None = None,
     out: Path | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -64,7 +61,7 @@ def compare_folders(
 
     Args:
         first, second: what `voxelscale predict` wrote.
-        data, config, layout, annotations: as of `voxelscale.evaluate.evaluate.evaluate_folder`.
+        data: the data set with the true masks.
         out: a JSON file to write the result to.
         resamples, seed: of the bootstrap over scans.
 
@@ -76,8 +73,7 @@ def compare_folders(
     Raises:
         VoxelscaleError: there is no case that both predicted and that can be read.
     """
-    config = config or PrepareConfig()
-    both = [predicted_cases(folder, data, config, layout, annotations) for folder in (first, second)]
+    both = [predicted_cases(folder, data) for folder in (first, second)]
     # Each folder may have a key of its own, by which its cases are called; scans are the same all the same.
     scans = [{(s.image, s.series): s for s in cases.predicted} for cases in both]
     shared = [scan for scan in scans[0] if scan in scans[1]]
@@ -87,12 +83,12 @@ def compare_folders(
     pairs, unreadable = each_case(
         "compare",
         [scans[0][scan] for scan in shared],
-        lambda source: _score(source, folders[source.case], config),
+        lambda source: _score(source, folders[source.case], data.reading),
     )
     lost = {f.source.case: f for cases in reversed(both) for f in cases.failed}
     failed = [*lost.values(), *unreadable]
     if not pairs:
-        what = f"{first} and {second}: no case of {data} with a mask that both predicted"
+        what = f"{first} and {second}: no case of {data.path} with a mask that both predicted"
         raise none_usable(what, failed, "run voxelscale predict with both models on that data set first")
     only = [[s.case for scan, s in scans[at].items() if scan not in scans[1 - at]] for at in (0, 1)]
     for cases, alone in zip(both, only, strict=True):
@@ -109,9 +105,9 @@ def compare_folders(
     return {**result, "failed": [failure.told for failure in failed]}
 
 
-def _score(source: Source, folders: tuple[Path, Path], config: PrepareConfig) -> Pair:
+def _score(source: Source, folders: tuple[Path, Path], reading: ReadingConfig) -> Pair:
     """Both predictions of a case held against its truth."""
-    truth = truth_of(source, config)
+    truth = truth_of(source, reading)
     lesions = truth.lesions
     scores = []
     for folder in folders:

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.config import PrepareConfig
 from voxelscale.console import warn
-from voxelscale.dataset.listing import Source
+from voxelscale.dataset import DataSet, Source
 from voxelscale.evaluate.bootstrap import RESAMPLES, percentile_interval, resampled_means
 from voxelscale.evaluate.cases import FINDINGS, MASK, each_case, predicted_cases
 from voxelscale.evaluate.froc import OPERATING_POINTS, Froc, Matches, Placed, froc, match, pool, resampled
@@ -106,11 +105,8 @@ def evaluate_case(
 
 def evaluate_folder(
     predictions: Path,
-    data: Path,
+    data: DataSet,
     out: Path,
-    config: PrepareConfig | None = None,
-    layout: str = "auto",
-    annotations: Path | None = None,
     *,
     missing_is_empty: bool = False,
 ) -> dict[str, Any]:
@@ -118,11 +114,8 @@ def evaluate_folder(
 
     Args:
         predictions: what `voxelscale predict` wrote: ``<case>/mask.nii.gz`` and ``findings.json``.
-        data: the data set, as `voxelscale.dataset.listing.list_sources` takes it; its ``nodules.csv``, too,
-            where it is synthetic.
+        data: the data set with the true masks; its ``nodules.csv`` counts, too, where it is synthetic.
         out: where the tables go.
-        config: what in the labels is the lesion, and what cases are called after; None: the defaults.
-        layout, annotations: as of `list_sources`.
         missing_is_empty: score a case without a prediction as if nothing had been found in it.
 
     Returns:
@@ -132,14 +125,11 @@ def evaluate_folder(
     Raises:
         VoxelscaleError: no case has both a mask and a prediction that can be read.
     """
-    config = config or PrepareConfig()
-    cases = predicted_cases(
-        predictions, data, config, layout, annotations, missing_is_empty=missing_is_empty
-    )
-    nodules = read_nodules(data)
+    cases = predicted_cases(predictions, data, missing_is_empty=missing_is_empty)
+    nodules = read_nodules(data.path)
 
     def score(source: Source) -> CaseResult:
-        truth = truth_of(source, config)
+        truth = truth_of(source, data.reading)
         mask, findings = Scan(np.zeros_like(truth.mask.array), truth.mask.affine), list[Finding]()
         if not missing_is_empty or (predictions / source.case / MASK).is_file():
             mask, findings = read_prediction(predictions / source.case, source, truth.mask)
@@ -153,7 +143,7 @@ def evaluate_folder(
         raise cases.none_scored(failed)
     cases.tell()
     if nodules and not nodules.keys() & results.keys():
-        warn(f"{data}: {TABLE} has no nodule of a scored case; no sensitivities by kind")
+        warn(f"{data.path}: {TABLE} has no nodule of a scored case; no sensitivities by kind")
     summary = {**summarise(list(results.values())), "coverage": cases.coverage(len(results))}
     kept = {**summary, "failed": [failure.kept for failure in failed]}
     write_atomic(out / "evaluation.json", json.dumps(kept, indent=1))

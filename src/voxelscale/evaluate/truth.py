@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from voxelscale.config import PrepareConfig
-from voxelscale.dataset.listing import Source
+from voxelscale.config import ReadingConfig
 from voxelscale.dataset.reading import read_truth_labels
+from voxelscale.dataset.source import Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.luna16 import UNKNOWN_DIAMETER_MM
 from voxelscale.findings import Finding, lesions_of_mask, read_findings
@@ -50,13 +50,13 @@ class Truth:
         return lesions_of_mask(self.case, self.mask.array, self.mask.grid)
 
 
-def truth_of(source: Source, config: PrepareConfig) -> Truth:
-    """Read the truth about a case; a case without a label is healthy where ``prepare.allow_empty`` says so.
+def truth_of(source: Source, reading: ReadingConfig) -> Truth:
+    """Read the truth about a case; a case without a label is healthy where ``reading.allow_empty`` says so.
 
     Raises:
         VoxelscaleError: as `voxelscale.dataset.reading.read_truth`.
     """
-    labels = read_truth_labels(source, config)
+    labels = read_truth_labels(source, reading)
     marks = [mark for mark in labels.findings if mark.kind in IGNORED]
     spheres = tuple(Sphere(*mark.centre, mark.diameter_mm or UNKNOWN_DIAMETER_MM) for mark in marks)
     return Truth(case=source.case, mask=labels.mask, ignored=spheres)

@@ -130,7 +130,7 @@ def _read_masks(
     if values is not None and not allow_empty and not any(mask.any() for mask in masks):
         for path, numbers in held.items():
             if numbers is not None and numbers.any():
-                hint = "choose other prepare.labels, or leave them out for all"
+                hint = "choose other reading.labels, or leave them out for all"
                 shown = ", ".join(map(str, numbers))
                 raise VoxelscaleError(f"{path}: no voxel of the values {values} (it holds {shown})", hint)
     return Scan(np.maximum.reduce(masks), image.affine)

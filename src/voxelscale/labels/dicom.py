@@ -123,5 +123,5 @@ def check_values(held: Mapping[Path, set[int]], noun: str, values: tuple[int, ..
         found = ", ".join(map(str, sorted(held[path])[:10])) or "none"
         what = f"{path}: no {noun} {values} (it holds {found})"
         if len(without) == len(held):
-            raise VoxelscaleError(what, "choose other prepare.labels")
+            raise VoxelscaleError(what, "choose other reading.labels")
         notice(f"{what}, left out")

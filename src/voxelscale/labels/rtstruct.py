@@ -177,7 +177,7 @@ def _chosen(sets: dict[Path, Regions], values: tuple[int, ...] | None) -> dict[P
         named = (
             f"{n} {r.name}".strip() + " (no area)" * (not r.contours) for n, r in sorted(regions.items())
         )
-        hint = "say which regions are the lesion, as prepare.labels=[1]"
+        hint = "say which regions are the lesion, as reading.labels=[1]"
         held = ", ".join(named) or "none"
         raise VoxelscaleError(f"{path}: which of its regions is the lesion? It holds: {held}", hint)
     return chosen

@@ -119,7 +119,7 @@ def _warn_of_kinds(path: Path, data: Dataset) -> None:
     kinds = {number: kind for number, kind in kinds.items() if kind != BACKGROUND}
     if len(set(kinds.values())) > 1:
         held = ", ".join(f"{s.SegmentNumber} {s.get('SegmentLabel', '')}".strip() for s, _ in types)
-        warn(f"{path}: all of its segments are taken as the lesion ({held}); choose with prepare.labels")
+        warn(f"{path}: all of its segments are taken as the lesion ({held}); choose with reading.labels")
 
 
 def _backgrounds(data: Dataset) -> set[int]:

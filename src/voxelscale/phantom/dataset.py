@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from voxelscale.config import Config, PhantomConfig
-from voxelscale.dataset.listing import Source, detect_layout, list_scans, list_sources
-from voxelscale.dataset.names import KEY_FILE, Names
+from voxelscale.dataset import DataSet, Source
+from voxelscale.dataset.names import KEY_FILE
 from voxelscale.dataset.reading import read_case
 from voxelscale.dataset.stamps import label_stamp, source_stamp
 from voxelscale.errors import VoxelscaleError
@@ -78,7 +78,7 @@ def write_copies(
 
     Args:
         sources: as `voxelscale.dataset.listing` finds them; without a label a scan counts as healthy.
-        config: its ``phantom`` says which nodules, its ``prepare`` how labels are read.
+        config: its ``phantom`` says which nodules, its ``reading`` how labels are read.
         out: the folder to write.
         copies: of each scan.
         originals: whether the scans as they are belong to the data set, too.
@@ -105,22 +105,18 @@ def write_copies(
     return Copies(table=out / "dataset.csv", done=len(patients), nodules=count, failed=told)
 
 
-def sources_into(
-    paths: Sequence[Path], layout: str, annotations: Path | None, names: Names
-) -> list[Source]:
+def sources_into(data_sets: Sequence[DataSet]) -> list[Source]:
     """The scans of several data sets, folders and files, which are to get nodules.
 
     Raises:
         VoxelscaleError: one of them holds no scan, or two scans have one name.
     """
     sources: dict[str, Source] = {}
-    for path in paths:
-        known = layout != "auto" or detect_layout(path, annotations)
-        found = list_sources(path, layout, annotations, names) if known else list_scans(path, names=names)
-        for source in found:
+    for data in data_sets:
+        for source in data.cases_or_scans:
             if source.case in sources:
                 hint = "put them into one CSV with a column case, each with its own name"
-                raise VoxelscaleError(f"{path}: a second scan is called {source.case}", hint)
+                raise VoxelscaleError(f"{data.path}: a second scan is called {source.case}", hint)
             sources[source.case] = source
     return list(sources.values())
 
@@ -162,7 +158,7 @@ def _write_phantom(config: PhantomConfig, out: Path, case: int) -> None:
 
 def _write_copy(config: Config, out: Path, job: tuple[Source, int]) -> None:
     source, number = job
-    image, labels = read_case(source, config.prepare, empty=True)
+    image, labels = read_case(source, config.reading, empty=True)
     made = copy_with_nodules(source.case, image, labels.mask, config.phantom, number)
     _write_case(
         config.phantom,
@@ -241,6 +237,6 @@ def _stamp_of(out: Path, name: str) -> str:
 
 def _stamp(config: Config, source: Source, copy: int) -> str:
     """A digest of everything that a copy is made from."""
-    rules = config.prepare
+    rules = config.reading
     reading = [rules.labels, rules.consensus, rules.fill_gaps, source.values, *rules.select]
     return digest_of([source_stamp(source), label_stamp(source), reading, copy])[:16]

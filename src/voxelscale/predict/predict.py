@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from voxelscale.config import PredictConfig, PrepareConfig
+from voxelscale.config import PredictConfig, ReadingConfig
 from voxelscale.console import warn
 from voxelscale.dataset.listing import Source
 from voxelscale.device import default_device
@@ -23,7 +23,7 @@ def predict(
     bundle: Bundle,
     config: PredictConfig,
     out: Path,
-    reading: PrepareConfig | None = None,
+    reading: ReadingConfig | None = None,
 ) -> Predictions:
     """Look at every scan; write masks and findings, and warn where they are not to be relied upon.
 
@@ -43,7 +43,7 @@ def predict(
     """
     if os.environ.get("RANK", "0") == "0":
         record_cases(out, (source.case for source in sources))
-    reading = reading or bundle.config.prepare
+    reading = reading or bundle.config.reading
     if "RANK" not in os.environ:
         outcome = Work(bundle, config, out, default_device(), reading).each(sources)
     else:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from voxelscale.config import PredictConfig, PrepareConfig
+from voxelscale.config import PredictConfig, ReadingConfig
 from voxelscale.dataset.listing import Source
 from voxelscale.model.bundle import Bundle
 from voxelscale.predict.work import Predictions, Together, Work
@@ -23,7 +23,7 @@ from voxelscale.train.distributed import Workers, join
 
 
 def predict_in_ranks(
-    sources: Sequence[Source], bundle: Bundle, config: PredictConfig, out: Path, reading: PrepareConfig
+    sources: Sequence[Source], bundle: Bundle, config: PredictConfig, out: Path, reading: ReadingConfig
 ) -> Predictions:
     """This rank's part of `voxelscale.predict.predict.predict`; on rank 0 what became of all scans."""
     with join(virtual=1, threads=0) as workers:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from voxelscale import __version__
-from voxelscale.config import PredictConfig, PrepareConfig
+from voxelscale.config import PredictConfig, ReadingConfig
 from voxelscale.console import Progress, count, duration, notice
 from voxelscale.dataset.listing import Source
 from voxelscale.dataset.reading import read_image
@@ -164,7 +164,7 @@ class _Network:
             overlap=config.overlap,
             # Threads have a window each at a time: together they are a batch.
             batch_size=config.batch_size if threads == 1 else 1,
-            flips=config.flips,
+            flips=config.test_time_augmentation,
             precision=self.precision,
             threads=threads,
         )
@@ -395,7 +395,7 @@ class Work:
     """
 
     def __init__(
-        self, bundle: Bundle, config: PredictConfig, out: Path, device: torch.device, reading: PrepareConfig
+        self, bundle: Bundle, config: PredictConfig, out: Path, device: torch.device, reading: ReadingConfig
     ) -> None:
         self._bundle, self._config, self._out, self._device = bundle, config, out, device
         self._reading = reading
@@ -501,7 +501,7 @@ class Work:
         return digest_of(rules)[:16]
 
     def _read(self, source: Source) -> Scan:
-        return read_image(source, self._reading.fill_gaps, self._reading.select)
+        return read_image(source, self._reading)
 
     def _read_together(self, source: Source, together: Together) -> Scan:
         """The scan, where all could read it: a process that could not must not leave the others waiting."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from voxelscale.config import PrepareConfig
+from voxelscale.config import ReadingConfig
 from voxelscale.console import warn
-from voxelscale.dataset.listing import Source
 from voxelscale.dataset.reading import read_image, read_truth
+from voxelscale.dataset.source import Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import Finding
 from voxelscale.formats import check_same_place, read_label
@@ -55,13 +55,13 @@ class CaseScans:
         VoxelscaleError: one of them cannot be read, or they do not lie on each other.
     """
 
-    def __init__(self, source: Source, mask: Path, config: PrepareConfig) -> None:
-        self.image = reorient(read_image(source, config.fill_gaps, config.select))
+    def __init__(self, source: Source, mask: Path, reading: ReadingConfig) -> None:
+        self.image = reorient(read_image(source, reading))
         self.prediction = reorient(read_label(mask))
         check_same_place(mask, self.prediction, source.image, self.image)
         self.truth = Scan(0 * self.prediction.array, self.prediction.affine)
         if source.labels:
-            self.truth = read_truth(source, config)
+            self.truth = read_truth(source, reading)
             check_same_place(source.labels[0], self.truth, source.image, self.image)
 
     def block(self, title: str, note: str, place: Place | None = None) -> str:
@@ -81,7 +81,7 @@ class CaseScans:
 
 
 def read_scans(
-    case: str, sources: dict[str, Source], predictions: Path, config: PrepareConfig
+    case: str, sources: dict[str, Source], predictions: Path, reading: ReadingConfig
 ) -> CaseScans | None:
     """A case's scans; None, with a warning, where they cannot be shown."""
     source = sources.get(case)
@@ -89,7 +89,7 @@ def read_scans(
         warn(f"no picture of {case}: the scans have no such case")
         return None
     try:
-        return CaseScans(source, predictions / case / "mask.nii.gz", config)
+        return CaseScans(source, predictions / case / "mask.nii.gz", reading)
     except VoxelscaleError as error:
         warn(f"no picture of {case}: {error.message}")
         return None

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from voxelscale.config import PrepareConfig
+from voxelscale.config import ReadingConfig
 from voxelscale.console import count, warn
-from voxelscale.dataset.listing import Source, list_scans
-from voxelscale.dataset.names import names_of
+from voxelscale.dataset import DataSet, Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import Finding, read_findings
 from voxelscale.pages.page import cards, notes, write_page
@@ -44,30 +43,26 @@ class Predicted:
 
 def write_findings_page(
     predictions: Path,
-    data: Path,
+    data: DataSet,
     out: Path,
-    config: PrepareConfig,
     run: Path | None = None,
-    layout: str = "auto",
 ) -> None:
     """Write one self-contained HTML page: each case's findings, and slices through the most confident ones.
 
     Args:
         predictions: ``<case>/mask.nii.gz`` and ``<case>/findings.json``.
-        data: the scans that were predicted, as `voxelscale.dataset.listing.list_scans` takes them.
+        data: the scans that were predicted.
         out: the page.
-        config: how images are read and cases are called.
         run: the folder of the model's training; None: the page does not say how it was trained.
-        layout: as of `list_scans`.
 
     Raises:
         VoxelscaleError: no scan was predicted, or the scans have labels: they are to be evaluated first.
     """
-    sources = list_scans(data, layout, names_of(config, predictions))
+    sources = data.named_as_in(predictions).scans
     predicted = [s for s in sources if (predictions / s.case / "findings.json").is_file()]
     if not predicted:
         raise VoxelscaleError(
-            f"{predictions}: no prediction of a scan of {data}",
+            f"{predictions}: no prediction of a scan of {data.path}",
             "run voxelscale predict on these scans first",
         )
     cases, failed = [], []
@@ -83,7 +78,7 @@ def write_findings_page(
     if absent:
         warn(f"{predictions}: no prediction of {count(len(absent), 'scan')}: {', '.join(absent[:5])}")
     by_name = {one.source.case: one.source for one in cases}
-    shown = [_case(one, by_name, predictions, config, number) for number, one in enumerate(cases)]
+    shown = [_case(one, by_name, predictions, data.reading, number) for number, one in enumerate(cases)]
     found = sum(len(one.findings) for one in cases)
     sections = [
         head("Voxelscale findings", [count(len(cases), "scan"), count(found, "finding")]),
@@ -118,7 +113,7 @@ def _cards(cases: list[Predicted]) -> str:
 
 
 def _case(
-    one: Predicted, sources: dict[str, Source], predictions: Path, config: PrepareConfig, number: int
+    one: Predicted, sources: dict[str, Source], predictions: Path, reading: ReadingConfig, number: int
 ) -> str:
     case = one.source.case
     parts = [
@@ -128,7 +123,7 @@ def _case(
     if not one.findings:
         return "".join(parts)
     parts.append(finding_table(one.findings, MOST_ROWS, f"Findings of {case}"))
-    scans = read_scans(case, sources, predictions, config) if number < MOST_CASES else None
+    scans = read_scans(case, sources, predictions, reading) if number < MOST_CASES else None
     if number == MOST_CASES:
         parts.append(f'<p class="lead">Only the first {MOST_CASES} cases have pictures.</p>')
     for place, finding in enumerate(one.findings[:MOST_PICTURES] if scans else [], start=1):

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.config import PrepareConfig
+from voxelscale.config import ReadingConfig
 from voxelscale.console import count, duration, warn
-from voxelscale.dataset.listing import Source, list_scans, list_sources
-from voxelscale.dataset.names import names_of
+from voxelscale.dataset import DataSet, Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import LEAST_DIAMETER_MM, match_marks
 from voxelscale.evaluate.text import size_name, text_change, text_value
@@ -42,12 +41,9 @@ MOST_FINDINGS = 200
 def write_report(
     evaluation: Path | None,
     predictions: Path,
-    data: Path,
+    data: DataSet,
     out: Path,
     run: Path | None = None,
-    config: PrepareConfig | None = None,
-    layout: str = "auto",
-    annotations: Path | None = None,
 ) -> None:
     """Write one self-contained HTML page; of scans without labels one of their findings.
 
@@ -58,21 +54,20 @@ def write_report(
         data: the data set with images and masks.
         out: the page.
         run: the training's folder, for its curves and config; None: without them.
-        config, layout, annotations: as for the evaluation.
 
     Raises:
         VoxelscaleError: there is no evaluation, though there are labels.
     """
-    config = config or PrepareConfig()
+    data = data.named_as_in(predictions)
     folder = evaluation or predictions
     there = (folder / "evaluation.json").is_file()
-    if evaluation is None and not there and not _labelled(data, layout, annotations, config, predictions):
-        write_findings_page(predictions, data, out, config, run, layout)
+    if evaluation is None and not there and not _labelled(data):
+        write_findings_page(predictions, data, out, run)
         return
     summary = read_evaluation(folder)
-    sources = {s.case: s for s in list_sources(data, layout, annotations, names_of(config, predictions))}
+    sources = {s.case: s for s in data.cases}
     events = read_events(run) if run else []
-    listed = list(_listed(summary, predictions, sources, config))
+    listed = list(_listed(summary, predictions, sources, data.reading))
     made = [row["case"] for row in summary["cases"]]
     sections = [
         _head(summary, run),
@@ -82,7 +77,7 @@ def write_report(
         f'<div class="charts">{froc_chart(summary["froc"])}{"".join(training_charts(events))}</div>',
         "<h2>Overlays</h2>",
         toggles(["truth", "prediction", "mark"]),
-        *_overlays(summary, listed, predictions, sources, config),
+        *_overlays(summary, listed, predictions, sources, data.reading),
         "<h2>Lesions by size</h2>",
         _sizes(summary["sizes"]),
         "<h2>Cases</h2>",
@@ -100,13 +95,9 @@ def write_report(
     write_page(f"Voxelscale report: Dice {text_value(summary['dice']['mean'])}", sections, out)
 
 
-def _labelled(
-    data: Path, layout: str, annotations: Path | None, config: PrepareConfig, predictions: Path
-) -> bool:
+def _labelled(data: DataSet) -> bool:
     """Whether any of the scans has labels, and so should be evaluated."""
-    if annotations is not None:
-        return True
-    return any(s.labels for s in list_scans(data, layout, names_of(config, predictions)))
+    return data.annotations is not None or any(s.labels for s in data.scans)
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -211,7 +202,7 @@ LESION, NEITHER, WRONG = "lesion", "not counted", "false positive"
 
 
 def _listed(
-    summary: Mapping[str, Any], predictions: Path, sources: Mapping[str, Source], config: PrepareConfig
+    summary: Mapping[str, Any], predictions: Path, sources: Mapping[str, Source], reading: ReadingConfig
 ) -> Iterator[Listed]:
     """All cases' findings, each with what it hits by the evaluation's rule."""
     without = set(summary.get("coverage", {}).get("counted_as_empty", ()))
@@ -223,7 +214,7 @@ def _listed(
         try:
             findings = read_findings(predictions / case / "findings.json")
             # Read only where the evaluation says that something was neither right nor wrong to find.
-            ignored = truth_of(sources[case], config).ignored if row.get("ignored") else ()
+            ignored = truth_of(sources[case], reading).ignored if row.get("ignored") else ()
         except (VoxelscaleError, KeyError) as error:
             warn(f"{case}: its findings are not listed: {error}")
             continue
@@ -248,11 +239,11 @@ def _overlays(
     listed: Sequence[Listed],
     predictions: Path,
     sources: dict[str, Source],
-    config: PrepareConfig,
+    reading: ReadingConfig,
 ) -> Iterator[str]:
     """The best, median and worst case, the largest missed lesion and the most confident false positive."""
     for title, case, place, note in [*_chosen(summary["cases"]), *_mistakes(summary, listed)]:
-        scans = read_scans(case, sources, predictions, config)
+        scans = read_scans(case, sources, predictions, reading)
         if scans is not None:
             yield scans.block(title, f"{case}{note}", place)
 

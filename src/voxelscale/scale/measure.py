@@ -210,7 +210,7 @@ class _Worker:
 
     def update(self, net: nn.Module, samples: Sequence[Any]) -> _Parts:
         """One update on one micro-batch, its parts timed."""
-        device, clip = self.device, self.config.optim.clip
+        device, clip = self.device, self.config.optim.gradient_clipping
         marks = [_mark(device)]
         image, mask = self.task.collate(samples)
         marks.append(_mark(device))

@@ -87,9 +87,7 @@ def _what_counts(config: Config) -> Config:
     return Config(
         data=DataConfig(patch_size=config.data.patch_size),
         model=config.model,
-        optim=OptimConfig(
-            name=optim.name, momentum=0.9 * (optim.momentum > 0), average=0.1 * (optim.average > 0)
-        ),
+        optim=OptimConfig(name=optim.name, momentum=0.9 * (optim.momentum > 0), ema=0.1 * (optim.ema > 0)),
         train=TrainConfig(
             batch_size=train.batch_size,
             virtual_workers=train.virtual_workers if config.model.norm == "sync_batch" else 1,

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.config import PrepareConfig
-from voxelscale.dataset.listing import Source, detect_layout, list_scans, list_sources
+from voxelscale.config import ReadingConfig
+from voxelscale.dataset import DataSet, Source
 from voxelscale.dataset.reading import labels_of, read_image
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats import detect_format
 from voxelscale.geometry import IntTriple, Scan, Triple, reorient, sphere_diameter
 from voxelscale.lungs import lung_field
 from voxelscale.parallel import map_processes
@@ -124,16 +123,12 @@ class Inspection:
         return {"kind": self.kind, "cases": cases, "unreadable": unreadable, "problems": problems}
 
 
-def inspect(
-    data: Path, config: PrepareConfig, layout: str = "auto", annotations: Path | None = None
-) -> Inspection:
+def inspect(data: DataSet, workers: int = 0) -> Inspection:
     """Look at every case, in parallel; a broken one becomes a problem and stops nothing.
 
     Args:
-        data: a data set as `list_sources` takes it, scans as `list_scans` takes them, or a store that
-            `prepare` wrote.
-        config: its `labels`, `consensus`, `fill_gaps` and `workers` count.
-        layout, annotations: as of `list_sources`.
+        data: a data set, plain scans, or a store that `prepare` wrote.
+        workers: parallel processes; 0: one a core.
 
     Raises:
         VoxelscaleError: there is no data set.
@@ -141,20 +136,19 @@ def inspect(
     facts: list[Facts] = []
     problems: list[Problem] = []
     sources: Sequence[Source] = ()
-    if (data / "dataset.json").is_file() and (data / "cases").is_dir():
-        store = open_store(data)
+    path = data.path
+    if (path / "dataset.json").is_file() and (path / "cases").is_dir():
+        store = open_store(path)
         kind, splits = (
             "store",
             {name: [c.case for c in store.split(name)] for name in ("train", "val", "test")},
         )
-        results = _gather(
-            partial(look_at_stored, store), store.cases, lambda info: info.case, config.workers
-        )
+        results = _gather(partial(look_at_stored, store), store.cases, lambda info: info.case, workers)
     else:
-        kind, splits = "data set", declared_split(data)
-        sources = _sources(data, layout, annotations)
+        kind, splits = "data set", declared_split(path)
+        sources = data.cases_or_scans
         results = _gather(
-            partial(look_at, config=config), sources, lambda source: source.case, config.workers
+            partial(look_at, reading=data.reading), sources, lambda source: source.case, workers
         )
     for name, result in results:
         if isinstance(result, VoxelscaleError):
@@ -165,7 +159,7 @@ def inspect(
     facts.sort(key=lambda one: one.case)
     problems += [*duplicates(facts), *across_splits(facts, splits), *_vanishing(facts)]
     # The page may be passed on; where the data lie on this machine is nobody's business.
-    problems = _without_places(problems, data, sources)
+    problems = _without_places(problems, path, sources)
     readable = {one.case for one in facts}
     unreadable = sorted(
         (p for p in problems if p.severity == "error" and p.case and p.case not in readable),
@@ -173,15 +167,6 @@ def inspect(
     )
     problems.sort(key=lambda p: (SEVERITIES.index(p.severity), p.case, p.text))
     return Inspection(kind=kind, cases=tuple(facts), problems=tuple(problems), unreadable=tuple(unreadable))
-
-
-def _sources(data: Path, layout: str, annotations: Path | None) -> list[Source]:
-    """The cases of a data set, or the scans that lie there without being one."""
-    if layout != "auto" or detect_layout(data, annotations):
-        return list_sources(data, layout, annotations)
-    if data.is_file():
-        detect_format(data)  # raises where it is no scan at all
-    return list_scans(data)
 
 
 def _without_places(problems: Sequence[Problem], data: Path, sources: Sequence[Source]) -> list[Problem]:
@@ -203,20 +188,20 @@ def _without_places(problems: Sequence[Problem], data: Path, sources: Sequence[S
     return bare
 
 
-def look_at(source: Source, config: PrepareConfig) -> Facts:
+def look_at(source: Source, reading: ReadingConfig) -> Facts:
     """Read one case of a data set.
 
     Raises:
         VoxelscaleError: its image is unfit; a fault of its mask becomes a problem.
     """
-    raw = read_image(source, config.fill_gaps, config.select)
+    raw = read_image(source, reading)
     image, problems = reorient(raw), []
     mask = None
     if not source.labels:
         problems.append(Problem(severity="note", case=source.case, text="has no mask"))
     else:
         try:
-            mask = reorient(labels_of(source, raw, config).mask).array
+            mask = reorient(labels_of(source, raw, reading).mask).array
         except VoxelscaleError as error:
             problems.append(Problem(severity="error", case=source.case, text=error.message))
     names = (source.case, source.patient, axis_codes(raw.grid))

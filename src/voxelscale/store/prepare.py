@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.config import PrepareConfig
+from voxelscale.config import PrepareConfig, ReadingConfig
 from voxelscale.console import count, notice, warn
 from voxelscale.dataset.listing import Source
 from voxelscale.dataset.reading import read_case, read_image, read_lattice
@@ -37,6 +37,8 @@ from voxelscale.store.spacing import target_spacing
 
 Made = TypeVar("Made")
 SPLITS = ("train", "val", "test")
+READING = ReadingConfig()
+
 FINDINGS = "findings.csv"
 """Beside the store's table."""
 
@@ -60,21 +62,24 @@ class Preparation:
     failed: tuple[tuple[str, str, str], ...]
 
 
-def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Preparation:
+def prepare(
+    sources: Sequence[Source], out: Path, config: PrepareConfig, reading: ReadingConfig = READING
+) -> Preparation:
     """Read, check, resample and store every case; then the table, the split and the fingerprint.
 
     Run again with the same arguments it keeps what is whole and unchanged.
 
     Args:
-        sources: as `voxelscale.dataset.listing.list_sources` finds them.
+        sources: the cases, as `voxelscale.dataset.DataSet` lists them.
         out: the store's folder, made where it is not there.
+        reading: how the cases are read.
 
     Raises:
         VoxelscaleError: no case could be prepared at all.
     """
     failed: dict[str, tuple[str, str]] = {}
     surveyed = (
-        [] if config.spacing else _each(sources, partial(survey, config=config), "survey", config, failed)
+        [] if config.spacing else _each(sources, partial(survey, reading=reading), "survey", config, failed)
     )
     good = [source for source in sources if source.case not in failed]
     if not good:
@@ -83,9 +88,9 @@ def prepare(sources: Sequence[Source], out: Path, config: PrepareConfig) -> Prep
     if spacing is None:
         spacing, why = target_spacing([g.spacing for g in surveyed], [g.shape for g in surveyed])
     notice(f"spacing {' x '.join(f'{s:g}' for s in spacing)} mm (z, y, x): {why}")
-    kept = {s.case: info for s in good if (info := _kept(s, out, config, spacing))}
+    kept = {s.case: info for s in good if (info := _kept(s, out, config, reading, spacing))}
     todo = [source for source in good if source.case not in kept]
-    work = partial(prepare_case, config=config, out=out, spacing=spacing)
+    work = partial(prepare_case, config=config, reading=reading, out=out, spacing=spacing)
     made = _each(todo, work, "prepare", config, failed)
     infos = sorted([*kept.values(), *made], key=lambda info: info.case)
     for info in infos:
@@ -165,9 +170,9 @@ def _none_prepared(failed: dict[str, tuple[str, str]]) -> VoxelscaleError:
     return VoxelscaleError(f"no case could be prepared; {case}: {message}{more}", hint)
 
 
-def survey(source: Source, config: PrepareConfig) -> Grid:
+def survey(source: Source, reading: ReadingConfig) -> Grid:
     """The lattice of a case's image, turned to LPS; only headers are read."""
-    return as_lps(read_lattice(source, config.fill_gaps, config.select))[2]
+    return as_lps(read_lattice(source, reading))[2]
 
 
 def axis_codes(grid: Grid) -> str:
@@ -177,7 +182,9 @@ def axis_codes(grid: Grid) -> str:
     return "".join(codes[axis] for axis in (2, 1, 0))
 
 
-def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Triple) -> CaseInfo:
+def prepare_case(
+    source: Source, config: PrepareConfig, out: Path, spacing: Triple, reading: ReadingConfig = READING
+) -> CaseInfo:
     """Read one case, resample it to `spacing`, and write its file.
 
     The image is turned to LPS, resampled linearly and rounded to int16 HU; the mask by nearest
@@ -186,10 +193,12 @@ def prepare_case(source: Source, config: PrepareConfig, out: Path, spacing: Trip
     Raises:
         VoxelscaleError: the image or the mask is unfit; the message names the file.
     """
-    key = source_key(source, config, spacing)  # first: a file that changes meanwhile is noticed next time
-    as_is = read_image(source, config.fill_gaps, config.select)
+    key = source_key(
+        source, config, reading, spacing
+    )  # first: a file that changes meanwhile is noticed next time
+    as_is = read_image(source, reading)
     axes = axis_codes(as_is.grid)
-    image, labels = read_case(source, config, as_is)
+    image, labels = read_case(source, reading, as_is)
     del as_is  # what was flipped is a copy
     hu = resample_hu(image, spacing)
     target = hu.grid
@@ -341,19 +350,21 @@ def assign_splits(
     return [replace(info, split=split_of[info.patient]) for info in cases]
 
 
-def source_key(source: Source, config: PrepareConfig, spacing: Triple) -> str:
+def source_key(source: Source, config: PrepareConfig, reading: ReadingConfig, spacing: Triple) -> str:
     """A digest of what shapes a stored case: all files behind image and labels, and the preparation."""
     shaping = asdict(replace(config, split=(1, 0, 0), seed=0, workers=0, plan=False, memory_gib=0))
-    shaping |= {"names": "", "name_key": ""}
-    if not config.select:
+    shaping |= asdict(replace(reading, names="auto", name_key="")) | {"names": ""}
+    if not reading.select:
         del shaping["select"]  # of stores from before there was a choice
     files = [source_stamp(source), label_stamp(source)]
     return digest_of([files, source.patient, source.series, source.values, list(spacing), shaping])[:16]
 
 
-def _kept(source: Source, out: Path, config: PrepareConfig, spacing: Triple) -> CaseInfo | None:
+def _kept(
+    source: Source, out: Path, config: PrepareConfig, reading: ReadingConfig, spacing: Triple
+) -> CaseInfo | None:
     info = read_info(out, source.case)
-    return info if info is not None and info.key == source_key(source, config, spacing) else None
+    return info if info is not None and info.key == source_key(source, config, reading, spacing) else None
 
 
 def _each(

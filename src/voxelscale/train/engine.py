@@ -84,7 +84,7 @@ class Engine:
         self.chief = workers.rank == 0
         self.precision = choose_precision(config.train.precision, workers.device)
         self.model = to_channels_last(task.model) if config.train.formatted else task.model
-        share = config.optim.average
+        share = config.optim.ema
         self.trained = Trained(
             model=self.model,
             optimizer=make_optimizer(self.model, config.optim),
@@ -255,7 +255,7 @@ class Engine:
 
         The gradients are those of all ranks, so every rank comes to the same.
         """
-        clip, skip = self.config.optim.clip, self.config.train.not_finite == "skip"
+        clip, skip = self.config.optim.gradient_clipping, self.config.train.not_finite == "skip"
         if not (clip or skip):
             return True
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip or math.inf)

@@ -63,7 +63,7 @@ def fit(
     Args:
         model: moved to the training device, trained in place in the modes (train or eval) its modules
             are in. Every rank starts from rank 0's weights. Afterwards it holds the trained weights, the
-            averaged ones with their own batch statistics where ``optim.average`` is set.
+            averaged ones with their own batch statistics where ``optim.ema`` is set.
         loss: output, in float32, and target to a scalar, the mean over the micro-batch. A `Module` is
             moved to the device, too.
         samples: ``samples[i]`` is a pair (input, target) of arrays, tensors or nested tuples and

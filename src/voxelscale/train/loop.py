@@ -171,7 +171,7 @@ def patch_task(config: Config, store: Store, device: torch.device) -> Task:
             cross_entropy=loss.cross_entropy,
             smooth=loss.smooth,
             small=loss.small,
-            hardest=loss.hardest,
+            hardest=loss.top_k,
         ),
         source=source,
         collate=partial(_collate, config=config, normalise=normalise, device=device),

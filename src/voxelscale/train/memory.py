@@ -145,7 +145,7 @@ def play_through(
         model = make_network(config, spacing, cpu, checkpointing)
         play(model, config, cpu, precision)
         weights = [(p.numel(), p.element_size()) for p in model.parameters()]
-    copies = _moments(config) + (config.optim.average > 0)
+    copies = _moments(config) + (config.optim.ema > 0)
     state = copies * sum(number * size for number, size in weights)
     parameters = sum(number for number, _ in weights)
     return Played(alive=storages.peak + state, flop=storages.flop, parameters=parameters)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.config import PrepareConfig
+from voxelscale.config import ReadingConfig
 from voxelscale.console import count, warn
-from voxelscale.dataset.listing import Source
+from voxelscale.dataset import DataSet, Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.cases import FINDINGS, each_case, predicted_cases
 from voxelscale.evaluate.froc import Placed, match
@@ -64,10 +64,7 @@ class Judged:
 def calibrate_run(
     run: Path,
     predictions: Path,
-    data: Path,
-    config: PrepareConfig | None = None,
-    layout: str = "auto",
-    annotations: Path | None = None,
+    data: DataSet,
 ) -> dict[str, Any]:
     """Calibrate a trained model on predictions of scans it was not trained on.
 
@@ -77,7 +74,6 @@ def calibrate_run(
         run: the run's folder, or a model.vxs.
         predictions: what `voxelscale predict` wrote with it: ``<case>/findings.json``.
         data: the data set with the true masks.
-        config, layout, annotations: as of `voxelscale.evaluate.evaluate.evaluate_folder`.
 
     Returns:
         the content of ``calibration.json``; and ``failed``, the cases that could not be read.
@@ -88,11 +84,12 @@ def calibrate_run(
     """
     model = bundle_path(run)
     bundle = read_bundle(model)
-    config = config or PrepareConfig()
-    cases = predicted_cases(predictions, data, config, layout, annotations, needs=(FINDINGS,))
+    cases = predicted_cases(predictions, data, needs=(FINDINGS,))
     _require_own(bundle, run, predictions, cases.predicted)
     read, unreadable = each_case(
-        "calibrate", cases.predicted, lambda source: _read_case(source, predictions / source.case, config)
+        "calibrate",
+        cases.predicted,
+        lambda source: _read_case(source, predictions / source.case, data.reading),
     )
     failed = [*cases.failed, *unreadable]
     if not read:
@@ -155,10 +152,10 @@ def _warn_of_origin(bundle: Bundle, run: Path, predictions: Path, cases: Sequenc
 
 
 def _read_case(
-    source: Source, prediction: Path, config: PrepareConfig
+    source: Source, prediction: Path, reading: ReadingConfig
 ) -> tuple[Sequence[Finding], Sequence[Finding], Sequence[Placed]]:
     """A case's lesions, its findings, and what is neither right nor wrong to find."""
-    truth = truth_of(source, config)
+    truth = truth_of(source, reading)
     return truth.lesions, findings_in(prediction / FINDINGS, truth.mask.grid), truth.ignored
 
 

@@ -87,15 +87,15 @@ def choose(
     """
     wanted = [tuple(map(str.strip, text.partition("=")[::2])) for text in select]
     if unknown := [name for name, _ in wanted if name not in (*MARKS, *SHAPES)]:
-        hint = f"use one of {', '.join([*MARKS, *SHAPES])}, as in prepare.select=[AcquisitionNumber=1]"
-        raise VoxelscaleError(f"prepare.select: {unknown[0]!r} cannot tell images apart", hint)
+        hint = f"use one of {', '.join([*MARKS, *SHAPES])}, as in reading.select=[AcquisitionNumber=1]"
+        raise VoxelscaleError(f"reading.select: {unknown[0]!r} cannot tell images apart", hint)
     left = [part for part in parts if all(_is_so(part, name, value) for name, value in wanted)]
     if file is not None:
         left = [part for part in left if any(f.pixels.path.name == file.name for f in part.frames)]
     if len(left) == 1:
         return left[0]
     if select:
-        raise several(path, left or parts, f"prepare.select takes {len(left)} of ")
+        raise several(path, left or parts, f"reading.select takes {len(left)} of ")
     return None
 
 
@@ -111,7 +111,7 @@ def several(path: Path, parts: Sequence[Part], how: str = "") -> VoxelscaleError
     wanted = ",".join(f"{name}={value}" for name, value in parts[0].marks)
     hint = (
         f"they differ in {names}: name a file of one as the image (also in a CSV), "
-        f"or say prepare.select=[{wanted}]"
+        f"or say reading.select=[{wanted}]"
     )
     what = f"{how}{len(parts)} acquisitions or reconstructions in one series"
     return VoxelscaleError(f"{path}: {what}: {listed}{more}", hint)

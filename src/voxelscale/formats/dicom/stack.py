@@ -268,7 +268,7 @@ def _are_missing(
     what = f"{total} slice{'s' * (total > 1)} missing: {', '.join(where)} ({apart})"
     hint = "export the series again"
     if steps.max() <= MOST_STEP_MM:
-        hint += f", or let up to {most} in a row be interpolated: prepare.fill_gaps={most}"
+        hint += f", or let up to {most} in a row be interpolated: reading.fill_gaps={most}"
     else:
         hint += f": a gap of more than {MOST_STEP_MM:g} mm is never filled"
     return VoxelscaleError(f"{path}: {what}", hint)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import textwrap
-from dataclasses import fields
 from functools import cache
-from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from voxelscale import config as _config
 from voxelscale.config import Config, keys, to_dict
 
 WIDTH = 100
@@ -24,17 +22,15 @@ def docstrings() -> dict[str, str]:
 
     Attributes have no docstring at run time: they are read from the source.
     """
-    tree = ast.parse(Path(_config.__file__).read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     found: dict[str, str] = {}
-    for section in fields(Config):
-        node = classes[get_type_hints(Config)[section.name].__name__]
-        found[section.name] = _one_line(ast.get_docstring(node) or "")
-        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+    for name, section in get_type_hints(Config).items():
+        found[name] = _one_line(section.__doc__ or "")
+        body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
+        for statement, following in zip(body, [*body[1:], None], strict=True):
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 text = following.value if isinstance(following, ast.Expr) else None
                 said = text.value if isinstance(text, ast.Constant) and isinstance(text.value, str) else ""
-                found[f"{section.name}.{statement.target.id}"] = _one_line(said)
+                found[f"{name}.{statement.target.id}"] = _one_line(said)
     return found
 
 

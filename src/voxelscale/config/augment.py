@@ -1,0 +1,51 @@
+"""The section `augment` of the config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from voxelscale.config.section import Rule, Section, Triple
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig(Section):
+    """Augmentation on the device; every p is a probability per sample, after nnU-Net's set."""
+
+    enabled: bool = True
+    """Whether to augment; false: no augmentation."""
+    flip: bool = True
+    """Mirror each axis with probability one half."""
+    strength: float = 1.0
+    """Every p is multiplied by it, to at most 1; mirroring is as it is."""
+    p_affine: float = 0.3
+    """Probability of the affine transform: rotation and scaling together."""
+    rotate_deg: Triple = (15.0, 15.0, 30.0)
+    """Largest rotation about the x, y and z axis in degrees."""
+    scale: tuple[float, float] = (0.8, 1.25)
+    """Range of the zoom, drawn for each axis apart."""
+    p_noise: float = 0.15
+    """Probability of Gaussian noise."""
+    noise_std: float = 0.1
+    """Maximum standard deviation of the noise, in units of normalised intensity."""
+    p_blur: float = 0.1
+    """Probability of Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.5, 1.0)
+    """Range of the blur's sigma in voxels."""
+    p_gamma: float = 0.2
+    """Probability of a gamma curve between the patch's minimum and maximum."""
+    gamma: tuple[float, float] = (0.7, 1.5)
+    """Range of the exponent."""
+    p_brightness: float = 0.2
+    """Probability of a multiplicative and additive change of brightness."""
+    brightness: tuple[float, float] = (0.8, 1.25)
+    """Range of the factor; the shift is drawn within +/- 0.2."""
+    p_low_resolution: float = 0.1
+    """Simulated low resolution: down-sampling, then up-sampling."""
+    low_resolution: tuple[float, float] = (0.5, 1.0)
+    """Range of the resolution's factor."""
+
+    def rules(self) -> Sequence[Rule]:
+        return [
+            ("strength", self.strength >= 0, "at least 0"),
+        ]

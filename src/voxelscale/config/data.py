@@ -1,0 +1,35 @@
+"""The section `data` of the config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from voxelscale.config.section import IntTriple, Rule, Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """What one training sample is."""
+
+    patch_size: IntTriple = (64, 64, 64)
+    """Voxels (z, y, x) of a training patch; for a 2-D model the first must be 1."""
+    foreground: float = 0.5
+    """Share of samples centred on a lesion voxel; the rest are centred anywhere in the scan."""
+    cases: int = 0
+    """How many training scans to use; 0: all."""
+    patches_per_case: int = 0
+    """How many different patches are drawn from each of them, again and again; 0: no limit."""
+    readers: int = 2
+    """Threads that read and decompress patches ahead of the device."""
+    prefetch: int = 4
+    """Micro-batches read ahead."""
+
+    def rules(self) -> Sequence[Rule]:
+        return [
+            ("patch_size", min(self.patch_size) >= 1, "at least 1 voxel along each axis"),
+            ("foreground", 0 <= self.foreground <= 1, "between 0 and 1"),
+            ("patches_per_case", self.patches_per_case >= 0, "at least 0"),
+            ("readers", self.readers >= 1, "at least 1"),
+            ("prefetch", self.prefetch >= 1, "at least 1"),
+        ]

@@ -1,0 +1,31 @@
+"""The section `loss` of the config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from voxelscale.config.section import Rule, Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(Section):
+    """Soft Dice + cross-entropy."""
+
+    dice: float = 1.0
+    """Weight of the soft Dice of the lesion, computed per sample."""
+    cross_entropy: float = 5.0
+    """Weight of the voxel-wise cross-entropy; a mean over voxels, of which a lesion's are few."""
+    smooth: float = 1.0
+    """Added to the soft Dice's numerator and denominator, in voxels."""
+    small: float = 0.5
+    """How much more voxels of small lesions weigh in the cross-entropy: an exponent; 0: not at all, 1:
+    inversely to how much lesion there is around them."""
+    top_k: float = 0.1
+    """Share of a patch's voxels, those of the largest cross-entropy, that make its mean; 1: all of them."""
+
+    def rules(self) -> Sequence[Rule]:
+        return [
+            ("small", 0 <= self.small <= 2, "between 0 and 2"),
+            ("top_k", 0 < self.top_k <= 1, "above 0 and at most 1"),
+        ]

@@ -1,0 +1,54 @@
+"""The section `predict` of the config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from voxelscale.config.section import IntTriple, Rule, Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(Section):
+    """Sliding window and findings."""
+
+    patch_size: IntTriple | None = None
+    """Voxels (z, y, x) of a window; null: the training patch."""
+    overlap: float = 0.5
+    """Share of a window that its neighbour covers again, 0 to below 1."""
+    batch_size: int = 4
+    """Windows per forward pass."""
+    threshold: float = 0.5
+    """Lesion probability that at least one voxel of a finding has: hysteresis, the upper threshold."""
+    low_threshold: float | None = None
+    """Hysteresis, the lower threshold: connected voxels with at least this probability belong to the
+    finding and its mask; null: the same as the threshold."""
+    candidates: float = 0.05
+    """Lesion probability above which a component is listed as a doubtful finding, outside the mask."""
+    merge_mm: float = 0.0
+    """Findings at most this far apart, mm from surface to surface, are merged; 0: off."""
+    min_volume_mm3: float = 10.0
+    """Smaller components are dropped; a 3 mm sphere has 14 mm3."""
+    test_time_augmentation: bool = False
+    """Test-time augmentation: average over all mirrored copies, 8 times the work in 3-D."""
+    lungs: bool | None = None
+    """Whether to look only in and around the lungs, where they are found; null: if the model was trained on
+    chests."""
+    refuse_unusable: bool = True
+    """Whether a scan that cannot be what the model is for (a mask, grey levels, two slices) is an error;
+    false: it is predicted with a warning."""
+    skip_air: bool = True
+    """Whether to leave out windows that hold nothing but air around the patient."""
+
+    def rules(self) -> Sequence[Rule]:
+        return [
+            ("overlap", 0 <= self.overlap < 1, "at least 0 and below 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("threshold", 0 < self.threshold < 1, "between 0 and 1"),
+            (
+                "low_threshold",
+                self.low_threshold is None or 0 < self.low_threshold <= self.threshold,
+                "above 0 and at most predict.threshold, or null",
+            ),
+            ("merge_mm", 0 <= self.merge_mm < float("inf"), "at least 0 mm"),
+        ]

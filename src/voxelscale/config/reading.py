@@ -1,0 +1,39 @@
+"""The section `reading` of the config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from voxelscale.config.section import Rule, Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingConfig(Section):
+    """How a data set is read, the same in every command."""
+
+    labels: tuple[int, ...] | None = None
+    """Values of the masks (numbers of segments, of regions) that are the lesion; null: every value above 0,
+    or those that the data set calls so."""
+    consensus: float = 0.5
+    """Of LIDC's readings, the share of a nodule's readers who must have outlined a voxel."""
+    allow_empty: bool = False
+    """Whether a mask without foreground is a healthy case rather than a mistake."""
+    fill_gaps: int = 0
+    """How many slices in a row a DICOM series may lack; they are interpolated."""
+    select: tuple[str, ...] = ()
+    """Which acquisition or reconstruction to take of a DICOM series that holds several, as
+    [AcquisitionNumber=2] or [ConvolutionKernel=B30f]; [] refuses such a series."""
+    names: Literal["auto", "file", "series", "hash"] = "auto"
+    """What cases are called after: files, series UIDs, or a keyed hash; auto: files, DICOM by hash."""
+    name_key: str = ""
+    """File with the hash's key; "": the variable VOXELSCALE_NAME_KEY, or else the user's own key."""
+
+    def rules(self) -> Sequence[Rule]:
+        return [
+            ("fill_gaps", self.fill_gaps >= 0, "at least 0"),
+            ("select", all(re.fullmatch("[A-Za-z]+ *=.*", s) for s in self.select), "attribute=value each"),
+            ("consensus", 0 < self.consensus <= 1, "above 0 and at most 1"),
+        ]

@@ -1,0 +1,52 @@
+"""Keys that had other names: files and commands that use the old ones are still read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from voxelscale.errors import VoxelscaleError
+
+RENAMED = {
+    "prepare.labels": "reading.labels",
+    "prepare.consensus": "reading.consensus",
+    "prepare.allow_empty": "reading.allow_empty",
+    "prepare.fill_gaps": "reading.fill_gaps",
+    "prepare.select": "reading.select",
+    "prepare.names": "reading.names",
+    "prepare.name_key": "reading.name_key",
+    "loss.hardest": "loss.top_k",
+    "optim.average": "optim.ema",
+    "optim.clip": "optim.gradient_clipping",
+    "predict.flips": "predict.test_time_augmentation",
+    "predict.low": "predict.low_threshold",
+}
+"""Old key -> new key, with the same meaning."""
+
+
+def new_name(key: str) -> str:
+    """Today's name of ``section.key``."""
+    return RENAMED.get(key, key)
+
+
+def with_new_names(tree: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+    """The tree under today's keys, and which old ones it had.
+
+    Raises:
+        VoxelscaleError: a key is given under its old and its new name.
+    """
+    renewed = {name: dict(keys) if isinstance(keys, Mapping) else keys for name, keys in tree.items()}
+    found = []
+    for old, new in RENAMED.items():
+        (section, key), (new_section, new_key) = old.split("."), new.split(".")
+        if not isinstance(tree.get(section), Mapping) or key not in tree[section]:
+            continue
+        found.append(old)
+        target = renewed.setdefault(new_section, {})
+        if not isinstance(target, dict) or new_key in target:
+            hint = f"leave out {old}, the old name of {new}"
+            raise VoxelscaleError(f"{where}: both {old} and {new} are set", hint)
+        target[new_key] = renewed[section].pop(key)
+        if not renewed[section]:
+            del renewed[section]
+    return renewed, found
