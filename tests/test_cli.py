@@ -319,7 +319,7 @@ def test_ctrl_c_leaves_nothing_half_written(tiny: Config, config_file: Path, tmp
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "the same command goes on" in err
+    assert "the same command resumes" in err
     done = len(list(out.glob("truth/*.json")))
     assert 0 < done < 60
     files = [p.name for folder in ("images", "labels") for p in (out / folder).iterdir()]

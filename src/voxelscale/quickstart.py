@@ -69,7 +69,7 @@ def quickstart(folder: Path, config: Config) -> QuickstartResult:
     prepare(data.cases, folder / "store", config.prepare)
     lap("prepare")
     if not start(config, folder / "store", folder / "run"):
-        raise VoxelscaleError(f"{folder / 'run'}: stopped", "the same command goes on from there")
+        raise VoxelscaleError(f"{folder / 'run'}: stopped", "the same command resumes from there")
     lap("train")
     _predict_test_scans(data, folder)
     lap("predict")

@@ -238,7 +238,7 @@ def test_ctrl_c_saves_the_trainings_and_the_same_command_goes_on(
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert "the same command goes on" in errors
+    assert "the same command resumes" in errors
     assert not [words for _, words in processes() if str(out) in words]
     before = {run: read_events(run) for run in (out / "runs").glob("w*[!l]")}
     assert len(before) == 2

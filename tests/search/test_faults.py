@@ -113,7 +113,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny: Config, store: Store, t
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "goes on" in told(errors)[1]
+    assert "resumes" in told(errors)[1]
     assert not workers(out)
     assert not trainings(out)
     assert [t.state for t in results_in(out).trials] == ["waiting"], "handed over at once, no lease awaited"

@@ -296,7 +296,7 @@ def test_a_folder_that_cannot_be_written(tiny: Config, store: Store, tmp_path: P
 
 def test_two_trainings_in_one_folder(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "PATIENCE", 0.3)
-    with alone_in(tmp_path), pytest.raises(VoxelscaleError, match="another training goes on"):
+    with alone_in(tmp_path), pytest.raises(VoxelscaleError, match="another training is running"):
         go(toy(), tiny, tmp_path)
     (tmp_path / "checkpoints" / ".samples.9.part").touch()
     go(toy(), tiny, tmp_path)

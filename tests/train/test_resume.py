@@ -215,9 +215,9 @@ def test_a_training_says_what_it_does_and_where_it_goes_on(
     assert said[1].startswith(
         "train: 3 cases to train on, 1 to validate on; patches of 16 x 16 x 16 voxels"
     )
-    assert said[2] == "train: an update: 2 patches x 1 rank; 16 samples in all; starts anew"
+    assert said[2] == "train: an update: 2 patches x 1 rank; 16 samples in all; a new run"
     assert f"validation dice {scores[16]:.3f} at sample 16" in said[-1]
     lengthen(run, 16, 24)
     assert start(with_train(few, samples=24), store.path, run)
     again = capsys.readouterr().err.splitlines()
-    assert "24 samples in all; goes on after 16 of 24 samples (" in again[2]
+    assert "24 samples in all; resumes after 16 of 24 samples (" in again[2]

@@ -37,13 +37,13 @@ class Started:
         said = self.said()
         if (code := self.process.returncode) < 0:
             how = f"a worker was killed by {signal.Signals(-code).name}"
-            return VoxelscaleError(how, "the same command goes on")
+            return VoxelscaleError(how, "the same command resumes")
         try:
             told = json.loads(said[-1])
             return VoxelscaleError(told["message"], told["hint"])
         except (IndexError, ValueError, KeyError, TypeError):
             words = said[-1] if said else f"exit code {code}"
-            return VoxelscaleError(f"a worker ended: {words}", "the same command goes on")
+            return VoxelscaleError(f"a worker ended: {words}", "the same command resumes")
 
 
 def start_worker(search: Search, place: Place) -> Started:
@@ -85,7 +85,7 @@ def _main(parent: int, facts: dict[str, Any]) -> int:
         if not is_storage_trouble(error):
             raise
         problem = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        told = {"message": f"the storage is out of reach: {problem}", "hint": "the same command goes on"}
+        told = {"message": f"the storage is out of reach: {problem}", "hint": "the same command resumes"}
         print(json.dumps(told), file=sys.stderr)
         return 2
     return 130 if asked else 0

@@ -68,7 +68,7 @@ def retrain_best(out: Path, store: Path) -> int:
 
     run = out / "best"
     if not start(load(out / "best.yaml"), store, run):
-        notice(f"stopped and saved; to go on: the same command, or voxelscale train {store} {run}")
+        notice(f"stopped and saved; to resume: the same command, or voxelscale train {store} {run}")
         return 130
     print(f"model in {run / 'model.vxs'}")
     return 0

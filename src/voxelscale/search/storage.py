@@ -30,7 +30,7 @@ WAITS = (0.5, 1, 2, 4, 8, 16)
 """Seconds between attempts at a storage that is out of reach."""
 
 T = TypeVar("T")
-GO_ON = "the same command goes on from there"
+GO_ON = "the same command resumes from there"
 
 
 class Journal(JournalFileBackend):

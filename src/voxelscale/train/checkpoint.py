@@ -142,7 +142,7 @@ def alone_in(run: Path) -> Iterator[None]:
     try:
         while not _locked(handle):
             if time.monotonic() > deadline:
-                raise VoxelscaleError(f"{run}: another training goes on in it", "stop that one first")
+                raise VoxelscaleError(f"{run}: another training is running in it", "stop that one first")
             time.sleep(0.1)
         for torn in (*run.glob(".*.part"), *folder.glob(".*.part")):
             torn.unlink(missing_ok=True)

@@ -441,7 +441,7 @@ class Engine:
         each = count(self.clock.batch_size, "patch", "patches")
         update = f"an update: {each} x {count(where.ranks, 'rank')}{virtual}"
         left = duration(self.state.seconds)
-        begin = f"goes on after {seen} of {end} samples ({left} of training)" if seen else "starts anew"
+        begin = f"resumes after {seen} of {end} samples ({left} of training)" if seen else "a new run"
         notice(f"train: {update}; {count(end, 'sample')} in all; {begin}")
 
     def _stop_file(self) -> bool:

@@ -38,7 +38,7 @@ from voxelscale.train.log import STOP_FILE, read_events
 PARENT = "VOXELSCALE_PARENT"
 """Environment variable: the process that started this command, with which it ends."""
 
-GO_ON = "the same command goes on from the last checkpoint"
+GO_ON = "the same command resumes from the last checkpoint"
 
 FREE = {
     "train.ranks",

@@ -78,7 +78,7 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            hint = "free some space; the same command goes on from the last checkpoint"
+            hint = "free some space; the same command resumes from the last checkpoint"
             raise VoxelscaleError(f"{self._path}: cannot be written ({error.strerror})", hint) from None
 
 
