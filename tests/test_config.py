@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from tests.conftest import Command
 from voxelscale.config import Config, dump, from_dict, keys, load, to_dict
 from voxelscale.config.docs import docstrings, markdown, undocumented
+from voxelscale.config.renamed import RENAMED, with_first_names
 from voxelscale.errors import VoxelscaleError
+from voxelscale.files import digest_of
 
 
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
@@ -100,3 +102,43 @@ def test_the_printed_config_explains_every_key_and_is_read_back(
 def test_the_page_of_keys_is_what_the_command_prints(voxelscale: Command) -> None:
     page = Path(__file__).parents[1] / "docs" / "config.md"
     assert page.read_text(encoding="utf-8") == markdown() == voxelscale("config", "--markdown")[1]
+
+
+OLD = {
+    "prepare.labels": "[2]",
+    "prepare.fill_gaps": "1",
+    "loss.hardest": "0.5",
+    "optim.average": "0.2",
+    "optim.clip": "3",
+    "predict.flips": "true",
+    "predict.low": "0.3",
+}
+
+
+def test_old_names_of_keys_are_read_with_a_notice(tmp_path: Path, voxelscale: Command) -> None:
+    sets = [f"{key}={value}" for key, value in OLD.items()]
+    renewed = load(sets=[f"{RENAMED[key]}={value}" for key, value in OLD.items()])
+    assert load(sets=sets) == renewed
+    (tmp_path / "old.yaml").write_text("prepare: {labels: [2], fill_gaps: 1}\nloss: {hardest: 0.5}\n")
+    code, out, err = voxelscale("config", "--config", str(tmp_path / "old.yaml"))
+    assert code == 0
+    assert "hardest" not in out
+    assert err.count("loss.hardest (now loss.top_k)") == 1
+    (tmp_path / "new.yaml").write_text(out)
+    assert load(tmp_path / "new.yaml") == load(tmp_path / "old.yaml")
+    # By which a run, a study or a prediction of before knows its config.
+    first = "6cf30418bceb9dcc16af9b7e39095cfd95c221259916db1462c84cf49f5628c4"
+    assert digest_of(with_first_names(to_dict(renewed))) == first
+    assert from_dict(with_first_names(to_dict(renewed))) == renewed
+
+
+def test_a_key_under_both_names_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "both.yaml").write_text("optim: {clip: 3, gradient_clipping: 4}\n")
+    with pytest.raises(VoxelscaleError, match=r"both optim\.clip and optim\.gradient_clipping") as error:
+        load(tmp_path / "both.yaml")
+    assert "leave out optim.clip" in error.value.hint
+
+
+def test_every_renamed_key_has_a_name_of_today() -> None:
+    assert set(RENAMED.values()) <= set(keys())
+    assert not set(RENAMED) & set(keys())

@@ -50,3 +50,16 @@ def with_new_names(tree: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
         if not renewed[section]:
             del renewed[section]
     return renewed, found
+
+
+def with_first_names(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections under the keys' first names, of which digests are made.
+
+    What is on disk keeps its digest when a key is renamed, so that old runs, studies and predictions go on.
+    """
+    named = {section: dict(keys) for section, keys in tree.items()}
+    for old, new in RENAMED.items():
+        (section, key), (new_section, new_key) = old.split("."), new.split(".")
+        if new_key in named.get(new_section, {}):
+            named.setdefault(section, {})[key] = named[new_section].pop(new_key)
+    return {section: keys for section, keys in named.items() if keys or not tree.get(section)}

@@ -18,6 +18,7 @@ from torch import nn
 
 from voxelscale import __version__
 from voxelscale.config import PredictConfig, ReadingConfig
+from voxelscale.config.renamed import with_first_names
 from voxelscale.console import Progress, count, duration, notice
 from voxelscale.dataset.listing import Source
 from voxelscale.dataset.reading import read_image
@@ -312,7 +313,7 @@ def lesions_by(
         probability,
         grid,
         threshold=config.threshold,
-        low=config.low,
+        low=config.low_threshold,
         candidates=config.candidates,
         merge_mm=config.merge_mm,
         min_volume_mm3=config.min_volume_mm3,
@@ -486,7 +487,7 @@ class Work:
             },
             "thresholds": {
                 "threshold": config.threshold,
-                "low": config.low,
+                "low": config.low_threshold,
                 "candidates": config.candidates,
             },
             "fill_gaps": self._reading.fill_gaps,
@@ -497,7 +498,8 @@ class Work:
 
     def _key(self, stamp: str) -> str:
         reading = [self._reading.fill_gaps, self._reading.select]
-        rules = [stamp, self._bundle.digest, asdict(self._config), reading, FORMAT]
+        config = with_first_names({"predict": asdict(self._config)})["predict"]
+        rules = [stamp, self._bundle.digest, config, reading, FORMAT]
         return digest_of(rules)[:16]
 
     def _read(self, source: Source) -> Scan:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from voxelscale.config import Config, to_dict
+from voxelscale.config.renamed import with_first_names
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
@@ -108,7 +109,7 @@ def _time(trial: Trial, store: Store, network: Interconnect, out: Path) -> Train
 
 
 def _step(config: Config, store: Store, out: Path) -> StepCost:
-    tree = to_dict(config)
+    tree = with_first_names(to_dict(config))
     # What a step costs does not depend on rates and schedules.
     what = {key: tree[key] for key in ("data", "augment", "model", "loss")}
     what["optim"] = tree["optim"]["name"]

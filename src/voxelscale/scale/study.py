@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from voxelscale.config import Config, load, to_dict
+from voxelscale.config.renamed import with_first_names
 from voxelscale.console import Progress, count, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
@@ -320,7 +321,7 @@ def _claim(config: Config, out: Path) -> None:
 
 def _trained(config: Config) -> str:
     """A digest of what shapes a training; more workers, recipes or seeds may be added to a study."""
-    return digest_of({**to_dict(config), "scale": {}, "search": {}})
+    return digest_of(with_first_names({**to_dict(config), "scale": {}, "search": {}}))
 
 
 def read_outcome(out: Path, trial: Trial) -> TrialScore | None:

@@ -14,6 +14,7 @@ from optuna.exceptions import DuplicatedStudyError
 from optuna.trial import TrialState, create_trial
 
 from voxelscale.config import Config, SearchConfig, Triple, dump, load, to_dict
+from voxelscale.config.renamed import with_first_names
 from voxelscale.console import count, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
@@ -192,7 +193,7 @@ def _open_study(config: Config, out: Path, data: str = "") -> Study:
     """
     search = config.search
     storage = open_storage(search.storage, out)
-    samples, defined = search.samples or config.train.samples, digest_of(_defined(config))
+    samples, defined = search.samples or config.train.samples, digest_of(with_first_names(_defined(config)))
     tools: dict[str, Any] = {"sampler": make_sampler(search), "pruner": make_pruner(search, samples)}
     try:
         if not data:

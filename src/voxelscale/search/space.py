@@ -28,6 +28,7 @@ from optuna.distributions import (
 from optuna.trial import Trial
 
 from voxelscale.config import Config, from_dict, to_dict
+from voxelscale.config.renamed import new_name
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search.results import Value
 
@@ -59,7 +60,7 @@ class Parameter:
     """One searched key.
 
     Attributes:
-        key: as ``model.depth``.
+        key: as ``model.depth``; a search that was begun with an old name keeps it.
         distribution: Optuna's; lists among a categorical's choices are their JSON text.
         shape: for a triple (as `data.patch_size`) searched as one whole number: what each axis is
             multiplied by; None for other keys.
@@ -72,6 +73,11 @@ class Parameter:
     shape: tuple[float, float, float] | None = None
     conditions: tuple[tuple[str, tuple[Value, ...]], ...] = ()
     points: int = POINTS
+
+    @property
+    def place(self) -> list[str]:
+        """The section and the name under which the config has the key today."""
+        return new_name(self.key).split(".")
 
     def active(self, params: Mapping[str, Value]) -> bool:
         """Whether the conditions hold among the values of the keys before it."""
@@ -116,7 +122,7 @@ class Space:
         tree = to_dict(config)
         for parameter in self.parameters:
             if parameter.key in params:
-                section, name = parameter.key.split(".")
+                section, name = parameter.place
                 tree[section][name] = parameter.setting(params[parameter.key])
         return from_dict(tree, "search.space")
 
@@ -132,7 +138,7 @@ class Space:
         for parameter in self.parameters:
             if not parameter.active(params):
                 continue
-            section, name = parameter.key.split(".")
+            section, name = parameter.place
             own = tree[section][name]
             params[parameter.key] = near = _nearest(parameter, own)
             same = parameter.setting(near) == own
@@ -157,10 +163,12 @@ def read_space(config: Config) -> Space:
     """The space that ``search.space`` declares, or the default one where it is empty.
 
     Raises:
-        VoxelscaleError: naming the key, what is wrong with it, and the mend.
+        VoxelscaleError: naming the key, what is wrong with it, and how to correct it.
     """
     declared = config.search.space or default_space(config)
     parameters = [_parameter(config, key, how) for key, how in declared.items()]
+    if len({new_name(key) for key in declared}) < len(declared):
+        raise VoxelscaleError("search.space: a key under its old and its new name", "leave out the old one")
     for parameter in parameters:
         _check_values(config, parameter)
     space = Space(parameters=tuple(_in_order(parameters)))
@@ -231,7 +239,7 @@ def _parameter(config: Config, key: str, how: Any) -> Parameter:
 
 def _check_key(config: Config, key: str) -> None:
     tree = to_dict(config)
-    section, _, name = str(key).partition(".")
+    section, _, name = new_name(str(key)).partition(".")
     if section not in SECTIONS or name not in tree.get(section, {}):
         from difflib import get_close_matches
 
@@ -274,7 +282,7 @@ def _shape(
     config: Config, key: str, kind: str, how: Mapping[str, Any], where: str
 ) -> tuple[float, float, float] | None:
     """What a whole number is multiplied by along z, y, x where the key is a triple."""
-    section, name = key.split(".")
+    section, name = new_name(key).split(".")
     triple = isinstance(to_dict(config)[section][name], list) and kind == "int"
     if not triple:
         if "shape" in how:
@@ -290,7 +298,7 @@ def _shape(
 
 def _check_values(config: Config, parameter: Parameter) -> None:
     """Refuse values that the config would refuse."""
-    section, name = parameter.key.split(".")
+    section, name = parameter.place
     for value in _some_of(parameter.distribution):
         tree = to_dict(config)
         tree[section][name] = parameter.setting(value)

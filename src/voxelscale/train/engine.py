@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from voxelscale.config import Config
+from voxelscale.config.renamed import with_first_names
 from voxelscale.console import Progress, count, duration, notice, warn
 from voxelscale.device import choose_precision, to_channels_last
 from voxelscale.errors import VoxelscaleError
@@ -94,7 +95,7 @@ class Engine:
         # What an update is, the same in every process that goes on with the run.
         self.update: dict[str, Any] = {
             "global_batch": workers.world * batch_size,
-            "optim": digest_of(asdict(optim)),
+            "optim": digest_of(with_first_names({"optim": asdict(optim)})["optim"]),
         }
         self.writer: Writer | None = None
         if run is not None:
