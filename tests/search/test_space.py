@@ -159,3 +159,12 @@ def test_a_faulty_space_is_refused_with_the_key_and_the_mend(
         read_space(config)
     text = f"{told.value.message} {told.value.hint}"
     assert all(word in text for word in words), text
+
+
+def test_a_space_with_an_old_name_of_a_key_searches_the_same_key() -> None:
+    config = load(sets=["search.space={optim.clip: {float: [1, 20]}}"])
+    space = read_space(config)
+    assert space.apply(config, {"optim.clip": 3.0}).optim.gradient_clipping == 3.0
+    both = "search.space={optim.clip: {float: [1, 20]}, optim.gradient_clipping: {float: [1, 20]}}"
+    with pytest.raises(VoxelscaleError, match="old and its new name"):
+        read_space(load(sets=[both]))
