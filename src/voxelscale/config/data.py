@@ -17,11 +17,11 @@ class DataConfig(Section):
     foreground: float = 0.5
     """Share of samples centred on a lesion voxel; the rest are centred anywhere in the scan."""
     cases: int = 0
-    """How many training scans to use; 0: all."""
+    """Number of training scans to use; 0: all."""
     patches_per_case: int = 0
-    """How many different patches are drawn from each of them, again and again; 0: no limit."""
+    """Number of different patches per training scan, which are then repeated; 0: no limit."""
     readers: int = 2
-    """Threads that read and decompress patches ahead of the device."""
+    """Threads that read and decompress patches."""
     prefetch: int = 4
     """Micro-batches read ahead."""
 

@@ -61,8 +61,8 @@ def markdown() -> str:
     lines = [
         "# Config keys",
         "",
-        "Every parameter is a key of one tree. `--set key=value` sets one, `--config FILE` lays a YAML",
-        "file over the defaults, and `voxelscale config` prints the tree with these comments. This page",
+        "Every parameter is a key of one config. `--set key=value` sets one, `--config FILE` reads a YAML",
+        "file over the defaults, and `voxelscale config` prints all keys with these comments. This page",
         "is what `voxelscale config --markdown` prints.",
     ]
     tree = to_dict(Config())

@@ -15,14 +15,14 @@ class LossConfig(Section):
     dice: float = 1.0
     """Weight of the soft Dice of the lesion, computed per sample."""
     cross_entropy: float = 5.0
-    """Weight of the voxel-wise cross-entropy; a mean over voxels, of which a lesion's are few."""
+    """Weight of the voxel-wise cross-entropy, which is a mean over voxels."""
     smooth: float = 1.0
     """Added to the soft Dice's numerator and denominator, in voxels."""
     small: float = 0.5
-    """How much more voxels of small lesions weigh in the cross-entropy: an exponent; 0: not at all, 1:
-    inversely to how much lesion there is around them."""
+    """Exponent of the extra weight that voxels of small lesions have in the cross-entropy; 0: none, 1:
+    inverse to the amount of lesion around them."""
     top_k: float = 0.1
-    """Share of a patch's voxels, those of the largest cross-entropy, that make its mean; 1: all of them."""
+    """Top-k cross-entropy: share of a patch's voxels, those with the largest loss, that count; 1: all."""
 
     def rules(self) -> Sequence[Rule]:
         return [

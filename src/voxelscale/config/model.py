@@ -18,7 +18,7 @@ class ModelConfig(Section):
     dims: Literal[2, 3] = 3
     """2: slices; 3: volumes."""
     depth: int = 4
-    """Resolution levels of the U-Net, the bottom included; each halves the edges of the one above."""
+    """Resolution levels of the U-Net, including the bottom; each halves the resolution of the one above."""
     filters: int = 16
     """Channels of the first level; each level below has twice as many."""
     max_filters: int = 320

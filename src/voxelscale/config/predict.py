@@ -15,30 +15,30 @@ class PredictConfig(Section):
     patch_size: IntTriple | None = None
     """Voxels (z, y, x) of a window; null: the training patch."""
     overlap: float = 0.5
-    """Share of a window that its neighbour covers again, 0 to below 1."""
+    """Overlap of neighbouring windows as a share of a window, 0 to below 1."""
     batch_size: int = 4
     """Windows per forward pass."""
     threshold: float = 0.5
-    """Lesion probability that at least one voxel of a finding has: hysteresis, the upper threshold."""
+    """Upper hysteresis threshold: lesion probability that at least one voxel of a finding has."""
     low_threshold: float | None = None
-    """Hysteresis, the lower threshold: connected voxels with at least this probability belong to the
-    finding and its mask; null: the same as the threshold."""
+    """Lower hysteresis threshold: connected voxels with at least this probability belong to the finding and
+    its mask; null: the same as `threshold`."""
     candidates: float = 0.05
-    """Lesion probability above which a component is listed as a doubtful finding, outside the mask."""
+    """Lesion probability above which a component is listed as a less certain finding, outside the mask."""
     merge_mm: float = 0.0
-    """Findings at most this far apart, mm from surface to surface, are merged; 0: off."""
+    """Findings at most this far apart (mm between surfaces) are merged; 0: off."""
     min_volume_mm3: float = 10.0
     """Smaller components are dropped; a 3 mm sphere has 14 mm3."""
     test_time_augmentation: bool = False
     """Test-time augmentation: average over all mirrored copies, 8 times the work in 3-D."""
     lungs: bool | None = None
-    """Whether to look only in and around the lungs, where they are found; null: if the model was trained on
+    """Whether to predict only in and around the lungs, if they are found; null: if the model was trained on
     chests."""
     refuse_unusable: bool = True
-    """Whether a scan that cannot be what the model is for (a mask, grey levels, two slices) is an error;
+    """Whether a scan that the model cannot be meant for (a mask, grey levels, two slices) is an error;
     false: it is predicted with a warning."""
     skip_air: bool = True
-    """Whether to leave out windows that hold nothing but air around the patient."""
+    """Whether to skip windows with nothing but air around the patient."""
 
     def rules(self) -> Sequence[Rule]:
         return [

@@ -13,25 +13,25 @@ class PrepareConfig(Section):
     """From scans and masks to the training store."""
 
     spacing: Triple | None = None
-    """Target spacing (z, y, x) in mm; null: the data set's median."""
+    """Target spacing (z, y, x) in mm; null: planned from the data set (docs/data.md)."""
     split: Triple = (0.7, 0.15, 0.15)
     """Shares of patients in train, val and test."""
     seed: int = 0
-    """Shuffles the patients before the split."""
+    """Seed of the split, which shuffles the patients."""
     keep_small: bool = False
-    """Whether a lesion that falls between the voxels of the target spacing is kept by one voxel of it (a
-    whole voxel, so larger than it is); otherwise it is lost, with a warning."""
+    """Whether a lesion that falls between the voxels of the target spacing keeps one voxel, which is larger
+    than the lesion; false: it is lost, with a warning."""
     lungs: bool = False
-    """Whether to find the lungs, so that patches away from lesions are drawn around them only."""
+    """Whether to find the lungs and draw background patches only around them."""
     plan: bool = True
-    """Whether `voxelscale prepare` is to plan patch, depth and batch from the data set and the memory,
-    into the store's plan.yaml."""
+    """Whether `voxelscale prepare` plans patch, depth and batch from the data set and the memory, in the
+    store's plan.yaml."""
     memory_gib: float = 0.0
-    """Memory of one device that is planned for; 0: what this machine's has free."""
+    """Memory of one device to plan for, GiB; 0: what is free on this machine's device."""
     chunk: int = 64
     """Edge of a compressed chunk in voxels."""
     workers: int = 0
-    """Parallel processes; 0: one a core."""
+    """Parallel processes; 0: one per core."""
 
     def rules(self) -> Sequence[Rule]:
         return [

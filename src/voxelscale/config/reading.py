@@ -15,21 +15,21 @@ class ReadingConfig(Section):
     """How a data set is read, the same in every command."""
 
     labels: tuple[int, ...] | None = None
-    """Values of the masks (numbers of segments, of regions) that are the lesion; null: every value above 0,
-    or those that the data set calls so."""
+    """Mask values (segment numbers, region numbers) of the lesion; null: every value above 0, or those that
+    the data set names as the lesion."""
     consensus: float = 0.5
-    """Of LIDC's readings, the share of a nodule's readers who must have outlined a voxel."""
+    """LIDC: share of a nodule's readers who must have outlined a voxel."""
     allow_empty: bool = False
-    """Whether a mask without foreground is a healthy case rather than a mistake."""
+    """Whether a mask without foreground is a healthy case; false: it is an error."""
     fill_gaps: int = 0
-    """How many slices in a row a DICOM series may lack; they are interpolated."""
+    """Maximum number of consecutive slices that may be missing in a DICOM series; they are interpolated."""
     select: tuple[str, ...] = ()
-    """Which acquisition or reconstruction to take of a DICOM series that holds several, as
-    [AcquisitionNumber=2] or [ConvolutionKernel=B30f]; [] refuses such a series."""
+    """Which acquisition or reconstruction to take of a DICOM series with several, such as
+    [AcquisitionNumber=2] or [ConvolutionKernel=B30f]; []: such a series is an error."""
     names: Literal["auto", "file", "series", "hash"] = "auto"
-    """What cases are called after: files, series UIDs, or a keyed hash; auto: files, DICOM by hash."""
+    """Names of cases: file names, series UIDs, or a keyed hash; auto: file names, for DICOM the hash."""
     name_key: str = ""
-    """File with the hash's key; "": the variable VOXELSCALE_NAME_KEY, or else the user's own key."""
+    """File with the key of the hash; "": the variable VOXELSCALE_NAME_KEY, or else the user's own key."""
 
     def rules(self) -> Sequence[Rule]:
         return [

@@ -10,12 +10,12 @@ from voxelscale.config.section import Rule, Section
 
 @dataclass(frozen=True, kw_only=True)
 class RefineConfig(Section):
-    """The second network, which judges what the first one finds."""
+    """False-positive reduction: a network that classifies the candidates of the first one."""
 
     candidates: float = 0.01
-    """Lesion probability from which on a component is judged."""
+    """Minimum lesion probability of a component that is a candidate."""
     samples: int = 16_000
-    """Crops, half of them of lesions, that it is trained on."""
+    """Crops to train on, half of them of lesions."""
     batch_size: int = 32
     """Crops per update."""
     lr: float = 2e-3

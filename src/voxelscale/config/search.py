@@ -14,45 +14,46 @@ class SearchConfig(Section):
     """The search for better values of other keys."""
 
     space: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Which keys, and between what bounds, as {model.depth: {int: [2, 5]}}; {}: a default space
+    """Search space: keys and their bounds, such as {model.depth: {int: [2, 5]}}; {}: a default space
     (docs/search.md)."""
     trials: int = 50
-    """Trials to finish, pruned ones included; those that cannot run at all do not count."""
+    """Number of trials, including pruned and failed ones; proposals that cannot run do not count."""
     samples: int = 0
-    """Budget of a trial where it is not searched itself; 0: train.samples."""
+    """Training samples per trial, unless they are searched themselves; 0: train.samples."""
     workers: int = 0
     """Worker processes on this machine; 0: as many as its devices allow, one on CPUs."""
     devices_per_trial: int = 1
-    """Devices of a worker: GPUs, or on CPUs processes that share the cores."""
+    """Devices per trial: GPUs, or on CPUs processes that share the cores."""
     sampler: Literal["tpe", "gp", "random", "grid"] = "tpe"
-    """Who proposes: tree-structured Parzen estimator, Gaussian process, chance, or a grid."""
+    """Sampler: tree-structured Parzen estimator, Gaussian process, random, or grid."""
     startup: int = 10
-    """Trials drawn by chance before tpe or gp proposes."""
+    """Random trials before tpe or gp starts to propose."""
     pruner: Literal["asha", "hyperband", "median", "none"] = "asha"
-    """Who ends hopeless trials early, by their validation Dice."""
+    """Pruner, which stops bad trials early by their validation Dice."""
     rungs: int = 3
-    """Maximum number of comparisons of a trial with others; asha's first one at samples / factor**rungs."""
+    """Maximum number of rungs, where a trial is compared with others; asha's first is at
+    samples / factor**rungs."""
     factor: int = 3
-    """Of asha's and hyperband's rungs: about 1 of so many goes on to the next."""
+    """Reduction factor of asha and hyperband: about one in this many trials continues to the next rung."""
     objectives: tuple[Literal["dice", "time", "parameters"], ...] = ("dice",)
-    """What is optimised: the Dice of the last validation upwards, seconds and parameters downwards."""
+    """Objectives: maximise the Dice of the last validation; minimise seconds or parameters."""
     seed: int = 0
-    """Trial k's proposal is drawn from (seed, k) and what is known by then."""
+    """Seed; trial k's proposal depends on (seed, k) and the results known by then."""
     storage: str = ""
-    """Where the trials are kept: a PostgreSQL URL, or "" for a journal file in the search's folder."""
+    """Storage of the trials: a PostgreSQL URL; "": a journal file in the search's folder."""
     study: str = "search"
-    """Name within the storage."""
+    """Name of the study in the storage."""
     first: tuple[str, ...] = ()
     """Config files to try first, after the config itself."""
     warm_start: str = ""
-    """Folder of an earlier search: its trials count as known where data, budget and config are the same,
-    else its best five are tried first."""
+    """Folder of an earlier search: its trials are reused if data, budget and config are the same; otherwise
+    its best five are tried first."""
     lease_seconds: float = 120.0
-    """After so long without a sign of life a worker counts as lost and its trial is taken over."""
+    """A worker without a heartbeat for this long counts as lost, and its trial is taken over."""
     trial_seconds: float = 0.0
-    """A trial that takes longer is ended; 0: no limit."""
+    """Maximum time of a trial; 0: no limit."""
     memory_gib: float = 0.0
-    """Memory that a trial may take on each device; 0: what the device has."""
+    """Memory that a trial may use on each device, GiB; 0: what the device has."""
 
     def rules(self) -> Sequence[Rule]:
         return [

@@ -14,49 +14,49 @@ class TrainConfig(Section):
     """The training: budget, workers, precision, validation and checkpoints."""
 
     samples: int = 20_000
-    """Patches to train on; the budget, whatever the number of workers."""
+    """Budget: the number of patches to train on, whatever the number of workers."""
     batch_size: int = 2
     """Patches per worker per step; the global batch is ranks x virtual_workers x batch_size."""
     ranks: int = 0
-    """Processes on this machine; 0: one a GPU, or one on CPUs. torchrun's own number goes before it."""
+    """Processes on this machine; 0: one per GPU, or one on CPUs. torchrun's own number overrides it."""
     virtual_workers: int = 1
-    """Workers that each rank plays one after another."""
+    """Workers that each rank emulates, one after another."""
     recipe: Literal["none", "auto", "large_batch"] = "none"
-    """Settings for large global batches, over those of `optim`; auto: large_batch from 8 workers on."""
+    """Settings for large global batches, which override `optim`; auto: large_batch from 8 workers on."""
     seed: int = 0
-    """Initial weights, and with the index every sample."""
+    """Seed of the initial weights and, with its index, of every sample."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forward and backward pass; auto: bf16 where the device has it in hardware."""
+    """Precision of the forward and backward pass; auto: bf16 if the device has it in hardware."""
     channels_last: bool | None = None
     """Memory format of activations and weights; null: by a short trial on GPUs, true on CPUs."""
     compile: bool | None = False
-    """Whether to compile the network with torch.compile; null: where a short trial finds it faster."""
+    """Whether to compile the network with torch.compile; null: if a short trial finds it faster."""
     checkpoint_activations: bool = False
-    """Whether to forget activations within a level and compute them again: a quarter more time for an
-    eighth less memory on CPUs (docs/benchmarks.md)."""
+    """Activation checkpointing: recompute the activations within a level in the backward pass. A quarter
+    more time for an eighth less memory on CPUs (docs/benchmarks.md)."""
     compress: Literal["none", "bf16"] = "none"
-    """Gradients as they travel between ranks; bf16 halves the bytes and rounds to 3 digits."""
+    """Compression of gradients between ranks; bf16 halves the bytes and rounds to 3 digits."""
     not_finite: Literal["stop", "skip"] = "stop"
-    """What to do when a loss or gradient is not finite: stop, naming the sample, or skip the update."""
+    """If a loss or gradient is not finite: stop, naming the sample, or skip the update."""
     recalibrate: int = 0
-    """Samples whose statistics replace batch norm's running ones before the model is validated or kept;
-    0: the running ones, which are averaged where weights are (`optim.ema`)."""
+    """Samples from which batch norm statistics are computed anew before the model is validated or saved;
+    0: the running statistics, which are averaged if the weights are (`optim.ema`)."""
     validate_every: int = 5_000
     """Samples between validations; 0: only at the end."""
     validate_at: tuple[int, ...] = ()
-    """Samples after which to validate, besides."""
+    """Further numbers of samples after which to validate."""
     validate_cases: int = 0
-    """How many validation scans; 0: all."""
+    """Number of validation scans; 0: all."""
     checkpoint_every: int = 1_000
     """Samples between checkpoints."""
     checkpoint_seconds: float = 600.0
-    """Seconds after which a checkpoint is due all the same; 0: by samples only."""
+    """Maximum seconds between checkpoints; 0: by samples only."""
     keep: int = 2
     """Checkpoints kept besides the best."""
     max_restarts: int = 3
-    """How often a job on several ranks restarts by itself, from its last checkpoint, when one is lost."""
+    """How often a job on several ranks restarts from its last checkpoint when a rank is lost."""
     threads: int = 0
-    """CPU threads per rank; 0: the cores shared out evenly."""
+    """CPU threads per rank; 0: an equal share of the cores."""
 
     @property
     def formatted(self) -> bool:
