@@ -173,7 +173,7 @@ def read_list(path: Path, column: str) -> list[tuple[int, str]]:
     for number, cells in rows:
         if any(cell.strip() for cell in cells[1:]):
             raise VoxelscaleError(
-                f"{path}: line {number} has {len(cells)} cells", f"give one {column} a line"
+                f"{path}: line {number} has {len(cells)} cells", f"give one {column} per line"
             )
     values = [(number, cells[0].strip()) for number, cells in rows]
     uids = [bool(re.fullmatch(r"[0-9.]+", value)) for _, value in values]

@@ -45,7 +45,7 @@ def test_dice_is_simpleitks(seed: int, first: float, second: float) -> None:
 def test_counts_pool() -> None:
     total = Overlap(truth=4, prediction=2, both=1) + Overlap(truth=6, prediction=8, both=5)
     assert total.dice == 2 * 6 / (10 + 10)
-    with pytest.raises(ValueError, match="one lattice"):
+    with pytest.raises(ValueError, match="same grid"):
         overlap(np.zeros((2, 2, 2)), np.zeros((2, 2, 3)))
 
 

@@ -267,7 +267,7 @@ def test_hostile_checkpoints(store: Store, run: Path, tmp_path: Path, child: Chi
     begun = tmp_path / "run"
     path = only_checkpoint(run, begun, name)
     outcome = child.ask({"command": ["train", str(store.path), str(begun), "--set", "train.samples=8"]})
-    named = path.parent if "no checkpoint in it is whole" in outcome.message else path
+    named = path.parent if "no checkpoint in it is intact" in outcome.message else path
     assert_told(outcome, named)
     assert not Path(WITNESS).exists()
 

@@ -262,7 +262,7 @@ def test_two_scans_of_one_name_are_told(voxelscale: Command, tmp_path: Path) -> 
         tmp_path / "b" / "scan.nii.gz",
     )
     assert code == 2
-    assert "a second scan is called scan" in err
+    assert "a second scan is named scan" in err
 
 
 LIDC = SHARED / "lidc"

@@ -14,7 +14,7 @@ from voxelscale.config import Config, dump
 from voxelscale.model.bundle import read_bundle
 from voxelscale.store import open_store
 
-WARNING = "no lesion in the 1 validation scan: they cannot choose a model, and model.vxs will be the last"
+WARNING = "no lesion in the 1 validation scan: they cannot select a model, so model.vxs will be the last"
 
 
 @pytest.fixture

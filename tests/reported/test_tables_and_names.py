@@ -196,7 +196,7 @@ def test_folders_and_names_that_differ_in_case(tmp_path: Path, capsys: pytest.Ca
     assert [(s.case, len(s.labels)) for s in sources] == [("Lung_1", 1), ("c", 0), ("é", 1)]
     assert "warning: 1 label of no listed case: forgotten.nii" in capsys.readouterr().err
     write_pair(tmp_path, "Images/c.nii.gz", None)
-    with pytest.raises(VoxelscaleError, match=r"case c stands there twice: c\.nii, c\.nii\.gz"):
+    with pytest.raises(VoxelscaleError, match=r"case c occurs twice: c\.nii, c\.nii\.gz"):
         list_sources(tmp_path)
 
 

@@ -262,7 +262,7 @@ def test_no_whole_checkpoint_is_told_and_the_best_is_the_last_resort(tiny: Confi
         path.unlink()
         path.write_bytes(best[:-10])
     files = sorted(path.name for path in folder.iterdir())
-    with pytest.raises(VoxelscaleError, match="no checkpoint in it is whole"):
+    with pytest.raises(VoxelscaleError, match="no checkpoint in it is intact"):
         go(toy(judge=Judge()), tiny, tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == files
     (folder / "best.ckpt").write_bytes(best)

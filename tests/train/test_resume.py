@@ -105,7 +105,7 @@ def test_a_killed_rank_is_started_again(
     os.kill(random.choice(rank_processes(run)), signal.SIGKILL)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert "a rank was lost; going on from the last checkpoint" in errors
+    assert "a rank was lost; resuming from the last checkpoint" in errors
     assert "Traceback" not in errors
     assert apart(final_weights(run), whole_two) <= 1e-5
 

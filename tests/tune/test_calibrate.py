@@ -224,7 +224,7 @@ def test_the_command(voxelscale: Command, model: Path, scans: Path, tmp_path: Pa
     assert summary["scans"] == 5
     assert summary["findings"] == 100 + summary["hits"]
     few = f"calibrated on {summary['hits']} lesions and 100 false findings of 5 scans: below 100 of each"
-    assert (code, err) == (0, f"warning: {few}, confidence is rough\n")
+    assert (code, err) == (0, f"warning: {few}, the calibration is rough\n")
     assert summary["ece_after"] < summary["ece_before"] / 2
     assert f"ECE {summary['ece_before']:.3f} before, {summary['ece_after']:.3f} after" in out
     drawing = ElementTree.fromstring((run / "calibration.svg").read_text())

@@ -84,7 +84,7 @@ def load(path: Path | None = None, sets: Sequence[str] = (), base: Config | None
         key, sign, value = text.partition("=")
         if not sign:
             raise VoxelscaleError(
-                f"--set {text}: no '='", "write --set key.path=value, as train.samples=4000"
+                f"--set {text}: no '='", "write --set key.path=value, such as train.samples=4000"
             )
         nested: Any = parse(value, text)
         for part in reversed(key.strip().split(".")):

@@ -20,7 +20,7 @@ class _Plain(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuse an alias; anything else as it comes."""
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it refers to another place (*), which is not taken")
+            raise yaml.YAMLError("it refers to another place (*), which is not supported")
         return super().compose_node(parent, index)
 
 
@@ -42,7 +42,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise VoxelscaleError(f"{path}: holds no keys", "write sections, as 'train: {samples: 4000}'")
+        raise VoxelscaleError(f"{path}: holds no keys", "write sections, such as 'train: {samples: 4000}'")
     return tree
 
 

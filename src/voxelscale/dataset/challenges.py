@@ -196,14 +196,14 @@ def _list(path: Path, tree: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _inside(path: Path, text: Any) -> Path:
-    """A path that a data set's own table names; one that leads out of the data set is refused."""
+    """A path that a data set's own table names; one that is outside the data set is refused."""
     if not isinstance(text, str) or not text.strip() or not is_path(text):
         raise VoxelscaleError(f"{path}: an image or label without a path", "copy it again")
     # Backslashes and drives lead out on Windows only, but the same table must be as safe there.
     away = PurePosixPath(text).is_absolute() or PureWindowsPath(text).anchor
     if away or ".." in PureWindowsPath(text).parts:
         hint = "name its files relative to its own folder, or list them in a CSV of your own"
-        raise VoxelscaleError(f"{path}: {text[:100]!r} leads out of the data set", hint)
+        raise VoxelscaleError(f"{path}: {text[:100]!r} is outside the data set", hint)
     return path.parent / text
 
 

@@ -240,7 +240,7 @@ def _named(data: Path, sources: Sequence[Source], names: Names, layout: str) -> 
         without = [source.case for source in sources if not source.series]
         if without:
             hint = "use reading.names=file, or give DICOM"
-            raise VoxelscaleError(f"{data}: {without[0]} has no series UID to be called after", hint)
+            raise VoxelscaleError(f"{data}: {without[0]} has no series UID to be named by", hint)
         return [replace(source, case=safe_name(source.series)) for source in sources]
     done = ("case-", "patient-")
     return [
@@ -257,8 +257,8 @@ def _distinct(data: Path, sources: list[Source]) -> list[Source]:
     twice = [case for case, times in Counter(s.case for s in sources).items() if times > 1]
     if twice:
         files = ", ".join(source.image.name for source in sources if source.case == twice[0])
-        hint = "give each a name of its own (the column case of a CSV), or leave one of them there"
-        raise VoxelscaleError(f"{data}: case {twice[0]} stands there twice: {files}", hint)
+        hint = "give each a name of its own (the column case of a CSV), or remove one of them"
+        raise VoxelscaleError(f"{data}: case {twice[0]} occurs twice: {files}", hint)
     return sources
 
 

@@ -67,7 +67,7 @@ class Names:
         """
         made = self._key and self.folder is not None and not self.key_file and VARIABLE not in os.environ
         if made and _keep(folder / KEY_FILE, self._key) != self._key:
-            hint = "choose another folder: the cases in this one are called after that key"
+            hint = "choose another folder: the cases in this one are named with that key"
             raise VoxelscaleError(f"{folder / KEY_FILE}: another key", hint)
 
     def _hash(self, kind: str, text: str) -> str:

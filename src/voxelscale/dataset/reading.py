@@ -40,7 +40,7 @@ def _series_of(source: Source) -> str:
     """Which of the image's series is meant, of a case that is not known to be unfit."""
     if source.fault:
         raise VoxelscaleError(
-            f"{source.image}: {source.fault}", "leave the right one there, or name it in a CSV"
+            f"{source.image}: {source.fault}", "keep the right one only, or name it in a CSV"
         )
     # A folder that a table names is to hold one series; which of a tree's is meant, the listing knows.
     return source.series if source.files else ""
@@ -64,7 +64,7 @@ def read_case(
     image = reorient(raw)
     if not source.labels:
         if not empty:
-            hint = "add its mask, or say reading.allow_empty=true where scans without one are healthy"
+            hint = "add its mask, or set reading.allow_empty=true if scans without one are healthy"
             raise VoxelscaleError(f"{source.image}: has no mask", hint)
         return image, Labels(mask=Scan(np.zeros(image.array.shape, np.uint8), image.affine))
     # Labels speak of the pixels that were drawn on: they are read before anything is turned.
@@ -74,7 +74,7 @@ def read_case(
     kinds = {kind_of(label) for label in source.labels}
     answered = "LIDC" in kinds or ("spheres" in kinds and (source.surveyed or bool(labels.findings)))
     if not (labels.mask.array.any() or answered or empty):
-        hint = "check the mask, or say reading.allow_empty=true where healthy scans are meant to be there"
+        hint = "check the mask, or set reading.allow_empty=true if healthy scans are expected"
         what = (
             "no row belongs to this scan" if kinds == {"spheres"} else "an empty mask: no voxel of a lesion"
         )
@@ -99,7 +99,7 @@ def read_truth_labels(source: Source, reading: ReadingConfig) -> Labels:
 
     if not source.labels:
         if not reading.allow_empty:
-            hint = "add its mask, or say reading.allow_empty=true where scans without one are healthy"
+            hint = "add its mask, or set reading.allow_empty=true if scans without one are healthy"
             raise VoxelscaleError(f"{source.image}: has no mask", hint)
         grid = as_lps(read_lattice(source, reading))[2]
         return Labels(mask=Scan(np.zeros(grid.shape, np.uint8), grid.affine))
@@ -114,7 +114,7 @@ def read_truth_labels(source: Source, reading: ReadingConfig) -> Labels:
             shown = ", ".join(map(str, values or ()))
             raise VoxelscaleError(
                 f"{source.label_names}: no voxel of the values {shown}",
-                "choose other reading.labels, or say reading.allow_empty=true where such scans are healthy",
+                "choose other reading.labels, or set reading.allow_empty=true if such scans are healthy",
             )
         return Labels(mask=Scan(lesion.astype(np.uint8), mask.affine))
     empty = all(kind_of(label) != "spheres" for label in source.labels)

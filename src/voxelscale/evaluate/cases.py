@@ -94,11 +94,11 @@ class Cases:
             (notice if self.recorded else warn)(what)
         if self.counted_as_empty:
             cases = _some("case", self.counted_as_empty)
-            warn(f"{self.predictions}: no prediction of {cases}: scored as if nothing had been found there")
+            warn(f"{self.predictions}: no prediction of {cases}: scored as if nothing was found")
         if self.without_truth:
             warn(
                 f"{self.data}: left out {_some('predicted case without a mask', self.without_truth)}; "
-                "if such scans are healthy, say reading.allow_empty=true to count them"
+                "if such scans are healthy, set reading.allow_empty=true to count them"
             )
         if self.unknown:
             warn(f"{self.data}: left out {_some('prediction without a case there', self.unknown)}")
@@ -120,7 +120,7 @@ class Cases:
         """The error where not one case could be scored."""
         what = f"{self.predictions}: no prediction of a case of {self.data} that has a mask"
         if self.without_truth:
-            hint = "add the masks, or say reading.allow_empty=true where scans without one are healthy"
+            hint = "add the masks, or set reading.allow_empty=true if scans without one are healthy"
         elif self.unknown:
             what += f", but {_some('prediction', self.unknown)}"
             hint = "name the data set that was predicted, with reading.names and reading.name_key as then"
@@ -202,7 +202,7 @@ def _half(folder: Path, needs: Sequence[str]) -> VoxelscaleError | None:
 
 def _lost(predictions: Path, source: Source) -> VoxelscaleError:
     return VoxelscaleError(
-        f"{predictions / source.case}: no prediction, though {RECORD} says that it was asked for",
+        f"{predictions / source.case}: no prediction, though {RECORD} lists it",
         f"run voxelscale predict again; or drop the case from {predictions / RECORD}",
     )
 

@@ -190,7 +190,9 @@ def read_truth_tables(annotations: Path, series: Path, excluded: Path | None) ->
     listed = _read_series(series)
     nodules: Rows = _read_rows(annotations, TABLE_COLUMNS, repeats=False)
     if listed.keys().isdisjoint(nodules):
-        raise VoxelscaleError(f"{annotations}: no nodule of a scan in {series}", "do the tables fit?")
+        raise VoxelscaleError(
+            f"{annotations}: no nodule of a scan in {series}", "check that the tables match"
+        )
     nodules = _of_listed(annotations, nodules, series, listed)
     others: Rows = {}
     if excluded is not None:
@@ -230,7 +232,7 @@ def _read_series(path: Path) -> dict[str, int]:
             )
         lines[uid] = number
     if not lines:
-        raise VoxelscaleError(f"{path}: lists no series", "give a SeriesInstanceUID a line")
+        raise VoxelscaleError(f"{path}: lists no series", "give one SeriesInstanceUID per line")
     return lines
 
 
@@ -258,7 +260,7 @@ def _read_rows(
         first = seen.setdefault((uid, *point), number)
         if first != number and not repeats:
             hint = "drop one of the two: both would count"
-            raise VoxelscaleError(f"{path}: line {number} says the same as line {first}", hint)
+            raise VoxelscaleError(f"{path}: line {number} repeats line {first}", hint)
         points.setdefault(uid, []).append(point)
     return {uid: np.asarray(values, np.float64) for uid, values in points.items()}
 

@@ -34,7 +34,7 @@ class Overlap:
 def overlap(truth: NDArray[Any], prediction: NDArray[Any]) -> Overlap:
     """The counts of two masks of one shape; whatever is not 0 belongs to a mask."""
     if truth.shape != prediction.shape:
-        raise ValueError(f"masks of {truth.shape} and {prediction.shape} do not lie on one lattice")
+        raise ValueError(f"masks of {truth.shape} and {prediction.shape} are not on the same grid")
     a, b = truth != 0, prediction != 0
     return Overlap(
         truth=int(np.count_nonzero(a)),
@@ -46,7 +46,7 @@ def overlap(truth: NDArray[Any], prediction: NDArray[Any]) -> Overlap:
 def common_box(truth: NDArray[Any], prediction: NDArray[Any]) -> tuple[slice, slice, slice]:
     """The smallest box (z, y, x) with all that is not 0 in either mask; one voxel where both are empty."""
     if truth.shape != prediction.shape:
-        raise ValueError(f"masks of {truth.shape} and {prediction.shape} do not lie on one lattice")
+        raise ValueError(f"masks of {truth.shape} and {prediction.shape} are not on the same grid")
     either = (truth != 0) | (prediction != 0)
     ends = []
     for others in ((1, 2), (0, 2), (0, 1)):

@@ -71,7 +71,7 @@ def compare_surfaces(truth: NDArray[Any], prediction: NDArray[Any], spacing: Tri
         spacing: mm along (z, y, x); the axes are taken as perpendicular.
     """
     if truth.shape != prediction.shape:
-        raise ValueError(f"masks of {truth.shape} and {prediction.shape} do not lie on one lattice")
+        raise ValueError(f"masks of {truth.shape} and {prediction.shape} are not on the same grid")
     a, b = surface_of(truth, spacing), surface_of(prediction, spacing)
     if not len(a.areas) or not len(b.areas):
         same = len(a.areas) == len(b.areas)

@@ -237,7 +237,7 @@ def _calibration(content: Any) -> Calibration | None:
         return None
     scores, probabilities = content["scores"], content["probabilities"]
     if not 2 <= len(scores) == len(probabilities) <= MOST_KNOTS:
-        raise ValueError("its calibration is none")
+        raise ValueError("its calibration is not valid")
     x, y = np.asarray(scores, np.float64), np.asarray(probabilities, np.float64)
     if x.ndim != 1 or y.ndim != 1 or x[0] != 0 or x[-1] != 1 or not (np.diff(x) > 0).all():
         raise ValueError("its calibration's scores do not rise from 0 to 1")
@@ -254,13 +254,13 @@ def _check(bundle: Bundle) -> None:
     normal = bundle.normalisation
     numbers = [float(value) for value in asdict(normal).values()]
     if not all(map(math.isfinite, numbers)) or normal.std <= 0 or normal.low > normal.high:
-        raise ValueError("its normalisation is none")
+        raise ValueError("its normalisation is not valid")
     if not all(FINEST_MM <= step <= COARSEST_MM for step in bundle.spacing):
         raise ValueError(f"a spacing of {bundle.spacing} mm")
     if math.prod(bundle.patch) > MOST_PATCH:
         raise ValueError(f"a patch of {bundle.patch} voxels")
     if not isinstance(bundle.trained, dict):
-        raise TypeError("what it says of its training is no table")
+        raise TypeError("its record of the training is no table")
     _check_plain(bundle.weights)
     _check_network(bundle)
     _check_finite(bundle.weights)
@@ -274,7 +274,7 @@ def _check(bundle: Bundle) -> None:
 def _check_plain(weights: dict[str, Tensor]) -> None:
     for name, weight in weights.items():
         if not isinstance(name, str) or not isinstance(weight, Tensor):
-            raise TypeError("its weights are none")
+            raise TypeError("its weights are not valid")
         real = weight.layout == torch.strided and not weight.is_complex() and not weight.is_quantized
         if not real or weight.numel() * weight.element_size() > weight.untyped_storage().nbytes():
             raise TypeError(f"its weight {name} is not a plain array")

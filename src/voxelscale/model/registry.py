@@ -73,7 +73,7 @@ def load(name: str) -> Callable[..., Any]:
     try:
         function = entry.load()
     except (ImportError, AttributeError) as error:
-        hint = f"mend or reinstall the package that registers {entry.value}"
+        hint = f"fix or reinstall the package that registers {entry.value}"
         raise VoxelscaleError(f"model.name {name}: cannot be loaded ({error})", hint) from error
     if not callable(function):
         raise VoxelscaleError(f"model.name {name}: {entry.value} is no function", "register a function")

@@ -123,9 +123,7 @@ def _points_in(
 ) -> NDArray[np.float64]:
     flat = np.flatnonzero(where)
     if not len(flat):
-        raise VoxelscaleError(
-            "config: phantom.size_mm leaves no room for lungs", "use at least 150 mm each"
-        )
+        raise VoxelscaleError("config: phantom.size_mm is too small for lungs", "use at least 150 mm each")
     index = np.stack(np.unravel_index(random.choice(flat, count), where.shape), axis=1)
     return canvas.grid.index_to_mm(index + random.uniform(-0.5, 0.5, index.shape))
 

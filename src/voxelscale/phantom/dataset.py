@@ -116,7 +116,7 @@ def sources_into(data_sets: Sequence[DataSet]) -> list[Source]:
         for source in data.cases_or_scans:
             if source.case in sources:
                 hint = "put them into one CSV with a column case, each with its own name"
-                raise VoxelscaleError(f"{data.path}: a second scan is called {source.case}", hint)
+                raise VoxelscaleError(f"{data.path}: a second scan is named {source.case}", hint)
             sources[source.case] = source
     return list(sources.values())
 

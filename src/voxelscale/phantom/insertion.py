@@ -109,8 +109,8 @@ def copy_with_nodules(case: str, image: Scan, lesion: Scan, config: PhantomConfi
                 nodule = _insert_one(random, grain, chest, config, done, array, mask)
                 done += [nodule] if nodule is not None else []
         if count and not done:
-            hint = "smaller ones may find room: phantom.diameter_mm"
-            raise VoxelscaleError(f"{case}: its lungs have no room for a nodule", hint)
+            hint = "smaller ones may fit: phantom.diameter_mm"
+            raise VoxelscaleError(f"{case}: no place for a nodule in its lungs", hint)
     return Copy(Scan(array, image.affine), Scan(mask, image.affine), tuple(done))
 
 

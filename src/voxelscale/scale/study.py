@@ -313,7 +313,7 @@ def _claim(config: Config, out: Path) -> None:
     now = _trained(config)
     if path.is_file():
         if json.loads(path.read_text(encoding="utf-8"))["config"] != now:
-            hint = "choose another folder, or go on with the config it was begun with"
+            hint = "choose another folder, or resume with the config that it was started with"
             raise VoxelscaleError(f"{out}: holds a study of another config", hint)
         return
     write_atomic(path, json.dumps({"config": now}))

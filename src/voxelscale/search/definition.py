@@ -72,7 +72,7 @@ def begin(config: Config, store: Path, out: Path) -> Search:
     """
     ranks, each = config.train.ranks, config.search.devices_per_trial
     if ranks not in (0, each):
-        hint = f"say --devices-per-trial {ranks}, or set train.ranks=0"
+        hint = f"use --devices-per-trial {ranks}, or set train.ranks=0"
         raise VoxelscaleError(f"config: train.ranks is {ranks}, but a trial has {each} devices", hint)
     space = read_space(config)
     opened = open_store(store)
@@ -94,7 +94,7 @@ def reopen(out: Path, store: Path | None = None) -> Search:
     """
     path = out / DEFINITION
     if not path.is_file():
-        raise VoxelscaleError(f"{out}: no search there", "begin one: voxelscale search STORE OUT")
+        raise VoxelscaleError(f"{out}: no search there", "start one: voxelscale search STORE OUT")
     config = load(path)
     url = os.environ.get(STORAGE) or config.search.storage
     config = replace(config, search=replace(config.search, storage=url))
@@ -174,8 +174,8 @@ def _claim(config: Config, out: Path) -> None:
         begun, now = _defined(load(path)), _defined(config)
         changed = [f"{s}.{k}" for s in now for k in now[s] if now[s][k] != begun[s].get(k)]
         if changed:
-            hint = "choose another folder, or go on with the config that it was begun with"
-            raise VoxelscaleError(f"{out}: the search was begun with another {changed[0]}", hint)
+            hint = "choose another folder, or resume with the config that it was started with"
+            raise VoxelscaleError(f"{out}: the search was started with another {changed[0]}", hint)
     elif out.is_dir() and any(out.iterdir()):
         raise VoxelscaleError(f"{out}: holds files but no search", "choose an empty or new folder")
     bare = replace(config.search, storage=strip_password(config.search.storage))
@@ -230,7 +230,7 @@ def _queue_first(search: Search, data: str) -> None:
         for config, where in configs:
             point, moved = space.values_of(config)
             if moved:
-                notice(f"{where}: {', '.join(moved)} outside the space: the nearest is tried first")
+                notice(f"{where}: {', '.join(moved)} outside the space: the nearest value is tried first")
             points.append(point)
     if settings.warm_start:
         points += _warm_points(search, Path(settings.warm_start), data)

@@ -264,11 +264,9 @@ def _distribution(kind: str, how: Mapping[str, Any], where: str) -> BaseDistribu
     except (TypeError, ValueError):
         low, high = 1.0, 0.0
     if not low <= high:
-        raise VoxelscaleError(f"{where}: bounds {bounds!r}", f"write {{{kind}: [least, greatest]}}")
+        raise VoxelscaleError(f"{where}: bounds {bounds!r}", f"write {{{kind}: [minimum, maximum]}}")
     if log and (low <= 0 or step is not None):
-        raise VoxelscaleError(
-            f"{where}: a logarithmic scale", "needs a least value above 0 and takes no step"
-        )
+        raise VoxelscaleError(f"{where}: a logarithmic scale", "needs a minimum above 0 and takes no step")
     if step is not None and not math.isclose((high - low) / step, round((high - low) / step), abs_tol=1e-9):
         raise VoxelscaleError(f"{where}: step {step}", "it must divide the distance between the bounds")
     if kind == "int":
@@ -286,7 +284,7 @@ def _shape(
     triple = isinstance(to_dict(config)[section][name], list) and kind == "int"
     if not triple:
         if "shape" in how:
-            raise VoxelscaleError(f"{where}: shape", "it is for triples, as data.patch_size")
+            raise VoxelscaleError(f"{where}: shape", "it is for triples, such as data.patch_size")
         return None
     flat = config.model.dims == 2
     shape = how.get("shape", [0.0 if flat else 1.0, 1.0, 1.0])

@@ -55,7 +55,7 @@ class Journal(JournalFileBackend):
         try:
             super().append_logs(logs)
         except OSError as error:
-            hint = f"free some space or see to the disk; {GO_ON}"
+            hint = f"free some space or check the disk; {GO_ON}"
             raise VoxelscaleError(f"{self.path}: cannot be written ({error.strerror})", hint) from None
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:

@@ -139,8 +139,8 @@ def _warn_of_empty_splits(infos: Sequence[CaseInfo], shares: Triple) -> None:
     if empty:
         scans, patients = count(len(infos), "scan"), count(len({i.patient for i in infos}), "patient")
         warn(
-            f"no scan for {' and '.join(empty)}: {scans} of {patients} cannot be divided as prepare.split "
-            "asks; add patients, or name them in a CSV with a column patient"
+            f"no scan for {' and '.join(empty)}: {scans} of {patients} cannot be split as prepare.split "
+            "says; add patients, or name them in a CSV with a column patient"
         )
 
 

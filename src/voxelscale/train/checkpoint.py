@@ -203,7 +203,7 @@ def _newest_whole(folder: Path) -> tuple[Path | None, dict[str, Any]]:
         return path, content
     if damaged:
         hint = "put back a copy of one, or delete the folder to begin again"
-        raise VoxelscaleError(f"{folder}: no checkpoint in it is whole", hint)
+        raise VoxelscaleError(f"{folder}: no checkpoint in it is intact", hint)
     return None, {}
 
 
@@ -215,7 +215,7 @@ def _restore(path: Path, content: dict[str, Any], trained: Trained, digest: str)
     state = _state_in(path, content)
     if state.digest != digest:
         raise VoxelscaleError(
-            f"{path}: was trained on another data set", f"{hint}, or restore the store it began with"
+            f"{path}: was trained on another data set", f"{hint}, or restore the store it was started with"
         )
     try:
         trained.model.load_state_dict(content["model"])
@@ -241,8 +241,8 @@ def _state_in(path: Path, content: dict[str, Any]) -> State:
             return state
     except (KeyError, TypeError):
         pass
-    hint = "put back a copy of it, or delete it to go on from another one"
-    raise VoxelscaleError(f"{path}: where the run stands is not in it", hint)
+    hint = "put back a copy of it, or delete it to resume from another one"
+    raise VoxelscaleError(f"{path}: the state of the run is not in it", hint)
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -123,7 +123,7 @@ class Clock:
             if stage.first < seen < stage.end and (seen - stage.first) % size:
                 raise VoxelscaleError(
                     f"stopped at sample {seen}, within a batch of {size}",
-                    "go on with a number of workers and a batch size whose product divides it",
+                    "resume with a number of workers and a batch size whose product divides it",
                 )
         return (step for stage in self._stages for step in self._steps(stage, seen))
 

@@ -28,13 +28,13 @@ def warn_of_validation(store: Store, config: Config) -> None:
         what = count(len(cases), "validation scan")
         few = " (train.validate_cases takes the first ones only)" if config.train.validate_cases else ""
         warn(
-            f"{store.path}: no lesion in the {what}{few}: they cannot choose a model, and "
+            f"{store.path}: no lesion in the {what}{few}: they cannot select a model, so "
             f"model.vxs will be the last one; {TO_VALIDATE}"
         )
     elif not store.split("val"):
         warn(
-            f"{store.path}: no validation scans: the model is judged on the scans it is trained on, which "
-            f"says nothing of others; {TO_VALIDATE}"
+            f"{store.path}: no validation scans: the model is validated on its training scans, which says "
+            f"nothing about others; {TO_VALIDATE}"
         )
 
 

@@ -135,7 +135,7 @@ def _train_as_rank(config: Config, store: Path, run: Path) -> bool:
     from voxelscale.train.loop import train
 
     if restarts() and os.environ["RANK"] == "0":
-        console.warn(f"a rank was lost; going on from the last checkpoint, restart {restarts()}")
+        console.warn(f"a rank was lost; resuming from the last checkpoint, restart {restarts()}")
     try:
         return train(config, store, run).finished
     except Exception as error:
@@ -162,8 +162,8 @@ def claim(run: Path, config: Config) -> None:
         if changed:
             key = changed[0]
             raise VoxelscaleError(
-                f"{run}: was begun with {key}={begun.get(key)}, not {now[key]}",
-                "choose another folder for the run, or go on with the config that it holds",
+                f"{run}: was started with {key}={begun.get(key)}, not {now[key]}",
+                "choose another folder for the run, or resume with the config that it holds",
             )
     elif chief and run.is_dir() and any(run.iterdir()):
         raise VoxelscaleError(f"{run}: holds files but no run", "choose an empty or new folder for the run")

@@ -89,7 +89,7 @@ def joined(config: Config, whole: bool) -> Iterator[tuple[Workers, Config, int]]
             notice(words)
         if whole and virtual > 1 and config.optim.grow_from:
             raise VoxelscaleError(
-                "config: a global batch that grows cannot be played by virtual workers with sync_batch",
+                "config: a growing global batch cannot be emulated by virtual workers with sync_batch",
                 "set optim.grow_from=0, model.norm=batch or train.virtual_workers=1",
             )
         if whole:

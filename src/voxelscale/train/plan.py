@@ -126,7 +126,7 @@ def tell_plan(config: Config, store: Path, *, unchanged: bool) -> None:
         return
     for line in plan.reasons:
         notice(line)
-    notice(f"plan in {path}; to train by it: voxelscale train {store} run/ --config {path}")
+    notice(f"plan in {path}; to train with it: voxelscale train {store} run/ --config {path}")
 
 
 def plan_text(plan: Plan, config: Config) -> str:

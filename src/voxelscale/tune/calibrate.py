@@ -99,7 +99,7 @@ def calibrate_run(
         judged = judge([each[:2] for each in held], [each[2] for each in held])
         calibration, summary = calibrate(judged)
     except ValueError as error:
-        hint = "predict more scans that the model was not trained on, as with --split val"
+        hint = "predict more scans that the model was not trained on, for example --split val"
         raise VoxelscaleError(f"{predictions}: {error}", hint) from None
     cases.tell()
     _warn_of_origin(bundle, run, predictions, list(read))
@@ -117,7 +117,7 @@ def _warn_of_few(summary: Mapping[str, Any]) -> None:
     if min(hits, wrong) < ENOUGH_OF_EACH:
         warn(
             f"calibrated on {count(hits, 'lesion')} and {count(wrong, 'false finding')} of "
-            f"{count(summary['scans'], 'scan')}: below {ENOUGH_OF_EACH} of each, confidence is rough"
+            f"{count(summary['scans'], 'scan')}: below {ENOUGH_OF_EACH} of each, the calibration is rough"
         )
 
 
@@ -138,7 +138,7 @@ def _warn_of_origin(bundle: Bundle, run: Path, predictions: Path, cases: Sequenc
     if unknown:
         warn(
             f"{predictions}: {count(len(unknown), 'prediction')} without case.json, which says by which "
-            f"model: calibrated all the same, as if {run} had made them"
+            f"model: calibrated as if {run} had made them"
         )
     record = read_record(predictions)
     stores = {str(one.trained.get("data")) for one in bundle.networks}
