@@ -465,9 +465,7 @@ class Work:
         found = against(one, bundle.trained_on, low=bundle.normalisation.low, depth=bundle.patch[0])
         errors = [text for severity, text in found if severity == "error"]
         if errors and self._config.refuse_unusable:
-            hint = (
-                "give a scan like the training scans, or set predict.refuse_unusable=false"
-            )
+            hint = "give a scan like the training scans, or set predict.refuse_unusable=false"
             raise VoxelscaleError(f"{source.image}: not a scan for this model: {errors[0]}", hint)
         return [text for _, text in found]
 
