@@ -53,7 +53,7 @@ def to_channels_last(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """How a run computes; recorded with the run, so that going on with it computes alike.
+    """How a run computes; recorded with the run, so that a resumed run computes in the same way.
 
     Attributes:
         precision: ``fp32`` or ``bf16``, of the forward and backward pass.

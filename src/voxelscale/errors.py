@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class VoxelscaleError(Exception):
-    """Something about the input or the surroundings is wrong and a person can mend it.
+    """Something about the input or the environment is wrong, and a person can fix it.
 
     Args:
         message: what is wrong, naming the file or the key.
-        hint: the mend, as one sentence.
+        hint: how to fix it, in one sentence.
 
     The CLI prints it as two lines, ``error: ...`` and ``hint: ...``, and exits with 2. A programming
     error is never one of these: it keeps its traceback. What is quoted from a file may hold line breaks

@@ -55,7 +55,7 @@ def check_output(path: Path, *, file: bool = False) -> None:
 
 
 def not_written(path: Path, error: Exception) -> VoxelscaleError:
-    """What is said of a file or folder that cannot be written."""
+    """The message about a file or folder that cannot be written."""
     words = getattr(error, "strerror", None) or str(error).strip() or "not all of it was taken"
     return VoxelscaleError(f"{path}: cannot be written ({words.splitlines()[-1]})", TO_WRITE)
 

@@ -126,7 +126,7 @@ class Slices:
         shifts: (n, 2) where on the lattice's y and x axes each slice's first pixel lies, in voxels.
         uids: each slice's SOPInstanceUID and number of its frame, from 1; ("", 0): the slice is missing,
             and the scan's values there are interpolated.
-        frame_of_reference: the UID of the system of coordinates of the positions; "": not said.
+        frame_of_reference: the UID of the system of coordinates of the positions; "": unknown.
     """
 
     shape: IntTriple

@@ -2,7 +2,7 @@
 
 The order of steps is the classical one (Hu et al., "Automatic lung segmentation for accurate quantitation
 of volumetric X-ray CT images", 2001): threshold, air outside and airways away, close over vessels and
-nodules at the pleura. Nothing is learnt, and a scan in which it fails is told instead of trusted.
+nodules at the pleura. Nothing is learnt, and a scan in which it fails is reported.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _outside(hu: NDArray[np.float32], air: NDArray[np.bool_]) -> NDArray[np.bool
 
 
 def _airway(hu: NDArray[np.float32], inner: NDArray[np.bool_], spacing: Triple) -> NDArray[np.bool_]:
-    """Trachea and main bronchi: narrow sections of gas that go on over several centimetres."""
+    """Trachea and main bronchi: narrow sections of gas that continue over several centimetres."""
     from scipy import ndimage
 
     labels, count = _label_slices(inner & (hu < GAS_HU))

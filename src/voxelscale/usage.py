@@ -64,7 +64,7 @@ class RunsByDefault(typer.core.TyperGroup):
 
 
 def explain(error: Any) -> VoxelscaleError:
-    """An error of usage as the two lines in which all errors are said."""
+    """A usage error in the two lines of all errors."""
     if error.ctx is None:
         return VoxelscaleError(_plain(error.format_message()), "voxelscale --help lists the commands")
     path = error.ctx.command_path.replace(" search run", " search")

@@ -55,7 +55,7 @@ def with_new_names(tree: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
 def with_first_names(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Sections under the keys' first names, of which digests are made.
 
-    What is on disk keeps its digest when a key is renamed, so that old runs, studies and predictions go on.
+    Digests stay the same when a key is renamed, so that old runs, studies and predictions can be resumed.
     """
     named = {section: dict(keys) for section, keys in tree.items()}
     for old, new in RENAMED.items():

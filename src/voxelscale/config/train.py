@@ -60,7 +60,7 @@ class TrainConfig(Section):
 
     @property
     def formatted(self) -> bool:
-        """Whether activations and weights are channels last, as they are where no trial said otherwise."""
+        """Whether activations and weights are channels last, as they are unless a trial found otherwise."""
         return self.channels_last is not False
 
     def rules(self) -> Sequence[Rule]:

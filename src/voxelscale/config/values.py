@@ -18,7 +18,7 @@ class _Plain(yaml.SafeLoader):
     """YAML without aliases, by which a kilobyte can stand for gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse an alias; anything else as it comes."""
+        """Refuse an alias; construct anything else as usual."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it refers to another place (*), which is not supported")
         return super().compose_node(parent, index)

@@ -150,7 +150,7 @@ def _one_channel(path: Path, channels: Any) -> tuple[str, ...]:
 
 
 def _classes(path: Path, tree: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-    """The mask values that are the lesion where nothing else is said, and a remark that names them all.
+    """The mask values that are the lesion by default, and a remark that names them all.
 
     The Decathlon writes ``{"1": "cancer"}``, nnU-Net 2 ``{"cancer": 1}`` or, for regions that overlap,
     ``{"whole": [1, 2]}``; what it calls ``ignore`` is no class.

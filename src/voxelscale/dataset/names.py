@@ -1,6 +1,6 @@
 """What cases and patients are called: file names, series UIDs, or a keyed hash of identifiers.
 
-A hash without a key would hide nothing: whoever knows a hospital's numbering can hash all its numbers
+A hash without a key would hide nothing: anyone who knows a hospital's numbering can hash all its numbers
 and compare. HMAC-SHA256 (RFC 2104) under a key that stays with the data's owner cannot be turned round
 that way, and gives the same person the same name as long as the key is the same.
 """
@@ -73,7 +73,7 @@ class Names:
     def _hash(self, kind: str, text: str) -> str:
         if not self._key:
             self._key = self._find_key()
-        # 64 bits: among a million names a collision has a chance of 1 in 37 million.
+        # 64 bits: among a million names a collision has a probability of 1 in 37 million.
         return hmac.new(self._key, f"{kind}\0{text}".encode(), "sha256").hexdigest()[:16]
 
     def _find_key(self) -> bytes:

@@ -1,4 +1,4 @@
-"""A case as it comes, and what its name is made of."""
+"""A case of a data set before it is read, and what its name is made of."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MOST_NAMED = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One case as it comes.
+    """One case before it is read.
 
     Attributes:
         case: its name, unique, fit for a file name.
@@ -81,7 +81,7 @@ class Found:
 
     Attributes:
         sources: the cases that are meant for training.
-        tests: scans that the data set keeps apart, without labels.
+        tests: the data set's own test scans, without labels.
         remarks: what a person should know, one line each.
     """
 
@@ -126,7 +126,7 @@ def safe_name(name: str) -> str:
 def safe_names(names: Sequence[str]) -> list[str]:
     """`safe_name` of each; where different names become one, all but a name that is safe get a suffix.
 
-    The same name twice stays so: nobody can know which is which.
+    A name that occurs twice is left so: it is unknown which is which.
     """
     safe = [safe_name(name) for name in names]
     different = Counter(one for one, _ in set(zip(safe, names, strict=True)))

@@ -46,7 +46,7 @@ def from_csv(path: Path, *, labelled: bool = True) -> Found:
     sources = [_row(table, number, cells) for number, cells in table.rows()]
     if not sources:
         raise VoxelscaleError(f"{path}: names no image", "give each scan a line below the columns' names")
-    # A case is its own patient where nothing else is said.
+    # By default a case is its own patient.
     cases = safe_names([source.case for source in sources])
     named = [
         replace(source, case=case, patient=case if source.patient == source.case else source.patient)

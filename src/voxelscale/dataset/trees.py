@@ -57,7 +57,7 @@ def from_lidc(data: Path, names: Names, annotations: Path | None = None) -> Foun
             by_series[found[1].decode()].append(path)
     series = _series(data)
     labels = {uid: distinct(files) for uid, files in by_series.items()}
-    # Which of several readers' or versions is right, nobody can know from the files.
+    # Which of several readers' or versions is right, cannot be known from the files.
     several = {uid: files for uid, files in labels.items() if len(files) > 1}
     faults = {uid: f"{len(files)} XML files belong to this series" for uid, files in several.items()}
     images = _images(data, series)

@@ -1,4 +1,4 @@
-"""Two models on the same scans: by how much one is better, and whether chance alone could do that."""
+"""Two models on the same scans: by how much one is better, and whether that could be chance alone."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def wilcoxon_p(differences: NDArray[np.float64]) -> float:
     """Two-sided p of the signed-rank test (Wilcoxon 1945) of the cases' differences; 1 where all are 0."""
     from scipy.stats import wilcoxon
 
-    # Rounded, as ranks tell apart what only rounding does.
+    # Rounded: ranks must not depend on rounding errors.
     apart = np.round(differences, 12)
     apart = apart[apart != 0]
     return float(wilcoxon(apart).pvalue) if len(apart) else 1.0

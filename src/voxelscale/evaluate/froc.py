@@ -4,7 +4,7 @@ A mark hits a lesion when it lies nearer to the lesion's centre than the lesion'
 on one lesion the most confident counts and the others are neither right nor wrong. Nor is a mark that
 hits no lesion but an excluded finding. Every other mark is a false positive (Setio et al., "Validation,
 comparison, and combination of algorithms for automatic detection of pulmonary nodules in CT: the LUNA16
-challenge", 2017, and the challenge's own script). `docs/measures.md` tells it for readers of figures.
+challenge", 2017, and the challenge's own script). `docs/measures.md` explains it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Lesion by lesion: how well each one is outlined, by size, and which components match which.
 
-Components are 26-connected. `docs/measures.md` tells the rules and their sources for readers of figures.
+Components are 26-connected. `docs/measures.md` explains the rules and their sources.
 """
 
 from __future__ import annotations

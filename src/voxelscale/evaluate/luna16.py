@@ -202,7 +202,7 @@ def read_truth_tables(annotations: Path, series: Path, excluded: Path | None) ->
 
 
 def _of_listed(path: Path, rows: Rows, series: Path, listed: Mapping[str, int]) -> Rows:
-    """The findings of the listed scans, those of unknown size with theirs; the others are told."""
+    """The findings of the listed scans, those of unknown size with the default; the others are reported."""
     outside = [uid for uid in rows if uid not in listed]
     if outside:
         count = sum(len(rows[uid]) for uid in outside)

@@ -24,7 +24,7 @@ TABLE = "nodules.csv"
 NUMBERS = ("x", "y", "z", "diameter_mm")
 
 TRAITS = ("kind", "margin", "place")
-"""Columns by which sensitivities are told."""
+"""Columns by which sensitivities are reported."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 A surface is made of elements, one in each cell of 2 x 2 x 2 neighbouring voxels that is neither wholly
 inside nor wholly outside, placed at the cell's centre and weighed by its area, as in Nikolov et al., "Deep
 learning to achieve clinically applicable segmentation of head and neck anatomy for radiotherapy", 2018
-(arXiv 1809.04430) and the authors' library surface-distance. `docs/measures.md` tells it for readers.
+(arXiv 1809.04430) and the authors' library surface-distance. `docs/measures.md` explains it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOLERANCES_MM = (1.0, 2.0)
 """Distances at which the surface Dice is read."""
 
 _ROUNDING_MM = 1e-6
-"""A spacing of 1 mm comes out of a header as 1.0000000001: still 1 mm apart."""
+"""A spacing of 1 mm may be 1.0000000001 in a header: it still counts as 1 mm."""
 
 _CORNERS = np.asarray(list(product((0, 1), repeat=3)))
 """(8, 3) voxels of a cell; bit k of a cell's code says whether voxel k is inside."""

@@ -122,7 +122,7 @@ def find_lesions(
             `threshold`.
         candidates: components at or above this probability without a voxel of a lesion are findings, too,
             so that a reader may choose the operating point; None, or not below `threshold`: there are none.
-        merge_mm: lesions whose surfaces are at most so far apart are one; so are doubtful ones; 0: off.
+        merge_mm: lesions whose surfaces are at most this far apart are merged; candidates, too; 0: off.
         min_volume_mm3: smaller ones are dropped.
         image: (z, y, x) HU on the same grid, for the density.
         depth: of `voxelscale.findings.depth.lung_depth`, for the distance to the pleura.

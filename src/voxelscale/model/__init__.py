@@ -1,1 +1,1 @@
-"""Networks and losses; this room knows torch and nothing else of the house."""
+"""Networks and losses."""

@@ -307,7 +307,7 @@ def solid(
     low = np.clip(np.floor(z), 0, max(last - 1, 0)).astype(int)
     share = np.clip(z - low, 0, 1).astype(np.float32)[:, None, None]
     body = planes[low] * (1 - share) + planes[np.minimum(low + 1, last)] * share
-    # Rounded ends: what is deepest in the last slice goes on longest.
+    # Rounded ends: what is deepest in the last slice extends farthest.
     over = np.clip(np.maximum(-z, z - last), 0, None)[:, None, None]
     deepest = np.maximum(planes.max(axis=(1, 2)), step)[np.where(z < 0, 0, last)][:, None, None]
     body = body - deepest * np.float32(4) * over.astype(np.float32) ** 2

@@ -43,7 +43,7 @@ BLUR_MM = 0.6
 COARSE_MM = 2.0
 """Depths within the lungs are only needed to choose places, on voxels of about this size."""
 AERATED_HU = -400.0
-"""What is below is lung; its parts near the lung's border are told from the chest wall by it."""
+"""What is below is lung; separates parts near the lung's border from the chest wall."""
 DENSE_HU = -500.0
 """What is above, deep in a lung, is a vessel or another thing to lean on."""
 WALL_MM = 5.0
@@ -53,7 +53,7 @@ MOST_DENSE = {"free": 0.1, "vessel": 0.35, "pleura": 0.35}
 TRIES = 300
 """Places that are looked at for one nodule."""
 MORE_TRIES = 8
-"""Nodules of other sizes that are tried where none of those asked for found room."""
+"""Nodules of other sizes that are tried if none of the requested ones fits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ def copy_with_nodules(case: str, image: Scan, lesion: Scan, config: PhantomConfi
         copy: from 1 on; 0 is the scan as it is.
 
     Raises:
-        VoxelscaleError: no lungs are found in it, or they have no room for a nodule.
+        VoxelscaleError: no lungs are found in it, or no nodule fits into them.
     """
     array, mask = image.array.copy(), (lesion.array != 0).astype(np.uint8)
     done: list[Nodule] = []
@@ -104,7 +104,7 @@ def copy_with_nodules(case: str, image: Scan, lesion: Scan, config: PhantomConfi
         chest = _look_at(case, image, mask != 0)
         count = int(random.integers(config.nodules[0], config.nodules[1], endpoint=True))
         for tried in range(count + MORE_TRIES):
-            # There may be less room than asked for, but a copy without any nodule is none.
+            # Fewer nodules than requested may fit, but a copy without any is an error.
             if tried < count or (count and not done):
                 nodule = _insert_one(random, grain, chest, config, done, array, mask)
                 done += [nodule] if nodule is not None else []
@@ -250,7 +250,7 @@ def _part_of(chest: _Chest, nodule: Nodule) -> _Part | None:
 
 
 def _box(grid: Grid, nodule: Nodule) -> tuple[slice, slice, slice] | None:
-    """The voxels within reach of a nodule, with room for the blur; None where its centre is outside."""
+    """The voxels within reach of a nodule, with a margin for the blur; None where its centre is outside."""
     reach = nodule.reach_mm + 4 * BLUR_MM
     # Along a skew axis a ball reaches farther than its radius over the spacing.
     steps = reach * np.linalg.norm(np.linalg.inv(grid.affine[:3, :3]), axis=1)
@@ -311,7 +311,7 @@ def _lung_depth(chest: _Chest, box: tuple[slice, slice, slice], calm: Field) -> 
 def _crowded(
     chest: _Chest, box: tuple[slice, slice, slice], whole: Field, calm: Field, nodule: Nodule
 ) -> bool:
-    """Whether a lesion lies there or next to it, or so much that is dense that nobody could see it."""
+    """Whether a lesion lies there or next to it, or so much dense tissue that it would be invisible."""
     from scipy import ndimage
 
     near = ndimage.binary_dilation(whole > 0, iterations=2)

@@ -61,7 +61,7 @@ def draw_nodules(
     count: int,
     diameters: tuple[float, float],
 ) -> list[Nodule]:
-    """`count` nodules that do not touch; fewer where the lungs have no room for them."""
+    """`count` nodules that do not touch; fewer if they do not fit into the lungs."""
     nodules: list[Nodule] = []
     for _ in range(count):
         low, high = np.log(diameters)
@@ -78,7 +78,7 @@ def draw_nodules(
 
 def draw_nodule(random: np.random.Generator, centre: Point, diameter: float, place: str) -> Nodule:
     """A nodule of this size and place: its kind, margin, density and outline."""
-    # Below 5 mm nobody sees lobes or spicules, and ground glass is below what CT shows.
+    # Below 5 mm lobes and spicules are invisible, and ground glass is below what CT shows.
     small = diameter < 5
     kind = "solid" if small else str(random.choice(KINDS, p=KIND_SHARES))
     margin = "smooth" if small else str(random.choice(MARGINS, p=MARGIN_SHARES))

@@ -39,7 +39,7 @@ def predict_in_ranks(
             own = [source for source, there in zip(sources, done, strict=True) if there] + own
         outcomes = [work.each(own)]
         if shared := new[whole:]:
-            # Processes that time the precisions apart could choose apart.
+            # Processes that time the precisions separately could choose differently.
             work.predictor.precisions = _from_first(work.predictor.precisions)
             group = workers.rank % len(shared)
             outcomes.append(work.each([shared[group]], _group(workers, len(shared))))

@@ -1,4 +1,4 @@
-"""Which cases a folder of predictions was to hold: without it nobody could tell that one is missing."""
+"""Which cases a folder of predictions should hold: without it a missing one would go unnoticed."""
 
 from __future__ import annotations
 

@@ -356,7 +356,8 @@ def _crop(volume: NDArray[np.int16], start: IntTriple, shape: IntTriple) -> NDAr
 
 
 def _with_verdict(findings: Sequence[Finding], verdicts: NDArray[np.float64]) -> list[Finding]:
-    """Each finding's score becomes its geometric mean with the judge's; in the new order."""
+    """Each finding's score becomes its geometric mean with the false-positive reduction network's; in the
+    new order."""
     judged = []
     for finding, verdict in zip(findings, verdicts, strict=True):
         score = math.sqrt(finding.probability * float(verdict))
@@ -529,7 +530,7 @@ def made_from_this(folder: Path, source: Source) -> bool | None:
 
 
 def _stamp(source: Source) -> str:
-    """What tells a scan's files from others, and from themselves once they have changed."""
+    """What identifies a scan's files, and changes when they change."""
     return digest_of([source_stamp(source)])[:16]
 
 

@@ -8,7 +8,8 @@ from functools import lru_cache
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _ROUNDS = 16
-"""Half rounds, even. By a chi-square test on 12,000 orders of five items, 10 are told from uniform ones."""
+"""Half rounds, even. By a chi-square test on 12,000 orders of five items, 10 can be distinguished from
+uniform ones."""
 
 
 def item_of(index: int, items: int, seed: int) -> int:

@@ -248,7 +248,7 @@ def _classes() -> str:
 
 
 def _worker_axis(points: Sequence[Point]) -> tuple[tuple[float, float], list[float]]:
-    """Both ends, and a tick for each number of workers; where they are many, for those well apart."""
+    """Both ends, and a tick for each number of workers; if there are many, for those far enough apart."""
     counts = sorted({float(point.workers) for point in points}) or [1.0]
     if len(counts) == 1:
         return (counts[0] / 2, counts[0] * 2), counts

@@ -163,7 +163,7 @@ def apply_recipe(config: Config, recipe: str, workers: int) -> Config:
 def run_study(config: Config, out: Path, train_one: TrainOne, jobs: int = 1) -> list[Row]:
     """Train every trial of the plan that is not done, `jobs` at a time, and sum them up.
 
-    Each outcome is written to ``<out>/trials/`` when it is there, so that the same call goes on where an
+    Each outcome is written to ``<out>/trials/`` when it is there, so that the same call resumes where an
     earlier one stopped.
 
     Args:

@@ -12,9 +12,9 @@ from voxelscale.train.log import read_events
 
 
 def train_trial(trial: Trial, run: Path, stop: Stop, *, store: Path, jobs: int) -> TrialScore:
-    """Train it with ``voxelscale train`` in `run`, going on where that was stopped.
+    """Train it with ``voxelscale train`` in `run`, resuming if it was stopped.
 
-    Real ranks as far as devices go, each playing its share of the workers.
+    Real ranks as far as devices go, each emulating its share of the workers.
 
     Args:
         stop: whether it is to save and stop.

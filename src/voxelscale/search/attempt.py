@@ -65,7 +65,7 @@ class AttemptResult:
     Attributes:
         ending: in a word.
         dice: of the last validation; None where there was none.
-        fault: what it said, where it failed.
+        fault: its error, if it failed.
     """
 
     ending: Ending
@@ -82,8 +82,8 @@ def run_attempt(
     """Train until the budget is spent, the trial is pruned, or something ends it.
 
     Args:
-        report: told (samples, validation Dice) once for each mark; whether to prune.
-        stopped: whether somebody wants this worker to stop.
+        report: called with (samples, validation Dice) once for each mark; returns whether to prune.
+        stopped: whether this worker was asked to stop.
         lost: whether the trial has been taken over by another.
     """
     child = start_child(
@@ -146,8 +146,8 @@ def _stop(child: Child) -> None:
 class Curve:
     """The validations of a training, read from its ``metrics.jsonl`` while it is written.
 
-    A training that goes on from a checkpoint first drops the events after it by renaming a shortened
-    file into place, and they come again; each mark is told once all the same.
+    A training resumed from a checkpoint first drops the events after it by renaming a shortened
+    file into place, and they come again; each mark is still reported once.
 
     Attributes:
         dice: of the newest validation; None before the first.
@@ -155,8 +155,8 @@ class Curve:
 
     Args:
         run: the training's folder.
-        marks: samples after which a validation is told; one that was taken a little later, at the end of
-            a global batch, counts for the mark before it.
+        marks: samples after which a validation is reported; one taken a little later, at the end of a
+            global batch, counts for the mark before it.
     """
 
     def __init__(self, run: Path, marks: Sequence[int]) -> None:

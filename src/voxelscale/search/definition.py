@@ -30,7 +30,7 @@ STORAGE = "VOXELSCALE_STORAGE"
 """In a worker's environment: the storage's URL, whose password is written to no file."""
 
 FREE = {"trials", "workers", "devices_per_trial", "lease_seconds", "trial_seconds", "memory_gib", "storage"}
-"""Keys of ``search`` that may change while a search goes on."""
+"""Keys of ``search`` that may change when a search is resumed."""
 
 CONSTRAINTS = ("memory", "pooling")
 """Of every trial: 0 or less where it can run (`voxelscale.search.feasible`)."""
@@ -65,7 +65,7 @@ class Search:
 
 
 def begin(config: Config, store: Path, out: Path) -> Search:
-    """Begin a search, or join or go on with the one in `out`, which must be the same.
+    """Start a search, or join or resume the one in `out`, which must be the same.
 
     Raises:
         VoxelscaleError: the space is faulty, or folder or storage hold another search.
@@ -127,7 +127,7 @@ def trial_config(search: Search, params: Mapping[str, Value], ranks: int) -> Con
 
 
 def marks_of(config: Config) -> tuple[int, ...]:
-    """Samples after which a trial's Dice is told: its rungs and its budget."""
+    """Samples after which a trial's Dice is reported: its rungs and its budget."""
     return (*config.train.validate_at, config.train.samples)
 
 

@@ -3,10 +3,10 @@
 Optuna's own heartbeats exist for relational databases only, and only within ``Study.optimize``. Here the
 owner counts a beat up in the trial's attributes. Who sees a running trial's count stand still for the
 length of a lease, by its own clock, or knows that the owner's process is gone, takes the trial over: a
-successor with the same parameters is put into the queue, and the old trial is told to have failed.
+successor with the same parameters is put into the queue, and the old trial is marked as failed.
 
 Fencing rests on one thing that every storage does atomically: a finished trial cannot be changed. An
-owner that comes back after its lease can report nothing and tell nothing, and of several processes
+owner that comes back after its lease cannot report anything, and of several processes
 that take over one trial only the lowest-numbered successor is run.
 """
 
@@ -39,9 +39,9 @@ BEATS = 4
 
 
 def process_name() -> str:
-    """This process, so that others on the same machine can tell whether it is still there.
+    """This process, so that others on the same machine can check whether it still runs.
 
-    Machine and process namespace are told by the kernel's random identifiers, not by the host's name.
+    Machine and process namespace are identified by the kernel's random identifiers, not by the host's name.
     """
     return f"{_machine()}:{os.getpid()}:{_started(os.getpid())}"
 
@@ -88,7 +88,7 @@ class Lease:
     """Keeps a trial this process's own while it is within, by beats from a thread.
 
     Attributes:
-        lost: whether another has taken the trial over; nothing may be told of it then.
+        lost: whether another has taken the trial over; nothing may be reported of it then.
     """
 
     def __init__(self, trial: Trial, lease_seconds: float) -> None:
@@ -131,7 +131,7 @@ def own(trial: Trial, worker: str, devices: Sequence[str]) -> None:
 
 
 def hand_over(study: Study, trial: FrozenTrial, *, ended: float | None = None, count: str = "") -> None:
-    """Let whoever comes next go on with a running trial whose owner is lost or leaves.
+    """Let the next worker resume a running trial whose owner is lost or leaves.
 
     The successor is there before the old trial is ended: whoever is killed in between leaves one too
     many, which `stands` finds out, and not one too few.
@@ -167,7 +167,7 @@ def stands(study: Study, trial: FrozenTrial) -> bool:
 
 
 def settle(study: Study, number: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-    """End a trial; False where somebody has ended it before."""
+    """End a trial; False if another worker has ended it before."""
     try:
         study.tell(number, values, state)
     except UpdateFinishedTrialError:

@@ -26,7 +26,8 @@ REDRAWS = 10
 
 
 def make_sampler(config: SearchConfig) -> BaseSampler:
-    """The sampler of ``search.sampler``; for a grid, whose points all wait in the storage, chance."""
+    """The sampler of ``search.sampler``; for a grid, whose points are all queued in the storage, a random
+    one."""
     kinds: dict[str, Callable[[int], BaseSampler]] = {
         "tpe": lambda seed: TPESampler(
             seed=seed, n_startup_trials=config.startup, multivariate=True, constant_liar=True
@@ -113,7 +114,7 @@ class NumberedSampler(BaseSampler):
             self._redraw()
             self._inner.infer_relative_search_space(study, trial)
             params = self._inner.sample_relative(study, trial, search_space)
-        # What the model insists on has been tried: chance finds something new.
+        # The model proposes only what has been tried: a random proposal finds something new.
         return {} if params in known else params
 
     def sample_independent(

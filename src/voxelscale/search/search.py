@@ -33,7 +33,7 @@ RESTARTS = 3
 
 
 def search(config: Config, store: Path, out: Path) -> SearchResults:
-    """Search until ``search.trials`` trials are done; the same call joins or goes on.
+    """Search until ``search.trials`` trials are done; the same call joins or resumes.
 
     Leaves ``best.yaml`` and ``search.html`` in `out`, also when it is interrupted.
 

@@ -1,4 +1,4 @@
-"""``voxelscale search status``: where a search stands, for whoever sees its storage."""
+"""``voxelscale search status``: the progress of a search, for anyone who can read its storage."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Journal(JournalFileBackend):
 
 
 class _Lock(JournalFileSymlinkLock):
-    """The writers' lock, which leaves the file whole to whoever gets it."""
+    """The writers' lock; each holder leaves the file complete."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
@@ -82,7 +82,7 @@ class _Lock(JournalFileSymlinkLock):
 
     def acquire(self) -> bool:
         got = super().acquire()
-        with contextlib.suppress(OSError):  # the write that follows tells it
+        with contextlib.suppress(OSError):  # the write that follows reports it
             _cut_stump(self._path)
         return got
 
@@ -157,7 +157,7 @@ def _open_postgresql(url: str) -> BaseStorage:
 
 
 def _quiet() -> None:
-    """Optuna tells of every trial; the search's own words are enough."""
+    """Optuna logs every trial; the search's own messages are enough."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

@@ -1,4 +1,4 @@
-"""A worker: it asks for a trial, has it trained on its devices, tells what came of it, and asks again.
+"""A worker: it asks for a trial, has it trained on its devices, reports the result, and asks again.
 
 Workers know of each other only through the storage. They may be started and killed at any time, on any
 machine that sees it and the search's folder; there is no barrier between trials.
@@ -105,7 +105,7 @@ class Worker:
     Args:
         search: what is searched.
         place: where it works.
-        stopped: whether somebody wants it to stop.
+        stopped: whether it was asked to stop.
     """
 
     def __init__(self, search: Search, place: Place, stopped: Callable[[], bool]) -> None:
@@ -117,7 +117,7 @@ class Worker:
         self._idle, self._why, self._failures = 0, "", 0
 
     def go(self) -> None:
-        """Work until the search is done, or somebody wants it to stop.
+        """Work until the search is done, or it is asked to stop.
 
         Raises:
             VoxelscaleError: nothing in the space can be run, trainings keep failing, or the storage is
@@ -137,7 +137,7 @@ class Worker:
                 patiently(self._next)
             elif not running:
                 return
-            else:  # whoever is still at work may be lost yet
+            else:  # a worker that is still running may be lost yet
                 time.sleep(min(2.0, self.settings.lease_seconds / 4))
 
     def _wanted(self, trials: Sequence[FrozenTrial]) -> bool:

@@ -158,7 +158,7 @@ def inspect(data: DataSet, workers: int = 0) -> Inspection:
             problems += result.problems
     facts.sort(key=lambda one: one.case)
     problems += [*duplicates(facts), *across_splits(facts, splits), *_vanishing(facts)]
-    # The page may be passed on; where the data lie on this machine is nobody's business.
+    # The page may be shared; it must not show where the data are on this machine.
     problems = _without_places(problems, path, sources)
     readable = {one.case for one in facts}
     unreadable = sorted(

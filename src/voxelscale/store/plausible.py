@@ -107,7 +107,7 @@ def about(image: Scan, lungs: Lungs, source: Source | None = None) -> About:
     Args:
         image: turned to LPS.
         lungs: what `voxelscale.lungs.lung_field` found in it.
-        source: where it comes from; None: nobody knows.
+        source: where it comes from; None: unknown.
     """
     modality, body_part = subject(source) if source else ("", "")
     return About(
@@ -303,7 +303,7 @@ def _ends(entry: Any, count: int) -> Any:
 
 
 def compared(one: About, trained: TrainedOn) -> list[Remark]:
-    """What sets a scan apart from those that a model was trained on; none of it forbids predicting."""
+    """How a scan differs from those that a model was trained on; none of it forbids predicting."""
     found: list[str] = []
     if trained.synthetic == 1 and not one.synthetic:
         found.append(
@@ -359,7 +359,7 @@ def against(one: About, trained: Sequence[TrainedOn | None], *, low: float, dept
 
     Args:
         trained: what each of its networks was trained on; None of one that does not say.
-        low: the lowest value that its first network tells apart.
+        low: the lower clipping value of its first network.
         depth: slices of its windows.
     """
     known = [facts for facts in trained if facts is not None]

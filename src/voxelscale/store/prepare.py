@@ -154,7 +154,7 @@ def _order(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def _finding_rows(infos: Sequence[CaseInfo]) -> list[list[object]]:
-    """What the labels said beyond the masks: readers, small nodules, non-nodules, excluded findings."""
+    """What the labels hold beyond the masks: readers, small nodules, non-nodules, excluded findings."""
     rows: list[list[object]] = [["case", "kind", "x", "y", "z", "diameter_mm", "readers"]]
     for info in infos:
         for one in info.findings:

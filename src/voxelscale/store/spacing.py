@@ -13,7 +13,7 @@ import numpy as np
 from voxelscale.geometry import IntTriple, Triple
 
 ANISOTROPIC = 3.0
-"""How many times coarser than the others an axis is before it is treated apart."""
+"""How many times coarser than the others an axis must be to be treated separately."""
 
 
 def target_spacing(spacings: Sequence[Triple], shapes: Sequence[IntTriple] = ()) -> tuple[Triple, str]:

@@ -1,4 +1,4 @@
-"""The state of a training, so that it can go on as if it had never stopped."""
+"""The state of a training, so that it can be resumed as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Writer:
         # Another name of the same file: no space, and nothing that a kill could tear.
         whole, link = self._folder / _name(seen), self._folder / f".{BEST}.part"
         if not whole.is_file():
-            return  # the run went on from the best one, and it is the best again
+            return  # the run was resumed from the best one, and it is the best again
         link.unlink(missing_ok=True)
         try:
             os.link(whole, link)
@@ -231,7 +231,7 @@ def _restore(path: Path, content: dict[str, Any], trained: Trained, digest: str)
 
 
 def _state_in(path: Path, content: dict[str, Any]) -> State:
-    """Where the run stands, as the checkpoint has it; its types and ranges are nobody's promise."""
+    """Where the run stands, as the checkpoint has it; its types and ranges are not checked yet."""
     try:
         state = State(**content["state"])
         counts = (state.seen, state.validated, state.global_batch)

@@ -84,10 +84,10 @@ class Child:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         self.wait()
-        (self.run / STOP_FILE).unlink(missing_ok=True)  # whoever it was that asked
+        (self.run / STOP_FILE).unlink(missing_ok=True)  # no matter who asked
 
     def fault(self) -> VoxelscaleError:
-        """What it told of its end, which was not a good one."""
+        """Its error, after it failed."""
         code = self.poll()
         lines = self._said.strip().splitlines()
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
@@ -113,7 +113,7 @@ class Child:
             (self.run / STOP_FILE).unlink(missing_ok=True)
 
     def _all_gone(self) -> bool:
-        """Whether nobody is left that can write on its stderr: all of those hold the lock set there."""
+        """Whether no process is left that can write to its stderr: all of them hold the lock set there."""
         if time.monotonic() > self._until:
             return True
         try:
@@ -128,7 +128,7 @@ class Child:
 def start_child(
     config: Config, store: Path, run: Path, *, threads: int, environment: Mapping[str, str] = {}
 ) -> Child:
-    """Start ``voxelscale train`` in `run`, or let it go on there; the config is kept beside it.
+    """Start ``voxelscale train`` in `run`, or resume it there; the config is stored next to it.
 
     Args:
         config: of the training, written to ``<run>.yaml``.

@@ -1,6 +1,6 @@
 """The clock of a training: which samples make up an update, and who computes which of them.
 
-Everything follows from the number of samples seen, so that a run goes on at the same place on any number
+Everything follows from the number of samples seen, so that a run resumes at the same place on any number
 of ranks.
 """
 
@@ -41,7 +41,7 @@ class Step:
         return self.first + self.global_batch
 
     def share(self, mine: range) -> list[tuple[range, float]]:
-        """What a rank computes that plays the workers `mine`: indices of each micro-batch, and its weight.
+        """What a rank computes for the workers `mine`: indices of each micro-batch, and its weight.
 
         Where there are fewer micro-batches than workers, several workers share one: real ones compute
         it each, as they would else be idle; of one rank's own it is computed once and weighs more.

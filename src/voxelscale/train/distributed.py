@@ -1,6 +1,6 @@
-"""Who takes part in a training: ranks, and the virtual workers each of them plays.
+"""Who takes part in a training: ranks, and the virtual workers that each of them emulates.
 
-World size W = ranks x virtual workers a rank. A rank plays its virtual workers one after another,
+World size W = ranks x virtual workers a rank. A rank computes its virtual workers one after another,
 each on its own micro-batch with its own batch statistics, and averages their gradients before the
 all-reduce; the update is that of W real ranks.
 """
@@ -33,7 +33,7 @@ class Workers:
 
     Attributes:
         rank, ranks: of the process group; 0 of 1 where there is none.
-        virtual: workers that each rank plays.
+        virtual: workers that each rank emulates.
         device: where this rank computes.
     """
 
@@ -49,7 +49,7 @@ class Workers:
 
     @property
     def mine(self) -> range:
-        """The numbers, among all W, of the workers that this rank plays."""
+        """The numbers, among all W, of the workers that this rank emulates."""
         return range(self.rank * self.virtual, (self.rank + 1) * self.virtual)
 
 
@@ -87,8 +87,8 @@ def _store_of_restart() -> Any:
     """Keys of their own for the process groups of each restart, and for each group of a process.
 
     torchrun's store outlives the ranks and their groups, and those made again would find the addresses
-    of those that are gone (PyTorch issue 135712). Over several machines its agents count restarts apart:
-    set ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` there.
+    of those that are gone (PyTorch issue 135712). Over several machines its agents count restarts
+    separately: set ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` there.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -144,12 +144,12 @@ def held_back(model: nn.Module, hold: bool) -> contextlib.AbstractContextManager
 class WorkerBuffers:
     """Running statistics of virtual workers: each starts from the same, the mean of them remains.
 
-    Real ranks' statistics evolve apart and are averaged before they are used. As the update is
+    Real ranks' statistics evolve separately and are averaged before they are used. As the update is
     linear, averaging after every step gives the same.
 
     Args:
         model: its buffers.
-        virtual: workers that this rank plays.
+        virtual: workers that this rank emulates.
         undo: whether a step may have to be taken back.
     """
 

@@ -1,7 +1,7 @@
-"""The training loop, told once: any network, loss and source of samples, on any number of workers.
+"""The training loop, for any network, loss and source of samples, on any number of workers.
 
 A run is a folder; everything in it is written atomically or only appended to, so it can be killed at
-any instant, and the same command goes on from the last checkpoint with the very next sample.
+any instant, and the same command resumes from the last checkpoint with the next sample.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Result:
     Attributes:
         seen: samples trained on.
         finished: False where it was asked to stop before its budget was spent.
-        best: greatest validation score, -1 where there was no validation, NaN where it could not tell.
+        best: greatest validation score, -1 where there was no validation, NaN if it has no value.
     """
 
     seen: int
@@ -92,7 +92,7 @@ class Engine:
             average=AveragedWeights(self.model, share) if share else None,
         )
         self.state = State(digest=task.digest)
-        # What an update is, the same in every process that goes on with the run.
+        # What an update is; it must be the same when the run is resumed.
         self.update: dict[str, Any] = {
             "global_batch": workers.world * batch_size,
             "optim": digest_of(with_first_names({"optim": asdict(optim)})["optim"]),
@@ -118,7 +118,7 @@ class Engine:
         """All steps from where the run stands, until the budget is spent or `asked` to stop; once.
 
         Raises:
-            VoxelscaleError: what a person must mend; the run goes on from its last checkpoint.
+            VoxelscaleError: what a person must fix; the run resumes from its last checkpoint.
         """
         steps = self.clock.steps(self.state.seen)
         try:
@@ -145,7 +145,7 @@ class Engine:
         )
 
     def _check_update(self) -> None:
-        """A run that goes on must keep its updates, however many processes share them.
+        """A resumed run must keep its updates, however many processes share them.
 
         Raises:
             VoxelscaleError: the global batch, or what the recipe makes of the optimiser, has changed.
@@ -183,7 +183,7 @@ class Engine:
                     self._end_validation()
                 judge = self._validation_due(step)
                 if judge or word.save or self._due(self.config.train.checkpoint_every, step):
-                    self._save()  # before it is judged: the best model's checkpoint is kept
+                    self._save()  # before the validation: the best model's checkpoint is kept
                 if judge:
                     self._begin_validation()
                 if word.stop:
@@ -380,7 +380,7 @@ class Engine:
     def _end_validation(self) -> None:
         """Wait for the pending validation; its model is kept if it is the best.
 
-        Where all scores are NaN, as the scans cannot tell, the last model is kept.
+        If all scores are NaN, because the scans have no lesion, the last model is kept.
         """
         pending, self.validation = self.validation, None
         if pending is None:
@@ -409,7 +409,7 @@ class Engine:
     def _save(self) -> None:
         """Write a checkpoint; all ranks come here together.
 
-        A pending validation is waited for: a run that goes on from here could not repeat it.
+        Waits for a pending validation: a run resumed from here could not repeat it.
         """
         self._end_validation()
         self._check_finite(self.meter.land())

@@ -1,6 +1,6 @@
-"""A rank that fails: a person is told once, however many ranks and restarts there are.
+"""A rank that fails: its error is reported once, however many ranks and restarts there are.
 
-The first rank with a fault that a person must mend leaves it in a file. The others, which have only
+The first rank with an error that a person must fix writes it to a file. The others, which have only
 lost a peer, end without a word, and ranks that are started again find the file and end at once.
 """
 
@@ -15,15 +15,15 @@ from voxelscale.errors import VoxelscaleError
 
 FAULT_FILE = "fault.json"
 FAULTY, LOST = 2, 3
-"""Exit codes of a rank: there is a fault to mend; a peer was lost."""
+"""Exit codes of a rank: there is an error to fix; a peer was lost."""
 
 _PLACE = "VOXELSCALE_FAULT_FILE"
 
 
 def fault_path(run: Path) -> Path:
-    """Where the fault is left: in the run's folder, unless the command that starts the ranks said where.
+    """The file of the error: in the run's folder, or where the command that starts the ranks wants it.
 
-    It names a place off the run's disk, which may be what is full.
+    That is not on the run's disk, which may be full.
     """
     return Path(os.environ.get(_PLACE) or run / FAULT_FILE)
 

@@ -52,7 +52,7 @@ def fit(
     """Train any network, data-parallel, until ``config.train.samples`` samples are seen.
 
     ``python script.py`` trains on one device, ``torchrun --nproc-per-node N script.py`` on N;
-    ``config.train.virtual_workers`` makes each process play several workers. All of them see the same
+    ``config.train.virtual_workers`` makes each process emulate several workers. All of them see the same
     samples in the same step. Of the config `optim`, `train`, `data.readers` and `data.prefetch` are used.
 
     A scaling study or a search needs a function from a config to a score, and `fit` makes it one line::
@@ -73,7 +73,7 @@ def fit(
             be a pure function of i, or runs are not repeatable.
         config: the same in all ranks.
         run: folder for checkpoints, log and the best weights (``weights.vxs``, see `load_weights`); a run
-            begun there goes on. None: nothing is written.
+            started there is resumed. None: nothing is written.
         validate: the score, greater is better, of a copy of the model in evaluation mode; run by rank 0
             in a thread beside the training, so it must not talk to other ranks.
         collate: what ``samples`` gives, for a micro-batch, to its input and target on the CPU; None:
@@ -146,7 +146,7 @@ class _Samples:
 
 @dataclass(frozen=True)
 class _Score:
-    """A user's function as a judge; rank 0 alone calls it."""
+    """A user's function as the validation score; rank 0 alone calls it."""
 
     validate: Callable[[nn.Module], float]
     metric: str = "score"

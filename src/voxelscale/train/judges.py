@@ -11,7 +11,7 @@ TO_VALIDATE = "prepare with scans with lesions in val, by another prepare.split 
 
 
 def validation_cases(store: Store, config: Config) -> tuple[CaseInfo, ...]:
-    """The scans on which a training is judged; the training scans where the store has no other."""
+    """The scans on which a training is validated; the training scans if the store has no others."""
     cases = store.split("val") or store.split("train")
     return cases[: config.train.validate_cases or None]
 
@@ -22,7 +22,7 @@ def has_lesions(cases: tuple[CaseInfo, ...]) -> bool:
 
 
 def warn_of_validation(store: Store, config: Config) -> None:
-    """Say so where the validation cannot tell a better model from a worse one."""
+    """Warn if the validation cannot distinguish a better model from a worse one."""
     cases = validation_cases(store, config)
     if not has_lesions(cases):
         what = count(len(cases), "validation scan")
@@ -39,7 +39,7 @@ def warn_of_validation(store: Store, config: Config) -> None:
 
 
 def require_validation(store: Store, config: Config) -> None:
-    """Refuse to compare trainings by a validation that cannot tell them apart.
+    """Refuse to compare trainings by a validation that cannot distinguish them.
 
     Raises:
         VoxelscaleError: no validation scan has a lesion.

@@ -52,14 +52,14 @@ FREE = {
     "data.readers",
     "data.prefetch",
 }
-"""Keys that may change when a run goes on: they say how it is computed, not what. Their product, the global
-batch, must stay the same; the engine checks that."""
+"""Keys that may change when a run is resumed: they say how it is computed, not what. Their product, the
+global batch, must stay the same; the engine checks that."""
 
 
 def start(config: Config, store: Path, run: Path) -> bool:
     """Train until the budget is spent; True, or False where it was asked to stop before.
 
-    A run's folder keeps the config it was begun with; going on with another is refused.
+    A run's folder keeps the config that it was started with; resuming with another is refused.
 
     Raises:
         VoxelscaleError: before anything starts where that can be known; else when a rank failed.
@@ -109,7 +109,7 @@ def fit_to_memory(config: Config, store: Path) -> Config:
 
 
 def _start_as_rank(config: Config, store: Path, run: Path) -> bool:
-    """Somebody else's engine may start this again: then what only a person can mend is not told again."""
+    """Another launcher may restart this rank: an error that only a person can fix is not reported again."""
     try:
         claim(run, config)
     except VoxelscaleError:
@@ -251,7 +251,7 @@ def _engine(ranks: int, most: int, store: str, run: str) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if int(os.environ["VOXELSCALE_VERBOSITY"]) < 2:
-        logging.disable()  # it tells a lost rank at length; the command does in two lines
+        logging.disable()  # it reports a lost rank at length; the command does in two lines
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -284,7 +284,7 @@ def _end_of(code: int) -> str:
 
 
 def _rank(store: str, run: str) -> int:
-    """One rank. What a person must mend is left for the command to tell once.
+    """One rank. An error that a person must fix is left for the command to report once.
 
     Started again after that it ends as if all were well, and with it the engine.
     """

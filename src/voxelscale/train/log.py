@@ -28,7 +28,7 @@ OUT_OF_MEMORY = "out_of_memory"
 class RunLog:
     """Appends events to ``metrics.jsonl`` and mirrors their numbers to TensorBoard.
 
-    A run that goes on from a checkpoint first drops the events after it: they will come again.
+    A run resumed from a checkpoint first drops the events after it: they will come again.
 
     Args:
         run: its folder.
@@ -92,7 +92,7 @@ def note_out_of_memory(run: Path, seen: int | None = None) -> None:
     if seen is None:
         seen = max((event["samples"] for event in read_events(run)), default=0)
     line = json.dumps({"event": OUT_OF_MEMORY, "samples": seen})
-    # Without it the fault is still told.
+    # Without it the error is still reported.
     with contextlib.suppress(OSError), (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 

@@ -41,14 +41,14 @@ from voxelscale.train.validate import ScanScoring
 
 
 def train(config: Config, store_path: Path, run: Path) -> Result:
-    """Train this rank's share until the budget of samples is spent or somebody asks to stop.
+    """Train this rank's share until the budget of samples is spent or a stop is requested.
 
     Called in every rank; `voxelscale.train.launch` starts them.
 
     Args:
         config: the same in all ranks.
         store_path: what `prepare` wrote.
-        run: the run's folder; if it holds checkpoints the training goes on from the newest.
+        run: the run's folder; if it holds checkpoints the training resumes from the newest.
 
     Raises:
         VoxelscaleError: the store, a checkpoint or the config is unfit, or the loss is not finite.
@@ -113,7 +113,8 @@ def check_memory(config: Config, store: Store, workers: Workers) -> None:
 
 @contextmanager
 def _told_memory(config: Config, run: Path, device: torch.device) -> Iterator[None]:
-    """Within it too little memory is noted in the run, as the engine does, and told in one clear error."""
+    """Within it too little memory is noted in the run, as the engine does, and reported in one clear
+    error."""
     try:
         yield
     except (TooLarge, torch.OutOfMemoryError) as error:
@@ -125,7 +126,7 @@ def settle_arithmetic(config: Config, store: Store, run: Path, workers: Workers)
     """The config with precision, memory format and compiling decided, as the run was begun with.
 
     Rank 0 decides by trial (`voxelscale.device.choose_arithmetic`) and notes it in ``arithmetic.json``:
-    a run that goes on must compute as it began.
+    a resumed run must compute as it began.
     """
     found: list[dict[str, Any]] = [{}]
     if workers.rank == 0:
@@ -143,7 +144,7 @@ def _arithmetic(config: Config, store: Store, run: Path, device: torch.device) -
     if path.is_file():
         return Arithmetic.from_dict(json.loads(path.read_text(encoding="utf-8")))
     channels_last = True if wanted.channels_last is None and device.type == "cpu" else wanted.channels_last
-    # On CPUs one sample tells as much, in half the time or less.
+    # On CPUs one sample is as informative, in half the time or less.
     batch = wanted.batch_size if device.type == "cuda" else 1
     way = choose_arithmetic(
         partial(_network, config, store),
@@ -158,7 +159,7 @@ def _arithmetic(config: Config, store: Store, run: Path, device: torch.device) -
 
 
 def patch_task(config: Config, store: Store, device: torch.device) -> Task:
-    """The config's network, on patches of a store's training scans, judged on its validation scans."""
+    """The config's network, on patches of a store's training scans, validated on its validation scans."""
     normalise = Normalisation.of_fingerprint(store.fingerprint["lesion_hu"])
     torch.manual_seed(config.train.seed)
     loss, validated = config.loss, validation_cases(store, config)
@@ -239,7 +240,7 @@ def stop_signals(tell: bool = True) -> Iterator[Callable[[], bool]]:
     In other threads than the main one, which Python gives no signals, nothing is changed.
 
     Args:
-        tell: whether to say so; one of several ranks gets SIGTERM also when it is to be started again.
+        tell: whether to print that; one of several ranks gets SIGTERM also when it is to be started again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

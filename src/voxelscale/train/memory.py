@@ -1,6 +1,6 @@
 """Memory of a training step: what it needs, what there is, and how to need less of it.
 
-A step is played through on tensors without contents (PyTorch's fake tensors), which takes about a second
+A step is simulated on tensors without contents (PyTorch's fake tensors), which takes about a second
 and no memory, and every storage's birth and death is counted; what a GPU really used is measured.
 """
 
@@ -50,10 +50,10 @@ In bf16 oneDNN copies both maps for every thread: with 8 threads a small network
 
 
 _META = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-"""What PyTorch lacks to play some operations without contents: it would take real memory for them."""
+"""What PyTorch lacks to simulate some operations without contents: it would take real memory for them."""
 
 MOST_PLAYED = 3
-"""Samples of a batch that is played through as it is."""
+"""Maximum batch that is simulated directly."""
 
 
 class TooLarge(VoxelscaleError):
@@ -110,7 +110,7 @@ def estimate_memory(
 
 @dataclass(frozen=True, kw_only=True)
 class Played:
-    """A training step that was played through on tensors without contents.
+    """A training step that was simulated on tensors without contents.
 
     Attributes:
         alive: bytes of all tensors at the peak, the optimiser's state among them.
@@ -127,10 +127,10 @@ class Played:
 def play_through(
     config: Config, spacing: Triple, precision: torch.dtype, *, checkpointing: bool = False
 ) -> Played:
-    """Play one training step; about a second, and no memory.
+    """Simulate one training step; about a second, and no memory.
 
-    Everything but weights is proportional to the batch. A large one is told from two small ones, because
-    some operations are played sample by sample.
+    Everything but weights is proportional to the batch. A large one is extrapolated from two small ones,
+    because some operations are simulated sample by sample.
     """
     if (batch := config.train.batch_size) > MOST_PLAYED:
         two, three = (
@@ -239,7 +239,7 @@ def require_memory(
 
 
 def ran_out(config: Config, device: torch.device) -> TooLarge:
-    """What to tell where a training that seemed to fit did not."""
+    """The error if a training that seemed to fit did not."""
     available = available_memory(device)
     if device.type == "cuda":
         available += torch.cuda.memory_allocated(device)  # most of it is what the step itself took
@@ -247,7 +247,7 @@ def ran_out(config: Config, device: torch.device) -> TooLarge:
 
 
 def _rough_bound(config: Config) -> int:
-    """Bytes that a step surely needs less than: of a small training nothing need be played through."""
+    """An upper bound of a step's bytes: a small training need not be simulated."""
     voxels = seen_at_once(config) * math.prod(config.data.patch_size)
     # 60 float32 maps of the first level's size, where the default network keeps about 30.
     maps = 240 * voxels * config.model.filters * 2**config.model.dims / (2**config.model.dims - 1)

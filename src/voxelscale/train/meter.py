@@ -18,7 +18,7 @@ class Word:
     """What all ranks know after a step; with several ranks, of the step before.
 
     Attributes:
-        stop: somebody asked to stop.
+        stop: a stop was requested.
         save: a checkpoint is due by the clock.
         ready: every rank has its share of the pending validation.
         finite: the loss was finite in every rank.

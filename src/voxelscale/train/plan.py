@@ -1,8 +1,8 @@
-"""What to train with, told from a data set's fingerprint and the memory at hand, and why.
+"""What to train with, planned from a data set's fingerprint and the available memory, and why.
 
 The rule for the patch follows Isensee et al., "nnU-Net: a self-configuring method for deep
 learning-based biomedical image segmentation" (2021), in its supplementary note on dynamic design choices;
-memory is told by `voxelscale.train.memory` instead of by a reference network's feature maps.
+memory is estimated by `voxelscale.train.memory` instead of by a reference network's feature maps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is trained, apart from how: the seam between a training's subject and its engine."""
+"""What is trained, separate from how: the interface between a training's subject and its engine."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Table = list[list[float]]
 
 
 class Scoring(Protocol):
-    """How a model is judged while it is trained."""
+    """How a model is validated while it is trained."""
 
     @property
     def metric(self) -> str:
         """The name, in what `summary` returns, of the figure that the best model has most of."""
 
     def score(self, model: nn.Module, rank: int, ranks: int) -> Table:
-        """This rank's share of the table, zeros elsewhere; each case is judged by exactly one rank.
+        """This rank's share of the table, zeros elsewhere; each case is scored by exactly one rank.
 
         It runs beside the training, in a thread, and must not talk to other ranks. The model is a copy
         in evaluation mode.
@@ -39,7 +39,7 @@ def _too_large() -> VoxelscaleError:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A network with its loss, its samples and its judge.
+    """A network with its loss, its samples and its validation.
 
     Attributes:
         model: on the training device.
@@ -48,11 +48,11 @@ class Task:
         source: samples by global index.
         collate: samples to the network's input and the loss's target, both on the training device.
         describe: a sample's name for a person, without a patient's identity.
-        digest: of the data; going on with other data is refused.
+        digest: of the data; resuming with other data is refused.
         scoring: None where nothing is validated.
         keep: called by rank 0 with the best model so far and facts about it.
-        about: one line for a person on the samples and on what judges the model; "" for nothing.
-        too_large: what to tell a person where a step ran out of memory.
+        about: one line for a person on the samples and on the validation; "" for nothing.
+        too_large: the error if a step runs out of memory.
     """
 
     model: nn.Module

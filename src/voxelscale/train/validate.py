@@ -28,11 +28,11 @@ class Validation:
     """One validation, running in a thread beside the training.
 
     Attributes:
-        model: a copy that nobody trains.
+        model: a copy that is not trained.
         state: where the run stood when the copy was taken.
-        scoring: what judges it.
+        scoring: how it is scored.
         share: this rank's rows and the seconds they took, once they are there.
-        unwanted: set where nobody waits for it any more.
+        unwanted: set when its result is no longer needed.
     """
 
     model: nn.Module
@@ -58,7 +58,7 @@ class Validation:
 def start_validation(
     task: Task, model: nn.Module, workers: Workers, precision: torch.dtype, state: State, samples: int
 ) -> Validation | None:
-    """Begin to judge a model that nobody trains; None where the task has no judge.
+    """Start to validate a model that is not trained; None if the task has no validation.
 
     Args:
         samples: for batch norm's statistics; 0: as they are.

@@ -1,7 +1,7 @@
 """Confidence that means what it says: of findings at 0.7, seven in ten are to be lesions.
 
 A rising map from a finding's score to the share of such findings that hit a lesion, fitted on scans that
-the model was not trained on. `docs/measures.md` tells what is counted and how.
+the model was not trained on. `docs/measures.md` explains what is counted and how.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from voxelscale.predict.work import predicted_by
 from voxelscale.tune.reliability import BINS, calibration_error, reliability, reliability_figure
 
 LEAST_FINDINGS = 20
-"""Below it nothing can be said of ten bins, nor of a curve."""
+"""With fewer neither ten bins nor a curve are meaningful."""
 FOLDS = 5
 """Of scans, for cross-validation; each needs one, so fewer scans are refused."""
 
@@ -40,7 +40,7 @@ and 5 events for each are the fewest with which it can be fitted usefully (Vitti
 American Journal of Epidemiology 165, 2007)."""
 
 ENOUGH_OF_EACH = 100
-"""With fewer a calibration curve cannot be judged reliably (Collins, Ogundimu and Altman, Statistics in
+"""With fewer a calibration curve cannot be assessed reliably (Collins, Ogundimu and Altman, Statistics in
 Medicine 35, 2016): there is a warning."""
 
 Array = NDArray[np.float64]

@@ -57,7 +57,7 @@ class Candidates:
 def refine(run: Path, store_path: Path, config: Config) -> Candidates | None:
     """Train false-positive reduction for a run's model and put it into its ``model.vxs``.
 
-    Interrupted, it goes on where it was. The model's calibration, which is of other scores, is dropped.
+    After an interruption the same call resumes. The model's calibration is dropped: it is of other scores.
 
     Args:
         run: the run's folder, or a model file.
@@ -126,7 +126,7 @@ def training_of(config: Config) -> Config:
     optim = replace(
         config.optim, name="adamw", lr=wanted.lr, reference_batch=wanted.batch_size, grow_from=0
     )
-    # Windows and thresholds play no part in it, and must not keep it from going on.
+    # Windows and thresholds do not matter here, and must not prevent resuming.
     return replace(config, train=train, optim=optim, predict=PredictConfig())
 
 
