@@ -20,7 +20,19 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """Click's UsageError; Typer brings a Click of its own, under another name in each version."""
 
 
-class Commands(typer.core.TyperGroup):
+class _Group(typer.core.TyperGroup):
+    """Commands whose arguments are shown in capitals, as their help refers to them."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Find a command by its name."""
+        command = super().get_command(ctx, cmd_name)
+        for parameter in command.params if command else ():
+            if parameter.param_type_name == "argument" and not parameter.metavar:
+                parameter.metavar = str(parameter.name).upper()
+        return command
+
+
+class Commands(_Group):
     """The commands, listed by the group that each of them names (Typer's ``rich_help_panel``)."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -46,7 +58,7 @@ class Commands(typer.core.TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-class RunsByDefault(typer.core.TyperGroup):
+class RunsByDefault(_Group):
     """A command with a few commands of its own: without one of them it runs."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
