@@ -278,7 +278,7 @@ def _closed(text: str, separator: str) -> str:
 
 
 def _places(names: Sequence[str], column: str) -> list[int]:
-    """Where a column stands: by its own name, or else by a synonym."""
+    """The position of a column: by its own name, or else by a synonym."""
     plain = [_plain(name) for name in names]
     own = _plain(column)
     found = [place for place, name in enumerate(plain) if name == own]

@@ -48,7 +48,7 @@ WARNING = "warning: "
 """How a remark begins that --quiet shows, too."""
 
 IMAGE_FOLDERS = ("imagesTr", "imagesTs", "imagesVal")
-"""Where nnU-Net's images lie, each called after its case and channel."""
+"""Where nnU-Net's images lie, each named after its case and channel."""
 
 
 def list_sources(
@@ -79,7 +79,7 @@ def list_sources(
 
 
 def list_scans(path: Path, layout: str = "auto", names: Names | None = None) -> list[Source]:
-    """The scans to be looked at, with or without labels.
+    """The scans to read, with or without labels.
 
     Args:
         path: a data set as `list_sources` takes it, its test scans included; one scan (a file, or a DICOM

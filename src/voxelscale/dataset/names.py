@@ -35,12 +35,12 @@ How = Literal["auto", "file", "series", "hash"]
 class Names:
     """How cases are to be called, and the key of the hash.
 
-    The key is only looked for, or made, when something is hashed.
+    The key is only read, or created, when something is hashed.
 
     Args:
         how: ``file``: after files and folders; ``series``: after the SeriesInstanceUID; ``hash``: keyed
             hash; ``auto``: after files where the layout has files with names of their own, the hash in
-            trees of DICOM files, whose folders are often called after the patient.
+            trees of DICOM files, whose folders are often named after the patient.
         key_file: holds the key; "": `VARIABLE`, or else `KEY_FILE` in `folder`, or else the user's key, one
             for all data (`user_key`), which is made where there is none.
         folder: gets a copy of the user's key; None: none does.

@@ -68,7 +68,7 @@ class Source:
         return ", ".join(map(str, self.labels))
 
     def without_paths(self, message: str) -> str:
-        """A message with the case's name for its files, which may be called after the patient."""
+        """A message with the case's name for its files, which may be named after the patient."""
         paths = [self.image, *self.labels]
         for named in sorted((str(name) for p in paths for name in (p, p.name)), key=len, reverse=True):
             message = message.replace(named, self.case)

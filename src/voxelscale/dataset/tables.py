@@ -144,9 +144,9 @@ def _same(name: str) -> str:
 
 
 def with_spheres(sources: Sequence[Source]) -> tuple[list[Source], tuple[str, ...]]:
-    """The sources with the series by which they stand in their table of spheres, and what to say of them.
+    """The sources with the series that identifies them in their table of spheres, and remarks on them.
 
-    A scan whose series is not known stands there by its file's or its case's name.
+    A scan whose series is unknown is identified by its file's or its case's name.
 
     Raises:
         VoxelscaleError: a table is damaged, or none of its rows belongs to a scan of the data set.

@@ -27,7 +27,7 @@ IMAGES = ("CT", "", "OT")
 """Modalities that are taken for CT: converters write "other", or nothing."""
 
 XML_HEAD = 2**16
-"""Bytes of an XML in which its series must be named; in LIDC's it stands in the first two thousand."""
+"""Bytes of an XML in which its series must be named; in LIDC's it is in the first two thousand."""
 
 _SERIES = re.compile(rb"<SeriesInstanceU[iI][dD]>\s*([0-9.]{1,64})\s*</")
 

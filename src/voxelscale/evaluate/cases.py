@@ -37,7 +37,7 @@ class Failure:
 
     @property
     def kept(self) -> dict[str, str]:
-        """For a file that others see: without paths, which may be called after the patient."""
+        """For a file that others see: without paths, which may be named after the patient."""
         return {**self.told, "error": self.source.without_paths(self.error.message)}
 
 

@@ -168,8 +168,8 @@ def summarise(results: Sequence[CaseResult]) -> dict[str, Any]:
     """Everything a report shows, as plain values; `docs/measures.md` says how each is counted.
 
     ``cases`` and ``lesions`` are tables; ``healthy`` what was found in scans without a lesion; ``dice`` the
-    mean, median and least over the cases where a mask has a voxel, with the 95 % interval of the mean;
-    ``surface_dice`` likewise, a row a tolerance; ``hd95_mm`` its mean and median over the cases where both
+    mean, median and minimum over the cases where a mask has a voxel, with the 95 % interval of the mean;
+    ``surface_dice`` alike, one row per tolerance; ``hd95_mm`` its mean and median over the cases where both
     masks have one; ``froc`` the curve, its seven points and their mean (CPM); ``operating_point`` the
     sensitivity and false positives per scan with every finding counted; ``sizes`` lesions by diameter;
     ``nodules`` synthetic ones by kind, margin and place; ``iou`` components matched by intersection over

@@ -139,7 +139,7 @@ def match_marks(
     Args:
         marks: (n, 4) x, y, z in mm and confidence; or empty, as the others.
         lesions: (m, 4) x, y, z and diameter in mm.
-        excluded: (k, 4) likewise, what neither counts nor hurts.
+        excluded: (k, 4) in the same form, ignored in scoring.
     """
     marks = marks.reshape(-1, 4)
     hit, ignored = _within(marks, lesions), _within(marks, excluded).any(axis=0)

@@ -138,7 +138,7 @@ def match_by_iou(found: Components, threshold: float) -> Matches:
     """Predicted components held against true ones, one to one, by intersection over union.
 
     The most confident chooses first, among equals the earlier one, and takes the true component with which
-    its IoU is greatest, of those that are still free and reach `threshold` (as COCO and nnDetection do).
+    its IoU is largest, of those that are still free and reach `threshold` (as COCO and nnDetection do).
     """
     union = found.truth[:, None] + found.prediction[None] - found.shared
     iou = found.shared / np.maximum(union, 1)

@@ -73,7 +73,7 @@ def read_nodules(data: Path) -> dict[str, list[Nodule]]:
 def hits_on_nodules(nodules: Sequence[Nodule], findings: Sequence[Finding]) -> tuple[float, ...]:
     """For each nodule the confidence of the best finding within its radius, NaN where it was missed.
 
-    Nodules that touch each other are one component of the mask, but each is looked for by itself here.
+    Nodules that touch each other are one component of the mask, but each is matched by itself here.
     """
     marks = np.asarray([(f.x, f.y, f.z, f.probability) for f in findings])
     spheres = np.asarray([(n.x, n.y, n.z, max(n.diameter_mm, LEAST_DIAMETER_MM)) for n in nodules])

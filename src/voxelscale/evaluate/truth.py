@@ -46,7 +46,7 @@ class Truth:
 
     @property
     def lesions(self) -> list[Finding]:
-        """The mask's components; computed anew each time."""
+        """The mask's components; computed again each time."""
         return lesions_of_mask(self.case, self.mask.array, self.mask.grid)
 
 

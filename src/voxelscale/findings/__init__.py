@@ -59,14 +59,14 @@ class Finding:
         x, y, z: centroid, LPS mm.
         index: centroid as fractional voxel (z, y, x) of the scan; ``index_zyx`` in the JSON file.
         diameter_mm: of the sphere of the same volume.
-        axial_diameter_mm: greatest extent within one axial slice, from voxel centre to voxel centre, plus
+        axial_diameter_mm: maximum extent within one axial slice, from voxel centre to voxel centre, plus
             a pixel (the RECIST measure, to about a pixel).
         volume_mm3: voxels times the voxel's volume.
         mean_hu: mean of the scan within, or None where no scan was given.
         probability: confidence in [0, 1], calibrated where the model is; 1 for a true lesion.
         axial_ends: both ends (x, y, z) of the axial diameter, LPS mm.
         axial_slice: its slice, from 0 along the scan's array axis that runs most nearly along z.
-        short_axis_mm: greatest extent in that slice at right angles to the axial diameter, likewise.
+        short_axis_mm: maximum extent in that slice perpendicular to the axial diameter.
         short_axis_ends: both ends of it.
         std_hu: standard deviation of the scan within.
         solid_fraction: share of its voxels above `SOLID_HU`.
@@ -109,7 +109,7 @@ def find_lesions(
     depth: Scan | None = None,
     keep: Callable[[NDArray[np.int64]], bool] | None = None,
 ) -> tuple[list[Finding], NDArray[np.uint8]]:
-    """The 26-connected components at or above `low` that reach `threshold`, and the doubtful ones.
+    """The 26-connected components at or above `low` that reach `threshold`, and the candidates.
 
     A finding's confidence is the mean probability of its most certain 14 mm3, a 3 mm sphere's volume
     and the least that is reported as a nodule; what a smaller component lacks of it counts as 0.
@@ -126,7 +126,7 @@ def find_lesions(
         min_volume_mm3: smaller ones are dropped.
         image: (z, y, x) HU on the same grid, for the density.
         depth: of `voxelscale.findings.depth.lung_depth`, for the distance to the pleura.
-        keep: whether a lesion or doubtful one, given by its voxels (n, 3), is to be listed; None: all are.
+        keep: whether a lesion or candidate, given by its voxels (n, 3), is listed; None: all are.
 
     Returns:
         findings, most confident first; and the mask (z, y, x) of those that reach `threshold`.

@@ -98,7 +98,7 @@ def _place(point: NDArray[np.float64]) -> tuple[float, ...]:
 
 
 def _row_ends(points: NDArray[np.int64], plane: tuple[int, int]) -> NDArray[np.int64]:
-    """The voxels of a slice that can be ends of its greatest distance: each row's first and last."""
+    """The voxels of a slice that can be ends of its maximum distance: each row's first and last."""
     rows, columns = plane
     points = points[np.lexsort((points[:, columns], points[:, rows]))]
     new_row = np.flatnonzero(np.diff(points[:, rows])) + 1

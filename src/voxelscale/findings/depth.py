@@ -17,7 +17,7 @@ def lung_depth(image: Scan, lungs: Lungs | None = None) -> Scan | None:
 
     Args:
         image: HU; axes in any order.
-        lungs: what `lung_field` found in the image turned to LPS; None: it is looked for here.
+        lungs: what `lung_field` found in the image turned to LPS; None: it is computed here.
 
     Returns:
         None where no lungs were found, or nothing else.

@@ -76,7 +76,7 @@ def doubtful_regions(
 
 
 def _joined(parts: list[Voxels], grid: Grid, merge_mm: float, least: float) -> list[Voxels]:
-    # Joined first: a crumb beside a lesion is a part of it, however small.
+    # Merged first: a fragment beside a lesion is part of it, however small.
     whole = merge_near(parts, grid, merge_mm) if merge_mm > 0 else parts
     return [voxels for voxels in whole if len(voxels) >= least]
 

@@ -48,7 +48,7 @@ class Windows:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """One of several processes that look at the same volume with the same network.
+    """One of several processes that predict the same volume with the same network.
 
     Attributes:
         part, parts: of the windows, every `parts`-th from the `part`-th on is this process's.

@@ -313,7 +313,7 @@ def _check_same(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> 
 def _check_archive(payload: bytes) -> None:
     """Raise a ValueError or BadZipFile where it is not as PyTorch writes it, whole and uncompressed.
 
-    PyTorch itself does not look at the archive's checksums.
+    PyTorch itself does not check the archive's checksums.
     """
     with zipfile.ZipFile(io.BytesIO(payload)) as archive:
         parts = archive.infolist()

@@ -11,7 +11,7 @@ The network takes ``(batch, 1, z, y, x)`` float32 and gives logits of the same s
 ``config.dims`` is 2. ``model.name`` is then ``swin``, or ``my-package:swin`` where two packages have one
 of that name, or ``my-package`` where it has only one.
 
-A name comes from files that others may have written, a config or a model bundle. It is only ever looked
+A name comes from files that others may have written, a config or a model bundle. It is only looked
 up among the names that installed packages have registered; no module is imported by it. What a hostile
 file can choose is which of the installed networks is built.
 """
@@ -31,7 +31,7 @@ OWN = ("unet",)
 
 
 def check_name(name: str) -> None:
-    """Refuse a network that is not there, before anything is begun.
+    """Refuse an unknown network before anything is started.
 
     Raises:
         VoxelscaleError: there is none or more than one of this name.

@@ -3,7 +3,7 @@
 After Ronneberger, Fischer and Brox, "U-Net: Convolutional Networks for Biomedical Image
 Segmentation", MICCAI 2015, and its 3-D form (Çiçek et al., MICCAI 2016), with padded convolutions
 and leaky ReLU as in nnU-Net (Isensee et al., Nature Methods 2021). Two convolutions of one level are
-one model (`UNetEncodeModel`), the levels with their pooling another (`EncodeModel`); likewise
+one model (`UNetEncodeModel`), the levels with their pooling another (`EncodeModel`); so do
 `UNetDecodeModel` and `DecodeModel`, which upsamples and joins the skip.
 
 Tensors are ``(batch, channel, z, y, x)`` in 3-D and ``(batch, channel, y, x)`` in 2-D.

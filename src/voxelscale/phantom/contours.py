@@ -40,7 +40,7 @@ MOST_PIXELS = 511
 """The last column and row of LIDC-IDRI's slices."""
 
 STEPS = 36
-"""Steps of a shape's lattice across its greatest extent."""
+"""Steps of a shape's grid across its maximum extent."""
 
 PAD = 4
 """Steps of it beyond that extent."""

@@ -51,7 +51,7 @@ WALL_MM = 5.0
 MOST_DENSE = {"free": 0.1, "vessel": 0.35, "pleura": 0.35}
 """Share of a nodule that may have been dense before, by its place."""
 TRIES = 300
-"""Places that are looked at for one nodule."""
+"""Maximum number of places that are tried for one nodule."""
 MORE_TRIES = 8
 """Nodules of other sizes that are tried if none of the requested ones fits."""
 
@@ -196,7 +196,7 @@ def _beside_vessels(
 
 
 def _promises(chest: _Chest, nodule: Nodule) -> bool:
-    """A quick look at points within the nodule's sphere, before the whole of it is computed."""
+    """A quick check of points within the nodule's sphere, before the whole of it is computed."""
     rays = directions(np.random.default_rng(0), 96) * np.linspace(0.2, 1, 96)[:, None] ** (1 / 3)
     points = nodule.centre + rays * nodule.diameter_mm / 2
     voxels = np.rint(chest.grid.mm_to_index(points)).astype(int)

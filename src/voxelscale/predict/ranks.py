@@ -1,7 +1,7 @@
 """Predicting in several processes that torchrun or srun started.
 
 Each rank gets as many whole scans as every other. Of those that remain, fewer than there are ranks, each
-gets a group of ranks, which look at it together, each at a part of the windows. So one scan alone is looked
+gets a group of ranks, which predict it together, each a part of the windows. So one scan alone is predicted
 at by all ranks.
 """
 

@@ -14,7 +14,8 @@ SHOWN = 5
 
 
 def lines(outcome: Predictions, config: PredictConfig) -> Iterator[str]:
-    """Each scan's most confident findings, where they were looked for, and from which confidence on."""
+    """Each scan's most confident findings, the region that was predicted, and the lowest confidence
+    listed."""
     for case, findings in outcome.findings.items():
         yield f"{case}: {count(len(findings), 'finding')}{_looked_at(outcome.facts.get(case, {}))}"
         for f in findings[:SHOWN]:

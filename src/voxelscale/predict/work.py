@@ -88,9 +88,9 @@ class Seen:
     Attributes:
         findings: most confident first.
         mask: of those that reach the threshold, on the scan's own voxels.
-        lungs: as they were found; None: the scan was looked at whatever they are.
+        lungs: as they were found; None: the whole scan was predicted, without regard to them.
         left_out: what was found further than `LUNG_MARGIN_MM` from the lungs, and is not listed.
-        share: of the scan that was looked at.
+        share: of the scan that was predicted.
     """
 
     findings: list[Finding]
@@ -106,7 +106,7 @@ class _Region:
 
     Attributes:
         volume: all of it, at the network's spacing.
-        within: (z, y, x) bool, where it is looked at; None: everywhere.
+        within: (z, y, x) bool, where it is predicted; None: everywhere.
     """
 
     volume: Scan
@@ -114,7 +114,7 @@ class _Region:
 
     @classmethod
     def of(cls, image: Scan, spacing: Triple, *, lungs: bool, skip_air: bool) -> _Region:
-        """Resample the scan and bound what is looked at."""
+        """Resample the scan and bound the region to predict."""
         volume = resample_hu(reorient(image), spacing)
         within = body_field(volume) if skip_air else None
         if lungs and (found := lung_field(volume)).ok:
@@ -125,7 +125,7 @@ class _Region:
 
     @property
     def share(self) -> float:
-        """Of the scan that is looked at, 0 to 1."""
+        """Share of the scan that is predicted, 0 to 1."""
         return 1.0 if self.within is None else float(self.within.mean())
 
 
@@ -144,7 +144,7 @@ class _Network:
         self.precision = precision or choose_inference(self._network, shape, device, wanted)
 
     def __call__(self, region: _Region, share: Share | None) -> NDArray[np.float32]:
-        """Lesion probability in [0, 1] at every voxel of the region; 0 where it is not looked at."""
+        """Lesion probability in [0, 1] at every voxel of the region; 0 where it is not predicted."""
         probability = predict_volume(
             self._network,
             torch.from_numpy(region.volume.array),
@@ -172,7 +172,7 @@ class _Network:
 
 
 class Predictor:
-    """A trained network, or several as one, ready to look at scans.
+    """A trained network, or several as one, ready to predict scans.
 
     Args:
         bundle: what training wrote.
@@ -219,7 +219,7 @@ class Predictor:
         Of several networks it is the mean. With a share, only the process with part 0 has it.
 
         Args:
-            lungs: what `lung_field` found in the image turned to LPS; None: it is looked for here.
+            lungs: what `lung_field` found in the image turned to LPS; None: it is computed here.
         """
         return self._look(image, share, lungs or lung_field(reorient(image)))[0]
 
@@ -253,7 +253,7 @@ class Predictor:
         Args:
             image: HU, axes in any order.
             share: this process's share of the work; None: all of it.
-            lungs: what `lung_field` found in the image turned to LPS; None: it is looked for here.
+            lungs: what `lung_field` found in the image turned to LPS; None: it is computed here.
         """
         lungs = lungs or lung_field(reorient(image))
         probability, regions = self._look(image, share, lungs)
@@ -376,7 +376,7 @@ def _on_grid(probability: NDArray[np.float32], region: _Region, grid: Grid) -> N
 
 @dataclass(frozen=True, kw_only=True)
 class Together(Share):
-    """This process's share of scans that several look at together.
+    """This process's share of scans that several predict together.
 
     Attributes:
         all_well: whether it is so in all of these processes.
@@ -386,7 +386,7 @@ class Together(Share):
 
 
 class Work:
-    """Scans to look at with a model, and what is written of each.
+    """Scans to predict with a model, and what is written of each.
 
     Args:
         bundle: the model.
@@ -412,7 +412,8 @@ class Work:
         return _facts(self._out / source.case).get("key") == self._key(_stamp(source))
 
     def each(self, sources: Sequence[Source], together: Together | None = None) -> Predictions:
-        """Look at the scans in turn; of several processes only that with part 0 knows what was found."""
+        """Predict the scans one after another; of several processes only the one with part 0 has the
+        findings."""
         findings: dict[str, list[Finding]] = {}
         facts: dict[str, dict[str, Any]] = {}
         failed: list[tuple[str, str, str]] = []

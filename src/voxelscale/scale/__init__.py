@@ -1,1 +1,1 @@
-"""The scaling study; it only calls training and looks at what came of it."""
+"""The scaling study; it only runs trainings and reads their results."""

@@ -270,9 +270,9 @@ def exposed_seconds(step: StepCost, network: Interconnect, workers: int) -> tupl
 
 
 def expected_greatest(values: Sequence[float], draws: int) -> float:
-    """The mean of the greatest of `draws` independent draws from `values`.
+    """The mean of the maximum of `draws` independent draws from `values`.
 
-    ``sum_i x_(i) ((i/n)^k - ((i-1)/n)^k)`` over the sorted values: the greatest is at most x_(i) with
+    ``sum_i x_(i) ((i/n)^k - ((i-1)/n)^k)`` over the sorted values: the maximum is at most x_(i) with
     probability (i/n)^k.
     """
     n = len(values)
@@ -288,7 +288,7 @@ def update_time(step: StepCost, network: Interconnect, workers: int, micro_batch
     With k micro-batches a worker::
 
         compute = k (batch + forward + backward) + update
-        straggling = expected greatest of N workers' batch making - its mean (times sqrt(k))
+        straggling = expected maximum of N workers' batch making - its mean (times sqrt(k))
         input_wait = max(0, k input - compute), the readers running ahead while the device computes
         communication as in `exposed_seconds`; what blocks (sync_batch) is added in full
 

@@ -27,7 +27,7 @@ from voxelscale.train.optim import peak_rate
 from voxelscale.train.recipes import resolve
 
 LOOK = 2.0
-"""Seconds between looks at how far the running trainings are."""
+"""Seconds between checks of the running trainings' progress."""
 
 UNCHANGED = "unchanged"
 """The recipe's name for one worker's settings at every number of workers."""
@@ -97,7 +97,7 @@ class Stop:
 
 
 TrainOne = Callable[[Trial, Path, Stop], TrialScore]
-"""Trains one trial in the folder it is given and says what came of it; it looks at the wish to stop."""
+"""Trains one trial in the folder it is given and returns its result; it checks for a request to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,7 +308,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _claim(config: Config, out: Path) -> None:
-    """Note the study's config, or check that it is the one that `out` was begun with."""
+    """Note the study's config, or check that it is the one that `out` was started with."""
     path = out / "study.json"
     now = _trained(config)
     if path.is_file():

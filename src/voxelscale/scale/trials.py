@@ -57,7 +57,8 @@ def real_ranks(workers: int, wanted: int, jobs: int) -> int:
 
 
 def _end_of(child: Child, stop: Stop) -> int:
-    """Its exit code; the study's wish to stop is passed on, as it has no terminal to hear Ctrl-C from."""
+    """Its exit code; the study's request to stop is passed on, because it has no terminal that sends
+    Ctrl-C."""
     while (code := child.wait(0.1)) is None:
         if stop.at_once:
             child.kill()

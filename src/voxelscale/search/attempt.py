@@ -23,7 +23,7 @@ from voxelscale.train.child import Child, start_child
 from voxelscale.train.log import OUT_OF_MEMORY, STOP_FILE
 
 POLL = 0.5
-"""Seconds between looks at a running training."""
+"""Seconds between checks of a running training."""
 
 GRACE = 30.0
 """Seconds that a training has to save and stop before it is killed."""
@@ -201,7 +201,7 @@ class Curve:
 
 
 def copy_run(old: Path, new: Path) -> bool:
-    """Begin a run where another stands, in a folder of its own; False where there is nothing to copy.
+    """Start a run from the state of another, in a folder of its own; False if there is nothing to copy.
 
     The process that wrote the other may be alive after all, somewhere out of sight: what it writes from
     now on must not reach the new one, and files that it drops meanwhile are not missed.

@@ -41,7 +41,7 @@ BEST_FIRST = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """A search that has begun.
+    """A search that was started.
 
     Attributes:
         out: its folder.
@@ -168,7 +168,7 @@ def _defined(config: Config) -> dict[str, Any]:
 
 
 def _claim(config: Config, out: Path) -> None:
-    """Note the definition in the folder, or check that it is the one that the search was begun with."""
+    """Note the definition in the folder, or check that it is the one that the search was started with."""
     path = out / DEFINITION
     if path.is_file():
         begun, now = _defined(load(path)), _defined(config)

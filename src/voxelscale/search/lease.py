@@ -1,7 +1,7 @@
 """Who owns a trial, how the loss of an owner is seen, and how another takes its trial over.
 
 Optuna's own heartbeats exist for relational databases only, and only within ``Study.optimize``. Here the
-owner counts a beat up in the trial's attributes. Who sees a running trial's count stand still for the
+owner counts a heartbeat up in the trial's attributes. A worker that sees no change of the count for the
 length of a lease, by its own clock, or knows that the owner's process is gone, takes the trial over: a
 successor with the same parameters is put into the queue, and the old trial is marked as failed.
 
@@ -64,7 +64,7 @@ class Watch:
     """Which running trials have lost their owners, by this process's own clock.
 
     Args:
-        lease_seconds: how long a beat may stand still.
+        lease_seconds: how long a heartbeat may be absent.
         clock: seconds, monotonic.
     """
 

@@ -52,7 +52,7 @@ def counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def state_of(trial: FrozenTrial) -> State:
-    """Where a trial stands, in the search's own words."""
+    """The state of a trial, in the search's own words."""
     if trial.state == TrialState.WAITING:
         return "waiting"
     if trial.state == TrialState.RUNNING:
@@ -121,7 +121,7 @@ def _stretches(trial: FrozenTrial) -> list[Stretch]:
 
 
 def importances(study: Study) -> dict[str, float]:
-    """How much each key decides which trials are among the best, by PED-ANOVA, greatest first.
+    """How much each key decides which trials are among the best, by PED-ANOVA, largest first.
 
     (Watanabe, Bansal and Hutter, "PED-ANOVA: efficiently quantifying hyperparameter importance in
     arbitrary subspaces", IJCAI 2023.) Over the trials that ran to their end; {} where there are fewer

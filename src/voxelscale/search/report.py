@@ -168,7 +168,7 @@ def _cards(results: SearchResults, now: float) -> str:
 
 
 def _states(results: SearchResults) -> str:
-    """How many trials stand where, as one bar and in figures."""
+    """Number of trials in each state, as a bar and in figures."""
     counts = Counter(trial.state for trial in results.trials)
     whole = max(results.target, len(results.trials), 1)
     bar = "".join(

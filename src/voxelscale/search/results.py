@@ -19,7 +19,7 @@ class Stretch:
     Attributes:
         worker: a short name, the same for all stretches of a worker.
         devices: names of the devices it had, as ``worker/0``.
-        begun, ended: seconds since the epoch; `ended` is None while it runs.
+        begun, ended: start and end, seconds since the epoch; `ended` is None while it runs.
     """
 
     worker: str
@@ -34,7 +34,7 @@ class TrialResult:
 
     Attributes:
         number: its first attempt's number, counted from 0.
-        state: where it stands.
+        state: waiting, running, or how it ended.
         params: value of each searched key that is active in it.
         values: one for each objective; () while there are none.
         curve: (samples, validation Dice), samples rising.
@@ -65,7 +65,7 @@ class SearchResults:
         sampler, pruner: their names.
         trials: by number.
         importances: how much each key decides which trials are among the best by the first objective
-            (PED-ANOVA), as shares of 1, greatest first; {} while there are too few trials.
+            (PED-ANOVA), as shares of 1, largest first; {} while there are too few trials.
     """
 
     name: str

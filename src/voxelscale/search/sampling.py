@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from voxelscale.config import SearchConfig
 
 REDRAWS = 10
-"""How often a proposal is drawn anew that would repeat a trial."""
+"""How often a proposal that would repeat a trial is drawn again."""
 
 
 def make_sampler(config: SearchConfig) -> BaseSampler:

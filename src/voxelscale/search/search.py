@@ -26,7 +26,7 @@ from voxelscale.store import open_store
 from voxelscale.train.judges import require_validation
 
 LOOK = 2.0
-"""Seconds between looks at the workers."""
+"""Seconds between checks of the workers."""
 
 RESTARTS = 3
 """How often a worker that was killed is started again in its place."""
@@ -129,7 +129,7 @@ def _oversee(search: Search, places: list[Place]) -> None:
 
 
 def _replace_dead(search: Search, workers: list[Started], faults: list[VoxelscaleError]) -> None:
-    """Take workers that have ended off the list, note why, and start anew those that were killed."""
+    """Take workers that have ended off the list, note why, and restart those that were killed."""
     for worker in [w for w in workers if w.process.poll() is not None]:
         workers.remove(worker)
         if worker.process.returncode == 0:

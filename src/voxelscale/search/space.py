@@ -60,7 +60,7 @@ class Parameter:
     """One searched key.
 
     Attributes:
-        key: as ``model.depth``; a search that was begun with an old name keeps it.
+        key: as ``model.depth``; a search that was started with an old name keeps it.
         distribution: Optuna's; lists among a categorical's choices are their JSON text.
         shape: for a triple (as `data.patch_size`) searched as one whole number: what each axis is
             multiplied by; None for other keys.

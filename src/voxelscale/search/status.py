@@ -15,7 +15,7 @@ REFRESH = 3.0
 
 
 def follow_status(out: Path, forever: bool) -> None:
-    """Print where a search stands, once or every few seconds until nothing waits or runs."""
+    """Print the progress of a search, once or every few seconds until nothing waits or runs."""
     found = reopen(out)
     while True:
         results = read_results(found.study, found.config, found.space)

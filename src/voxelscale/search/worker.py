@@ -141,7 +141,7 @@ class Worker:
                 time.sleep(min(2.0, self.settings.lease_seconds / 4))
 
     def _wanted(self, trials: Sequence[FrozenTrial]) -> bool:
-        """Whether a trial waits, or fewer have begun than are wanted."""
+        """Whether a trial waits, or fewer have started than are wanted."""
         waiting = any(t.state == TrialState.WAITING for t in trials)
         grid = self.settings.sampler == "grid"
         return waiting or (not grid and len(counted(trials)) < self.settings.trials)

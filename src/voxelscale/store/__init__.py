@@ -59,7 +59,7 @@ class CaseInfo:
         key: changes when the source files or the preparation do.
         findings: of the labels (`voxelscale.labels.annotation.Annotation`); a mere mask has none.
         lungs: first voxel and shape (z, y, x) in the store of the box around the lungs; None where they
-            were not looked for, or not found.
+            were not searched for, or not found.
         axes: where the file's own x, y and z axis point, as ``LPS`` or ``RAS``; "" in older stores.
         lost: lesions of the mask that resampling left without a voxel, and how many of the others it
             merged or cut (`voxelscale.store.lesions.Resampled`).

@@ -1,4 +1,4 @@
-"""A look at a data set before anything is made of it: what is there, and what is wrong with it."""
+"""An overview of a data set before it is prepared: what it holds, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ THUMBNAIL = 224
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something that a person should look at.
+    """Something that a person should check.
 
     Attributes:
         severity: ``error``: prepare refuses it, or what is learnt from it is wrong; ``warning``: likely
@@ -73,7 +73,7 @@ class Facts:
         case, patient: as the listing has them; the patient is for grouping only and shown nowhere.
         shape, spacing: voxels and mm (z, y, x), once turned to LPS.
         axes: where the file's own x, y and z axis point, as ``LPS``.
-        hu: least, 1st percentile, median, 99th percentile and greatest.
+        hu: minimum, 1st percentile, median, 99th percentile and maximum.
         labelled: whether there is a mask.
         lesions_mm3: volumes, largest first.
         lungs_ml: volume of the lungs, or None where they were not found.
@@ -172,7 +172,7 @@ def inspect(data: DataSet, workers: int = 0) -> Inspection:
 def _without_places(problems: Sequence[Problem], data: Path, sources: Sequence[Source]) -> list[Problem]:
     """The problems with files as the data set calls them; of hashed cases not even that.
 
-    Folders of DICOM archives are often called after the patient: such a case is called by its hash only.
+    Folders of DICOM archives are often named after the patient: such a case is named by its hash only.
     """
     hashed = {s.case: s for s in sources if s.files and s.case.startswith("case-")}
     bare = []
@@ -333,7 +333,7 @@ def _thumbnail(image: Scan, mask: NDArray[np.uint8], largest: NDArray[np.int64])
     missing = [(0, -n % step) for n in there.shape]
     blocks = np.pad(there, missing).reshape(-(-rows // step), step, -(-columns // step), step)
     pixels = np.clip(image.array[z, ::step, ::step], -2000, 3000).astype(np.int16)
-    # The greatest of a block: a lesion of one voxel must not slip through.
+    # The maximum of a block: a lesion of one voxel must not get lost.
     spacing = (image.spacing[1] * step, image.spacing[2] * step)
     return Thumbnail(pixels=pixels, mask=blocks.max(axis=(1, 3)), spacing=spacing)
 

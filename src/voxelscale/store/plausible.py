@@ -56,7 +56,7 @@ OTHER_EXTENT = 2.0
 MEDIAN_HU = 300.0
 """By which the median may lie outside the trained range; over our real chest CTs it spans 440 HU."""
 OTHER_SCALE = 4.0
-"""Factor between greatest values (99th percentile) that speaks for another unit, where values are no HU."""
+"""Factor between maximum values (99th percentile) that indicates another unit, if values are not HU."""
 FEWEST_CASES = 0.5
 """Share of training scans with lungs from which a model is one for chests."""
 UNKNOWN_HU = -200.0

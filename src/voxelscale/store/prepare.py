@@ -267,9 +267,9 @@ def fingerprint(cases: Sequence[CaseInfo]) -> dict[str, Any]:
     """What a training needs to know of the data set, from its training cases (all, if there are none).
 
     ``lesion_hu``: mean, std and percentiles of the lesions' HU, pooled over cases weighted by their
-    voxels (percentiles: the least and greatest of the cases', so that none is clipped);
+    voxels (percentiles: the minimum and maximum over cases, so that none is clipped);
     ``lesion_volume_mm3``: count and quartiles; ``lesion_diameter_mm`` (of the sphere of the same volume)
-    and ``lesions_per_case``: quartiles; ``source_spacing`` and ``extent_mm``: least, median and greatest
+    and ``lesions_per_case``: quartiles; ``source_spacing`` and ``extent_mm``: minimum, median and maximum
     (z, y, x) of the scans as they came and of what they cover; ``orientations``: how many files have
     which axes (`axis_codes`); ``scans``: what they are (`voxelscale.store.plausible.summary`); ``digest``:
     of all cases' keys, by which a resumed run knows its data.
@@ -298,7 +298,7 @@ def fingerprint(cases: Sequence[CaseInfo]) -> dict[str, Any]:
 
 
 def _quartiles(values: Sequence[float]) -> list[float]:
-    """Least, quartiles and greatest; [] of nothing."""
+    """Minimum, quartiles and maximum; [] of nothing."""
     return [round(float(q), 1) for q in np.percentile(values, [0, 25, 50, 75, 100])] if values else []
 
 

@@ -32,12 +32,12 @@ PATIENCE = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Beside weights and optimiser: where the run stands.
+    """The state of a run besides weights and optimiser.
 
     Attributes:
         seen: samples trained on; every random number follows from it and the seed.
         validated: samples after which the last finished validation was taken.
-        best: greatest validation score so far, or -1.
+        best: highest validation score so far, or -1.
         seconds: of training so far, over all restarts.
         digest: of the data set, as in the store's fingerprint.
         global_batch: samples of a full update; 0 where the checkpoint does not say.
@@ -231,7 +231,7 @@ def _restore(path: Path, content: dict[str, Any], trained: Trained, digest: str)
 
 
 def _state_in(path: Path, content: dict[str, Any]) -> State:
-    """Where the run stands, as the checkpoint has it; its types and ranges are not checked yet."""
+    """The state of the run, as in the checkpoint; its types and ranges are not checked yet."""
     try:
         state = State(**content["state"])
         counts = (state.seen, state.validated, state.global_batch)

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from voxelscale.device import keep_freed_memory
 
 _groups = itertools.count()
-"""Process groups that this process has made; all ranks count alike."""
+"""Number of process groups that this process has made; the same on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ class Result:
     Attributes:
         seen: samples trained on.
         finished: False where it was asked to stop before its budget was spent.
-        best: greatest validation score, -1 where there was no validation, NaN if it has no value.
+        best: highest validation score, -1 where there was no validation, NaN if it has no value.
     """
 
     seen: int
@@ -115,7 +115,7 @@ class Engine:
         self._recent: deque[list[tuple[Sequence[Any], Tensor]]] = deque(maxlen=2)
 
     def go(self, asked: Callable[[], bool]) -> Result:
-        """All steps from where the run stands, until the budget is spent or `asked` to stop; once.
+        """All steps from the present state of the run, until the budget is spent or `asked` to stop; once.
 
         Raises:
             VoxelscaleError: what a person must fix; the run resumes from its last checkpoint.

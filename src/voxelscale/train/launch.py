@@ -146,10 +146,10 @@ def _train_as_rank(config: Config, store: Path, run: Path) -> bool:
 
 
 def claim(run: Path, config: Config) -> None:
-    """Make the run's folder with its ``config.yaml``, or check that it was begun with this config.
+    """Make the run's folder with its ``config.yaml``, or check that it was started with this config.
 
     Raises:
-        VoxelscaleError: it was begun with another, or the folder holds something else.
+        VoxelscaleError: it was started with another one, or the folder holds something else.
     """
     path, chief = run / "config.yaml", os.environ.get("RANK", "0") == "0"
     if path.is_file():
@@ -230,7 +230,7 @@ def _wait(engine: subprocess.Popen[bytes], run: Path) -> int:
         try:
             (run / STOP_FILE).touch()
         except OSError:
-            engine.terminate()  # it passes the wish on, and waits half a minute
+            engine.terminate()  # it passes the request on, and waits half a minute
         console.notice("\nstopping after this step; once more to stop at once")
     try:
         return engine.wait()

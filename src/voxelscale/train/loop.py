@@ -123,7 +123,7 @@ def _told_memory(config: Config, run: Path, device: torch.device) -> Iterator[No
 
 
 def settle_arithmetic(config: Config, store: Store, run: Path, workers: Workers) -> Config:
-    """The config with precision, memory format and compiling decided, as the run was begun with.
+    """The config with precision, memory format and compiling decided, as at the start of the run.
 
     Rank 0 decides by trial (`voxelscale.device.choose_arithmetic`) and notes it in ``arithmetic.json``:
     a resumed run must compute as it began.

@@ -165,7 +165,7 @@ def _adam_direction(p: Tensor, gradient: Tensor, state: dict[str, Any], group: d
 
 
 def peak_rate(config: OptimConfig, global_batch: int) -> float:
-    """The greatest rate at this global batch, from the one tuned at ``reference_batch``.
+    """The highest learning rate at this global batch, from the one tuned at ``reference_batch``.
 
     ``linear`` (Goyal et al. 2017), ``sqrt`` (Hoffer et al. 2017; for adaptive rules Malladi et al.
     2022), ``none``; never above ``max_lr`` where that is set.

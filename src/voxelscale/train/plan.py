@@ -111,7 +111,7 @@ def tell_plan(config: Config, store: Path, *, unchanged: bool) -> None:
     """Plan for a store that was just prepared and say what came of it, which no fault of it stops.
 
     Args:
-        unchanged: nothing was prepared anew, so that a plan that is there is kept.
+        unchanged: nothing was prepared again, so that an existing plan is kept.
     """
     from voxelscale.console import notice
     from voxelscale.store import open_store

@@ -11,7 +11,7 @@ from voxelscale.model.bundle import MOST_NETWORKS, Bundle, read_bundle, write_bu
 
 
 def ensemble(models: Sequence[Path], out: Path) -> Bundle:
-    """Put models together; what they are looked with (windows, thresholds) is the first one's.
+    """Combine models; windows and thresholds are the first one's.
 
     Networks of different shapes, patches and spacings go together. A calibration is of one model's scores
     and is left behind. Ensembles among the models give all their networks.
