@@ -53,7 +53,7 @@ def _text_overlap(summary: Mapping[str, Any]) -> list[str]:
     without = f"; {count(empty, 'scan')} without: both masks are empty" if empty else ""
     return [
         f"Dice {dice['mean']:.3f} ({text_interval(dice['interval'], dice['cases'])}), "
-        f"median {dice['median']:.3f}, least {dice['least']:.3f}, "
+        f"median {dice['median']:.3f}, minimum {dice['least']:.3f}, "
         f"pooled {summary['dice_pooled']:.3f}{without}",
         f"surface Dice {surface}",
         _text_distances(summary["hd95_mm"]),

@@ -1,8 +1,8 @@
 """Predicting in several processes that torchrun or srun started.
 
 Each rank gets as many whole scans as every other. Of those that remain, fewer than there are ranks, each
-gets a group of ranks, which predict it together, each a part of the windows. So one scan alone is predicted
-at by all ranks.
+gets a group of ranks, which predict it together, each a part of the windows. A single scan is predicted by
+all ranks.
 """
 
 from __future__ import annotations
