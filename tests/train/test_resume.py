@@ -164,7 +164,7 @@ def test_what_a_run_leaves_behind(config: Config, store: Store, tmp_path: Path) 
 def test_going_on_with_another_config_is_refused(config: Config, store: Store, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert start(config, store.path, run)
-    with pytest.raises(VoxelscaleError, match=r"begun with model\.norm=instance, not group"):
+    with pytest.raises(VoxelscaleError, match=r"started with model\.norm=instance, not group"):
         start(with_train(config, "group"), store.path, run)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
@@ -185,7 +185,7 @@ def test_the_global_batch_stays_when_a_run_goes_on(config: Config, store: Store,
     assert start(with_train(config, samples=8, batch_size=2), store.path, run)
     lengthen(run, 8, 16)
     four = with_train(config, samples=16, batch_size=2, virtual_workers=2)
-    with pytest.raises(VoxelscaleError, match=r"begun with a global batch of 2, not 4 \(2 workers x 2\)"):
+    with pytest.raises(VoxelscaleError, match=r"started with a global batch of 2, not 4 \(2 workers x 2\)"):
         start(four, store.path, run)
     assert start(with_train(config, samples=16, batch_size=1, virtual_workers=2), store.path, run)
     assert seen_in(run)[-1] == 16
@@ -196,7 +196,7 @@ def test_batch_norms_own_batch_stays_when_a_run_goes_on(
 ) -> None:
     run = tmp_path / "run"
     assert start(with_train(config, "batch", samples=8, batch_size=2), store.path, run)
-    with pytest.raises(VoxelscaleError, match=r"begun with train\.batch_size=2, not 1"):
+    with pytest.raises(VoxelscaleError, match=r"started with train\.batch_size=2, not 1"):
         start(with_train(config, "batch", samples=8, batch_size=1, virtual_workers=2), store.path, run)
 
 

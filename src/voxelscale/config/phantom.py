@@ -38,10 +38,10 @@ class PhantomConfig(Section):
         return [
             ("spacing", min(self.spacing) > 0, "above 0 mm"),
             ("cases", self.cases >= 1, "at least 1"),
-            ("nodules", 0 <= self.nodules[0] <= self.nodules[1], "least and greatest, in order"),
+            ("nodules", 0 <= self.nodules[0] <= self.nodules[1], "minimum and maximum, in this order"),
             (
                 "diameter_mm",
                 0 < self.diameter_mm[0] <= self.diameter_mm[1],
-                "least and greatest in mm, in order",
+                "minimum and maximum in mm, in this order",
             ),
         ]

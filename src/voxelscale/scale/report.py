@@ -151,14 +151,14 @@ def _sections(findings: Sequence[CostedRow], facts: Mapping[str, Any], figure: s
             [_parts(f) for f in findings],
             "Where an update's time goes, ms",
         ),
-        f"<h2>How the times were found</h2><ul>{said}</ul>" if said else "",
+        f"<h2>How the times were determined</h2><ul>{said}</ul>" if said else "",
     ]
 
 
 _SPENT = {
     "compute": "compute",
     "straggling": "waiting for the slowest",
-    "exposed": "communication not hidden",
+    "exposed": "exposed communication",
     "communication": "communication in all",
     "input_wait": "waiting for samples",
 }

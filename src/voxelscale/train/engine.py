@@ -151,7 +151,7 @@ class Engine:
             VoxelscaleError: the global batch, or what the recipe makes of the optimiser, has changed.
         """
         begun, now = self.state, self.workers.world * self.clock.batch_size
-        words = f"{self.run}: was begun with"
+        words = f"{self.run}: was started with"
         if begun.global_batch not in (0, now):
             how = f"{count(self.workers.world, 'worker')} x {self.clock.batch_size}"
             hint = (

@@ -146,8 +146,8 @@ def _warn_of_origin(bundle: Bundle, run: Path, predictions: Path, cases: Sequenc
     trained = [case for case in cases if any(split.get(case) == "train" for split in splits)]
     if trained:
         warn(
-            f"{predictions}: the model was trained on {count(len(trained), 'scan')} of these, and is surer "
-            "there than anywhere else; calibrate on --split val"
+            f"{predictions}: the model was trained on {count(len(trained), 'scan')} of these, and is "
+            "overconfident there; calibrate on --split val"
         )
 
 
