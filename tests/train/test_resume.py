@@ -120,7 +120,7 @@ def test_a_killed_rank_without_restarts_is_told(
     assert process.returncode == 2, errors
     error, hint = told(errors)
     assert "was killed by SIGKILL" in error
-    assert "the same command goes on" in hint
+    assert "the same command resumes" in hint
     finish(two_ranks(config, store, run))
     assert apart(final_weights(run), whole_two) <= 1e-5
 
