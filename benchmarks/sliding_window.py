@@ -150,13 +150,13 @@ def compare(filters: int, norm: str, rounds: int) -> dict[str, object]:
 def show(table: dict[str, object]) -> None:
     """Print it."""
     print(f"{table['filters']} filters, {table['norm']} norm, {table['shape']} voxels")
-    print(f"{'':24}{'seconds':>10}{'(least to most)':>20}{'CPU s':>8}{'x ours':>8}{'apart':>10}")
+    print(f"{'':24}{'seconds':>10}{'(min to max)':>20}{'CPU s':>8}{'x ours':>8}{'max. diff.':>12}")
     for row in table["rows"]:  # type: ignore[attr-defined]
         spread = f"({row['least']:.2f} to {row['most']:.2f})"
         apart = "" if row["apart"] is None else f"{row['apart']:.1e}"
         print(
             f"{row['way']:24}{row['seconds']:10.2f}{spread:>20}{row['cpu_seconds']:8.2f}"
-            f"{row['times_ours']:8.2f}{apart:>10}"
+            f"{row['times_ours']:8.2f}{apart:>12}"
         )
 
 
