@@ -17,7 +17,7 @@ from voxelscale.geometry import Grid, Scan, Triple
 from voxelscale.infer.sliding_window import Windows, predict_volume
 from voxelscale.lungs import lung_field
 from voxelscale.model.unet import UNet, plan_pooling
-from voxelscale.samples.augment import Normalisation
+from voxelscale.samples.batch import Normalisation
 from voxelscale.samples.patches import Sample
 from voxelscale.store import open_store
 from voxelscale.train import fit

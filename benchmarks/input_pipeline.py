@@ -33,10 +33,10 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import blosc2
 import monai
@@ -59,9 +59,10 @@ from torch import Tensor
 from voxelscale.config import AugmentConfig, DataConfig, IntTriple, PhantomConfig, PrepareConfig
 from voxelscale.dataset.listing import Source, list_sources
 from voxelscale.phantom.dataset import write_phantoms
-from voxelscale.samples import augment
-from voxelscale.samples.augment import Normalisation, make_batch
+from voxelscale.samples import batch as batches
+from voxelscale.samples.batch import Normalisation, make_batch
 from voxelscale.samples.patches import PatchSource, read_ahead
+from voxelscale.samples.transforms import affine
 from voxelscale.store import Store, open_store
 from voxelscale.store.prepare import prepare
 
@@ -108,7 +109,7 @@ def ours(task: Task) -> Iterator[Batch]:
     source = PatchSource(task.store, DataConfig(patch_size=task.patch), AUGMENT, 0)
     indices = (range(i, i + task.batch_size) for i in range(0, 10**9, task.batch_size))
     for samples in read_ahead(source, indices, readers=1, prefetch=2):
-        yield make_batch(samples, task.patch, task.normalise, CPU, 0)
+        yield make_batch(samples, task.patch, task.normalise, CPU)
 
 
 def monai_transforms(patch: IntTriple) -> Any:
@@ -294,22 +295,15 @@ def breakdown(task: Task, patches: int = 240) -> dict[str, float]:
         return wrapped
 
     read = timed("read", lambda indices: [source[i] for i in indices])
-    batch = timed("all", lambda samples: make_batch(samples, task.patch, task.normalise, CPU, 0))
-    with replaced("_turn", timed("affine", augment._turn)):
+    batch = timed("all", lambda samples: make_batch(samples, task.patch, task.normalise, CPU))
+    with (
+        patch.object(batches, "warp", timed("affine", affine.warp)),
+        patch.object(batches, "warp_mask", timed("affine", affine.warp_mask)),
+    ):
         for first in range(0, patches, task.batch_size):
             batch(read(range(first, first + task.batch_size)))
     spent["rest"] = spent.pop("all") - spent["affine"]
     return {name: round(seconds / patches * 1e3, 3) for name, seconds in spent.items()}
-
-
-@contextmanager
-def replaced(name: str, by: Any) -> Iterator[None]:
-    kept = getattr(augment, name)
-    setattr(augment, name, by)
-    try:
-        yield
-    finally:
-        setattr(augment, name, kept)
 
 
 def main() -> None:

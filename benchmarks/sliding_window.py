@@ -45,7 +45,7 @@ from voxelscale.lungs import body_field, lung_field
 from voxelscale.model.bundle import Bundle, write_bundle
 from voxelscale.model.unet import UNet, fold_batch_norms
 from voxelscale.phantom import make_phantom
-from voxelscale.samples.augment import Normalisation
+from voxelscale.samples.batch import Normalisation
 
 PATCH = (64, 64, 64)
 SHAPE = (96, 160, 224)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,15 +9,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
+from torch import Tensor
 from torch.nn import functional as F
 
 from voxelscale.config import AugmentConfig, Config, DataConfig, load
 from voxelscale.errors import VoxelscaleError
 from voxelscale.randomness import generator
 from voxelscale.samples import augment
-from voxelscale.samples.augment import Normalisation, make_batch
-from voxelscale.samples.draws import Augmentation, draw_augmentation, region_of
-from voxelscale.samples.patches import PatchSource, place_window, read_ahead, worker_indices
+from voxelscale.samples.augment import Augmentation, Transform, draw_augmentation
+from voxelscale.samples.batch import Normalisation, make_batch
+from voxelscale.samples.draws import Draws, Stream
+from voxelscale.samples.patches import PatchSource, Sample, place_window, read_ahead, worker_indices
+from voxelscale.samples.transforms.affine import by_planes, by_voxels, region_of, warp
+from voxelscale.samples.transforms.blur import Blur
+from voxelscale.samples.transforms.brightness import Brightness
+from voxelscale.samples.transforms.gamma import Gamma
+from voxelscale.samples.transforms.low_resolution import LowResolution
+from voxelscale.samples.transforms.noise import Noise
 from voxelscale.store import Reader, Store
 
 CPU = torch.device("cpu")
@@ -153,8 +162,8 @@ def test_a_patch_that_comes_again_is_augmented_anew(store: Store) -> None:
     for one, two in zip(samples[::2], samples[1::2], strict=True):
         assert (one.case, one.start) == (two.case, two.start)
         assert np.array_equal(one.region, two.region)
-        assert one.augmentation.noise_std != two.augmentation.noise_std
-        images, _ = make_batch([one, two], DATA.patch_size, NORMALISE, CPU, 0)
+        assert one.augmentation.intensity[0] != two.augmentation.intensity[0]
+        images, _ = make_batch([one, two], DATA.patch_size, NORMALISE, CPU)
         assert not torch.equal(images[0], images[1])
 
 
@@ -212,9 +221,9 @@ def test_below_zero_is_refused(setting: str) -> None:
 def test_a_sample_comes_out_the_same_in_any_batch(store: Store) -> None:
     patches = source(store, EVERYTHING)
     samples = [patches[i] for i in range(6)]
-    together = make_batch(samples, DATA.patch_size, NORMALISE, CPU, 0)
+    together = make_batch(samples, DATA.patch_size, NORMALISE, CPU)
     for i, sample in enumerate(samples):
-        alone = make_batch([sample], DATA.patch_size, NORMALISE, CPU, 0)
+        alone = make_batch([sample], DATA.patch_size, NORMALISE, CPU)
         assert torch.equal(alone[0][0], together[0][i])
         assert torch.equal(alone[1][0], together[1][i])
     assert together[0].shape == together[1].shape == (6, 1, *DATA.patch_size)
@@ -224,7 +233,7 @@ def test_a_sample_comes_out_the_same_in_any_batch(store: Store) -> None:
 
 def test_without_augmentation_the_patch_is_normalised_hu(store: Store) -> None:
     sample = source(store)[4]
-    image, mask = make_batch([sample], DATA.patch_size, NORMALISE, CPU, 0)
+    image, mask = make_batch([sample], DATA.patch_size, NORMALISE, CPU)
     wanted = (np.clip(sample.region[0], -1000, 400) + 300.0) / 350
     assert np.allclose(image[0, 0].numpy(), wanted, atol=1e-6)
     assert np.array_equal(mask[0, 0].numpy(), sample.region[1])
@@ -240,7 +249,7 @@ def test_affine_is_scipys(store: Store) -> None:
     )
     for index in range(4):
         sample = patches[index]
-        image, _ = make_batch([sample], DATA.patch_size, NORMALISE, CPU, 0)
+        image, _ = make_batch([sample], DATA.patch_size, NORMALISE, CPU)
         region = (np.clip(sample.region[0], -1000, 400) + 300.0) / 350
         matrix = sample.augmentation.matrix
         assert matrix is not None
@@ -255,7 +264,7 @@ def test_rotation_is_rigid_in_mm() -> None:
     config = AugmentConfig(p_affine=1, scale=(1.0, 1.0))
     spacing = np.array([5.0, 2.0, 1.0])
     for index in range(5):
-        plan = draw_augmentation(config, generator(0, index, 1), (8, 8, 8), (5.0, 2.0, 1.0))
+        plan = draw_augmentation(config, Draws(0, index), (8, 8, 8), (5.0, 2.0, 1.0))
         assert plan.matrix is not None
         in_mm = plan.matrix * spacing[:, None] / spacing
         assert np.allclose(in_mm @ in_mm.T, np.eye(3), atol=1e-9)
@@ -264,18 +273,16 @@ def test_rotation_is_rigid_in_mm() -> None:
 def test_two_dimensional_patches_stay_in_their_slice() -> None:
     config = AugmentConfig(p_affine=1)
     for index in range(5):
-        plan = draw_augmentation(config, generator(0, index, 1), (1, 32, 32), (5.0, 1.0, 1.0), dims=2)
+        plan = draw_augmentation(config, Draws(0, index), (1, 32, 32), (5.0, 1.0, 1.0), dims=2)
         assert plan.region[0] == 1
         assert plan.matrix is not None
         assert np.allclose(plan.matrix[0], [1, 0, 0])
-        assert not plan.flips[0]
+        assert not plan.mirrored[0]
 
 
 @given(st.integers(0, 2000))
 def test_the_region_covers_what_is_turned_in(index: int) -> None:
-    plan = draw_augmentation(
-        AugmentConfig(p_affine=1), generator(3, index, 1), (9, 14, 20), (3.0, 1.0, 1.0)
-    )
+    plan = draw_augmentation(AugmentConfig(p_affine=1), Draws(3, index), (9, 14, 20), (3.0, 1.0, 1.0))
     assert plan.matrix is not None
     assert plan.region == region_of(plan.matrix, (9, 14, 20))
     half = (np.asarray((9, 14, 20)) - 1) / 2
@@ -288,30 +295,40 @@ def test_the_region_covers_what_is_turned_in(index: int) -> None:
 def test_changing_one_probability_leaves_the_others(tiny: Config) -> None:
     base = tiny.augment
     for index in range(20):
-        a = draw_augmentation(base, generator(0, index, 1), (8, 8, 8), (1.0, 1.0, 1.0))
-        b = draw_augmentation(
-            replace(base, p_noise=1.0), generator(0, index, 1), (8, 8, 8), (1.0, 1.0, 1.0)
-        )
-        assert b.noise_std > 0
-        assert (a.gamma, a.factor, a.flips, a.blur_sigma) == (b.gamma, b.factor, b.flips, b.blur_sigma)
+        a = draw_augmentation(base, Draws(0, index), (8, 8, 8), (1.0, 1.0, 1.0))
+        b = draw_augmentation(replace(base, p_noise=1.0), Draws(0, index), (8, 8, 8), (1.0, 1.0, 1.0))
+        assert of_kind(b, Noise)
+        assert a.mirrored == b.mirrored
+        assert [of_kind(a, k) for k in KINDS if k is not Noise] == [
+            of_kind(b, k) for k in KINDS if k is not Noise
+        ]
         assert (a.matrix is None) == (b.matrix is None)
+        if a.matrix is not None and b.matrix is not None:
+            assert np.array_equal(a.matrix, b.matrix)
+
+
+KINDS = (Noise, Blur, Brightness, Gamma, LowResolution)
+
+
+def of_kind(plan: Augmentation, kind: type) -> Any:
+    """The sample's transform of a kind, None where it has none."""
+    return next((transform for transform in plan.intensity if isinstance(transform, kind)), None)
 
 
 def drawn(config: AugmentConfig, count: int) -> list[Augmentation]:
     size, spacing = (8, 8, 8), (1.0, 1.0, 1.0)
-    return [draw_augmentation(config, generator(0, index, 1), size, spacing) for index in range(count)]
+    return [draw_augmentation(config, Draws(0, index), size, spacing) for index in range(count)]
 
 
 def used(plan: Augmentation) -> list[bool]:
     """Which transformations a sample gets."""
-    neutral = (plan.factor, plan.gamma, plan.resolution)
-    return [plan.matrix is not None, plan.noise_std > 0, plan.blur_sigma > 0, *(v != 1 for v in neutral)]
+    return [plan.matrix is not None, *(of_kind(plan, kind) is not None for kind in KINDS)]
 
 
 def test_no_strength_leaves_the_flips() -> None:
     none, plain = drawn(AugmentConfig(strength=0), 50), drawn(AugmentConfig(), 50)
     assert not any(any(used(plan)) for plan in none)
-    assert [plan.flips for plan in none] == [plan.flips for plan in plain]
+    assert [plan.mirrored for plan in none] == [plan.mirrored for plan in plain]
     assert all(plan.region == (8, 8, 8) for plan in none)
 
 
@@ -332,10 +349,48 @@ def test_unit_strength_leaves_every_draw() -> None:
     for index, plan in enumerate(drawn(config, 300)):
         coins, amounts = (draws := generator(0, index, 1)).random(6), draws.random(12)
         assert used(plan)[:3] == [coin < chance for coin, chance in zip(coins, chances, strict=False)]
-        assert plan.noise_std in (0.0, config.noise_std * amounts[6])
-        assert (plan.gamma != 1) == (coins[3] < config.p_gamma)
-        assert (plan.factor != 1) == (coins[4] < config.p_brightness)
-        assert (plan.resolution != 1) == (coins[5] < config.p_low_resolution)
+        noise, brightness = of_kind(plan, Noise), of_kind(plan, Brightness)
+        assert noise is None or noise.std == config.noise_std * amounts[6]
+        assert brightness is None or brightness.shift == 0.4 * amounts[9] - 0.2
+        assert bool(of_kind(plan, Gamma)) == (coins[3] < config.p_gamma)
+        assert bool(brightness) == (coins[4] < config.p_brightness)
+        assert bool(of_kind(plan, LowResolution)) == (coins[5] < config.p_low_resolution)
+
+
+class Inverted:
+    """A transform that is added: it inverts the intensity of some samples."""
+
+    @classmethod
+    def draw(cls, config: AugmentConfig, draws: Draws) -> Transform | None:
+        share = draws.stream(max(Stream) + 1).random()
+        return cls() if share < 0.5 else None
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return image.neg_()
+
+
+@pytest.mark.parametrize("place", [0, 2, len(augment.INTENSITY)])
+def test_a_transform_that_is_added_leaves_the_draws_of_the_others(
+    store: Store, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    config = AugmentConfig(strength=3)
+    before: list[Sample] = [source(store, config)[index] for index in range(30)]
+    monkeypatch.setattr(
+        augment, "INTENSITY", [*augment.INTENSITY[:place], Inverted.draw, *augment.INTENSITY[place:]]
+    )
+    after = [source(store, config)[index] for index in range(30)]
+    added = 0
+    for one, two in zip(before, after, strict=True):
+        assert (one.case, one.start) == (two.case, two.start)
+        assert np.array_equal(one.region, two.region)
+        assert one.augmentation.mirrored == two.augmentation.mirrored
+        others = [t for t in two.augmentation.intensity if not isinstance(t, Inverted)]
+        assert others == list(one.augmentation.intensity)
+        added += len(two.augmentation.intensity) - len(others)
+        if others == list(two.augmentation.intensity):
+            ours, theirs = (make_batch([s], DATA.patch_size, NORMALISE, CPU) for s in (one, two))
+            assert torch.equal(ours[0], theirs[0])
+    assert 0 < added < 30
 
 
 def test_blur_is_scipys(store: Store) -> None:
@@ -343,9 +398,10 @@ def test_blur_is_scipys(store: Store) -> None:
         p_affine=0, flip=False, p_noise=0, p_blur=1, p_gamma=0, p_brightness=0, p_low_resolution=0
     )
     sample = source(store, config)[0]
-    image, _ = make_batch([sample], DATA.patch_size, NORMALISE, CPU, 0)
+    image, _ = make_batch([sample], DATA.patch_size, NORMALISE, CPU)
     plain = (np.clip(sample.region[0], -1000, 400) + 300.0) / 350
-    theirs = ndimage.gaussian_filter(plain, sample.augmentation.blur_sigma, mode="nearest", truncate=3.0)
+    blur = of_kind(sample.augmentation, Blur)
+    theirs = ndimage.gaussian_filter(plain, blur.sigma, mode="nearest", truncate=3.0)
     assert np.abs(image[0, 0].numpy() - theirs).max() < 0.05
 
 
@@ -356,12 +412,12 @@ TURNED = AugmentConfig(p_affine=1, p_noise=0, p_blur=0, p_gamma=0, p_brightness=
 def test_planes_and_voxels_are_sampled_alike(patch: tuple[int, int, int], dims: int) -> None:
     """The CPU's look-up in a tall image against the library's 3-D sampling, which GPUs use."""
     for index in range(6):
-        plan = draw_augmentation(TURNED, generator(1, index, 1), patch, (2.0, 1.0, 1.0), dims)
+        plan = draw_augmentation(TURNED, Draws(1, index), patch, (2.0, 1.0, 1.0), dims)
         assert plan.matrix is not None
         region = torch.randn(plan.region, generator=torch.Generator().manual_seed(index))
         lines = [torch.arange(n) - (n - 1) / 2 for n in patch]
-        planes = augment._by_planes(region, lines, plan.matrix)
-        voxels = augment._by_voxels(region, lines, plan.matrix)
+        planes = by_planes(region, lines, plan.matrix)
+        voxels = by_voxels(region, lines, plan.matrix)
         assert planes.shape == patch
         assert float((planes - voxels).abs().max()) < 1e-3
 
@@ -373,9 +429,9 @@ def test_a_turned_mask_is_the_whole_regions(store: Store) -> None:
         sample = patches[index]
         matrix = sample.augmentation.matrix
         assert matrix is not None
-        _, mask = make_batch([sample], DATA.patch_size, NORMALISE, CPU, 0)
-        whole = augment._turn(torch.from_numpy(sample.region[1]).float(), matrix, DATA.patch_size)
-        flips = [axis for axis, flip in enumerate(sample.augmentation.flips) if flip]
+        _, mask = make_batch([sample], DATA.patch_size, NORMALISE, CPU)
+        whole = warp(torch.from_numpy(sample.region[1]).float(), matrix, DATA.patch_size)
+        flips = [axis for axis, flip in enumerate(sample.augmentation.mirrored) if flip]
         wanted = (whole.flip(flips) >= 0.5).float()
         # A voxel within rounding of one half may fall to either side.
         near_half = (whole.flip(flips) - 0.5).abs() < 1e-3
@@ -388,10 +444,10 @@ def test_mirroring_is_a_flip(store: Store, p_affine: float) -> None:
     plain = source(store, replace(TURNED, p_affine=p_affine, flip=False), foreground=1.0)
     seen = set()
     for index in range(8):
-        flips = mirrored[index].augmentation.flips
+        flips = mirrored[index].augmentation.mirrored
         axes = [axis + 2 for axis, flip in enumerate(flips) if flip]
-        ours = make_batch([mirrored[index]], DATA.patch_size, NORMALISE, CPU, 0)
-        theirs = make_batch([plain[index]], DATA.patch_size, NORMALISE, CPU, 0)
+        ours = make_batch([mirrored[index]], DATA.patch_size, NORMALISE, CPU)
+        theirs = make_batch([plain[index]], DATA.patch_size, NORMALISE, CPU)
         assert torch.allclose(ours[0], theirs[0].flip(axes), atol=1e-3)
         assert float((ours[1] != theirs[1].flip(axes)).float().mean()) < 1e-3
         seen.add(flips)
@@ -401,7 +457,7 @@ def test_mirroring_is_a_flip(store: Store, p_affine: float) -> None:
 @pytest.mark.parametrize("resolution", [0.5, 0.63, 0.9])
 def test_low_resolution_is_the_librarys(resolution: float) -> None:
     volume = torch.randn(12, 16, 20, generator=torch.Generator().manual_seed(0))
-    ours = augment._along_axes(volume, [augment._coarsen(n, resolution) for n in volume.shape])
+    ours = LowResolution(resolution=resolution)(volume)
     size = [round(n * resolution) for n in volume.shape]
     coarse = F.interpolate(volume[None, None], size=size, mode="nearest")
     theirs = F.interpolate(coarse, size=volume.shape, mode="trilinear", align_corners=False)[0, 0]
@@ -411,7 +467,7 @@ def test_low_resolution_is_the_librarys(resolution: float) -> None:
 def test_what_was_read_is_not_changed(store: Store) -> None:
     sample = source(store, EVERYTHING)[0]
     before = sample.region.copy()
-    make_batch([sample, source(store)[1]], DATA.patch_size, NORMALISE, CPU, 0)
+    make_batch([sample, source(store)[1]], DATA.patch_size, NORMALISE, CPU)
     assert np.array_equal(sample.region, before)
     hu = torch.tensor([-2000.0, 50.0])
     NORMALISE(hu)

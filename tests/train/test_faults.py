@@ -35,7 +35,7 @@ from voxelscale.config import Config
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import load_untrusted
-from voxelscale.samples.augment import Normalisation
+from voxelscale.samples.batch import Normalisation
 from voxelscale.store import Reader, Store, case_path
 from voxelscale.train import checkpoint, fit, loop, memory
 from voxelscale.train.checkpoint import alone_in

@@ -18,7 +18,7 @@ from voxelscale.geometry import Grid, Scan, Triple, affine_from_itk
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, Calibration, load_untrusted, read_bundle, write_bundle
 from voxelscale.predict.work import Predictor
-from voxelscale.samples.augment import Normalisation
+from voxelscale.samples.batch import Normalisation
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,7 @@ from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, Calibration, load_untrusted, read_bundle, write_bundle
 from voxelscale.model.judge import JudgeNet, crop_shape
 from voxelscale.predict.work import Predictor
-from voxelscale.samples.augment import Normalisation
+from voxelscale.samples.batch import Normalisation
 from voxelscale.store import Store
 
 CPU = torch.device("cpu")

@@ -25,7 +25,7 @@ from voxelscale.model.build import build_model
 from voxelscale.model.judge import JudgeNet
 from voxelscale.model.registry import check_name
 from voxelscale.model.unet import fold_batch_norms
-from voxelscale.samples.augment import Normalisation
+from voxelscale.samples.batch import Normalisation
 from voxelscale.store.plausible import TrainedOn
 
 FORMAT, FORMAT_OF_MORE = 1, 2

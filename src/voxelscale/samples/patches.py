@@ -19,13 +19,10 @@ from numpy.typing import NDArray
 from voxelscale.config import AugmentConfig, DataConfig
 from voxelscale.errors import VoxelscaleError
 from voxelscale.randomness import generator
-from voxelscale.samples.draws import Augmentation, draw_augmentation
+from voxelscale.samples.augment import Augmentation, draw_augmentation
+from voxelscale.samples.draws import Draws, Stream
 from voxelscale.samples.order import item_of
 from voxelscale.store import CaseInfo, Reader, Store
-
-PLACE, AUGMENT, NOISE = 0, 1, 2
-"""Streams of one sample's generator: what is drawn in one never shifts another."""
-
 
 Drawn = TypeVar("Drawn")
 Drawn_co = TypeVar("Drawn_co", covariant=True)
@@ -47,7 +44,7 @@ class Sample:
         case: which scan.
         start: voxel (z, y, x) of the store at which `region` begins; may be negative.
         region: (2, z, y, x) int16, HU and mask; larger than the patch where it will be rotated or
-            zoomed, so that what turns in from outside is real.
+            zoomed.
         augmentation: what the device will do to it.
     """
 
@@ -91,7 +88,7 @@ class PatchSource:
         info, centre = self._place(index)
         plan = draw_augmentation(
             self._augment,
-            generator(self._seed, index, AUGMENT),
+            Draws(self._seed, index),
             self._data.patch_size,
             self._spacing,
             self._dims,
@@ -113,7 +110,7 @@ class PatchSource:
             index = item_of(index, limit * len(cases), self._seed)
             cases = [cases[index % len(cases)]]
             with_lesions = _with_lesions(cases)
-        random = generator(self._seed, index, PLACE)
+        random = generator(self._seed, index, Stream.PLACE)
         foreground = random.random() < self._data.foreground and bool(with_lesions)
         pick, lesion, voxel = random.random(3)
         if not foreground:

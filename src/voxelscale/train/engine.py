@@ -27,6 +27,7 @@ from voxelscale.device import choose_precision, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.randomness import generator
+from voxelscale.samples.draws import Stream
 from voxelscale.samples.patches import read_ahead
 from voxelscale.train.checkpoint import State, Trained, Writer, load_newest
 from voxelscale.train.clock import Clock, Step
@@ -40,9 +41,6 @@ from voxelscale.train.validate import Validation, start_validation
 
 LOG_LINES = 200
 """Training events a run writes to ``metrics.jsonl``, about."""
-
-LAYERS = 3
-"""The stream of a sample's generator (see `voxelscale.samples.patches`) that random layers draw from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -451,7 +449,7 @@ class Engine:
 
 def _seed_layers(seed: int, index: int) -> None:
     """Dropout and its like follow the sample clock, too: the same for real, virtual and resumed workers."""
-    torch.manual_seed(int(generator(seed, index, LAYERS).integers(2**63)))
+    torch.manual_seed(int(generator(seed, index, Stream.LAYERS).integers(2**63)))
 
 
 def _finite(inputs: Any) -> bool:

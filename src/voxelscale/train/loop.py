@@ -26,7 +26,7 @@ from voxelscale.files import write_atomic
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, write_bundle
 from voxelscale.model.losses import dice_cross_entropy
-from voxelscale.samples.augment import Normalisation, make_batch
+from voxelscale.samples.batch import Normalisation, make_batch
 from voxelscale.samples.patches import PatchSource, Sample
 from voxelscale.store import Store, open_store
 from voxelscale.train.checkpoint import alone_in
@@ -209,7 +209,7 @@ def _network(config: Config, store: Store) -> nn.Module:
 def _collate(
     samples: Sequence[Sample], config: Config, normalise: Normalisation, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    image, mask = make_batch(samples, config.data.patch_size, normalise, device, config.train.seed)
+    image, mask = make_batch(samples, config.data.patch_size, normalise, device)
     if config.train.formatted:
         image = image.contiguous(memory_format=torch.channels_last_3d)
     return image, mask

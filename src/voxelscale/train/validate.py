@@ -14,7 +14,7 @@ from torch import nn
 
 from voxelscale.config import Config
 from voxelscale.infer.sliding_window import Windows, predict_volume
-from voxelscale.samples.augment import Normalisation
+from voxelscale.samples.batch import Normalisation
 from voxelscale.store import CaseInfo, Store
 from voxelscale.train.checkpoint import State
 from voxelscale.train.distributed import Workers, sum_over_ranks

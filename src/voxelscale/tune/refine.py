@@ -30,7 +30,7 @@ from voxelscale.model.bundle import Bundle, bundle_path, read_bundle, write_bund
 from voxelscale.model.judge import JudgeNet, crop_shape, crop_start
 from voxelscale.predict.work import Predictor, lesions_by
 from voxelscale.randomness import generator
-from voxelscale.samples.augment import Normalisation
+from voxelscale.samples.batch import Normalisation
 from voxelscale.store import CaseInfo, Reader, Store, open_store
 from voxelscale.train.fitting import fit
 
