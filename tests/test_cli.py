@@ -21,7 +21,6 @@ from voxelscale import __version__
 from voxelscale.config import Config, dump
 from voxelscale.dataset.listing import list_sources
 from voxelscale.evaluate.text import size_name
-from voxelscale.geometry import from_itk, to_itk
 from voxelscale.phantom.dataset import write_phantoms
 
 VERBS = [
@@ -298,11 +297,6 @@ def test_quiet_anywhere(voxelscale: Command, tmp_path: Path, config_file: Path) 
     assert (code, err) == (0, "")
     assert "1 phantom in" in out
     assert "phantom: 1/1" in voxelscale("phantom", tmp_path / "b", "--cases", 1, "--config", config_file)[2]
-
-
-def test_from_itk_and_back_keeps_flips() -> None:
-    image = sitk.Flip(sitk.Image([4, 5, 6], sitk.sitkInt16), [True, False, False])
-    assert to_itk(from_itk(image)).GetDirection() == image.GetDirection()
 
 
 def test_ctrl_c_leaves_nothing_half_written(tiny: Config, config_file: Path, tmp_path: Path) -> None:

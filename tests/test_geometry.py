@@ -12,7 +12,6 @@ from voxelscale.geometry import (
     Scan,
     affine_from_itk,
     crop_or_pad,
-    from_itk,
     reorient,
     resample,
     to_itk,
@@ -65,9 +64,9 @@ def test_positions_are_simpleitks(grid: Grid) -> None:
     for z, y, x in np.ndindex(2, 2, 2):
         theirs = image.TransformIndexToPhysicalPoint((x, y, z))
         assert np.allclose(grid.index_to_mm((z, y, x)), theirs, atol=1e-6)
-    again = from_itk(image)
-    assert np.allclose(again.affine, grid.affine, atol=1e-6)
-    assert again.array.shape == grid.shape
+    again = affine_from_itk(image.GetOrigin(), image.GetSpacing(), image.GetDirection())
+    assert np.allclose(again, grid.affine, atol=1e-6)
+    assert image.GetSize() == grid.shape[::-1]
 
 
 @given(grids())
@@ -172,3 +171,9 @@ def test_linear_resampling_reproduces_a_linear_field() -> None:
 def test_a_singular_affine_is_refused() -> None:
     with pytest.raises(ValueError, match="singular"):
         Grid((2, 2, 2), np.diag([1.0, 0.0, 1.0, 1.0]))
+
+
+def test_a_flipped_image_keeps_its_direction() -> None:
+    image = sitk.Flip(sitk.Image([4, 5, 6], sitk.sitkInt16), [True, False, False])
+    affine = affine_from_itk(image.GetOrigin(), image.GetSpacing(), image.GetDirection())
+    assert to_itk(Scan(sitk.GetArrayFromImage(image), affine)).GetDirection() == image.GetDirection()

@@ -31,7 +31,7 @@ from typing import Any
 
 PRELOADED = (
     *("torch._dynamo", "torch.distributed.run", "torch.nn.parallel", "scipy.ndimage", "scipy.optimize"),
-    *("SimpleITK", "pydicom", "optuna", "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql"),
+    *("SimpleITK", "nibabel", "optuna", "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql"),
     *("voxelscale.train.loop", "voxelscale.train.launch", "voxelscale.predict.predict", "voxelscale.cli"),
     *("voxelscale.search.process", "voxelscale.scale.measure", "voxelscale.evaluate.evaluate"),
 )

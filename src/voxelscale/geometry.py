@@ -241,14 +241,6 @@ def to_itk(scan: Scan) -> sitk.Image:
     return image
 
 
-def from_itk(image: sitk.Image) -> Scan:
-    """A three-dimensional, one-component SimpleITK image as a scan (a copy)."""
-    import SimpleITK as sitk
-
-    affine = affine_from_itk(image.GetOrigin(), image.GetSpacing(), image.GetDirection())
-    return Scan(sitk.GetArrayFromImage(image), affine)
-
-
 SAME_MM = 1e-3
 """Lattices whose corners lie this near each other are one: interpolating between them would only cost."""
 

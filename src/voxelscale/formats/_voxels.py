@@ -343,21 +343,31 @@ def _decode(handle: BinaryIO, layout: Layout) -> Iterator[bytes]:
 
 
 def _members(handle: BinaryIO, new: Callable[[], Any], magic: bytes, most: int = BLOCK) -> Iterator[bytes]:
-    """Decompress a file of one or several members; rubbish after a whole one is left alone."""
-    machine, members, pending = new(), 1, b""
-    while True:
-        starved = machine.eof or getattr(machine, "needs_input", True)
-        if starved and len(pending) < len(magic):
+    """Decompress a file of one or several members, compressed streams one behind the other.
+
+    What follows a whole member and does not begin as another is left alone.
+
+    Args:
+        new: makes a decompressor, of zlib or bz2, for one member.
+        magic: the first bytes of a member.
+        most: bytes that are decompressed at a time.
+    """
+    pending = b""
+    for _ in range(MOST_MEMBERS):
+        machine = new()
+        while not machine.eof:
+            # bz2 keeps what it was given until all of it is out; zlib hands back the rest.
+            if not pending and getattr(machine, "needs_input", True):
+                pending = handle.read(PIECE)
+                if not pending:
+                    raise EOFError("the end of its compressed data is missing")
+            yield machine.decompress(pending, most)
+            pending = getattr(machine, "unconsumed_tail", b"")
+        pending = machine.unused_data
+        if len(pending) < len(magic):
             pending += handle.read(PIECE)
-        if machine.eof:
-            if not pending.startswith(magic) or members == MOST_MEMBERS:
-                return
-            machine, members = new(), members + 1
-        if starved and not pending:
-            raise EOFError("the end of its compressed data is missing")
-        yield machine.decompress(pending, most)
-        # zlib hands back what it did not take, bz2 keeps it.
-        pending = machine.unused_data if machine.eof else getattr(machine, "unconsumed_tail", b"")
+        if not pending.startswith(magic):
+            return
 
 
 def _unhexed(blocks: Iterator[bytes]) -> Iterator[bytes]:

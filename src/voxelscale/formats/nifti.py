@@ -1,15 +1,15 @@
 """NIfTI-1 and NIfTI-2, single file or a pair of .hdr and .img, plain or gzipped.
 
-Sources: nifti1.h and nifti2.h of the NIfTI Data Format Working Group. NIfTI's world is RAS+; ours LPS.
+nibabel reads the header; the voxels are read within bounds (`voxelscale.formats._voxels`). NIfTI's world is
+RAS+; ours is LPS.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,19 +30,20 @@ from voxelscale.formats._voxels import (
 )
 from voxelscale.geometry import Grid
 
+if TYPE_CHECKING:
+    from nibabel.nifti1 import Nifti1Header
+
 DISAGREE_MM = 0.5
 """How far apart qform and sform may put a corner: a quaternion of float32 near a half turn is that
 coarse over a body."""
 
-TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4"} | {
-    1024: "i8",
-    1280: "u8",
-}
-OTHERS = {1: "single bits", 32: "complex numbers", 1792: "complex numbers", 2048: "complex numbers"} | {
-    1536: "float128",
-    128: "colours (RGB)",
-    2304: "colours (RGBA)",
-}
+ROUNDED, HALF_TURN = 1e-4, 1e-7
+"""How far the squares of b, c and d of a rounded quaternion may exceed 1; how near to it they are a half
+turn."""
+
+OTHERS = {"binary": "single bits", "RGB": "colours (RGB)", "RGBA": "colours (RGBA)"}
+"""nibabel's names of types of voxels that are no numbers."""
+
 SECOND = (b"n+2\0", b"ni2\0")
 PAIRED = (b"ni1\0", b"ni2\0")
 
@@ -73,16 +74,21 @@ def open_scan(path: Path) -> Opened:
         VoxelscaleError: its header contradicts itself or does not say where the voxels lie, or its
             voxels cannot be read; see also `voxelscale.formats._voxels`.
     """
-    head = plain_head(path, 540)
-    header = _header(path, head)
-    check_header(path, header.size, header.components)
-    x, y, z = header.size[:3]
+    header, paired = _header(path)
+    dims = header["dim"].tolist()
+    if not 1 <= dims[0] <= 7:
+        raise VoxelscaleError(f"{path}: claims {dims[0]} dimensions", TO_REWRITE)
+    start = float(header["vox_offset"])
+    if not math.isfinite(start) or not 0 <= start <= MOST_SKIPPED:
+        raise VoxelscaleError(f"{path}: its voxels begin at byte {start:g}", TO_REWRITE)
+    dtype, offset = _dtype(path, header), int(start)
+    # Axes beyond the fourth, which is time, hold colours, vectors and the like.
+    check_header(path, dims[1 : min(dims[0], 4) + 1], math.prod(dims[5 : dims[0] + 1]))
+    x, y, z = dims[1:4]
     affine = _affine(path, header)
     check_affine(path, (z, y, x), affine)
-    file, offset = path, int(header.offset)
-    if header.paired:
-        file = _image_file(path)
-    elif offset < len(header.raw):
+    file = _image_file(path) if paired else path
+    if not paired and offset < header.sizeof_hdr:
         raise VoxelscaleError(f"{path}: its voxels begin at byte {offset}, in its header", TO_REWRITE)
     zipped = _is_zipped(file)
     layout = Layout(
@@ -90,113 +96,66 @@ def open_scan(path: Path) -> Opened:
         encoding="deflate" if zipped else "raw",
         offset=0 if zipped else offset,
         skip=offset if zipped else 0,
-        dtype=header.dtype,
+        dtype=dtype,
         shape=(z, y, x),
     )
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     return Opened(
         grid=Grid((z, y, x), affine),
-        load=lambda: _scaled(path, read_voxels(path, layout), header.slope, header.intercept),
-        files=(path, file) if header.paired else (path,),
+        load=lambda: _scaled(path, read_voxels(path, layout), slope, intercept),
+        files=(path, file) if paired else (path,),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Header:
-    """What counts of a header.
+def _header(path: Path) -> tuple[Nifti1Header, bool]:
+    """The header, neither checked nor corrected; and whether the voxels lie in a file of their own."""
+    from nibabel.nifti1 import Nifti1Header
+    from nibabel.nifti2 import Nifti2Header
 
-    Attributes:
-        raw: its bytes.
-        size: voxels along (x, y, z, t).
-        components: values a voxel.
-        offset: byte at which the voxels begin.
-        pixdim: qfac, then the spacing (x, y, z).
-        forms: codes of qform and sform, 0 where it is not given.
-        quaternion: b, c, d, then the offset (x, y, z), RAS mm.
-        rows: of the sform, twelve numbers.
-        units: code of the lengths' unit.
-    """
-
-    raw: bytes
-    paired: bool
-    size: tuple[int, ...]
-    components: int
-    dtype: np.dtype[Any]
-    offset: float
-    slope: float
-    intercept: float
-    pixdim: tuple[float, ...]
-    forms: tuple[int, int]
-    quaternion: tuple[float, ...]
-    rows: tuple[float, ...]
-    units: int
-
-
-def _header(path: Path, head: bytes) -> _Header:
+    head = plain_head(path, Nifti2Header.sizeof_hdr)
     second = head[4:8] in SECOND
-    length = 540 if second else 348
-    raw = head[:length]
-    order = next((o for o in "<>" if struct.unpack_from(o + "i", head)[0] == length), "")
-    if len(raw) < length or not order:
+    kind = Nifti2Header if second else Nifti1Header
+    raw = head[: kind.sizeof_hdr]
+    order = next((o for o in "<>" if struct.unpack_from(o + "i", head)[0] == kind.sizeof_hdr), "")
+    if len(raw) < kind.sizeof_hdr or not order:
         raise VoxelscaleError(f"{path}: its NIfTI header is cut short or damaged", TO_COPY)
-
-    def take(first: tuple[str, int], other: tuple[str, int]) -> tuple[Any, ...]:
-        code, start = other if second else first
-        return struct.unpack_from(order + code, raw, start)
-
-    dims = take(("8h", 40), ("8q", 16))
-    datatype, bits = take(("2h", 70), ("2h", 12))
-    (offset,) = take(("f", 108), ("q", 168))
-    slope, intercept = take(("2f", 112), ("2d", 176))
-    (units,) = take(("B", 123), ("i", 500))
-    if not 1 <= dims[0] <= 7:
-        raise VoxelscaleError(f"{path}: claims {dims[0]} dimensions", TO_REWRITE)
-    if not math.isfinite(offset) or not 0 <= offset <= MOST_SKIPPED:
-        raise VoxelscaleError(f"{path}: its voxels begin at byte {offset:g}", TO_REWRITE)
-    return _Header(
-        raw=raw,
-        paired=raw[4:8] in PAIRED if second else raw[344:348] in PAIRED,
-        size=tuple(dims[1 : min(dims[0], 4) + 1]),
-        components=math.prod(dims[5 : dims[0] + 1]),  # colours, vectors and the like
-        dtype=_dtype(path, datatype, bits, order),
-        offset=offset,
-        slope=slope,
-        intercept=intercept,
-        pixdim=take(("4f", 76), ("4d", 104)),
-        forms=take(("2h", 252), ("2i", 344)),
-        quaternion=take(("6f", 256), ("6d", 352)),
-        rows=take(("12f", 280), ("12d", 400)),
-        units=units & 7,
-    )
+    return kind(raw, order, check=False), (raw[4:8] if second else raw[344:348]) in PAIRED
 
 
-def _dtype(path: Path, datatype: int, bits: int, order: str) -> np.dtype[Any]:
-    if datatype not in TYPES:
-        known = OTHERS.get(datatype, f"an unknown type of voxels ({datatype})")
-        raise VoxelscaleError(f"{path}: holds {known}", "give a scan of one whole or real number a voxel")
-    dtype = np.dtype(order + TYPES[datatype])
+def _dtype(path: Path, header: Nifti1Header) -> np.dtype[Any]:
+    """The type of the voxels, with its byte order."""
+    from nibabel.nifti1 import data_type_codes
+
+    code, bits = int(header["datatype"]), int(header["bitpix"])
+    dtype: np.dtype[Any] = np.dtype(np.void)
+    name = "none"
+    if code in data_type_codes.code:
+        dtype, name = header.get_data_dtype(), data_type_codes.label[code]
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        holds = f"an unknown type of voxels ({code})" if name in ("none", "all") else OTHERS.get(name, name)
+        raise VoxelscaleError(f"{path}: holds {holds}", "give a scan of one whole or real number a voxel")
     if bits != 8 * dtype.itemsize:
         raise VoxelscaleError(f"{path}: {bits} bits a voxel of type {dtype.name}", TO_REWRITE)
     return dtype
 
 
-def _affine(path: Path, header: _Header) -> NDArray[np.float64]:
+def _affine(path: Path, header: Nifti1Header) -> NDArray[np.float64]:
     """Voxel (z, y, x, 1) to LPS mm."""
-    spacing = np.asarray(header.pixdim[1:])
+    spacing = np.asarray(header["pixdim"][1:4], np.float64)
     if not np.isfinite(spacing).all() or not min(spacing) > 0:
         shown = " x ".join(f"{s:g}" for s in spacing)
         raise VoxelscaleError(f"{path}: a spacing of {shown} mm", f"{TO_REWRITE} (pixdim)")
-    if header.units in (1, 3):
-        unit = "metres" if header.units == 1 else "micrometres"
+    if unit := {1: "metres", 3: "micrometres"}.get(int(header["xyzt_units"]) & 7):
         raise VoxelscaleError(f"{path}: its lengths are {unit}", "write its header anew, in mm")
-    by_qform, by_sform = (code > 0 for code in header.forms)
+    by_qform, by_sform = header["qform_code"] > 0, header["sform_code"] > 0
     if not by_qform and not by_sform:
         hint = "set its sform, for instance with nibabel's set_sform(affine, 1)"
         raise VoxelscaleError(f"{path}: does not say how it lies (qform and sform codes are 0)", hint)
     ras = np.eye(4)
-    ras[:3] = np.reshape(header.rows, (3, 4)) if by_sform else _qform(path, header)
+    ras[:3] = header.get_sform()[:3] if by_sform else _qform(path, header)
     if by_sform and np.isfinite(ras).all():
-        far = np.asarray(header.size[:3]) - 1
-        apart = float(np.abs((np.sqrt((ras[:3, :3] ** 2).sum(axis=0)) - spacing) * far).max())
+        far = header["dim"][1:4] - 1.0
+        apart = float(np.abs((np.linalg.norm(ras[:3, :3], axis=0) - spacing) * far).max())
         if by_qform and apart <= DISAGREE_MM:
             corners = np.indices((2, 2, 2)).reshape(3, -1) * far[:, None]
             other = _qform(path, header) - ras[:3]
@@ -209,25 +168,21 @@ def _affine(path: Path, header: _Header) -> NDArray[np.float64]:
     return affine
 
 
-def _qform(path: Path, header: _Header) -> NDArray[np.float64]:
-    """The quaternion's (3, 4) matrix, voxel (x, y, z, 1) to RAS mm (nifti1.h, method 2)."""
-    b, c, d = header.quaternion[:3]
+def _qform(path: Path, header: Nifti1Header) -> NDArray[np.float64]:
+    """The quaternion's matrix (3, 4), voxel (x, y, z, 1) to RAS mm (nifti1.h, method 2).
+
+    Not by nibabel's `get_qform`, which refuses quaternions that rounding made longer than 1, and takes
+    turns near a half one for it: over a body that is a hundredth of a millimetre.
+    """
+    from nibabel.quaternions import quat2mat
+
+    b, c, d = (float(header[f"quatern_{name}"]) for name in "bcd")
     left = 1 - (b * b + c * c + d * d)
-    if not left > -1e-4:
+    if not left > -ROUNDED:
         raise VoxelscaleError(f"{path}: its qform is no rotation", TO_REWRITE)
-    if left < 1e-7:  # a half turn, rounded
-        size = math.sqrt(1 - left)
-        a, b, c, d = 0.0, b / size, c / size, d / size
-    else:
-        a = math.sqrt(left)
-    turn = [
-        [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
-        [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
-        [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
-    ]
-    steps = np.asarray(header.pixdim[1:])
-    steps[2] *= -1 if header.pixdim[0] < 0 else 1
-    return np.column_stack([np.asarray(turn) * steps, header.quaternion[3:]])
+    turn = quat2mat([math.sqrt(left) if left > HALF_TURN else 0.0, b, c, d])
+    steps = header["pixdim"][1:4] * (1.0, 1.0, -1.0 if header["pixdim"][0] < 0 else 1.0)
+    return np.column_stack([turn * steps, [float(header[f"qoffset_{name}"]) for name in "xyz"]])
 
 
 def _scaled(path: Path, array: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
