@@ -34,7 +34,7 @@ _SERIES = re.compile(rb"<SeriesInstanceU[iI][dD]>\s*([0-9.]{1,64})\s*</")
 
 def holds_dicom(folder: Path) -> bool:
     """Whether there is a DICOM file in the folder, however deep."""
-    from voxelscale.formats.dicom.header import is_dicom
+    from voxelscale.formats.dicom.elements import is_dicom
 
     return any(is_dicom(_head(file, 132)) for file in files_below(folder))
 

@@ -6,7 +6,6 @@ patient mm where the source has more to say than a mask can.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -59,12 +58,9 @@ def read_labels(
     for path in [paths] if isinstance(paths, Path) else paths:
         of_kind.setdefault(kind_of(path), []).append(path)
     found: list[Labels] = []
-    with warnings.catch_warnings():
-        # What breaks a rule is either harmless or an error, which is reported once.
-        warnings.filterwarnings("ignore", module="pydicom")
-        for kind, read in (("SEG", seg.read), ("RTSTRUCT", rtstruct.read)):
-            if kind in of_kind:
-                found.append(Labels(mask=read(of_kind[kind], image, values, series)))
+    for kind, read in (("SEG", seg.read), ("RTSTRUCT", rtstruct.read)):
+        if kind in of_kind:
+            found.append(Labels(mask=read(of_kind[kind], image, values, series)))
     for path in of_kind.get("LIDC", ()):
         found.append(lidc.read(path, image, consensus, series, thickness_mm, image_path))
     for path in of_kind.get("spheres", ()):
@@ -103,9 +99,9 @@ def kind_of(path: Path) -> Literal["SEG", "RTSTRUCT", "LIDC", "spheres", "mask"]
 
 
 def _dicom_kind(path: Path) -> Literal["SEG", "RTSTRUCT", "mask"]:
-    from voxelscale.labels.dicom import read_dataset
+    from voxelscale.labels.dicom import modality_of
 
-    modality = str(read_dataset(path, ["Modality"]).get("Modality", ""))
+    modality = modality_of(path)
     return "SEG" if modality == "SEG" else "RTSTRUCT" if modality == "RTSTRUCT" else "mask"
 
 

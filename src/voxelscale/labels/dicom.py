@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING
 
 from voxelscale.console import notice, warn
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats.dicom.elements import DamagedError
-from voxelscale.formats.dicom.header import DEFLATED, check_whole, inflated_size
+from voxelscale.formats.dicom import tags
+from voxelscale.formats.dicom.elements import (
+    BEFORE_PIXELS,
+    DamagedError,
+    DicomObject,
+    Elements,
+    inflated_size,
+    read_object,
+)
+from voxelscale.formats.dicom.header import frames_of_reference, refers_to
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from pydicom.dataset import Dataset, FileDataset
+    from collections.abc import Iterator, Mapping
 
     from voxelscale.geometry import Scan
 
@@ -24,51 +30,61 @@ LARGEST_INFLATED = 2**28
 """Bytes of a deflated one, inflated: zeros shrink a thousandfold, so its own size says nothing."""
 
 
-def read_dataset(path: Path, tags: Sequence[str] | None = None) -> FileDataset:
-    """A DICOM object, or only these of its elements.
+def read_label_object(path: Path, last: int = BEFORE_PIXELS) -> DicomObject:
+    """What is read of a SEG or RTSTRUCT, and of its pixels where they lie.
+
+    Args:
+        last: tag after which nothing is read.
 
     Raises:
         VoxelscaleError: it cannot be read.
     """
-    import pydicom
-
     if path.stat().st_size > LARGEST:
         raise VoxelscaleError(f"{path}: larger than {LARGEST >> 30} GiB", "is this the right file?")
     try:
-        if pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") == DEFLATED:
-            _check_inflated(path)
-        # What is cut off pydicom reads as far as it goes: a structure set would lose contours.
-        check_whole(path)
-        return pydicom.dcmread(path, specific_tags=list(tags) if tags else None)
-    except VoxelscaleError:
-        raise
-    except Exception as error:
-        # pydicom may end a garbled file in any kind of error.
-        reason = str(error) if isinstance(error, DamagedError) else type(error).__name__
+        if inflated_size(path, LARGEST_INFLATED + 1) > LARGEST_INFLATED:
+            hint = "write it again without the deflated transfer syntax"
+            raise VoxelscaleError(f"{path}: larger than {LARGEST_INFLATED >> 20} MiB when inflated", hint)
+        wanted, nested = tags.OF_LABELS, tags.SEQUENCES_OF_LABELS
+        found = read_object(path, wanted=wanted, nested=nested, inflated=LARGEST_INFLATED, last=last)
+    except DamagedError as error:
         hint = "copy or export it again"
-        raise VoxelscaleError(f"{path}: not readable as DICOM ({reason})", hint) from None
+        raise VoxelscaleError(f"{path}: not readable as DICOM ({error})", hint) from None
+    if found is None:
+        raise VoxelscaleError(f"{path}: no DICOM object", "is this the right file?")
+    return found
 
 
-def _check_inflated(path: Path) -> None:
-    """Raise a VoxelscaleError where pydicom, which inflates all at once, would need much memory for it."""
-    if inflated_size(path, LARGEST_INFLATED + 1) > LARGEST_INFLATED:
-        hint = "write it again without the deflated transfer syntax"
-        raise VoxelscaleError(f"{path}: larger than {LARGEST_INFLATED >> 20} MiB when inflated", hint)
+def modality_of(path: Path) -> str:
+    """What kind of object a DICOM file is: "SEG", "RTSTRUCT", "CT", ...
+
+    Raises:
+        VoxelscaleError: it cannot be read.
+    """
+    return read_label_object(path, last=tags.MODALITY).data.text(tags.MODALITY)
 
 
-def check_series(path: Path, data: Dataset, series: str, image: Scan) -> None:
+def free_text(found: DicomObject, item: Elements, tag: int) -> str:
+    """A text of a person, which may be in any alphabet, decoded by the object's character set."""
+    sets = found.data.text(tags.CHARACTER_SET)
+    if not sets:
+        return item.text(tag)
+    from pydicom.charset import convert_encodings, decode_bytes
+    from pydicom.valuerep import TEXT_VR_DELIMS
+
+    return str(decode_bytes(item.raw(tag), convert_encodings(sets.split("\\")), TEXT_VR_DELIMS)).strip(
+        " \0"
+    )
+
+
+def check_series(found: DicomObject, series: str, image: Scan) -> None:
     """Raise a VoxelscaleError where an object says that it belongs to something else than the image.
 
     Args:
         series: the image's SeriesInstanceUID; "": not known, and no series is refused.
         image: its frame of reference counts where the object names no series.
     """
-    try:
-        known = {str(uid) for uid in _series_of(data)}
-        frames = {str(uid) for uid in _frames_of_reference(data)}
-    except Exception:  # as above
-        hint = "copy or export it again"
-        raise VoxelscaleError(f"{path}: what it refers to is not readable", hint) from None
+    path, known, frames = found.path, refers_to(found.data), frames_of_reference(found.data)
     if series and known and series not in known:
         hint = "give each scan the object that refers to its SeriesInstanceUID"
         raise VoxelscaleError(f"{path}: belongs to another series", hint)
@@ -80,34 +96,22 @@ def check_series(path: Path, data: Dataset, series: str, image: Scan) -> None:
         warn(f"{what}, though it names the scan's series: its positions are taken as they are")
 
 
-def _series_of(data: Dataset) -> list[str]:
-    """SeriesInstanceUIDs that a SEG (PS3.3 C.12.1.1.11) or RTSTRUCT (C.8.8.5) refers to."""
-    found = list(data.get("ReferencedSeriesSequence") or [])
-    for frame in data.get("ReferencedFrameOfReferenceSequence") or []:
-        for study in frame.get("RTReferencedStudySequence") or []:
-            found += study.get("RTReferencedSeriesSequence") or []
-    return [item.SeriesInstanceUID for item in found if item.get("SeriesInstanceUID")]
-
-
 def referenced_slices(path: Path) -> set[str]:
     """SOPInstanceUIDs that an object names anywhere.
 
     Raises:
         VoxelscaleError: it cannot be read.
     """
-    try:
-        elements = read_dataset(path).iterall()
-        return {str(element.value) for element in elements if element.keyword == "ReferencedSOPInstanceUID"}
-    except VoxelscaleError:
-        raise
-    except Exception:  # as above
-        hint = "copy or export it again"
-        raise VoxelscaleError(f"{path}: what it refers to is not readable", hint) from None
+    return set(_references(read_label_object(path).data))
 
 
-def _frames_of_reference(data: Dataset) -> list[str]:
-    items = [data, *(data.get("ReferencedFrameOfReferenceSequence") or [])]
-    return [item.FrameOfReferenceUID for item in items if item.get("FrameOfReferenceUID")]
+def _references(data: Elements) -> Iterator[str]:
+    for tag, value in data.values.items():
+        if tag == tags.SOP_REFERENCE:
+            yield data.text(tag)
+        elif isinstance(value, list):
+            for item in value:
+                yield from _references(item)
 
 
 def check_values(held: Mapping[Path, set[int]], noun: str, values: tuple[int, ...] | None) -> None:

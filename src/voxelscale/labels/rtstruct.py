@@ -7,21 +7,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.console import notice, warn
 from voxelscale.errors import VoxelscaleError
+from voxelscale.formats.dicom import tags
+from voxelscale.formats.dicom.elements import DicomObject
 from voxelscale.formats.dicom.header import FARTHEST_MM
 from voxelscale.geometry import Scan
 from voxelscale.labels.contours import inside
-from voxelscale.labels.dicom import check_series, read_dataset
+from voxelscale.labels.dicom import check_series, free_text, read_label_object
 from voxelscale.labels.drawn import Lattice, lattice_of, on_scan, warn_outside
-
-if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
 
 TUMOUR = re.compile(r"gtv|nodul|lesion|tumou?r|metasta", re.IGNORECASE)
 """What regions of interest are called that are lesions."""
@@ -102,34 +100,36 @@ def read(paths: Sequence[Path], image: Scan, values: tuple[int, ...] | None, ser
 
 
 def _read_set(path: Path, series: str, image: Scan) -> Regions:
-    data = read_dataset(path)
-    check_series(path, data, series, image)
+    found = read_label_object(path)
+    check_series(found, series, image)
     try:
-        return _regions(data)
-    except Exception as error:  # elements are decoded when they are asked for, garbled ones in any error
+        return _regions(found)
+    except ValueError as error:
         raise VoxelscaleError(f"{path}: a damaged structure set ({error})", "export it again") from None
 
 
-def _regions(data: Dataset) -> Regions:
+def _regions(found: DicomObject) -> Regions:
     """The regions that have a contour of any kind, by their numbers."""
-    names = {int(r.ROINumber): str(r.get("ROIName", "")) for r in data.get("StructureSetROISequence") or []}
+    data = found.data
+    names = {
+        r.whole(tags.REGION_NUMBER): free_text(found, r, tags.REGION_NAME) for r in data.items(tags.REGIONS)
+    }
     types = {
-        int(o.ReferencedROINumber): str(o.get("RTROIInterpretedType", ""))
-        for o in data.get("RTROIObservationsSequence") or []
+        o.whole(tags.REGION_REFERENCE): o.text(tags.REGION_TYPE) for o in data.items(tags.OBSERVATIONS)
     }
     regions: Regions = {}
-    for drawn in data.get("ROIContourSequence") or []:
+    for drawn in data.items(tags.DRAWN_REGIONS):
         contours, others, known = [], Counter[str](), set[bytes]()
-        for contour in drawn.get("ContourSequence") or []:
-            kind = str(contour.get("ContourGeometricType", ""))
+        for contour in drawn.items(tags.CONTOURS):
+            kind = contour.text(tags.CONTOUR_TYPE)
             if kind in CLOSED:
-                text = _text(contour)
+                text = contour.raw(tags.CONTOUR_DATA).strip(b"\0 ")
                 if text not in known:  # written twice it would cut itself out
                     contours.append(_points(text))
                     known.add(text)
             else:
                 others[kind or "of no type"] += 1
-        number = int(drawn.ReferencedROINumber)
+        number = drawn.whole(tags.REGION_REFERENCE)
         if number in regions:
             raise ValueError(f"two regions of number {number}")
         name = names.get(number, "")
@@ -137,13 +137,6 @@ def _regions(data: Dataset) -> Regions:
         if contours or others:
             regions[number] = Region(name, tumour, contours, others)
     return regions
-
-
-def _text(contour: Dataset) -> bytes:
-    """A contour's coordinates as they are written."""
-    # As bytes: of a million numbers pydicom would make a million objects before they could be counted.
-    element = contour.get_item("ContourData")
-    return bytes(element.value or b"").strip(b"\0 ") if element is not None else b""
 
 
 def _points(text: bytes) -> NDArray[np.float64]:

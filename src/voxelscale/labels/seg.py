@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats.dicom.header import FARTHEST_MM
+from voxelscale.formats.dicom import tags
+from voxelscale.formats.dicom.elements import DicomObject, Elements, label_of
+from voxelscale.formats.dicom.header import FARTHEST_MM, NATIVE, pixels_of
+from voxelscale.formats.dicom.voxels import stored
 from voxelscale.geometry import Scan, Slices
-from voxelscale.labels.dicom import check_series, check_values, read_dataset
+from voxelscale.labels.dicom import check_series, check_values, free_text, read_label_object
 from voxelscale.labels.drawn import Lattice, lattices_of, on_scan, warn_outside
-
-if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
 
 APART = 0.05
 """Of a voxel, that a frame's pixels may lie beside the image's: headers keep decimals."""
@@ -51,18 +50,15 @@ def read(paths: Sequence[Path], image: Scan, values: tuple[int, ...] | None, ser
     """
     masks, held = [], {}
     for path in paths:
-        data = read_dataset(path)
-        check_series(path, data, series, image)
+        found = read_label_object(path)
+        check_series(found, series, image)
         try:
-            mask, held[path] = _on_scan(path, data, image, values)
-        except VoxelscaleError:
-            raise
-        except Exception as error:  # elements are decoded when they are asked for, garbled in any error
-            reason = str(error).partition("\n")[0][:120]  # decoders tell the fault of each of them
-            raise VoxelscaleError(f"{path}: a damaged segmentation ({reason})", "export it again") from None
+            mask, held[path] = _on_scan(found, image, values)
+        except ValueError as error:
+            raise VoxelscaleError(f"{path}: a damaged segmentation ({error})", "export it again") from None
         masks.append(mask)
         if values is None:
-            _warn_of_kinds(path, data)
+            _warn_of_kinds(found)
     check_values(held, "segment", values)
     for mask in masks[1:]:
         masks[0] |= mask
@@ -70,151 +66,147 @@ def read(paths: Sequence[Path], image: Scan, values: tuple[int, ...] | None, ser
 
 
 def _on_scan(
-    path: Path, data: Dataset, image: Scan, values: tuple[int, ...] | None
+    found: DicomObject, image: Scan, values: tuple[int, ...] | None
 ) -> tuple[NDArray[np.uint8], set[int]]:
     """The chosen segments of an object on the scan's voxels, and the numbers of all of its segments."""
     *others, last = lattices_of(image)
     for lattice in others:
         try:
-            mask, seen = _drawn(path, data, lattice, values)
+            mask, seen = _drawn(found, lattice, values)
         except _ElsewhereError:
             continue
-        return on_scan(path, mask, lattice, image).array, seen
-    mask, seen = _drawn(path, data, last, values)
-    return on_scan(path, mask, last, image).array, seen
+        return on_scan(found.path, mask, lattice, image).array, seen
+    mask, seen = _drawn(found, last, values)
+    return on_scan(found.path, mask, last, image).array, seen
 
 
 def _drawn(
-    path: Path, data: Dataset, lattice: Lattice, values: tuple[int, ...] | None
+    found: DicomObject, lattice: Lattice, values: tuple[int, ...] | None
 ) -> tuple[NDArray[np.uint8], set[int]]:
     """As `_on_scan`, on what the frames were drawn on."""
     mask, seen, pixels, outside = np.zeros(lattice.shape, np.uint8), set(), 0, 0
-    shared = _first(data, "SharedFunctionalGroupsSequence")
-    for group, numbers, frame in _frames(path, data, shared, values):
+    shared = found.data.items(tags.SHARED)[:1]
+    for own, numbers, frame in _frames(found, shared, values):
         seen |= numbers
         if frame is not None and frame.any():
-            left_out = _place(
-                path, frame, _corners(path, frame.shape, group, shared, lattice), lattice, mask
-            )
-            pixels, outside = pixels + int(np.count_nonzero(frame)), outside + left_out
+            corners = _corners(found.path, frame.shape, [own, *shared], lattice)
+            outside += _place(found.path, frame, corners, lattice, mask)
+            pixels += int(np.count_nonzero(frame))
     if outside and outside == pixels:
         hint = "check that the pair belongs together"
-        raise VoxelscaleError(f"{path}: it lies outside the scan", hint)
-    warn_outside(path, outside, "pixel")
+        raise VoxelscaleError(f"{found.path}: it lies outside the scan", hint)
+    warn_outside(found.path, outside, "pixel")
     return mask, seen
 
 
-def _segments(data: Dataset) -> set[int]:
-    """The numbers of the segments that it describes."""
-    numbers = [int(segment.SegmentNumber) for segment in data.SegmentSequence]
-    if len(set(numbers)) < len(numbers):
+def _kinds(data: Elements) -> dict[int, str]:
+    """The code of what each segment is, by its number; "" where it is not said.
+
+    Raises:
+        ValueError: two segments have one number.
+    """
+    segments = data.items(tags.SEGMENTS)
+    kinds = {
+        s.integer(tags.SEGMENT_NUMBER): next(
+            (kind.text(tags.CODE_VALUE) for kind in s.items(tags.SEGMENT_TYPE)), ""
+        )
+        for s in segments
+    }
+    if len(kinds) < len(segments):
         raise ValueError("two segments of one number")
-    return set(numbers)
+    return kinds
 
 
-def _warn_of_kinds(path: Path, data: Dataset) -> None:
+def _warn_of_kinds(found: DicomObject) -> None:
     """Warn where segments of different kinds, such as an organ and a lesion, are all taken as lesions."""
-    types = [(s, _first(s, "SegmentedPropertyTypeCodeSequence")) for s in data.SegmentSequence]
-    kinds = {int(s.SegmentNumber): str(kind.get("CodeValue", "")) for s, kind in types if kind is not None}
-    kinds = {number: kind for number, kind in kinds.items() if kind != BACKGROUND}
+    kinds = {number: kind for number, kind in _kinds(found.data).items() if kind and kind != BACKGROUND}
     if len(set(kinds.values())) > 1:
-        held = ", ".join(f"{s.SegmentNumber} {s.get('SegmentLabel', '')}".strip() for s, _ in types)
-        warn(f"{path}: all of its segments are taken as the lesion ({held}); choose with reading.labels")
-
-
-def _backgrounds(data: Dataset) -> set[int]:
-    """The values of a label map that are no segment: its padding, else 0, and what is called so."""
-    found = {int(data.get("PixelPaddingValue", 0))}
-    for segment in data.SegmentSequence:
-        kind = _first(segment, "SegmentedPropertyTypeCodeSequence")
-        if kind is not None and str(kind.get("CodeValue", "")) == BACKGROUND:
-            found.add(int(segment.SegmentNumber))
-    return found
+        held = ", ".join(
+            f"{s.integer(tags.SEGMENT_NUMBER)} {free_text(found, s, tags.SEGMENT_LABEL)}".strip()
+            for s in found.data.items(tags.SEGMENTS)
+        )
+        what = "all of its segments are taken as the lesion"
+        warn(f"{found.path}: {what} ({held}); choose with reading.labels")
 
 
 def _frames(
-    path: Path, data: Dataset, shared: Dataset | None, values: tuple[int, ...] | None
-) -> Iterator[tuple[Dataset, set[int], NDArray[np.bool_] | None]]:
+    found: DicomObject, shared: Sequence[Elements], values: tuple[int, ...] | None
+) -> Iterator[tuple[Elements, set[int], NDArray[np.bool_] | None]]:
     """Each frame's functional groups, the segments in it, and where the chosen ones are (None: nowhere)."""
-    count, rows, columns = int(data.get("NumberOfFrames", 1)), int(data.Rows), int(data.Columns)
+    data, pixels = found.data, pixels_of(found)
+    count, rows, columns = pixels.frames, pixels.rows, pixels.columns
     if count * rows * columns > LARGEST:
-        raise VoxelscaleError(f"{path}: {columns} x {rows} x {count} pixels", "is its header damaged?")
-    groups = list(data.PerFrameFunctionalGroupsSequence)
+        raise VoxelscaleError(
+            f"{found.path}: {columns} x {rows} x {count} pixels", "is its header damaged?"
+        )
+    if not rows or not columns or pixels.allocated not in (1, 8, 16, 32):
+        raise ValueError(f"{columns} x {rows} pixels of {pixels.allocated} bits")
+    if pixels.syntax in NATIVE and pixels.length < pixels.bytes:
+        raise ValueError(f"pixels cut short: {pixels.length} of {pixels.bytes} bytes")
+    groups = data.items(tags.PER_FRAME)
     if len(groups) != count:
         raise ValueError(f"{len(groups)} descriptions of {count} frames")
-    described, kind = _segments(data), str(data.get("SegmentationType", "BINARY"))
-    backgrounds = _backgrounds(data) if kind == "LABELMAP" else set()
-    least = 0.5 * int(data.MaximumFractionalValue) if kind == "FRACTIONAL" else 1.0
+    kinds, how = _kinds(data), data.text(tags.SEGMENTATION_TYPE) or "BINARY"
+    backgrounds = set()
+    if how == "LABELMAP":  # the values that are no segment: its padding, else 0, and what is called so
+        named = (number for number, kind in kinds.items() if kind == BACKGROUND)
+        backgrounds = {data.integer(tags.PADDING, 0), *named}
+    least = 0.5 * data.integer(tags.GREATEST_FRACTION) if how == "FRACTIONAL" else 1.0
     # One by one: as bytes, bits take eight times the memory, and all frames that of many scans.
-    for group, frame in zip(groups, _stored(data, count, rows, columns), strict=True):
-        if kind == "LABELMAP":
+    for own, frame in zip(groups, stored(pixels, range(count)), strict=True):
+        if how == "LABELMAP":
             numbers = {int(value) for value in np.unique(frame)} - backgrounds
             chosen = numbers if values is None else numbers & set(values)
             where = np.isin(frame, sorted(chosen)) if chosen else None
         else:
-            number = int(_group(group, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber)
+            number = _group([own, *shared], tags.SEGMENT_OF_FRAME).integer(tags.SEGMENT_REFERENCE)
             numbers = {number}
             where = frame >= least if values is None or number in values else None
-        if numbers - described:
-            raise ValueError(f"a frame of segment {min(numbers - described)}, which it does not describe")
-        yield group, numbers, where
+        if numbers - kinds.keys():
+            raise ValueError(
+                f"a frame of segment {min(numbers - kinds.keys())}, which it does not describe"
+            )
+        yield own, numbers, where
 
 
-def _stored(data: Dataset, count: int, rows: int, columns: int) -> Iterator[NDArray[Any]]:
-    from pydicom.pixels import iter_pixels
-
-    syntax = data.file_meta.TransferSyntaxUID
-    if int(data.BitsAllocated) != 1 or syntax.is_encapsulated or not syntax.is_little_endian:
-        for frame in iter_pixels(data):
-            yield frame.reshape(rows, columns)
-        return
-    # pydicom 3.0 does not iterate over frames that do not begin with a byte.
-    size, code = rows * columns, np.frombuffer(data.PixelData, np.uint8)
-    if 8 * len(code) < count * size:
-        raise ValueError(f"pixels cut short: {len(code)} of {-(-count * size // 8)} bytes")
-    for start in range(0, count * size, size):
-        bits = np.unpackbits(code[start // 8 : -(-(start + size) // 8)], bitorder="little")
-        yield bits[start % 8 : start % 8 + size].reshape(rows, columns)
-
-
-def _first(data: Dataset, name: str) -> Dataset | None:
-    sequence = data.get(name)
-    return sequence[0] if sequence else None
-
-
-def _group(own: Dataset, shared: Dataset | None, name: str) -> Dataset:
+def _group(groups: Sequence[Elements], tag: int) -> Elements:
     """A functional group: the frame's own, or that of all."""
-    found = _first(own, name) or (_first(shared, name) if shared is not None else None)
-    if found is None:
-        raise ValueError(f"{name} is missing")
-    return found
+    for group in groups:
+        for item in group.items(tag):
+            return item
+    raise ValueError(f"{label_of(tag)} is missing")
 
 
 def _corners(
-    path: Path, shape: tuple[int, int], own: Dataset, shared: Dataset | None, lattice: Lattice
+    path: Path, shape: tuple[int, ...], groups: Sequence[Elements], lattice: Lattice
 ) -> NDArray[np.float64]:
     """Indices of pixel (0, 0), of the last of the first column, and of the last of the first row."""
-    if not any(_first(group, "PlanePositionSequence") for group in (own, shared) if group is not None):
-        return _corners_of_source(path, shape, own, lattice)
-    position = np.asarray(_group(own, shared, "PlanePositionSequence").ImagePositionPatient, float)
-    turned = np.asarray(_group(own, shared, "PlaneOrientationSequence").ImageOrientationPatient, float)
-    row_step, column_step = map(float, _group(own, shared, "PixelMeasuresSequence").PixelSpacing)
-    down = turned[3:] * row_step * (shape[0] - 1)
-    along = turned[:3] * column_step * (shape[1] - 1)
+    if not any(group.items(tags.POSITION_MACRO) for group in groups):
+        return _corners_of_source(path, shape, groups[0], lattice)
+    position, turned, steps = (
+        np.asarray(_group(groups, macro).numbers(tag, count) or [np.nan] * count)
+        for macro, tag, count in (
+            (tags.POSITION_MACRO, tags.POSITION, 3),
+            (tags.ORIENTATION_MACRO, tags.ORIENTATION, 6),
+            (tags.MEASURES_MACRO, tags.SPACING, 2),
+        )
+    )
+    down = turned[3:] * steps[0] * (shape[0] - 1)
+    along = turned[:3] * steps[1] * (shape[1] - 1)
     corners = np.stack([position, position + down, position + along])
-    if corners.shape != (3, 3) or not (np.abs(corners) < FARTHEST_MM).all():
+    if not (np.abs(corners) < FARTHEST_MM).all():
         raise ValueError("a frame without a position")
     return lattice.mm_to_index(corners)
 
 
 def _corners_of_source(
-    path: Path, shape: tuple[int, int], own: Dataset, lattice: Lattice
+    path: Path, shape: tuple[int, ...], own: Elements, lattice: Lattice
 ) -> NDArray[np.float64]:
     """As `_corners`, of a frame that says only from which slice it was derived (PS3.3 C.7.6.16.2.6)."""
     sources = {
-        (str(source.ReferencedSOPInstanceUID), int(source.get("ReferencedFrameNumber") or 1))
-        for derived in own.get("DerivationImageSequence") or []
-        for source in derived.get("SourceImageSequence") or []
+        (source.text(tags.SOP_REFERENCE), source.whole(tags.FRAME_REFERENCE, 1))
+        for derived in own.items(tags.DERIVATION)
+        for source in derived.items(tags.SOURCE)
     }
     known = lattice.uids if isinstance(lattice, Slices) else ()
     found = [number for number, uid in enumerate(known) if uid in sources]

@@ -6,12 +6,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,35 +20,17 @@ from voxelscale.console import notice, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import files_below
 from voxelscale.formats._voxels import Opened
+from voxelscale.formats.dicom import tags
 from voxelscale.formats.dicom.acquisitions import choose, separate, several
-from voxelscale.formats.dicom.elements import DamagedError
+from voxelscale.formats.dicom.elements import DamagedError, is_dicom, label_of
 from voxelscale.formats.dicom.header import (
-    INTERCEPT,
     MARKS,
-    ORIENTATION,
     Frame,
     Header,
-    is_dicom,
-    label_of,
     read_header,
 )
 from voxelscale.formats.dicom.stack import are_parallel, at_one_place, stack
 from voxelscale.formats.dicom.voxels import check_claims, read_classes, read_voxels, slices_of
-
-
-@contextmanager
-def _pydicom_held() -> Iterator[None]:
-    """Within it pydicom's remarks on every odd attribute stay off the screen."""
-    log = logging.getLogger("pydicom")
-    level = log.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        log.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            log.setLevel(level)
-
 
 KEPT = {"SEG", "RTSTRUCT"}
 """Objects that `find_series` lists although they are no volumes, each file by itself."""
@@ -96,7 +75,6 @@ def matches(path: Path, head: bytes) -> bool:
     return is_dicom(head)
 
 
-@_pydicom_held()
 def find_series(folder: Path) -> list[Series]:
     """The volumes, SEG and RTSTRUCT in a folder, however deep, in the order of their first files.
 
@@ -123,7 +101,6 @@ def find_series(folder: Path) -> list[Series]:
     return sorted(found, key=lambda series: min(series.files))
 
 
-@_pydicom_held()
 def open_scan(
     path: Path,
     series: str = "",
@@ -162,7 +139,7 @@ def open_scan(
     group = _chosen(path, headers, series, left_out)
     _check_whole(group, broken)
     frames, told = _with_orientations([frame for header in group for frame in header.frames])
-    check_claims(frames)
+    check_claims([frame.pixels for frame in frames])
     ct = group[0].modality in ("CT", "")
     frames, doubled = _one_scan(path, frames, select, ct)
     if len(frames) < 2:
@@ -191,7 +168,6 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return tuple(file for file in files if file.is_file())
 
 
-@_pydicom_held()
 def scan_header(path: Path) -> Header | None:
     """A header of the series that a folder is read as, or of a file; None where there is none.
 
@@ -339,7 +315,7 @@ def _with_orientations(frames: list[Frame]) -> tuple[list[Frame], list[str]]:
         return frames, []
     if not known or not are_parallel(known):
         why = "no slice of the series has one" if not known else "those of the other slices differ"
-        what = f"{bare[0]}: {label_of(ORIENTATION)} is missing, and {why}"
+        what = f"{bare[0]}: {label_of(tags.ORIENTATION)} is missing, and {why}"
         raise VoxelscaleError(what, "export the series again, or give each part a folder of its own")
     filled = [f if f.orientation else replace(f, orientation=known[0].orientation) for f in frames]
     return filled, [f"{len(bare)} of {len(frames)} slices have no orientation: that of the others taken"]
@@ -381,7 +357,8 @@ def _warn_of(path: Path, frames: Sequence[Frame], lost: Sequence[Header]) -> Non
     bare = [frame for frame in frames if not frame.scaled]
     if bare:
         which = f"{len(bare)} of {len(frames)} slices have" if len(bare) < len(frames) else "it has"
-        warn(f"{path}: {which} no {label_of(INTERCEPT)}, which a CT must have: stored values taken as HU")
+        what = f"{which} no {label_of(tags.INTERCEPT)}, which a CT must have"
+        warn(f"{path}: {what}: stored values taken as HU")
 
 
 def _series(group: Sequence[Header]) -> Series:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +21,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.formats._itk import told_of
 from voxelscale.formats.dicom.header import Pixels
 
-RLE, JPEG_LS, JPEG_2000 = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.8", "1.2.840.10008.1.2.4.9"
+RLE, JPEG_2000 = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.9"
 READ = (
     RLE,
     "1.2.840.10008.1.2.4.50",  # JPEG baseline
@@ -37,7 +39,15 @@ PROBLEM = "its pixels are cut short or damaged"
 COPY = "copy or export the series again"
 
 
-def decoded(pixels: Pixels, wanted: Sequence[int], handle: BinaryIO) -> Iterator[NDArray[Any]]:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it pydicom's remarks on odd code stay off the screen: what is wrong is an error below."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pydicom")
+        yield
+
+
+def decoded(pixels: Pixels, wanted: Iterable[int], handle: BinaryIO) -> Iterator[NDArray[Any]]:
     """The stored numbers (y, x) of some frames of an open file with compressed pixels.
 
     Raises:
@@ -63,6 +73,7 @@ def decoded(pixels: Pixels, wanted: Sequence[int], handle: BinaryIO) -> Iterator
             yield _decode(pixels, alone)
 
 
+@_quiet()
 def _codes(pixels: Pixels, handle: BinaryIO) -> list[bytes]:
     """Each frame's code (PS3.5, A.4), its fragments joined."""
     from pydicom.encaps import generate_frames
@@ -71,7 +82,7 @@ def _codes(pixels: Pixels, handle: BinaryIO) -> list[bytes]:
     try:
         codes = list(generate_frames(handle.read(), number_of_frames=pixels.frames))
     except Exception as error:
-        # As in the header: pydicom may end a garbled file in any kind of error.
+        # pydicom may end a garbled file in any kind of error.
         raise VoxelscaleError(f"{pixels.path}: {PROBLEM} ({type(error).__name__})", COPY) from None
     if len(codes) != pixels.frames:
         what = f"{PROBLEM} ({len(codes)} of {pixels.frames} frames)"
@@ -101,6 +112,7 @@ def _coded_size(syntax: str, code: bytes) -> tuple[int, int]:
     return 0, 0
 
 
+@_quiet()
 def _write_alone(pixels: Pixels, code: bytes, path: Path) -> None:
     """A file with one frame and no more than a decoder needs."""
     from pydicom.dataset import Dataset, FileMetaDataset
@@ -121,6 +133,7 @@ def _write_alone(pixels: Pixels, code: bytes, path: Path) -> None:
     file.save_as(path, enforce_file_format=True)
 
 
+@_quiet()
 def _decode_rle(pixels: Pixels, code: bytes) -> NDArray[Any]:
     from pydicom.encaps import encapsulate
     from pydicom.pixels import get_decoder

@@ -1,32 +1,29 @@
-"""What a volume needs of one DICOM file's header, and nothing else of it.
-
-Elements are taken as they are in the file (see `elements`), neither converted nor validated: half of all
-scanners break some rule of the standard in an attribute that does not matter here.
-"""
+"""What a volume needs of one DICOM file's header, and nothing else of it."""
 
 from __future__ import annotations
 
 import math
-import os
-import re
 import struct
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
 
+from voxelscale.formats.dicom import tags
 from voxelscale.formats.dicom.elements import (
-    LONG_VR,
+    BIG_ENDIAN,
+    DEFLATED,
+    EXPLICIT,
+    IMPLICIT,
     UNDEFINED,
     DamagedError,
+    DicomObject,
     Elements,
-    read_elements,
+    UnreadableError,
+    label_of,
+    number,
+    read_object,
 )
 
-IMPLICIT, EXPLICIT = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"
-DEFLATED, BIG_ENDIAN = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"
 NATIVE = (IMPLICIT, EXPLICIT, DEFLATED, BIG_ENDIAN)
 DIRECTORY = "1.2.840.10008.1.3.10"
 CT_IMAGES = tuple(f"1.2.840.10008.5.1.4.1.1.2{more}" for more in ("", ".1", ".2"))
@@ -57,49 +54,25 @@ FARTHEST_MM = 1e5
 MOST_ELEMENTS = 2**20
 """Functional groups of ten thousand frames are half as many; a header that holds more is a trap."""
 
-LONGEST_SHOWN = 60
-"""Characters of a wrong value that a message shows."""
-
 INFLATED_HEADER = 2**22
 """So much of a deflated file is unpacked to find its header."""
 
-IMAGE_TYPE, SOP_CLASS, SOP_UID, MODALITY = 0x00080008, 0x00080016, 0x00080018, 0x00080060
-BODY_PART = 0x00180015
-PATIENT, STUDY, SERIES, FRAMES = 0x00100020, 0x0020000D, 0x0020000E, 0x00280008
-FRAME_OF_REFERENCE = 0x00200052
-POSITION, ORIENTATION, SPACING, THICKNESS = 0x00200032, 0x00200037, 0x00280030, 0x00180050
-SAMPLES, PHOTOMETRIC, ROWS, COLUMNS = 0x00280002, 0x00280004, 0x00280010, 0x00280011
-ALLOCATED, STORED, HIGH, SIGNED = 0x00280100, 0x00280101, 0x00280102, 0x00280103
-PADDING, PADDING_LIMIT = 0x00280120, 0x00280121
-INTERCEPT, SLOPE, LUT = 0x00281052, 0x00281053, 0x00283000
-SHARED, PER_FRAME = 0x52009229, 0x52009230
-POSITION_MACRO, ORIENTATION_MACRO, MEASURES_MACRO = 0x00209113, 0x00209116, 0x00289110
-RESCALE_MACRO, CONTENT_MACRO, CT_TYPE_MACRO, FRAME_TYPE = 0x00289145, 0x00209111, 0x00189329, 0x00089007
-RECONSTRUCTION_MACRO, XRAY_MACRO, CARDIAC_MACRO = 0x00189314, 0x00189325, 0x00189118
-REFERENCED_SERIES, REFERENCED_FRAME, RT_STUDY, RT_SERIES = 0x00081115, 0x30060010, 0x30060012, 0x30060014
-
-SEQUENCES = {
-    *(SHARED, PER_FRAME, POSITION_MACRO, ORIENTATION_MACRO, MEASURES_MACRO, RESCALE_MACRO, CONTENT_MACRO),
-    *(CT_TYPE_MACRO, REFERENCED_SERIES, REFERENCED_FRAME, RT_STUDY, RT_SERIES),
-    *(RECONSTRUCTION_MACRO, XRAY_MACRO, CARDIAC_MACRO),
-}
-
 MARKS = {
-    "AcquisitionNumber": ((0, 0x00200012), (CONTENT_MACRO, 0x00209156)),
-    "ConvolutionKernel": ((0, 0x00181210), (RECONSTRUCTION_MACRO, 0x00181210)),
-    "ImageType": ((0, IMAGE_TYPE), (CT_TYPE_MACRO, FRAME_TYPE)),
+    "AcquisitionNumber": ((0, 0x00200012), (tags.CONTENT_MACRO, 0x00209156)),
+    "ConvolutionKernel": ((0, 0x00181210), (tags.RECONSTRUCTION_MACRO, 0x00181210)),
+    "ImageType": ((0, tags.IMAGE_TYPE), (tags.CT_TYPE_MACRO, tags.FRAME_TYPE)),
     "TemporalPositionIdentifier": ((0, 0x00200100),),
-    "TemporalPositionIndex": ((CONTENT_MACRO, 0x00209128),),
-    "NominalPercentageOfCardiacPhase": ((0, 0x00209241), (CARDIAC_MACRO, 0x00209241)),
+    "TemporalPositionIndex": ((tags.CONTENT_MACRO, 0x00209128),),
+    "NominalPercentageOfCardiacPhase": ((0, 0x00209241), (tags.CARDIAC_MACRO, 0x00209241)),
     "TriggerTime": ((0, 0x00181060),),
-    "KVP": ((0, 0x00180060), (XRAY_MACRO, 0x00180060)),
+    "KVP": ((0, 0x00180060), (tags.XRAY_MACRO, 0x00180060)),
     "EchoTime": ((0, 0x00180081),),
     "FilterType": ((0, 0x00181160),),
-    "SliceThickness": ((0, THICKNESS), (MEASURES_MACRO, THICKNESS)),
-    "ReconstructionDiameter": ((0, 0x00181100), (RECONSTRUCTION_MACRO, 0x00181100)),
+    "SliceThickness": ((0, tags.THICKNESS), (tags.MEASURES_MACRO, tags.THICKNESS)),
+    "ReconstructionDiameter": ((0, 0x00181100), (tags.RECONSTRUCTION_MACRO, 0x00181100)),
     "ContrastBolusAgent": ((0, 0x00180010),),
-    "StackID": ((CONTENT_MACRO, 0x00209056),),
-    "AcquisitionDateTime": ((0, 0x0008002A), (CONTENT_MACRO, 0x00189074)),
+    "StackID": ((tags.CONTENT_MACRO, 0x00209056),),
+    "AcquisitionDateTime": ((0, 0x0008002A), (tags.CONTENT_MACRO, 0x00189074)),
     "AcquisitionTime": ((0, 0x00080032),),
     "ContentTime": ((0, 0x00080033),),
     "InstanceNumber": ((0, 0x00200013),),
@@ -113,39 +86,7 @@ BINARY_MARKS = {0x00209156: "H", 0x00209128: "I", 0x00209241: "d"}
 LONGEST_NUMBER = 16
 """Characters of a decimal string (PS3.5, 6.2)."""
 
-NAMES = {
-    FRAMES: "NumberOfFrames",
-    POSITION: "ImagePositionPatient",
-    ORIENTATION: "ImageOrientationPatient",
-    SPACING: "PixelSpacing",
-    THICKNESS: "SliceThickness",
-    SAMPLES: "SamplesPerPixel",
-    ROWS: "Rows",
-    COLUMNS: "Columns",
-    ALLOCATED: "BitsAllocated",
-    STORED: "BitsStored",
-    HIGH: "HighBit",
-    SIGNED: "PixelRepresentation",
-    PADDING: "PixelPaddingValue",
-    PADDING_LIMIT: "PixelPaddingRangeLimit",
-    INTERCEPT: "RescaleIntercept",
-    SLOPE: "RescaleSlope",
-    LUT: "ModalityLUTSequence",
-}
-"""How the standard calls the numbers that are read."""
-
-WANTED = {
-    BODY_PART,
-    *(IMAGE_TYPE, SOP_CLASS, SOP_UID, MODALITY, PATIENT, STUDY, SERIES, FRAMES, POSITION, ORIENTATION),
-    *(SPACING, THICKNESS, SAMPLES, PHOTOMETRIC, ROWS, COLUMNS, ALLOCATED, STORED, HIGH, SIGNED, PADDING),
-    *(FRAME_OF_REFERENCE, PADDING_LIMIT, INTERCEPT, SLOPE, LUT, FRAME_TYPE),
-    *(tag for places in MARKS.values() for _, tag in places),
-    *SEQUENCES,
-}
-
-
-class UnreadableError(Exception):
-    """An attribute that an image needs has no readable value; the text names it."""
+WANTED = tags.OF_ANY | {tag for places in MARKS.values() for _, tag in places}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,12 +109,15 @@ class Pixels:
     rows: int
     columns: int
     frames: int
-    samples: int
     allocated: int
     stored: int
     high: int
     signed: bool
-    photometric: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all frames, uncompressed; frames of single bits do not begin with a byte each."""
+        return -(-self.rows * self.columns * self.frames * self.allocated // 8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,11 +180,6 @@ def is_identifier(patient: str) -> bool:
     return plain.strip("0x") != "" and plain not in NOBODY
 
 
-def is_dicom(head: bytes) -> bool:
-    """Whether a file's first bytes are DICOM's preamble, or an element of group 2 or 8 without one."""
-    return head[128:132] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and head[3:4] == b"\x00")
-
-
 def read_header(path: Path) -> Header | None:
     """The header of a DICOM file; None where it is no DICOM, or a DICOMDIR.
 
@@ -248,17 +187,14 @@ def read_header(path: Path) -> Header | None:
         DamagedError: it is cut short or garbled before its pixels.
     """
     try:
-        with BufferedReader(FileIO(path)) as handle:
-            size = os.fstat(handle.fileno()).st_size
-            if not is_dicom(handle.read(132)):
-                return None
-            sop_class, syntax, start = _meta(handle, size)
-            if sop_class == DIRECTORY:
-                return None
-            dataset, pixels = _dataset(handle, syntax, start, size)
-        if not (SOP_CLASS in dataset.values or SERIES in dataset.values):
+        found = read_object(
+            path, wanted=WANTED, nested=tags.SEQUENCES_OF_ANY, inflated=INFLATED_HEADER, most=MOST_ELEMENTS
+        )
+        if found is None or found.media_class == DIRECTORY:
+            return None
+        if not (tags.SOP_CLASS in found.data.values or tags.SERIES in found.data.values):
             raise DamagedError("it ends before it says what it is")
-        return _header(path, dataset, pixels, syntax, start)
+        return _header(found)
     except DamagedError:
         raise
     except Exception as error:
@@ -266,113 +202,31 @@ def read_header(path: Path) -> Header | None:
         raise DamagedError(type(error).__name__) from None
 
 
-def _meta(handle: BinaryIO, size: int) -> tuple[str, str, int]:
-    """SOP class, transfer syntax, where the data set begins; group 2 is explicit little endian (PS3.10)."""
-    handle.seek(128)
-    place = 132 if handle.read(4) == b"DICM" else 0
-    texts: dict[bytes, str] = {}
-    for _ in range(MOST_ELEMENTS):
-        handle.seek(place)
-        element = handle.read(12)
-        if element[:2] != b"\x02\x00" or len(element) < 8:
-            break
-        long = element[4:6] in LONG_VR
-        length = struct.unpack("<I", element[8:12])[0] if long else struct.unpack("<H", element[6:8])[0]
-        value = place + (12 if long else 8)
-        place = value + length
-        if place > size:
-            raise DamagedError("it ends in its first group")
-        if element[2:4] in (b"\x02\x00", b"\x10\x00"):
-            handle.seek(value)
-            texts[element[2:4]] = handle.read(min(length, 64)).strip(b"\0 ").decode("latin-1")
-    else:
-        raise DamagedError("a header without an end")
-    explicit = element[4:6].isalpha() and element[4:6].isupper()
-    guess = EXPLICIT if explicit else IMPLICIT
-    return texts.get(b"\x02\x00", ""), texts.get(b"\x10\x00", "") or guess, place
-
-
-def _dataset(
-    handle: BinaryIO, syntax: str, start: int, size: int
-) -> tuple[Elements, tuple[int, int] | None]:
-    """The wanted elements; and offset and length of the pixels' value, if there are pixels."""
-    if syntax == DEFLATED:
-        handle = BytesIO(inflate(handle, start, INFLATED_HEADER))
-        start, size = 0, INFLATED_HEADER
-    little = syntax != BIG_ENDIAN
-    return read_elements(
-        handle, start, size, little=little, wanted=WANTED, nested=SEQUENCES, most=MOST_ELEMENTS
-    )
-
-
-def inflate(handle: BinaryIO, start: int, limit: int) -> bytes:
-    """At most `limit` bytes of a deflated data set (PS3.5, A.5)."""
-    return b"".join(_inflated(handle, start, limit))
-
-
-def check_whole(path: Path) -> None:
-    """Raise a DamagedError where a file's elements and items do not end where they say."""
-    try:
-        with FileIO(path) as handle:
-            size = os.fstat(handle.fileno()).st_size
-            _, syntax, start = _meta(handle, size)
-            if syntax != DEFLATED:
-                read_elements(handle, start, size, little=syntax != BIG_ENDIAN, wanted=(), nested=())
-    except struct.error as error:
-        raise DamagedError(str(error)) from None
-
-
-def inflated_size(path: Path, limit: int) -> int:
-    """Bytes of a deflated file's data set once inflated, counted up to `limit`, with hardly any memory.
-
-    Raises:
-        DamagedError: its first group or its code is garbled.
-    """
-    try:
-        with BufferedReader(FileIO(path)) as handle:
-            _, _, start = _meta(handle, os.fstat(handle.fileno()).st_size)
-            return sum(map(len, _inflated(handle, start, limit)))
-    except (zlib.error, struct.error) as error:
-        raise DamagedError(str(error)) from None
-
-
-def _inflated(handle: BinaryIO, start: int, limit: int) -> Iterator[bytes]:
-    handle.seek(start)
-    engine, left = zlib.decompressobj(-zlib.MAX_WBITS), limit
-    data = handle.read(1 << 16)
-    while data and left > 0 and not engine.eof:
-        part = engine.decompress(data, min(left, INFLATED_HEADER))
-        left -= len(part)
-        data = engine.unconsumed_tail or handle.read(1 << 16)
-        yield part
-
-
-def _header(
-    path: Path, dataset: Elements, place: tuple[int, int] | None, syntax: str, start: int
-) -> Header | None:
-    modality, study, patient = (_text(dataset, tag) for tag in (MODALITY, STUDY, PATIENT))
+def _header(found: DicomObject) -> Header:
+    dataset = found.data
+    modality, study, patient = (dataset.text(tag) for tag in (tags.MODALITY, tags.STUDY, tags.PATIENT))
     fault = ""
     frames: tuple[Frame, ...] = ()
-    if place is None and _text(dataset, SOP_CLASS) in CT_IMAGES:
+    if found.pixels is None and dataset.text(tags.SOP_CLASS) in CT_IMAGES:
         raise DamagedError("it ends before its pixels")
     left_out = f"{modality or 'other'} object"
     try:
-        if place is not None and not (left_out := _left_out(dataset, modality)):
-            frames = _frames(dataset, _pixels(path, dataset, place, syntax, start))
+        if found.pixels is not None and not (left_out := _left_out(dataset, modality)):
+            frames = _frames(dataset, pixels_of(found))
             left_out, fault = _unplaced(dataset, frames)
     except UnreadableError as error:
         fault = str(error)
     return Header(
-        path=path,
+        path=found.path,
         patient=patient if is_identifier(patient) else study,
         study=study,
-        series=_text(dataset, SERIES),
+        series=dataset.text(tags.SERIES),
         modality=modality,
-        refers_to=_refers_to(dataset),
-        frames_of_reference=_frames_of_reference(dataset),
+        refers_to=refers_to(dataset),
+        frames_of_reference=frames_of_reference(dataset),
         frames=() if fault else frames,
         left_out=left_out,
-        body_part=_text(dataset, BODY_PART),
+        body_part=dataset.text(tags.BODY_PART),
         fault=fault,
     )
 
@@ -381,10 +235,10 @@ def _left_out(dataset: Elements, modality: str) -> str:
     """Why an object with pixels is no part of a volume; "" where it may be."""
     if modality in NOT_VOLUMES:
         return f"{modality} object"
-    colour = _text(dataset, PHOTOMETRIC).startswith(("RGB", "YBR", "PALETTE"))
-    if colour or _integer(dataset, SAMPLES, 1) != 1:
+    colour = dataset.text(tags.PHOTOMETRIC).startswith(("RGB", "YBR", "PALETTE"))
+    if colour or dataset.integer(tags.SAMPLES, 1) != 1:
         return "colour image"
-    return "localizer" if "LOCALIZER" in _text(dataset, IMAGE_TYPE).upper() else ""
+    return "localizer" if "LOCALIZER" in dataset.text(tags.IMAGE_TYPE).upper() else ""
 
 
 def _unplaced(dataset: Elements, frames: Sequence[Frame]) -> tuple[str, str]:
@@ -398,44 +252,50 @@ def _unplaced(dataset: Elements, frames: Sequence[Frame]) -> tuple[str, str]:
     if all(frame.position is not None for frame in frames):
         return "", ""
     what = "image without a position in the patient"
-    if _text(dataset, SOP_CLASS) not in CT_IMAGES:
+    if dataset.text(tags.SOP_CLASS) not in CT_IMAGES:
         return what, ""
-    where = _text(dataset, POSITION)
-    return "", f"{what}: {label_of(POSITION)} is {repr(where) if where else 'missing'}"
+    where = dataset.text(tags.POSITION)
+    return "", f"{what}: {label_of(tags.POSITION)} is {repr(where) if where else 'missing'}"
 
 
-def _pixels(path: Path, dataset: Elements, place: tuple[int, int], syntax: str, start: int) -> Pixels:
-    stored = _integer(dataset, STORED)
-    frames = _numbers(dataset, FRAMES, 1) or (1.0,)
-    if frames[0] != int(frames[0]) or frames[0] < 0:
-        raise _unreadable(dataset, FRAMES)
+def pixels_of(found: DicomObject) -> Pixels:
+    """Where an object's pixels lie and how they are stored.
+
+    Raises:
+        UnreadableError: it has none or does not say how, or they are twice as many as it says.
+    """
+    data = found.data
+    if found.pixels is None:
+        raise UnreadableError("it has no pixels")
+    offset, length = found.pixels
+    stored, frames = data.integer(tags.STORED), data.whole(tags.FRAMES, 1)
+    if frames < 0:
+        raise data.unreadable(tags.FRAMES)
     made = Pixels(
-        path=path,
-        syntax=syntax,
-        little=syntax != BIG_ENDIAN,
-        offset=place[0],
-        length=place[1],
-        start=start if syntax == DEFLATED else 0,
-        rows=_integer(dataset, ROWS),
-        columns=_integer(dataset, COLUMNS),
-        frames=int(frames[0]) or 1,
-        samples=_integer(dataset, SAMPLES, 1),
-        allocated=_integer(dataset, ALLOCATED),
+        path=found.path,
+        syntax=found.syntax,
+        little=data.little,
+        offset=offset,
+        length=length,
+        start=found.deflated_from,
+        rows=data.integer(tags.ROWS),
+        columns=data.integer(tags.COLUMNS),
+        frames=frames or 1,
+        allocated=data.integer(tags.ALLOCATED),
         stored=stored,
-        high=_integer(dataset, HIGH, stored - 1),
-        signed=_integer(dataset, SIGNED) == 1,
-        photometric=_text(dataset, PHOTOMETRIC),
+        high=data.integer(tags.HIGH, stored - 1),
+        signed=data.integer(tags.SIGNED) == 1,
     )
-    size = made.rows * made.columns * made.frames * made.allocated // 8
-    if syntax in NATIVE and made.length != UNDEFINED and made.length >= 2 * size > 0:
-        what = f"its pixels are {made.length} bytes, but Rows, Columns and NumberOfFrames make {size}"
+    twice = length >= 2 * made.bytes > 0 and length > made.bytes + 1  # one byte may be padding
+    if made.syntax in NATIVE and length != UNDEFINED and twice:
+        what = f"its pixels are {length} bytes, but Rows, Columns and NumberOfFrames make {made.bytes}"
         raise UnreadableError(what)
     return made
 
 
 def _frames(dataset: Elements, pixels: Pixels) -> tuple[Frame, ...]:
     """The file's slices; those that an enhanced CT calls localizers are not among them."""
-    shared, each = _items(dataset, SHARED)[:1], _items(dataset, PER_FRAME)
+    shared, each = dataset.items(tags.SHARED)[:1], dataset.items(tags.PER_FRAME)
     if not each:
         # Without functional groups nothing says where the frames of a film lie.
         return (_frame(dataset, [], pixels, 0, placed=pixels.frames == 1),)
@@ -443,14 +303,14 @@ def _frames(dataset: Elements, pixels: Pixels) -> tuple[Frame, ...]:
         raise DamagedError("it describes fewer frames than it claims")
     # Empty items beyond the last frame describe nothing.
     if described := sum(1 for item in each[pixels.frames :] if item.values):
-        raise UnreadableError(
-            f"{label_of(FRAMES)} is {pixels.frames}, but {pixels.frames + described} frames are described"
-        )
+        what = f"{pixels.frames + described} frames are described"
+        raise UnreadableError(f"{label_of(tags.FRAMES)} is {pixels.frames}, but {what}")
     all_groups = [[item, *shared] for item in each[: pixels.frames]]
     return tuple(
         _frame(dataset, groups, pixels, index, placed=True)
         for index, groups in enumerate(all_groups)
-        if "LOCALIZER" not in _text(_source(dataset, groups, CT_TYPE_MACRO, FRAME_TYPE), FRAME_TYPE).upper()
+        if "LOCALIZER"
+        not in _source(dataset, groups, tags.CT_TYPE_MACRO, tags.FRAME_TYPE).text(tags.FRAME_TYPE).upper()
     )
 
 
@@ -458,35 +318,38 @@ def _frame(
     dataset: Elements, groups: Sequence[Elements], pixels: Pixels, index: int, *, placed: bool
 ) -> Frame:
     def numbers(macro: int, tag: int, count: int) -> tuple[float, ...] | None:
-        return _numbers(_source(dataset, groups, macro, tag), tag, count)
+        return _source(dataset, groups, macro, tag).numbers(tag, count)
 
-    position = numbers(POSITION_MACRO, POSITION, 3) if placed else None
+    position = numbers(tags.POSITION_MACRO, tags.POSITION, 3) if placed else None
     if position is not None and max(map(abs, position)) > FARTHEST_MM:
         position = None
-    slope, intercept = numbers(RESCALE_MACRO, SLOPE, 1), numbers(RESCALE_MACRO, INTERCEPT, 1)
-    if slope is None and LUT in dataset.values:
-        raise UnreadableError(f"{label_of(LUT)}: values given by a table, which cannot be read")
-    for tag, scale in ((SLOPE, slope), (INTERCEPT, intercept)):
-        source = _source(dataset, groups, RESCALE_MACRO, tag)
+    slope, intercept = (
+        numbers(tags.RESCALE_MACRO, tags.SLOPE, 1),
+        numbers(tags.RESCALE_MACRO, tags.INTERCEPT, 1),
+    )
+    if slope is None and tags.LUT in dataset.values:
+        raise UnreadableError(f"{label_of(tags.LUT)}: values given by a table, which cannot be read")
+    for tag, scale in ((tags.SLOPE, slope), (tags.INTERCEPT, intercept)):
+        source = _source(dataset, groups, tags.RESCALE_MACRO, tag)
         # Type 1C: where one of them is there, both must have a value (PS3.3 C.11.1).
         if scale is None and tag in source.values:
-            raise _unreadable(source, tag)
+            raise source.unreadable(tag)
     if slope is not None and slope[0] == 0:
-        raise UnreadableError(f"{label_of(SLOPE)} is 0: no value would be left")
+        raise UnreadableError(f"{label_of(tags.SLOPE)} is 0: no value would be left")
     marks = {name: _mark(dataset, groups, places) for name, places in MARKS.items()}
     return Frame(
         pixels=pixels,
         index=index,
         position=position,
-        orientation=numbers(ORIENTATION_MACRO, ORIENTATION, 6),
-        spacing=numbers(MEASURES_MACRO, SPACING, 2),
-        thickness=(numbers(MEASURES_MACRO, THICKNESS, 1) or (0.0,))[0],
+        orientation=numbers(tags.ORIENTATION_MACRO, tags.ORIENTATION, 6),
+        spacing=numbers(tags.MEASURES_MACRO, tags.SPACING, 2),
+        thickness=(numbers(tags.MEASURES_MACRO, tags.THICKNESS, 1) or (0.0,))[0],
         slope=slope[0] if slope else 1.0,
         intercept=intercept[0] if intercept else 0.0,
-        scaled=intercept is not None or _text(dataset, SOP_CLASS) not in CT_IMAGES,
+        scaled=intercept is not None or dataset.text(tags.SOP_CLASS) not in CT_IMAGES,
         padding=_padding(dataset, pixels.signed),
-        sop_uid=_text(dataset, SOP_UID),
-        frame_of_reference=_text(dataset, FRAME_OF_REFERENCE),
+        sop_uid=dataset.text(tags.SOP_UID),
+        frame_of_reference=dataset.text(tags.FRAME_OF_REFERENCE),
         marks=tuple((name, text) for name, text in marks.items() if text),
     )
 
@@ -494,117 +357,45 @@ def _frame(
 def _mark(dataset: Elements, groups: Sequence[Elements], places: Sequence[tuple[int, int]]) -> str:
     for macro, tag in reversed(places):
         source = _source(dataset, groups, macro, tag)
-        raw, code = _raw(source, tag), BINARY_MARKS.get(tag, "")
+        raw, code = source.raw(tag), BINARY_MARKS.get(tag, "")
         if code and len(raw) == struct.calcsize(code):
             return f"{struct.unpack(('<' if source.little else '>') + code, raw)[0]:g}"
-        if (text := _text(source, tag)) and text.isprintable():
+        if (text := source.text(tag)) and text.isprintable():
             # 2 and 2.0 are one thickness.
-            number = _number(text) if len(text) < LONGEST_NUMBER else math.nan
-            return text if math.isnan(number) else f"{number:.15g}"
+            value = number(text) if len(text) < LONGEST_NUMBER else math.nan
+            return text if math.isnan(value) else f"{value:.15g}"
     return ""
 
 
 def _padding(dataset: Elements, signed: bool) -> tuple[int, int] | None:
-    value = _integer(dataset, PADDING, None, signed=signed)
-    if value is None:
+    if not dataset.raw(tags.PADDING):
         return None
-    limit = _integer(dataset, PADDING_LIMIT, value, signed=signed)
+    value = dataset.integer(tags.PADDING, signed=signed)
+    limit = dataset.integer(tags.PADDING_LIMIT, value, signed=signed)
     return min(value, limit), max(value, limit)
 
 
-def _refers_to(dataset: Elements) -> tuple[str, ...]:
+def refers_to(dataset: Elements) -> tuple[str, ...]:
     """The series that a segmentation or a set of structures belongs to."""
-    uids = [_text(item, SERIES) for item in _filled(dataset, REFERENCED_SERIES)]
-    for frame in _filled(dataset, REFERENCED_FRAME):
-        for study in _items(frame, RT_STUDY):
-            uids += [_text(item, SERIES) for item in _items(study, RT_SERIES)]
+    uids = [item.text(tags.SERIES) for item in dataset.filled(tags.REFERENCED_SERIES)]
+    for frame in dataset.filled(tags.REFERENCED_FRAME):
+        for study in frame.items(tags.RT_STUDY):
+            uids += [item.text(tags.SERIES) for item in study.items(tags.RT_SERIES)]
     return tuple(dict.fromkeys(uid for uid in uids if uid))
 
 
-def _frames_of_reference(dataset: Elements) -> tuple[str, ...]:
+def frames_of_reference(dataset: Elements) -> tuple[str, ...]:
     """The object's own, and those that a set of structures names."""
-    uids = [_text(item, FRAME_OF_REFERENCE) for item in (dataset, *_filled(dataset, REFERENCED_FRAME))]
+    uids = [
+        item.text(tags.FRAME_OF_REFERENCE) for item in (dataset, *dataset.filled(tags.REFERENCED_FRAME))
+    ]
     return tuple(dict.fromkeys(uid for uid in uids if uid))
 
 
 def _source(dataset: Elements, groups: Sequence[Elements], macro: int, tag: int) -> Elements:
     """The data set that holds `tag`: the frame's functional group, the shared one, or the file itself."""
     for group in groups:
-        for item in _items(group, macro) if macro else []:
+        for item in group.items(macro) if macro else []:
             if tag in item.values:
                 return item
     return dataset
-
-
-def _items(dataset: Elements, tag: int) -> list[Elements]:
-    value = dataset.values.get(tag)
-    return value if isinstance(value, list) else []
-
-
-def _filled(dataset: Elements, tag: int) -> list[Elements]:
-    """The items of a sequence that hold something: hostile files hold a hundred thousand empty ones."""
-    return [item for item in _items(dataset, tag) if item.values]
-
-
-def _raw(dataset: Elements, tag: int) -> bytes:
-    value = dataset.values.get(tag)
-    return value if isinstance(value, bytes) else b""
-
-
-def _text(dataset: Elements, tag: int) -> str:
-    return _raw(dataset, tag).strip(b"\0 ").decode("latin-1")
-
-
-def label_of(tag: int) -> str:
-    """An attribute as messages call it: ``RescaleIntercept (0028,1052)``."""
-    return f"{NAMES[tag]} ({tag >> 16:04x},{tag & 0xFFFF:04x})"
-
-
-def _unreadable(dataset: Elements, tag: int) -> UnreadableError:
-    raw = _raw(dataset, tag)
-    if not raw.strip(b"\0 "):
-        return UnreadableError(f"{label_of(tag)} is {'empty' if tag in dataset.values else 'missing'}")
-    text = _text(dataset, tag)
-    shown = repr(text[:LONGEST_SHOWN]) if text.isprintable() else f"{len(raw)} bytes"
-    return UnreadableError(f"{label_of(tag)} is {shown}, which cannot be read as a number")
-
-
-def _numbers(dataset: Elements, tag: int, count: int) -> tuple[float, ...] | None:
-    """The numbers of a decimal string; None where it is absent or empty.
-
-    Raises:
-        UnreadableError: there are more or fewer than `count`, or one is no finite number.
-    """
-    text = _text(dataset, tag)
-    if not text:
-        return None
-    values = tuple(_number(word) for word in text.split("\\"))
-    if len(values) != count or not all(map(math.isfinite, values)):
-        raise _unreadable(dataset, tag)
-    return values
-
-
-def _number(word: str) -> float:
-    """A number as text (PS3.5, 6.2: DS, IS), a decimal comma read as the point; NaN where it is none.
-
-    A comma before just three digits may have been meant for thousands: 1,250 is no number.
-    """
-    word = word.strip(" \0")
-    thousands = re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", word)
-    if re.fullmatch(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?", word) and not thousands:
-        return float(word.replace(",", "."))
-    return math.nan
-
-
-def _integer(dataset: Elements, tag: int, *default: Any, signed: bool = False) -> Any:
-    """A binary whole number, or the default where it is absent.
-
-    Raises:
-        UnreadableError: it is there and no number, or absent without a default.
-    """
-    data = _raw(dataset, tag)
-    if not data and default:
-        return default[0]
-    if len(data) not in (2, 4):
-        raise _unreadable(dataset, tag)
-    return int.from_bytes(data, "little" if dataset.little else "big", signed=signed)

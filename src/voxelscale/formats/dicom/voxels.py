@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats._voxels import MOST_VOXELS
 from voxelscale.formats.dicom import codec
-from voxelscale.formats.dicom.elements import UNDEFINED
-from voxelscale.formats.dicom.header import NATIVE, Frame, Pixels, inflate
+from voxelscale.formats.dicom.elements import UNDEFINED, inflate
+from voxelscale.formats.dicom.header import NATIVE, Frame, Pixels
 from voxelscale.formats.dicom.stack import Stack
 from voxelscale.geometry import Slices
 
@@ -87,27 +87,25 @@ def slices_of(frames: Sequence[Frame], *, ct: bool) -> Iterator[tuple[int, NDArr
     for of_file in places.values():
         pixels = frames[of_file[0]].pixels
         wanted = [frames[place].index for place in of_file]
-        for place, raw in zip(of_file, _stored(pixels, wanted), strict=True):
+        for place, raw in zip(of_file, stored(pixels, wanted), strict=True):
             yield place, _values(frames[place], raw, ct)
 
 
-def check_claims(frames: Sequence[Frame]) -> None:
+def check_claims(files: Iterable[Pixels]) -> None:
     """Raise a VoxelscaleError unless the files can hold the voxels that they claim; no memory is taken."""
     coded: dict[Path, Pixels] = {}
-    for pixels in {frame.pixels.path: frame.pixels for frame in frames}.values():
+    for pixels in {pixels.path: pixels for pixels in files}.values():
         path, size = pixels.path, pixels.path.stat().st_size
-        if (
-            pixels.allocated not in (8, 16, 32)
-            or not 1 <= pixels.stored <= pixels.high + 1 <= pixels.allocated
-        ):
-            shown = f"{pixels.stored} of {pixels.allocated} bits"
+        bits = pixels.allocated
+        if bits not in (8, 16, 32) or not 1 <= pixels.stored <= pixels.high + 1 <= bits:
+            shown = f"{pixels.stored} of {bits} bits"
             raise VoxelscaleError(f"{path}: {shown} a voxel, which no CT has", "export the series again")
         if pixels.syntax not in NATIVE or pixels.start:
             coded[path] = pixels
         elif (
             pixels.length == UNDEFINED
-            or pixels.length < _bytes(pixels)
-            or size < pixels.offset + _bytes(pixels)
+            or pixels.length < pixels.bytes
+            or size < pixels.offset + pixels.bytes
         ):
             raise _cut_short(pixels, size)
     voxels = sum(p.rows * p.columns * p.frames for p in coded.values())
@@ -117,18 +115,18 @@ def check_claims(frames: Sequence[Frame]) -> None:
         raise VoxelscaleError(f"{min(coded)}: {what}", COPY)
 
 
-def _bytes(pixels: Pixels) -> int:
-    return pixels.rows * pixels.columns * pixels.frames * pixels.allocated // 8
-
-
 def _cut_short(pixels: Pixels, there: int) -> VoxelscaleError:
     have = max(0, min(there - pixels.offset, pixels.length))
-    what = f"its pixels are cut short or damaged ({have} of {_bytes(pixels)} bytes)"
+    what = f"its pixels are cut short or damaged ({have} of {pixels.bytes} bytes)"
     return VoxelscaleError(f"{pixels.path}: {what}", COPY)
 
 
-def _stored(pixels: Pixels, wanted: Sequence[int]) -> Iterator[NDArray[Any]]:
-    """The stored numbers (y, x) of some frames of a file."""
+def stored(pixels: Pixels, wanted: Iterable[int]) -> Iterator[NDArray[Any]]:
+    """The stored numbers (y, x) of some frames of a file, each read when it is asked for.
+
+    Raises:
+        VoxelscaleError: as `read_voxels`.
+    """
     path = pixels.path
     try:
         with path.open("rb") as handle:
@@ -140,17 +138,22 @@ def _stored(pixels: Pixels, wanted: Sequence[int]) -> Iterator[NDArray[Any]]:
         raise VoxelscaleError(f"{path}: cannot be read ({error.strerror})", COPY) from None
 
 
-def _native(pixels: Pixels, wanted: Sequence[int], handle: Any) -> Iterator[NDArray[Any]]:
-    code = f"{'<' if pixels.little else '>'}{'i' if pixels.signed else 'u'}{pixels.allocated // 8}"
+def _native(pixels: Pixels, wanted: Iterable[int], handle: BinaryIO) -> Iterator[NDArray[Any]]:
     if pixels.start:
-        data = inflate(handle, pixels.start, pixels.offset + _bytes(pixels))
-        if len(data) < pixels.offset + _bytes(pixels):
+        data = inflate(handle, pixels.start, pixels.offset + pixels.bytes)
+        if len(data) < pixels.offset + pixels.bytes:
             raise _cut_short(pixels, len(data))
         handle = BytesIO(data)
-    size = _bytes(pixels) // pixels.frames
+    code = f"{'<' if pixels.little else '>'}{'i' if pixels.signed else 'u'}{max(1, pixels.allocated // 8)}"
+    bits = pixels.rows * pixels.columns * pixels.allocated
     for index in wanted:
-        handle.seek(pixels.offset + index * size)
-        raw = np.frombuffer(handle.read(size), code).reshape(pixels.rows, pixels.columns)
+        # Frames of single bits need not begin with a byte.
+        first, before = divmod(index * bits, 8)
+        handle.seek(pixels.offset + first)
+        raw = np.frombuffer(handle.read(-(-(before + bits) // 8)), code)
+        if pixels.allocated == 1:
+            raw = np.unpackbits(raw.view(np.uint8), bitorder="little")[before : before + bits]
+        raw = raw.reshape(pixels.rows, pixels.columns)
         yield raw if raw.dtype.isnative else raw.astype(raw.dtype.newbyteorder("="))
 
 
