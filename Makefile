@@ -18,10 +18,10 @@ quickstart: install
 	$(RUN)/voxelscale quickstart quickstart
 
 test: install
-	$(RUN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(RUN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: install
-	VOXELSCALE_COLD_STARTS=1 $(RUN)/python -m pytest -m slow -n 2 --dist loadfile
+	VOXELSCALE_COLD_STARTS=1 $(RUN)/python -m pytest -m slow -n 2 --dist worksteal
 
 lint: install
 	$(RUN)/ruff check .

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pytest
 from scipy import stats
+from tests.conftest import Command
+from tests.experiments.emulated import Emulated
 from tests.train.runs import processes, seen_in
 
 from voxelscale.config import Config, dump, load
 from voxelscale.console import Progress
 from voxelscale.errors import VoxelscaleError
+from voxelscale.experiments.once import Ending
 from voxelscale.scale import study as study_module
 from voxelscale.scale.study import Stop, Trial, TrialScore, plan, run_study, t_interval
 from voxelscale.scale.trials import real_ranks, train_trial
@@ -211,6 +214,33 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_trial_is_trained_by_as_many_real_ranks_as_divide_its_workers(tmp_path: Path) -> None:
+    (trial,) = plan(config("scale.recipes=[unchanged]", "scale.workers=[12]", "scale.seeds=[3]"))
+    trial = replace(trial, config=replace(trial.config, train=replace(trial.config.train, ranks=8)))
+    train = Emulated(dice=lambda _: 0.7)
+    score = train_trial(trial, tmp_path / "run", Stop(), store=tmp_path, jobs=1, train=train)
+    assert score == TrialScore(dice=0.7, curve=((640, 0.7),))
+    (trained,) = train.trained
+    assert (trained.config.train.ranks, trained.config.train.virtual_workers) == (6, 2)
+    assert trained.config.train.seed == 3
+
+
+def test_how_a_training_ends_decides_its_score(tmp_path: Path) -> None:
+    (trial, *_) = plan(config("scale.recipes=[unchanged]"))
+
+    def score(ending: Ending, stop: Stop = Stop()) -> TrialScore:  # noqa: B008
+        train = Emulated(ending=lambda _: ending)
+        return train_trial(trial, tmp_path / "run", stop, store=tmp_path, jobs=1, train=train)
+
+    assert score("diverged") == TrialScore(dice=0.0, diverged=True)
+    with pytest.raises(VoxelscaleError, match="made up"):
+        score("failed")
+    with pytest.raises(KeyboardInterrupt):
+        score("finished", Stop(asked=True))
+    with pytest.raises(KeyboardInterrupt):
+        score("killed")
+
+
 def test_a_trial_that_is_to_stop_at_once(tiny: Config, store: Store, tmp_path: Path) -> None:
     (trial, *_) = plan(replace(tiny, train=replace(tiny.train, samples=10**6)))
     with pytest.raises(KeyboardInterrupt):
@@ -225,6 +255,8 @@ def test_ctrl_c_saves_the_trainings_and_the_same_command_goes_on(
     train = replace(tiny.train, samples=500, batch_size=1, ranks=0, checkpoint_every=10**6)
     path, out = tmp_path / "study.yaml", tmp_path / "out"
     path.write_text(dump(replace(tiny, train=replace(train, checkpoint_seconds=0.0))))
+    out.mkdir()
+    (out / "model_check.json").write_text('{"lines": []}')  # the time model is not what is tested
     command = [sys.executable, "-m", "voxelscale.cli", "scale", str(store.path), str(out)]
     command += ["--config", str(path), "--workers", "1,2", "--recipes", "unchanged", "--seeds", "0"]
     command += ["--jobs", "2", "--interconnect", "alpha=5us,beta=12GB/s"]
@@ -251,8 +283,8 @@ def test_ctrl_c_saves_the_trainings_and_the_same_command_goes_on(
         assert read_events(run)[-1]["samples"] == 500
 
 
-def test_the_command(tiny: Config, store: Store, tmp_path: Path) -> None:
-    """Real trainings at 1 and 4 workers, two recipes; again it only tells."""
+def test_the_command(tiny: Config, store: Store, tmp_path: Path, voxelscale: Command) -> None:
+    """Real trainings at 1 and 4 workers, two recipes; again it only reports."""
     small = replace(
         tiny,
         train=replace(tiny.train, samples=48, batch_size=1, ranks=0),
@@ -260,11 +292,10 @@ def test_the_command(tiny: Config, store: Store, tmp_path: Path) -> None:
     )
     path = tmp_path / "study.yaml"
     path.write_text(dump(small))
-    command = [sys.executable, "-m", "voxelscale.cli", "scale", str(store.path), str(tmp_path / "out")]
-    command += ["--config", str(path), "--workers", "1,4", "--seeds", "0", "--jobs", "2"]
-    command += ["--interconnect", "alpha=5us,beta=12GB/s"]
-    first = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert first.returncode == 0, first.stderr
+    command = ["scale", store.path, tmp_path / "out", "--config", path, "--workers", "1,4"]
+    command += ["--seeds", "0", "--jobs", "2", "--interconnect", "alpha=5us,beta=12GB/s"]
+    code, first, errors = voxelscale(*command)
+    assert code == 0, errors
     assert len(list((tmp_path / "out" / "runs").glob("*/model.vxs"))) == 4
     facts = json.loads((tmp_path / "out" / "scaling.json").read_text())
     by = {(row["recipe"], row["workers"]): row for row in facts["rows"]}
@@ -278,6 +309,5 @@ def test_the_command(tiny: Config, store: Store, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "out" / "scaling.svg").read_text()
     page = (tmp_path / "out" / "scaling.html").read_text()
     assert "beta 12.00 GB/s" in page
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.stdout == first.stdout
-    assert "large_batch" in again.stdout
+    assert voxelscale(*command)[1] == first
+    assert "large_batch" in first

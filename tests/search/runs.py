@@ -1,4 +1,4 @@
-"""What the tests of whole searches share: a search of seconds, and looking at it from outside."""
+"""What the tests of whole searches share: searches of seconds or less, and looking at them from outside."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,9 +17,13 @@ from typing import Any
 from tests.train.runs import processes
 
 from voxelscale.config import Config, dump, load
-from voxelscale.search.definition import reopen
+from voxelscale.experiments.once import TrainOnce
+from voxelscale.search.definition import begin, reopen
+from voxelscale.search.place import plan_places
 from voxelscale.search.records import read_results
 from voxelscale.search.results import SearchResults
+from voxelscale.search.search import write_results
+from voxelscale.search.worker import Worker
 
 SPACE = {
     "optim.lr": {"float": [1e-3, 3e-2], "log": True},
@@ -31,6 +36,29 @@ def searched(tiny: Config, space: dict[str, Any] = SPACE, samples: int = 40, **s
     settings = {"trials": 4, "startup": 2, "pruner": "none", "rungs": 1, "lease_seconds": 4, **search}
     config = replace(tiny, train=replace(tiny.train, samples=samples, checkpoint_every=8))
     return replace(config, search=replace(config.search, space=space, **settings))
+
+
+def search_emulated(
+    config: Config, store: Path, out: Path, train: TrainOnce, stopped: Callable[[], bool] = lambda: False
+) -> SearchResults:
+    """A search whose workers are threads of this process; what it finds."""
+    begin(config, store, out)
+    faults: list[BaseException] = []
+
+    def work(place: Any) -> None:
+        try:
+            Worker(reopen(out, store), place, stopped, train).go()
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=work, args=[place]) for place in plan_places(config.search)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if faults:
+        raise faults[0]
+    return write_results(reopen(out))
 
 
 def command(config: Config, store: Path, out: Path, *more: str) -> list[str]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.search.conftest import Server
 from tests.search.runs import (
     checkpointed,
     command,
@@ -24,10 +21,9 @@ from tests.search.runs import (
     until,
     workers,
 )
-from tests.train.runs import fill, rank_processes, told
+from tests.train.runs import fill, told
 
 from voxelscale.config import Config
-from voxelscale.search.storage import JOURNAL
 from voxelscale.store import Store
 
 pytestmark = pytest.mark.slow
@@ -145,32 +141,6 @@ def test_a_worker_that_was_suspended_past_its_lease_changes_nothing(
     assert_whole(out, 2)
 
 
-def test_a_training_that_hangs_is_ended_after_its_time(tiny: Config, store: Store, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    config = searched(tiny, samples=SAMPLES, trials=2, trial_seconds=45)
-    process = start(command(config, store.path, out))
-    until(lambda: checkpointed(out), process)
-    os.kill(trainings(out)[0], signal.SIGSTOP)
-    _, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors
-    states = [(t.state, t.note) for t in results_in(out).trials]
-    assert states[0] == ("failed", "took too long")
-    assert states[1][0] == "done"
-    assert not trainings(out)
-
-
-def test_a_journal_cut_in_mid_write_is_gone_on_with(tiny: Config, store: Store, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = command(searched(tiny, samples=SAMPLES, trials=2), store.path, out)
-    process = start(arguments)
-    until(lambda: checkpointed(out), process)
-    kill_session(process)
-    until(lambda: not workers(out) and not trainings(out))
-    os.truncate(out / JOURNAL, (out / JOURNAL).stat().st_size - 5)
-    finish(arguments)
-    assert_whole(out, 2)
-
-
 def test_a_full_disk_is_told_and_nothing_is_lost(tiny: Config, store: Store, small_disk: Path) -> None:
     out = small_disk / "out"
     arguments = command(searched(tiny, samples=SAMPLES, trials=2), store.path, out)
@@ -183,48 +153,3 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tiny: Config, store: Store, sma
     (small_disk / "filler").unlink()
     finish(arguments)
     assert_whole(out, 2)
-
-
-def test_a_database_that_restarts_is_waited_for(
-    tiny: Config, store: Store, tmp_path: Path, postgresql: Server
-) -> None:
-    out = tmp_path / "out"
-    config = searched(tiny, samples=SAMPLES, trials=3, study=str(tmp_path), lease_seconds=20)
-    process = start(command(config, store.path, out, "--workers", "2", "--storage", postgresql.url))
-    until(lambda: checkpointed(out), process)
-    postgresql.stop()
-    time.sleep(3)
-    postgresql.start()
-    _, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors
-    assert_whole(out, 3)
-
-
-def test_two_commands_that_start_at_once_share_one_search(
-    tiny: Config, store: Store, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    arguments = command(searched(tiny, samples=80, trials=5), store.path, out)
-    both = [start(arguments), start(arguments)]
-    for process in both:
-        _, errors = process.communicate(timeout=400)
-        assert process.returncode == 0, errors
-    assert_whole(out, 5)
-    assert len({s.worker for t in results_in(out).trials for s in t.stretches}) == 2
-
-
-def test_a_hopeless_trial_is_pruned_with_all_its_ranks(tiny: Config, store: Store, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    space = {"optim.lr": {"categorical": [1e-2, 1e-9, 1e-8]}}
-    config = searched(
-        tiny, space, samples=2000, sampler="grid", pruner="asha", factor=5, devices_per_trial=2
-    )
-    config = replace(config, train=replace(config.train, ranks=0))
-    finish(command(config, store.path, out))
-    results = results_in(out)
-    assert [t.state for t in results.trials] == ["done", "pruned", "pruned"]
-    for trial in results.trials[1:]:
-        assert [samples for samples, _ in trial.curve] == [400]
-        run = out / "trials" / f"{trial.number:04d}"
-        assert events(run, "train")[-1]["samples"] < 2000
-        assert not rank_processes(run)

@@ -27,6 +27,7 @@ def training(patch: tuple[int, int, int] = (16, 16, 16), **sections: dict[str, A
 # Against what trainings take
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process_within_15_percent() -> None:
     """In the mean; one process alone varies by up to a tenth, so each is only held to a quarter.
 

@@ -23,12 +23,12 @@ from voxelscale.search.lease import (
     OWNER,
     Lease,
     Watch,
+    end_trial,
     hand_over,
     is_gone,
+    is_valid,
     own,
     process_name,
-    settle,
-    stands,
     stretches_of,
     superseded,
 )
@@ -122,7 +122,7 @@ def test_a_live_trial_is_never_failed_by_another_process(opened: Opens) -> None:
             assert not watch.lost(trial_of(theirs, 0))
             time.sleep(0.02)
     assert not lease.lost
-    assert settle(mine, 0, TrialState.COMPLETE, [0.7])
+    assert end_trial(mine, 0, TrialState.COMPLETE, [0.7])
 
 
 def test_a_late_result_of_an_expired_lease_changes_nothing(opened: Opens) -> None:
@@ -135,11 +135,11 @@ def test_a_late_result_of_an_expired_lease_changes_nothing(opened: Opens) -> Non
         trial.report(0.9, 20)
     with pytest.raises(UpdateFinishedTrialError):
         trial.set_user_attr(OUTCOME, "done")
-    assert not settle(mine, 0, TrialState.COMPLETE, [0.9])
+    assert not end_trial(mine, 0, TrialState.COMPLETE, [0.9])
     assert trial_of(theirs, 0).state == TrialState.FAIL
     assert trial_of(theirs, 0).intermediate_values == {10: 0.3}
-    assert stands(theirs, trial_of(theirs, next_one.number))
-    assert settle(theirs, next_one.number, TrialState.COMPLETE, [0.5])
+    assert is_valid(theirs, trial_of(theirs, next_one.number))
+    assert end_trial(theirs, next_one.number, TrialState.COMPLETE, [0.5])
     assert [t.value for t in latest(mine.get_trials())] == [0.5]
 
 
@@ -178,9 +178,9 @@ def test_two_who_take_over_the_same_trial_leave_one_to_run(opened: Opens) -> Non
     hand_over(mine, trial_of(mine, 0))
     # As of a second process that looked before the first one wrote: one successor too many.
     theirs.enqueue_trial(stale.params, user_attrs={CONTINUES: 0})
-    assert not settle(theirs, 0, TrialState.FAIL)
+    assert not end_trial(theirs, 0, TrialState.FAIL)
     asked = [mine.ask(), theirs.ask()]
-    assert [stands(mine, trial_of(mine, t.number)) for t in asked] == [True, False]
+    assert [is_valid(mine, trial_of(mine, t.number)) for t in asked] == [True, False]
 
 
 def test_a_takeover_that_was_cut_off_is_completed_by_whoever_runs_the_successor(opened: Opens) -> None:
@@ -188,7 +188,7 @@ def test_a_takeover_that_was_cut_off_is_completed_by_whoever_runs_the_successor(
     trial = begin(study)
     study.enqueue_trial(trial.params, user_attrs={CONTINUES: 0})  # killed before it ended the old one
     successor = study.ask()
-    assert stands(study, trial_of(study, successor.number))
+    assert is_valid(study, trial_of(study, successor.number))
     assert trial_of(study, 0).state == TrialState.FAIL
 
 
@@ -196,11 +196,11 @@ def test_a_trial_that_ended_just_before_it_was_taken_over_is_not_run_again(opene
     study = opened()
     trial = begin(study)
     stale = trial_of(study, 0)
-    settle(study, trial.number, TrialState.COMPLETE, [0.5])
+    end_trial(study, trial.number, TrialState.COMPLETE, [0.5])
     hand_over(study, stale)
     successor = study.ask()
-    assert not stands(study, trial_of(study, successor.number))
-    settle(study, successor.number, TrialState.FAIL)
+    assert not is_valid(study, trial_of(study, successor.number))
+    end_trial(study, successor.number, TrialState.FAIL)
     assert [t.value for t in latest(study.get_trials()) if state_of(t) == "done"] == [0.5]
 
 

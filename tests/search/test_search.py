@@ -1,27 +1,30 @@
-"""Whole searches through the command, with real trainings."""
+"""Whole searches: two by the command with real trainings, the others with emulated ones."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.search.runs import command, events, finish, results_in, searched
+from tests.conftest import Command
+from tests.experiments.emulated import Emulated
+from tests.search.conftest import Server
+from tests.search.runs import command, events, finish, results_in, search_emulated, searched
 from tests.train.runs import told
 
 from voxelscale.config import Config, load, to_dict
-from voxelscale.search.definition import begin
+from voxelscale.errors import VoxelscaleError
+from voxelscale.experiments.once import Training
+from voxelscale.search import worker
+from voxelscale.search.definition import begin, reopen
 from voxelscale.search.lease import LOSSES, hand_over
 from voxelscale.search.results import utilisation
+from voxelscale.search.storage import JOURNAL
 from voxelscale.store import Store
-
-
-def cli(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    base = [sys.executable, "-m", "voxelscale.cli"]
-    return subprocess.run([*base, *map(str, words)], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,9 @@ def test_a_search_finds_the_best_of_its_trials_and_begins_with_the_default(done:
     assert 0.5 < utilisation(results, 0) <= 1
 
 
-def test_the_best_config_is_what_train_takes(done: Path, store: Store, tmp_path: Path) -> None:
+def test_the_best_config_is_what_train_takes(
+    done: Path, store: Store, tmp_path: Path, voxelscale: Command
+) -> None:
     best = results_in(done).best
     assert best is not None
     config = load(done / "best.yaml")
@@ -55,8 +60,10 @@ def test_the_best_config_is_what_train_takes(done: Path, store: Store, tmp_path:
         best.params["model.filters"],
     )
     assert (config.train.validate_at, config.train.samples) == ((), 40)
-    trained = cli("-q", "train", store.path, tmp_path / "run", "--config", done / "best.yaml")
-    assert trained.returncode == 0, trained.stderr
+    code, _, errors = voxelscale(
+        "-q", "train", store.path, tmp_path / "run", "--config", done / "best.yaml"
+    )
+    assert code == 0, errors
     assert (tmp_path / "run" / "model.vxs").is_file()
 
 
@@ -75,63 +82,74 @@ def test_the_same_command_again_adds_what_is_wanted_and_repeats_nothing(
     assert "best trial" in out
 
 
-def test_status_and_report_are_for_anybody_at_any_time(done: Path) -> None:
-    status = cli("search", "status", done, "--follow")
-    assert status.returncode == 0
-    assert "done" in status.stdout
-    assert "best Dice" in status.stdout
+def test_status_and_report_are_for_anybody_at_any_time(done: Path, voxelscale: Command) -> None:
+    code, out, _ = voxelscale("search", "status", done, "--follow")
+    assert code == 0
+    assert "done" in out
+    assert "best Dice" in out
     (done / "search.html").unlink()
-    assert cli("search", "report", done).returncode == 0
+    assert voxelscale("search", "report", done)[0] == 0
     assert "parallel" in (done / "search.html").read_text().lower()
 
 
-def test_another_definition_is_refused_in_the_same_folder(done: Path, store: Store, tiny: Config) -> None:
+def test_another_definition_is_refused_in_the_same_folder(
+    done: Path, store: Store, tiny: Config, voxelscale: Command
+) -> None:
     config = searched(tiny, {"optim.lr": {"float": [1e-4, 1e-2]}})
-    refused = cli("search", store.path, done, "--config", _written(config, done))
-    assert refused.returncode == 2
-    assert "another search.space" in told(refused.stderr)[0]
+    code, _, errors = voxelscale("search", store.path, done, "--config", _written(config, done))
+    assert code == 2
+    assert "another search.space" in told(errors)[0]
     config = replace(searched(tiny), model=replace(tiny.model, depth=3))
-    refused = cli("search", store.path, done, "--config", _written(config, done))
-    assert "another model.depth" in told(refused.stderr)[0]
+    code, _, errors = voxelscale("search", store.path, done, "--config", _written(config, done))
+    assert "another model.depth" in told(errors)[0]
 
 
-def test_a_warm_start_takes_comparable_trials_as_known(done: Path, store: Store, tiny: Config) -> None:
-    out = done.parent / "warm"
+def test_a_warm_start_takes_comparable_trials_as_known(
+    done: Path, store: Store, tiny: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = searched(tiny, trials=1, warm_start=str(done))
-    said = finish(command(config, store.path, out))
-    assert "trials taken as known" in said
-    known, earlier = results_in(out), results_in(done)
+    known, earlier = search_emulated(config, store.path, done.parent / "warm", Emulated()), results_in(done)
+    assert "trials taken as known" in capsys.readouterr().err
     assert {t.values for t in earlier.done} <= {t.values for t in known.done}
     assert len(known.done) == len(earlier.done) + 1, "they do not count towards what is wanted"
-    other = done.parent / "other"
     config = searched(tiny, trials=2, samples=24, warm_start=str(done))
-    assert "are tried first" in finish(command(config, store.path, other))
+    other = search_emulated(config, store.path, done.parent / "other", Emulated())
+    assert "are tried first" in capsys.readouterr().err
     best = earlier.best
     assert best is not None
-    assert best.params in [t.params for t in results_in(other).trials]
+    assert best.params in [t.params for t in other.trials]
 
 
-def test_what_cannot_run_is_not_run_and_does_not_count(store: Store, tiny: Config, tmp_path: Path) -> None:
+def test_what_cannot_run_is_not_run_and_does_not_count(
+    store: Store,
+    tiny: Config,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker, "PATIENCE", 25)
     space = {"data.patch_size": {"int": [16, 144], "step": 64}, "model.depth": {"categorical": [2, 7]}}
-    config = searched(tiny, space, trials=2, memory_gib=0.25, samples=8)
-    said = finish(command(config, store.path, tmp_path / "out"))
-    results = results_in(tmp_path / "out")
+    config = searched(tiny, space, trials=2, memory_gib=0.25, samples=8, sampler="random")
+    train = Emulated()
+    results = search_emulated(config, store.path, tmp_path / "out", train)
     assert [dict(t.params) for t in results.done] == [{"data.patch_size": 16, "model.depth": 2}]
     notes = {t.note for t in results.trials if t.state == "infeasible"}
     assert any("GiB are there" in note for note in notes), notes
     assert any("pooled" in note for note in notes), notes
-    assert "nothing new in the space" in said
+    assert "nothing new in the space" in capsys.readouterr().err
+    assert len(train.trained) == 1
     assert not (tmp_path / "out" / "trials" / "0001").exists()
 
 
 def test_a_trial_that_runs_out_of_memory_is_infeasible_and_not_a_failure(
     store: Store, tiny: Config, tmp_path: Path
 ) -> None:
-    """The search is told of more memory than there is; the training itself finds out."""
+    """The search is given more memory than there is; the training itself finds out."""
     space = {"data.patch_size": {"categorical": [[16, 16, 16], [1600, 1600, 1600]]}}
     config = searched(tiny, space, sampler="grid", memory_gib=1e6, samples=8)
-    finish(command(config, store.path, tmp_path / "out"))
-    states = [(t.state, t.note) for t in results_in(tmp_path / "out").trials]
+    train = Emulated(ending=lambda c: "finished" if c.data.patch_size[0] == 16 else "out of memory")
+    results = search_emulated(config, store.path, tmp_path / "out", train)
+    states = [(t.state, t.note) for t in results.trials]
     assert states == [("done", ""), ("infeasible", "out of memory while it trained")]
 
 
@@ -144,23 +162,121 @@ def test_a_space_in_which_nothing_can_run_is_told(store: Store, tiny: Config, tm
 
 def test_a_grid_is_run_once_each(store: Store, tiny: Config, tmp_path: Path) -> None:
     space = {"model.filters": {"int": [2, 4], "step": 2}, "model.norm": {"categorical": ["batch", "none"]}}
-    config = searched(tiny, space, sampler="grid", samples=8)
-    finish(command(config, store.path, tmp_path / "out", "--workers", "2"))
-    points = [json.dumps(dict(t.params)) for t in results_in(tmp_path / "out").done]
+    config = searched(tiny, space, sampler="grid", samples=8, workers=2)
+    results = search_emulated(config, store.path, tmp_path / "out", Emulated())
+    points = [json.dumps(dict(t.params)) for t in results.done]
     assert len(points) == len(set(points)) == 4
 
 
 def test_a_trial_that_diverges_is_told_and_learned_from(store: Store, tiny: Config, tmp_path: Path) -> None:
     space = {"optim.lr": {"categorical": [1e-3, 1e30]}, "model.filters": {"int": [2, 4], "step": 2}}
     config = searched(tiny, space, trials=4, sampler="grid", samples=16)
-    config = replace(config, optim=replace(config.optim, clip=0.0, warmup=0.0))
-    finish(command(config, store.path, tmp_path / "out"))
-    results = results_in(tmp_path / "out")
+    train = Emulated(ending=lambda c: "diverged" if c.optim.lr > 1 else "finished")
+    results = search_emulated(config, store.path, tmp_path / "out", train)
     states = {(t.params["optim.lr"], t.state) for t in results.trials}
     assert states == {(1e-3, "done"), (1e30, "diverged")}
-    assert all("diverged" in t.note for t in results.trials if t.state == "diverged")
+    assert all(t.note == "made up" for t in results.trials if t.state == "diverged")
+    values = {t.value for t in reopen(tmp_path / "out").study.get_trials() if t.params["optim.lr"] == 1e30}
+    assert values == {0.0}, "the worst Dice, from which samplers learn"
     assert results.best is not None
     assert results.best.params["optim.lr"] == 1e-3
+
+
+def test_a_training_that_fails_is_tried_once_more(store: Store, tiny: Config, tmp_path: Path) -> None:
+    endings = iter(["failed", "finished"])
+    train = Emulated(ending=lambda config: next(endings))  # type: ignore[arg-type]
+    (trial,) = search_emulated(searched(tiny, trials=1), store.path, tmp_path / "out", train).trials
+    assert trial.state == "done"
+    assert len(trial.stretches) == len(train.trained) == 2
+    first, second = (t.run for t in train.trained)
+    assert (second / "config.yaml").is_file()
+    assert not first.exists(), "the second went on in a copy of it"
+    assert not (second / "checkpoints").exists(), "nobody will go on with it"
+
+
+def test_a_worker_whose_trainings_keep_failing_gives_up(store: Store, tiny: Config, tmp_path: Path) -> None:
+    train = Emulated(ending=lambda config: "failed")
+    config = searched(tiny, trials=9)
+    with pytest.raises(VoxelscaleError, match="3 trainings in a row failed: made up"):
+        search_emulated(config, store.path, tmp_path / "out", train)
+    results = results_in(tmp_path / "out")
+    assert [(t.state, t.note, len(t.stretches)) for t in results.trials] == [("failed", "made up", 2)] * 3
+
+
+def test_a_training_that_takes_too_long_has_failed(store: Store, tiny: Config, tmp_path: Path) -> None:
+    config = searched(tiny, trials=1, trial_seconds=45)
+    train = Emulated(ending=lambda config: "late")
+    (trial,) = search_emulated(config, store.path, tmp_path / "out", train).trials
+    assert (trial.state, trial.note) == ("failed", "took too long")
+    assert [t.seconds for t in train.trained] == [45]
+
+
+def test_a_stopped_worker_hands_its_trial_over(store: Store, tiny: Config, tmp_path: Path) -> None:
+    wishes: list[bool] = []
+    config, out = searched(tiny, trials=2), tmp_path / "out"
+    train = Emulated(meanwhile=lambda training: wishes.append(True))
+    stopped = search_emulated(config, store.path, out, train, lambda: bool(wishes))
+    assert [t.state for t in stopped.trials] == ["waiting"], "at once, no lease is awaited"
+    results = search_emulated(config, store.path, out, Emulated())
+    assert [(t.state, len(t.stretches)) for t in results.trials] == [("done", 2), ("done", 1)]
+
+
+def test_hopeless_trials_are_pruned_at_their_rung(store: Store, tiny: Config, tmp_path: Path) -> None:
+    space = {"optim.lr": {"categorical": [1e-2, 1e-9, 1e-8]}}
+    config = searched(tiny, space, samples=2000, sampler="grid", pruner="asha", factor=5)
+    results = search_emulated(config, store.path, tmp_path / "out", Emulated())
+    assert [t.state for t in results.trials] == ["done", "pruned", "pruned"]
+    assert [[samples for samples, _ in t.curve] for t in results.trials] == [[400, 2000], [400], [400]]
+
+
+def test_a_trial_that_was_pruned_past_its_rung_is_not_asked_again(
+    store: Store, tiny: Config, tmp_path: Path
+) -> None:
+    """What an attempt was let past, its successor is too, however good the others have become since."""
+    space = {"optim.lr": {"categorical": [1e-9, 1e-2, 1e-3]}}
+    config = searched(tiny, space, samples=2000, sampler="grid", pruner="asha", factor=5)
+    out, wishes = tmp_path / "out", list[bool]()
+    search_emulated(
+        config, store.path, out, Emulated(meanwhile=lambda _: wishes.append(True)), lambda: bool(wishes)
+    )
+    results = search_emulated(config, store.path, out, Emulated())
+    (first,) = (t for t in results.trials if t.params["optim.lr"] == 1e-9)
+    assert (first.state, len(first.stretches)) == ("done", 2)
+
+
+def test_two_workers_share_one_search(store: Store, tiny: Config, tmp_path: Path) -> None:
+    config = searched(tiny, trials=5, workers=2)
+    train = Emulated(meanwhile=lambda training: time.sleep(0.1))
+    results = search_emulated(config, store.path, tmp_path / "out", train)
+    assert [t.state for t in results.trials] == ["done"] * 5
+    assert len({tuple(t.params.items()) for t in results.trials}) == 5
+    assert len({s.worker for t in results.trials for s in t.stretches}) == 2
+
+
+def test_a_journal_cut_in_mid_write_is_gone_on_with(store: Store, tiny: Config, tmp_path: Path) -> None:
+    config, out, wishes = searched(tiny, trials=2), tmp_path / "out", list[bool]()
+    train = Emulated(meanwhile=lambda training: wishes.append(True))
+    search_emulated(config, store.path, out, train, lambda: bool(wishes))
+    os.truncate(out / JOURNAL, (out / JOURNAL).stat().st_size - 5)
+    results = search_emulated(config, store.path, out, Emulated())
+    assert [t.state for t in results.trials] == ["done"] * 2
+
+
+def test_a_database_that_restarts_is_waited_for(
+    store: Store, tiny: Config, tmp_path: Path, postgresql: Server
+) -> None:
+    out = tmp_path / "out"
+    shared = {"study": str(tmp_path), "storage": postgresql.url}
+    config = searched(tiny, trials=3, lease_seconds=20, workers=2, **shared)  # type: ignore[arg-type]
+    once = iter([True])
+
+    def restart(training: Training) -> None:
+        if next(once, False):
+            postgresql.stop()
+            threading.Timer(3, postgresql.start).start()
+
+    results = search_emulated(config, store.path, out, Emulated(meanwhile=restart))
+    assert [t.state for t in results.trials] == ["done"] * 3
 
 
 def test_a_trial_that_kills_its_workers_is_given_up(store: Store, tiny: Config, tmp_path: Path) -> None:
@@ -178,9 +294,8 @@ def test_a_trial_that_kills_its_workers_is_given_up(store: Store, tiny: Config, 
 
 
 def test_several_objectives_have_a_front(store: Store, tiny: Config, tmp_path: Path) -> None:
-    config = searched(tiny, trials=3, samples=8, objectives=("dice", "parameters"))
-    finish(command(config, store.path, tmp_path / "out", "--workers", "2"))
-    results = results_in(tmp_path / "out")
+    config = searched(tiny, trials=3, samples=8, objectives=("dice", "parameters"), workers=2)
+    results = search_emulated(config, store.path, tmp_path / "out", Emulated())
     assert all(len(t.values) == 2 and t.values[1] > 100 for t in results.done)
     assert 1 <= len(results.front) <= 3
     assert "Pareto" in (tmp_path / "out" / "search.html").read_text()
@@ -197,20 +312,20 @@ def test_several_objectives_have_a_front(store: Store, tiny: Config, tmp_path: P
     ],
 )
 def test_a_faulty_search_is_told_in_two_lines(
-    store: Store, tmp_path: Path, words: list[str], message: str, hint: str
+    store: Store, tmp_path: Path, words: list[str], message: str, hint: str, voxelscale: Command
 ) -> None:
-    refused = cli("search", store.path, tmp_path / "out", *words)
-    assert refused.returncode == 2
-    lines = told(refused.stderr)
+    code, _, errors = voxelscale("search", store.path, tmp_path / "out", *words)
+    assert code == 2
+    lines = told(errors)
     assert message in lines[0]
     assert hint in lines[1]
 
 
-def test_no_search_there_is_told(tmp_path: Path) -> None:
+def test_no_search_there_is_told(tmp_path: Path, voxelscale: Command) -> None:
     for verb in ("status", "report"):
-        refused = cli("search", verb, tmp_path)
-        assert refused.returncode == 2
-        assert "no search there" in told(refused.stderr)[0]
+        code, _, errors = voxelscale("search", verb, tmp_path)
+        assert code == 2
+        assert "no search there" in told(errors)[0]
 
 
 def _written(config: Config, beside: Path) -> Path:

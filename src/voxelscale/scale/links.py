@@ -122,7 +122,7 @@ def parse_link(text: str) -> Link:
     alpha in ns, us, ms or s; beta in B/s, kB/s, MB/s, GB/s, in bits (Gb/s) or in powers of two (GiB/s).
 
     Raises:
-        VoxelscaleError: neither; it names the part that is amiss.
+        VoxelscaleError: neither; it names the part that is wrong.
     """
     text = text.strip()
     if "=" not in text:

@@ -42,7 +42,7 @@ SIZES = tuple(4**power for power in range(1, 14))
 """Bytes of the all-reduces that `measure_link` times: 4 to 64 MiB."""
 
 DRAWS = 64
-"""Micro-batches whose making is timed: as the dear augmentations are rare, few would miss them."""
+"""Micro-batches whose making is timed: expensive augmentations are rare, so that a few would miss them."""
 
 Mark = Any
 """A point in time: seconds on the CPU, an event on a GPU."""
@@ -245,7 +245,7 @@ class _Worker:
         """Making the network's input, for each of several micro-batches."""
         taken = []
         for samples in self.batches(count):
-            # The least of three: what the batch drew is the same each time, what else disturbed is not.
+            # The minimum of three: the draws are the same each time, other load on the machine is not.
             taken.append(min(self._making_seconds(samples) for _ in range(3)))
         return tuple(taken)
 
@@ -380,9 +380,9 @@ def _link_rank(workers: Workers, sizes: Sequence[int], rounds: int) -> dict[str,
             seconds = _between(started, _mark(workers.device)) / repeats
             if turn:  # the first warms up
                 times[number].append(seconds)
-    # The least: what else the machine does only ever adds.
-    least = [min(t) for t in times]
-    return {"backend": dist.get_backend(), "sizes": list(sizes), "seconds": least}
+    # The minimum: other load on the machine only ever adds.
+    fastest = [min(t) for t in times]
+    return {"backend": dist.get_backend(), "sizes": list(sizes), "seconds": fastest}
 
 
 def _check_rank(workers: Workers, config: Config, store: Store, rounds: int) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from voxelscale.config import Config, load, to_dict
 from voxelscale.config.renamed import with_first_names
 from voxelscale.console import Progress, count, notice
 from voxelscale.errors import VoxelscaleError
+from voxelscale.experiments.once import samples_seen
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.train.clock import Clock
-from voxelscale.train.log import read_events
 from voxelscale.train.optim import peak_rate
 from voxelscale.train.recipes import resolve
 
@@ -52,7 +52,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """For files: by what it is trained with, so that recipes that come to the same share it."""
+        """For files: by what it is trained with, so that recipes of the same settings share it."""
         return f"w{self.workers:04d}_s{self.seed}_{_trained(self.config)[:8]}"
 
     @property
@@ -70,7 +70,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialScore:
-    """What a trial came to.
+    """Result of a trial.
 
     Attributes:
         dice: of the final model on the validation scans; 0 where the training diverged.
@@ -201,9 +201,8 @@ def run_study(config: Config, out: Path, train_one: TrainOne, jobs: int = 1) -> 
 
 
 def _seen(out: Path, trial: Trial) -> int:
-    """Samples that a trial was trained on by now, as its log has them."""
-    events = read_events(out / "runs" / trial.name)
-    return min(int(events[-1]["samples"]), trial.config.train.samples) if events else 0
+    """Samples that a trial has been trained on so far."""
+    return min(samples_seen(out / "runs" / trial.name), trial.config.train.samples)
 
 
 def _in_parallel(

@@ -1,24 +1,28 @@
-"""One trial of the study as a training command of its own."""
+"""One trial of the study: which real ranks train it, and what came of it."""
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
 
+from voxelscale.errors import VoxelscaleError
+from voxelscale.experiments.once import Order, Training, TrainOnce, train_once
 from voxelscale.scale.study import Stop, Trial, TrialScore
-from voxelscale.train.child import Child, start_child
-from voxelscale.train.log import read_events
 
 
-def train_trial(trial: Trial, run: Path, stop: Stop, *, store: Path, jobs: int) -> TrialScore:
-    """Train it with ``voxelscale train`` in `run`, resuming if it was stopped.
+def train_trial(
+    trial: Trial, run: Path, stop: Stop, *, store: Path, jobs: int, train: TrainOnce = train_once
+) -> TrialScore:
+    """Train it in `run`, resuming if it was stopped.
 
     Real ranks as far as devices go, each emulating its share of the workers.
 
     Args:
         stop: whether it is to save and stop.
         jobs: trainings that share this machine.
+        train: trains once.
 
     Raises:
         KeyboardInterrupt: it was stopped.
@@ -29,17 +33,19 @@ def train_trial(trial: Trial, run: Path, stop: Stop, *, store: Path, jobs: int) 
     virtual = trial.workers // ranks
     how = replace(trial.config.train, ranks=ranks, virtual_workers=virtual, threads=threads)
     config = replace(trial.config, train=how)
-    child = start_child(config, store, run, threads=threads)
-    code = _end_of(child, stop)
-    events = read_events(run)
-    if events and events[-1]["event"] == "diverged":
-        return TrialScore(dice=0.0, diverged=True)
-    if code == 130 or stop.at_once:
+
+    def order() -> Order:
+        return "kill" if stop.at_once else "stop" if stop.asked else "go on"
+
+    # However long its last step takes: it is stopped at once only where that is asked for.
+    result = train(Training(config=config, store=store, run=run, threads=threads, grace=math.inf), order)
+    if result.ending in ("stopped", "killed"):
         raise KeyboardInterrupt
-    if code != 0:
-        raise child.fault()
-    curve = [(int(e["samples"]), float(e["dice"])) for e in events if e["event"] == "validation"]
-    return TrialScore(dice=curve[-1][1], curve=tuple(curve))
+    if result.ending == "diverged":
+        return TrialScore(dice=0.0, diverged=True)
+    if result.ending != "finished" or result.dice is None:
+        raise result.fault or VoxelscaleError(f"{run}: its training has no validation", "train it alone")
+    return TrialScore(dice=result.dice, curve=result.curve)
 
 
 def real_ranks(workers: int, wanted: int, jobs: int) -> int:
@@ -54,14 +60,3 @@ def real_ranks(workers: int, wanted: int, jobs: int) -> int:
 
         wanted = max(1, torch.cuda.device_count() // jobs)
     return max(n for n in range(1, min(wanted, workers) + 1) if workers % n == 0)
-
-
-def _end_of(child: Child, stop: Stop) -> int:
-    """Its exit code; the study's request to stop is passed on, because it has no terminal that sends
-    Ctrl-C."""
-    while (code := child.wait(0.1)) is None:
-        if stop.at_once:
-            child.kill()
-        elif stop.asked:
-            child.ask_to_stop()
-    return code

@@ -1,232 +1,177 @@
-"""One attempt at a trial: a training in processes of its own, watched through what it writes.
+"""One attempt at a trial: trained in a folder of its own, and recorded in the study.
 
-Only the worker that owns the trial talks to the study; the training's ranks know nothing of it. The
-parameters are frozen into a config file before the training starts, the validation Dice comes back
-through ``metrics.jsonl``, and a file asks all ranks to stop together.
+Only the worker that owns the trial talks to the study; the training knows nothing of it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from voxelscale.config import Config
-from voxelscale.errors import VoxelscaleError
-from voxelscale.train.child import Child, start_child
-from voxelscale.train.log import OUT_OF_MEMORY, STOP_FILE
+from voxelscale.experiments.once import (
+    Order,
+    Training,
+    TrainingResult,
+    TrainOnce,
+    copy_run,
+    drop_checkpoints,
+)
+from voxelscale.search.definition import Search, marks_of
+from voxelscale.search.lease import CONTINUES, EARLIER, Lease, end_trial, hand_over, superseded
+from voxelscale.search.place import Place
+from voxelscale.search.records import CURVE, ENDED, NOTE, OUTCOME
+from voxelscale.search.results import State
+from voxelscale.search.sampling import should_prune
+from voxelscale.search.storage import patiently
 
-POLL = 0.5
-"""Seconds between checks of a running training."""
 
-GRACE = 30.0
-"""Seconds that a training has to save and stop before it is killed."""
-
-Ending = Literal["finished", "pruned", "stopped", "lost", "late", "diverged", "out of memory", "failed"]
-
-
-FATAL: dict[str, Ending] = {"diverged": "diverged", OUT_OF_MEMORY: "out of memory"}
-"""Events that say why a training failed."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """What is to be trained, where and by what.
-
-    Attributes:
-        config: of the training, frozen.
-        store: what `voxelscale prepare` wrote.
-        run: the training's folder.
-        marks: samples after which its validation Dice is reported, the budget among them.
-        threads: of each rank.
-        environment: laid over this process's own, as ``CUDA_VISIBLE_DEVICES``.
-        seconds: after which it is ended; 0: no limit.
-    """
-
-    config: Config
-    store: Path
-    run: Path
-    marks: Sequence[int]
-    threads: int
-    environment: Mapping[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttemptResult:
-    """How an attempt ended.
-
-    Attributes:
-        ending: in a word.
-        dice: of the last validation; None where there was none.
-        fault: its error, if it failed.
-    """
-
-    ending: Ending
-    dice: float | None = None
-    fault: VoxelscaleError | None = None
-
-
-def run_attempt(
-    attempt: Attempt,
-    report: Callable[[int, float], bool],
-    stopped: Callable[[], bool],
-    lost: Callable[[], bool],
-) -> AttemptResult:
-    """Train until the budget is spent, the trial is pruned, or something ends it.
+    """An attempt at a trial by the worker that owns it.
 
     Args:
-        report: called with (samples, validation Dice) once for each mark; returns whether to prune.
-        stopped: whether this worker was asked to stop.
-        lost: whether the trial has been taken over by another.
-    """
-    child = start_child(
-        attempt.config,
-        attempt.store,
-        attempt.run,
-        threads=attempt.threads,
-        environment=attempt.environment,
-    )
-    try:
-        return _watch(child, attempt, report, stopped, lost)
-    finally:
-        if child.poll() is None:
-            child.kill()
-
-
-def _watch(
-    child: Child,
-    attempt: Attempt,
-    report: Callable[[int, float], bool],
-    stopped: Callable[[], bool],
-    lost: Callable[[], bool],
-) -> AttemptResult:
-    begun, curve = time.monotonic(), Curve(attempt.run, attempt.marks)
-    while True:
-        code = child.wait(POLL)
-        for samples, dice in curve.new():
-            if report(samples, dice):
-                _stop(child)
-                return AttemptResult(ending="pruned", dice=dice)
-        if code is not None:
-            return _ended(child, code, curve)
-        if lost():
-            child.kill()
-            return AttemptResult(ending="lost", dice=curve.dice)
-        if stopped():
-            _stop(child)
-            return AttemptResult(ending="stopped", dice=curve.dice)
-        if 0 < attempt.seconds < time.monotonic() - begun:
-            _stop(child)
-            return AttemptResult(ending="late", dice=curve.dice)
-
-
-def _ended(child: Child, code: int, curve: Curve) -> AttemptResult:
-    if code == 0:
-        return AttemptResult(ending="finished", dice=curve.dice)
-    if curve.fatal:
-        return AttemptResult(ending=FATAL[curve.fatal], dice=curve.dice, fault=child.fault())
-    return AttemptResult(ending="failed", dice=curve.dice, fault=child.fault())
-
-
-def _stop(child: Child) -> None:
-    """All ranks together, with a checkpoint if they can."""
-    with contextlib.suppress(OSError):
-        child.ask_to_stop()
-    if child.wait(GRACE) is None:
-        child.kill()
-
-
-class Curve:
-    """The validations of a training, read from its ``metrics.jsonl`` while it is written.
-
-    A training resumed from a checkpoint first drops the events after it by renaming a shortened
-    file into place, and they come again; each mark is still reported once.
+        search: that the trial is of.
+        trial: running, and owned by this process.
 
     Attributes:
-        dice: of the newest validation; None before the first.
-        fatal: event of `FATAL` that the training ended with; "" where there was none.
-
-    Args:
-        run: the training's folder.
-        marks: samples after which a validation is reported; one taken a little later, at the end of a
-            global batch, counts for the mark before it.
+        pruned: whether the training was stopped as hopeless.
     """
 
-    def __init__(self, run: Path, marks: Sequence[int]) -> None:
-        self.dice: float | None = None
-        self.fatal = ""
-        self._path, self._marks = run / "metrics.jsonl", sorted(marks)
-        self._told: set[int] = set()
-        self._inode, self._offset = -1, 0
+    def __init__(self, search: Search, trial: Trial) -> None:
+        self.search, self.trial, self.pruned = search, trial, False
 
-    def new(self) -> list[tuple[int, float]]:
-        """(mark, Dice) of the validations that have come since the last call."""
-        found = []
-        for event in self._events():
-            if event["event"] in FATAL:
-                self.fatal = event["event"]
-            if event["event"] != "validation":
-                continue
-            self.dice = float(event["dice"])
-            mark = max((m for m in self._marks if m <= event["samples"]), default=None)
-            if mark is not None and mark not in self._told:
-                self._told.add(mark)
-                found.append((mark, self.dice))
-        return found
+    @property
+    def folder(self) -> Path:
+        """Of the training."""
+        return _folder(self.search, self.trial.number)
 
-    def _events(self) -> list[dict[str, Any]]:
+    @cached_property
+    def earlier(self) -> list[FrozenTrial]:
+        """The attempts that this one continues, the newest first."""
+        trials = self.search.study.get_trials(deepcopy=False)
+        chain, number = [], self.trial.user_attrs.get(CONTINUES)
+        while number is not None:
+            chain.append(trials[number])
+            number = trials[number].user_attrs.get(CONTINUES)
+        return chain
+
+    def train(
+        self, config: Config, place: Place, lease: Lease, stopped: Callable[[], bool], train: TrainOnce
+    ) -> TrainingResult:
+        """Train from where the attempt before this one stopped.
+
+        Args:
+            stopped: whether this worker was asked to stop.
+            train: trains once.
+
+        Raises:
+            VoxelscaleError: the earlier attempt's folder cannot be copied.
+        """
+        for old in self.earlier:
+            copy_run(_folder(self.search, old.number), self.folder)
+        limit = self.search.config.search.trial_seconds
+        training = Training(
+            config=config,
+            store=self.search.store,
+            run=self.folder,
+            threads=place.threads,
+            environment=place.environment,
+            seconds=max(1.0, limit - self._seconds()) if limit else math.inf,
+        )
+        marks, reported = marks_of(config), set[int]()
+        passed = max((samples for old in self.earlier for samples in old.intermediate_values), default=0)
+
+        def order() -> Order:
+            return "kill" if lease.lost else "stop" if stopped() else "go on"
+
+        def validated(samples: int, dice: float) -> bool:
+            # One that was taken a little later, at the end of a global batch, counts for its rung.
+            mark = max((m for m in marks if m <= samples), default=None)
+            if mark is None or mark in reported or self.pruned:
+                return False
+            reported.add(mark)
+            hopeless = self._report(mark, dice)
+            self.pruned = hopeless and mark > passed  # an earlier attempt was let past the others
+            return self.pruned
+
+        return train(training, order, validated)
+
+    def _report(self, samples: int, dice: float) -> bool:
+        """Report a validation to the study; whether it finds the trial hopeless."""
+        study, trial = self.search.study, self.trial
         try:
-            with self._path.open("rb") as handle:
-                inode = os.fstat(handle.fileno()).st_ino
-                if inode != self._inode:
-                    self._inode, self._offset = inode, 0
-                handle.seek(self._offset)
-                text = handle.read()
-        except FileNotFoundError:
-            return []
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        events = []
-        for line in whole.splitlines():
-            with contextlib.suppress(ValueError):
-                events.append(json.loads(line))
-        return events
+            if len(self.search.config.search.objectives) > 1:  # for which Optuna takes no reports
+                curve = [*trial.user_attrs.get(CURVE, []), [samples, dice]]
+                patiently(lambda: trial.set_user_attr(CURVE, curve))
+                return False
+            patiently(lambda: trial.report(dice, samples))
+            if samples >= self.search.samples:
+                return False
+            trials = study.get_trials(deepcopy=False)
+            return should_prune(study, trials[trial.number], sorted(superseded(trials)))
+        except UpdateFinishedTrialError:
+            return False  # taken over: the lease says so, too
+
+    def hand_over(self, count: str = "") -> None:
+        """Let the next worker resume the trial.
+
+        Args:
+            count: as of `lease.hand_over`.
+        """
+        frozen = self.search.study.get_trials(deepcopy=False)[self.trial.number]
+        hand_over(self.search.study, frozen, ended=time.time(), count=count)
+
+    def record(
+        self,
+        state: State,
+        limits: Mapping[str, float],
+        note: str = "",
+        dice: float = 0.0,
+        parameters: int = 0,
+    ) -> None:
+        """End the trial in the study, and drop what only a next attempt would need.
+
+        Samplers learn from all but what failed or was pruned: what diverged or cannot run has the worst
+        Dice. A trial that was taken over meanwhile is left as it is.
+
+        Args:
+            limits: its constraints (`voxelscale.search.feasible.constraints`).
+            note: one line for people.
+            dice: of its last validation.
+            parameters: of its network.
+        """
+        study, trial, ended = self.search.study, self.trial, time.time()
+        attributes = {OUTCOME: state, NOTE: note, ENDED: ended}
+        try:
+            for key, value in limits.items():
+                patiently(partial(trial.set_constraint, key, value))
+            for name, fact in attributes.items():
+                patiently(partial(trial.set_user_attr, name, fact))
+        except UpdateFinishedTrialError:
+            return
+        values = {"dice": dice, "time": self._seconds(ended), "parameters": float(parameters)}
+        if state in ("failed", "pruned"):
+            patiently(lambda: end_trial(study, trial.number, TrialState.PRUNED))
+        else:
+            wanted = [values[name] for name in self.search.config.search.objectives]
+            patiently(lambda: end_trial(study, trial.number, TrialState.COMPLETE, wanted))
+        drop_checkpoints(self.folder)
+        for old in self.earlier:
+            shutil.rmtree(_folder(self.search, old.number), ignore_errors=True)
+
+    def _seconds(self, ended: float | None = None) -> float:
+        """Time spent on the trial by earlier attempts, and by this one where it has ended."""
+        stretches: Sequence[Mapping[str, float]] = self.trial.user_attrs.get(EARLIER, [])
+        now = 0.0 if ended is None else ended - self.trial.user_attrs["owner"]["begun"]
+        return now + sum(float(s["ended"]) - float(s["begun"]) for s in stretches)
 
 
-def copy_run(old: Path, new: Path) -> bool:
-    """Start a run from the state of another, in a folder of its own; False if there is nothing to copy.
-
-    The process that wrote the other may be alive after all, somewhere out of sight: what it writes from
-    now on must not reach the new one, and files that it drops meanwhile are not missed.
-    """
-    if new.exists() or not (old / "config.yaml").is_file():
-        return new.exists()
-    part = new.with_name(f".{new.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        for path in sorted(old.rglob("*")):
-            there = part / path.relative_to(old)
-            if path.is_dir():
-                there.mkdir(parents=True, exist_ok=True)
-            elif not path.name.startswith(".") and path.name != STOP_FILE:
-                there.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.copyfile(path, there)
-        part.rename(new)
-    except OSError as error:
-        raise VoxelscaleError(f"{new}: cannot be written ({error.strerror})", "free some space") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return True
-
-
-def drop_checkpoints(run: Path) -> None:
-    """A trial that has ended is not gone on with; its model and its curves stay."""
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+def _folder(search: Search, number: int) -> Path:
+    return search.out / "trials" / f"{number:04d}"

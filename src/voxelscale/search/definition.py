@@ -10,7 +10,6 @@ from typing import Any
 
 import optuna
 from optuna import Study
-from optuna.exceptions import DuplicatedStudyError
 from optuna.trial import TrialState, create_trial
 
 from voxelscale.config import Config, SearchConfig, Triple, dump, load, to_dict
@@ -198,23 +197,25 @@ def _open_study(config: Config, out: Path, data: str = "") -> Study:
     try:
         if not data:
             return optuna.load_study(study_name=search.study, storage=storage, **tools)
-        study = optuna.create_study(
-            study_name=search.study, storage=storage, directions=directions(search), **tools
-        )
-        study.set_metric_names(list(search.objectives))
-        study.set_user_attr("data", data)
-        study.set_user_attr("defined", defined)
-    except DuplicatedStudyError:
-        study = optuna.load_study(study_name=search.study, storage=storage, **tools)
-        # Who made it a moment ago may not have come to note the digest.
-        noted = study.user_attrs
-        if noted.get("data", data) != data or noted.get("defined", defined) != defined:
-            raise VoxelscaleError(
-                f"the storage holds another search named {search.study}",
-                "choose another name: --set search.study=NAME",
-            ) from None
     except KeyError:
         raise VoxelscaleError(f"{out}: its search is not in the storage", "begin it again") from None
+    study = optuna.create_study(
+        study_name=search.study,
+        storage=storage,
+        directions=directions(search),
+        load_if_exists=True,
+        **tools,
+    )
+    known, facts = study.user_attrs, {"data": data, "defined": defined}
+    if any(known.get(key, value) != value for key, value in facts.items()):
+        raise VoxelscaleError(
+            f"the storage holds another search named {search.study}",
+            "choose another name: --set search.study=NAME",
+        )
+    if not facts.items() <= known.items():  # new, or its maker has not come so far yet
+        study.set_metric_names(list(search.objectives))
+        for key, value in facts.items():
+            study.set_user_attr(key, value)
     return study
 
 
@@ -271,7 +272,7 @@ def _warm_points(search: Search, folder: Path, data: str) -> list[dict[str, Valu
 
 def _import(search: Search, point: Mapping[str, Value], trial: TrialResult, folder: Path) -> None:
     distributions = {p.key: p.distribution for p in search.space.parameters if p.key in point}
-    told = {OUTCOME: "done", IMPORTED: True, NOTE: f"trial {trial.number} of {folder.name}"}
+    facts = {OUTCOME: "done", IMPORTED: True, NOTE: f"trial {trial.number} of {folder.name}"}
     search.study.add_trial(
         create_trial(
             state=TrialState.COMPLETE,
@@ -279,7 +280,7 @@ def _import(search: Search, point: Mapping[str, Value], trial: TrialResult, fold
             distributions=distributions,
             values=list(trial.values),
             intermediate_values=dict(trial.curve),
-            user_attrs=told,
+            user_attrs=facts,
             constraints=dict.fromkeys(CONSTRAINTS, -1.0),
         )
     )

@@ -23,7 +23,7 @@ from typing import Any
 
 from optuna import Study
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from voxelscale.search.storage import is_storage_trouble
 
@@ -133,40 +133,37 @@ def own(trial: Trial, worker: str, devices: Sequence[str]) -> None:
 def hand_over(study: Study, trial: FrozenTrial, *, ended: float | None = None, count: str = "") -> None:
     """Let the next worker resume a running trial whose owner is lost or leaves.
 
-    The successor is there before the old trial is ended: whoever is killed in between leaves one too
-    many, which `stands` finds out, and not one too few.
+    First a successor is queued, then the trial is ended. A process may be killed between the two, and
+    several may do this at once. Either leaves one successor too many, which `is_valid` finds out; the
+    other order could lose the trial.
 
     Args:
         ended: when the owner left, seconds since the epoch; None: at its last beat.
         count: `LOSSES` or `FAULTS`, if this is one more.
     """
     params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+    # Without parameters it was lost before it had drawn any: there is nothing to go on with.
     if params and not _successors(study, trial.number):
         counts = {name: trial.user_attrs.get(name, 0) + (name == count) for name in (LOSSES, FAULTS)}
         attributes = {**counts, CONTINUES: trial.number, EARLIER: stretches_of(trial, ended)}
-        study.add_trial(
-            create_trial(
-                state=TrialState.WAITING,
-                system_attrs={"fixed_params": params},
-                user_attrs=attributes,
-            )
-        )
-    settle(study, trial.number, TrialState.FAIL)
+        study.enqueue_trial(params, user_attrs=attributes)
+    end_trial(study, trial.number, TrialState.FAIL)
 
 
-def stands(study: Study, trial: FrozenTrial) -> bool:
-    """Whether a trial taken from the queue is to be run: it continues none, or it alone continues one."""
+def is_valid(study: Study, trial: FrozenTrial) -> bool:
+    """Whether a trial taken from the queue is to be run: it continues none, or it alone continues one.
+
+    A takeover that was cut off before it ended the old trial is completed.
+    """
     before = trial.user_attrs.get(CONTINUES)
     if before is None:
         return True
-    old = study.get_trials(deepcopy=False)[before]
-    if old.state == TrialState.RUNNING:
-        settle(study, before, TrialState.FAIL)
-        old = study.get_trials(deepcopy=False)[before]
-    return old.state == TrialState.FAIL and min(_successors(study, before)) == trial.number
+    end_trial(study, before, TrialState.FAIL)
+    ended_well = study.get_trials(deepcopy=False)[before].state != TrialState.FAIL
+    return not ended_well and min(_successors(study, before)) == trial.number
 
 
-def settle(study: Study, number: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+def end_trial(study: Study, number: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
     """End a trial; False if another worker has ended it before."""
     try:
         study.tell(number, values, state)
@@ -185,7 +182,7 @@ def superseded(trials: Sequence[FrozenTrial]) -> set[int]:
     return {number for number in before if trials[number].state == TrialState.FAIL}
 
 
-def standing(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+def valid_attempts(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The trials' last attempts; proposals that were dropped, and successors that do not count, are out."""
     gone, first = superseded(trials), dict[int, int]()
     for trial in trials:

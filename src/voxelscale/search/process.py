@@ -15,8 +15,9 @@ from typing import IO, Any
 from voxelscale import console
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search.definition import STORAGE, Search, reopen
+from voxelscale.search.place import Place
 from voxelscale.search.storage import is_storage_trouble
-from voxelscale.search.worker import Place, Worker
+from voxelscale.search.worker import Worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ class Started:
             how = f"a worker was killed by {signal.Signals(-code).name}"
             return VoxelscaleError(how, "the same command resumes")
         try:
-            told = json.loads(said[-1])
-            return VoxelscaleError(told["message"], told["hint"])
+            fault = json.loads(said[-1])
+            return VoxelscaleError(fault["message"], fault["hint"])
         except (IndexError, ValueError, KeyError, TypeError):
             words = said[-1] if said else f"exit code {code}"
             return VoxelscaleError(f"a worker ended: {words}", "the same command resumes")
@@ -85,8 +86,8 @@ def _main(parent: int, facts: dict[str, Any]) -> int:
         if not is_storage_trouble(error):
             raise
         problem = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        told = {"message": f"the storage is out of reach: {problem}", "hint": "the same command resumes"}
-        print(json.dumps(told), file=sys.stderr)
+        fault = {"message": f"the storage is out of reach: {problem}", "hint": "the same command resumes"}
+        print(json.dumps(fault), file=sys.stderr)
         return 2
     return 130 if asked else 0
 

@@ -10,7 +10,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from voxelscale.config import Config, SearchConfig
-from voxelscale.search.lease import CONTINUES, OWNER, standing, stretches_of
+from voxelscale.search.lease import CONTINUES, OWNER, stretches_of, valid_attempts
 from voxelscale.search.results import SearchResults, State, Stretch, TrialResult
 from voxelscale.search.space import Space, keys_of
 
@@ -36,7 +36,7 @@ def directions(config: SearchConfig) -> list[StudyDirection]:
 
 def latest(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The last attempt of each trial, by the first one's number; dropped proposals are left out."""
-    return sorted(standing(trials), key=lambda t: head_of(trials, t))
+    return sorted(valid_attempts(trials), key=lambda t: head_of(trials, t))
 
 
 def head_of(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:

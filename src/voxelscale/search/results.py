@@ -92,7 +92,7 @@ class SearchResults:
 
     @property
     def front(self) -> list[TrialResult]:
-        """The trials that no other is at least as good as in every objective and better in one."""
+        """The Pareto front: trials that no other matches in every objective and beats in one."""
         signs = [1.0 if more else -1.0 for more in self.maximise]
 
         def gains(trial: TrialResult) -> list[float]:

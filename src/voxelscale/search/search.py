@@ -1,8 +1,7 @@
-"""``voxelscale search``: start workers, show how far they are, and leave the best config behind."""
+"""``voxelscale search``: start workers, show their progress, and write the best config."""
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -16,12 +15,12 @@ from voxelscale.console import Progress, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search.definition import Search, begin, write_best
 from voxelscale.search.lease import OWNER, stretches_of
+from voxelscale.search.place import Place, plan_places
 from voxelscale.search.process import Started, start_worker
 from voxelscale.search.records import ENDED, MAXIMISED, UNFINISHED, counted, read_results, state_of
 from voxelscale.search.report import write_report
 from voxelscale.search.results import SearchResults
 from voxelscale.search.storage import patiently
-from voxelscale.search.worker import Place
 from voxelscale.store import open_store
 from voxelscale.train.judges import require_validation
 
@@ -44,7 +43,7 @@ def search(config: Config, store: Path, out: Path) -> SearchResults:
     """
     require_validation(open_store(store), config)
     begun = begin(config, store, out)
-    places = plan_places(config)
+    places = plan_places(config.search)
     try:
         with _sigterm_as_interrupt():
             _oversee(begun, places)
@@ -72,37 +71,6 @@ def retrain_best(out: Path, store: Path) -> int:
         return 130
     print(f"model in {run / 'model.vxs'}")
     return 0
-
-
-def plan_places(config: Config) -> list[Place]:
-    """The devices of each worker on this machine.
-
-    Raises:
-        VoxelscaleError: there are fewer GPUs than one trial needs.
-    """
-    search, gpus = config.search, _gpus()
-    each = search.devices_per_trial
-    if not gpus:
-        count = search.workers or 1
-        names = [str(device) for device in range(each)]
-        return [Place(devices=tuple(names), cuda=False, sharers=count) for _ in range(count)]
-    count = search.workers or len(gpus) // each
-    if count < 1 or count * each > len(gpus):
-        raise VoxelscaleError(
-            f"{max(1, count)} workers with {each} GPUs each; {len(gpus)} are there",
-            "lower search.workers or search.devices_per_trial",
-        )
-    groups = [tuple(gpus[place * each : (place + 1) * each]) for place in range(count)]
-    return [Place(devices=group, cuda=True, sharers=count) for group in groups]
-
-
-def _gpus() -> list[str]:
-    """Names for ``CUDA_VISIBLE_DEVICES`` of the GPUs that this process may use."""
-    import torch
-
-    count = torch.cuda.device_count()
-    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return given[:count] if given else [str(device) for device in range(count)]
 
 
 def _oversee(search: Search, places: list[Place]) -> None:

@@ -1,0 +1,1 @@
+"""Many trainings: what a search, a scaling study and cross-validation share."""
