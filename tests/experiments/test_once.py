@@ -141,7 +141,7 @@ def test_one_that_somebody_kills_has_failed(tiny: Config, store: Store, run: Pat
 
 
 def test_one_that_diverges_says_so(tiny: Config, store: Store, run: Path) -> None:
-    wild = replace(tiny, optim=replace(tiny.optim, name="sgd", lr=1e30, clip=0.0, warmup=0.0))
+    wild = replace(tiny, optim=replace(tiny.optim, name="sgd", lr=1e30, gradient_clipping=0.0, warmup=0.0))
     wild = replace(wild, model=replace(wild.model, norm="none"))
     result = train_once(training(wild, store, run), go_on)
     assert result.ending == "diverged"

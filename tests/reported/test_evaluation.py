@@ -17,12 +17,12 @@ from tests.conftest import Command
 from tests.evaluate.test_evaluate import finding
 
 from voxelscale.dataset.listing import list_sources
+from voxelscale.dataset.stamps import source_stamp
 from voxelscale.files import digest_of
 from voxelscale.findings import lesions_of_mask, read_findings, write_findings
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan
 from voxelscale.predict.record import record_cases
-from voxelscale.store.prepare import source_stamp
 
 HEALTHY = ("--set", "reading.allow_empty=true")
 

@@ -21,7 +21,8 @@ WARNING = "no lesion in the 1 validation scan: they cannot select a model, so mo
 def config(tiny: Config, tmp_path: Path) -> Path:
     settings = replace(
         tiny,
-        prepare=replace(tiny.prepare, spacing=(2, 1, 1), split=(2, 1, 0), allow_empty=True, plan=False),
+        prepare=replace(tiny.prepare, spacing=(2, 1, 1), split=(2, 1, 0), plan=False),
+        reading=replace(tiny.reading, allow_empty=True),
         train=replace(tiny.train, samples=24, validate_every=8, checkpoint_every=8),
     )
     path = tmp_path / "config.yaml"

@@ -21,13 +21,14 @@ from tests.conftest import Command, read_pair
 from voxelscale.config import PrepareConfig, ReadingConfig
 from voxelscale.dataset.listing import Source, list_scans, list_sources
 from voxelscale.dataset.reading import read_truth
+from voxelscale.dataset.stamps import label_stamp, source_stamp
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output, write_sealed
 from voxelscale.formats import WRITTEN, files_of, read_label, read_scan, write_scan
 from voxelscale.geometry import Scan
 from voxelscale.store import Store, case_path, open_case, open_store, write_case
 from voxelscale.store.lesions import resample_mask
-from voxelscale.store.prepare import label_stamp, prepare_case, source_stamp
+from voxelscale.store.prepare import prepare_case
 
 Reported = Callable[..., Path]
 ALL_TRAIN = ("prepare.workers=1", "prepare.plan=false", "prepare.split=[1,0,0]", "prepare.spacing=[2,1,1]")

@@ -352,7 +352,9 @@ def test_reading_a_damaged_case_names_it(store: Store, tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_with_two_ranks(config: Config, store: Store, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    wild = replace(config, optim=replace(config.optim, name="sgd", lr=1e30, warmup=0.0, clip=0.0))
+    wild = replace(
+        config, optim=replace(config.optim, name="sgd", lr=1e30, warmup=0.0, gradient_clipping=0.0)
+    )
     arguments = two_ranks(with_train(wild, "none"), store, run)
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr

@@ -56,7 +56,9 @@ def test_bfloat16_and_sgd(tiny: Config, store: Store, tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_is_told(tiny: Config, store: Store, tmp_path: Path) -> None:
     config = short(tiny, norm="none")
-    config = replace(config, optim=replace(config.optim, name="sgd", lr=1e30, warmup=0.0, clip=0.0))
+    config = replace(
+        config, optim=replace(config.optim, name="sgd", lr=1e30, warmup=0.0, gradient_clipping=0.0)
+    )
     with pytest.raises(VoxelscaleError, match="diverged"):
         start(config, store.path, tmp_path / "run")
 

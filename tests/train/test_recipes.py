@@ -55,7 +55,7 @@ def test_a_growing_batch_is_the_same_for_ranks_and_virtual_workers(
     tiny: Config, store: Store, tmp_path: Path, norm: str
 ) -> None:
     folder = tmp_path
-    optim = replace(tiny.optim, grow_from=1, grow_share=0.5, average=0.1, scaling="sqrt")
+    optim = replace(tiny.optim, grow_from=1, grow_share=0.5, ema=0.1, scaling="sqrt")
     config = replace(with_train(tiny, norm, samples=48, batch_size=1, checkpoint_every=48), optim=optim)
     virtual = replace(config, train=replace(config.train, virtual_workers=4))
     ranks = replace(config, train=replace(config.train, ranks=2, virtual_workers=2))

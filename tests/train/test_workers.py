@@ -27,7 +27,7 @@ def test_ranks_and_virtual_workers_equal_one_worker(
 ) -> None:
     config = with_train(tiny, norm)
     # Which voxels are the hardest is a step function: a rounding apart may choose another one.
-    config = replace(config, loss=replace(config.loss, hardest=1.0))
+    config = replace(config, loss=replace(config.loss, top_k=1.0))
     one = final_weights(train(config, store, tmp_path / "one", ranks=1, batch_size=4))
     virtual = train(config, store, tmp_path / "virtual", ranks=1, virtual_workers=2, batch_size=2)
     ranks = train(config, store, tmp_path / "ranks", ranks=2, batch_size=2)

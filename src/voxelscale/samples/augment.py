@@ -30,7 +30,7 @@ INTENSITY: list[Callable[[AugmentConfig, Draws], Transform | None]] = [
     LowResolution.draw,
     Gamma.draw,
 ]
-"""After mirroring and the affine transform; each gives the transform of a sample, None where it has none."""
+"""After mirroring and the affine transform; each gives a sample's transform, or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
