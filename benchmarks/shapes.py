@@ -29,7 +29,7 @@ from scipy import ndimage
 from scipy.stats import ks_2samp
 
 from voxelscale.config import PhantomConfig
-from voxelscale.pages.charts import Frame, Line, draw_axes, draw_lines
+from voxelscale.pages.charts import Line, Panel, draw
 from voxelscale.phantom.canvas import Field
 from voxelscale.phantom.contours import Posed, open_library, read_outlines, shape_of
 from voxelscale.phantom.nodules import MARGIN_SHARES, MARGINS, Nodule, outline
@@ -44,10 +44,6 @@ MEASURES = {
 WEIGHTS = {1: 0.045778, 2: 0.036981, 3: 0.035196}
 """Of a direction and its opposite alone, by how many of its components are not 0."""
 
-STYLE = (
-    "text{font:12px sans-serif;fill:#555}.label{font-weight:bold}.grid{stroke:#ddd}"
-    ".line{fill:none;stroke-width:2}.s0{stroke:#0b7a75}.s1{stroke:#d1495b}"
-)
 Depth = Callable[[tuple[Field, Field, Field]], Field]
 
 
@@ -136,22 +132,17 @@ def drawn(database: Path, count: int, random: np.random.Generator) -> list[dict[
 
 def figure(groups: dict[str, list[dict[str, float]]]) -> str:
     """The cumulative shares of both groups, one panel a measure, as one SVG."""
-    panels = ""
-    for place, (key, label) in enumerate(MEASURES.items()):
+    panels = []
+    for key, label in MEASURES.items():
         values = {name: np.sort([one[key] for one in rows]) for name, rows in groups.items()}
         ends = np.concatenate(list(values.values()))
-        frame = Frame(x=(float(ends.min()), float(np.quantile(ends, 0.99))), y=(0.0, 1.0))
-        lines = [Line(name=name, points=_steps(v), stairs=True) for name, v in values.items()]
-        body = draw_axes(frame, x_label=label) + draw_lines(frame, lines)
-        across, down = place % 2 * frame.width, place // 2 * frame.height + 24
-        panels += f'<g transform="translate({across} {down})">{body}</g>'
-    names = "".join(
-        f'<path class="line s{i}" d="M{60 + 320 * i} 14h24"/><text x="{90 + 320 * i}" y="18">{name}</text>'
-        for i, name in enumerate(groups)
-    )
-    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1120 624">'
-    back = '<rect width="1120" height="624" fill="#fff"/>'
-    return f"{head}<style>{STYLE}</style>{back}{names}{panels}</svg>\n"
+        lines = [
+            Line(name=name, points=_steps(own), stairs=True, colour=f"s{place}")
+            for place, (name, own) in enumerate(values.items())
+        ]
+        x_range = (float(ends.min()), float(np.quantile(ends, 0.99)))
+        panels.append(Panel(x_label=label, lines=lines, x_range=x_range, y_range=(0.0, 1.0)))
+    return draw(panels, 960, 640, "Shapes of nodules: cumulative shares", alone=True) + "\n"
 
 
 def _steps(values: NDArray[np.float64]) -> list[tuple[float, float]]:

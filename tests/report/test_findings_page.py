@@ -22,8 +22,8 @@ from voxelscale.evaluate.froc import OPERATING_POINTS
 from voxelscale.findings import lesions_of_mask, write_findings
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan
-from voxelscale.pages.charts import Line, line_chart, round_ticks
-from voxelscale.report.curves import froc_chart, training_charts, visible
+from voxelscale.pages.charts import Line, Panel, chart
+from voxelscale.report.curves import froc_chart, froc_panel, training_charts, training_panels, visible
 from voxelscale.report.dataset import write_dataset_page
 from voxelscale.report.facts import warnings_of
 from voxelscale.report.overlays import Place, Slice, draw_slice, overlay_views
@@ -123,7 +123,7 @@ def test_what_the_report_of_an_evaluation_says(
     assert html.count("<b>false positive</b>") == 5
     assert "Have no prediction, and are not in the figures: 1 case" in html
     assert "case-&lt;1&gt;" in html
-    assert len(page.all("path", "band")) == 1
+    assert ">95 % interval</text>" in html
     for said in (f"voxelscale {__version__}", "level -600 HU, width 1500 HU", "model 0123456789abcdef"):
         assert said in html
     for place in (tmp_path, scans):
@@ -177,7 +177,17 @@ def test_a_froc_curve_that_runs_beyond_8_is_cut_there_and_says_so() -> None:
     html = froc_chart({"fp_per_scan": rates, "sensitivity": found, "points": points})
     assert "goes on to 1.000 at 20 false positives per scan" in html
     assert max(y for _, y in visible(rates, found, 0.125, 8.0)) == 0.25
-    assert "band" not in html, "an evaluation of an older version has no intervals"
+    drawn = froc_panel({"fp_per_scan": rates, "sensitivity": found, "points": points})
+    assert not any(line.band for line in drawn.lines), "an evaluation of an older version has no intervals"
+    within = froc_panel(
+        {
+            "fp_per_scan": rates,
+            "sensitivity": found,
+            "points": [{**p, "interval": [0.1, 0.4]} for p in points],
+        }
+    )
+    (band,) = (line.band for line in within.lines if line.name == "95 % interval")
+    assert band == [(at, 0.1, 0.4) for at in OPERATING_POINTS]
     early = froc_chart({"fp_per_scan": [0.0, 0.5], "sensitivity": [0.0, 0.5], "points": points})
     assert "no further findings" in early
     assert froc_chart({"fp_per_scan": [], "sensitivity": [], "points": points}) == ""
@@ -196,32 +206,32 @@ def test_the_visible_part_of_a_curve_by_hand() -> None:
 
 def test_numbers_that_are_none_break_a_line() -> None:
     points = [(0.0, 1.0), (1.0, math.nan), (2.0, 3.0), (3.0, math.inf), (4.0, 2.0), (5.0, 2.5)]
-    html = line_chart([Line(name="loss", points=points, dots=True)], x_label="samples", y_label="loss")
-    assert not re.search(r"nan|inf", html)
-    assert html.count("<circle") == 4
-    (path,) = re.findall(r'class="line s0" d="([^"]*)"', html)
-    assert path.count("M") == 3
+    html = chart(
+        Panel(x_label="samples", y_label="loss", lines=[Line(name="loss", points=points, mark="o")])
+    )
+    assert not re.search(r"\b(nan|inf)\b", html)
     events = [
         {"event": "train", "samples": 2, "dice": 0.1, "loss": float("nan")},
         {"event": "validation", "samples": 2},  # of scans without a lesion
     ]
-    assert not any("nan" in chart for chart in training_charts(events))
-    alone = line_chart([Line(name="one", points=[(3.0, 0.5)])], x_label="x", y_label="Dice <")
-    assert alone.count("<circle") == 1, "a line of one point is a dot"
-    assert "Dice &lt; against x" in alone
+    assert not any(re.search(r"\bnan\b", drawn) for drawn in training_charts(events))
+    dice, loss = training_panels(events)
+    assert [line.points for line in dice.lines] == [[], [(2, 0.1)]]
+    assert math.isnan(loss.lines[0].points[0][1])
+    alone = Line(name="one", points=[(3.0, 0.5)])
+    html = chart(Panel(x_label="x", y_label="Dice <", lines=[alone]))
+    assert "<use " in html.split("legend")[0], "a line of one point is a dot"
+    assert "Dice &lt; against x" in html
 
 
 def test_counts_have_whole_ticks(scans: Path, tmp_path: Path) -> None:
-    assert round_ticks(-0.5, 0.5, whole=True) == [0]
-    assert round_ticks(-0.5, 3.5, whole=True) == [0, 1, 2, 3]
-    assert round_ticks(0, 1.05, whole=True) == [0, 1]
     write_dataset_page(inspect(DataSet(path=scans), workers=1), "<scans>", tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     checked(html)
     figure = next(
-        f for f in re.findall(r"<figure>.*?</figure>", html, re.DOTALL) if "cases by lesions" in f
+        f for f in re.findall(r"<figure>.*?</figure>", html, re.DOTALL) if "cases against lesions" in f
     )
-    ticks = re.findall(r'text-anchor="(?:middle|end)">([-\d.]+)<', figure)
+    ticks = re.findall(r">([-−\d.]+)</text>", figure)
     assert ticks
     assert all(re.fullmatch(r"\d+", tick) for tick in ticks)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -16,7 +18,8 @@ from voxelscale.findings import lesions_of_mask, write_findings
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan
 from voxelscale.pages import charts
-from voxelscale.pages.charts import Line, line_chart
+from voxelscale.pages.charts import Line, Panel, chart
+from voxelscale.pages.page import write_page
 from voxelscale.report.overlays import Slice, draw_slice, overlay_views, point_of_interest
 from voxelscale.report.report import write_report
 from voxelscale.store import Store
@@ -124,14 +127,42 @@ def test_the_view_is_where_most_of_the_truth_is(scans: Path) -> None:
 
 
 def test_charts() -> None:
-    line = Line(name="<a>", points=[(0.125, 0.2), (8.0, 0.9)], dots=True)
-    svg = line_chart([line], x_label="x", y_label="y", y_range=(0, 1), x_ticks=[0.125, 1, 8])
-    assert "&lt;a&gt;" in svg
-    assert "<a>" not in svg
-    assert line_chart([Line(name="none", points=[])], x_label="x", y_label="y")
-    assert line_chart([Line(name="one", points=[(0, 0)])], x_label="x", y_label="y")
+    line = Line(name="<a> $x", points=[(0.125, 0.2), (8.0, 0.9)], mark="o")
+    drawn = chart(Panel(x_label="x", y_label="<y>", lines=[line], x_log=True, x_ticks=[0.125, 1, 8]), "<n>")
+    for name in ("&lt;a&gt; $x", "&lt;y&gt; against x", "<figcaption>&lt;n&gt;", ">0.125<"):
+        assert name in drawn
+    assert "<a>" not in drawn
+    assert "var(--s0)" in drawn
+    assert not re.search(r"(fill|stroke): #", drawn), "every colour is the page's"
+    assert 'viewBox="0 0 420 300"' in drawn
+    assert chart(Panel(x_label="x", lines=[Line(name="none", points=[])]))
+    assert chart(Panel(x_label="x", counts=[0, 0], edges=[0, 1, 2]))
+
+
+def test_a_page_runs_its_own_scripts_only(tmp_path: Path) -> None:
+    write_page("<t>", ["<h1>t</h1><script>alert(1)</script>"], tmp_path / "page.html", ["let a = 1;"])
+    html = (tmp_path / "page.html").read_text()
+    policy = re.search(r"script-src ([^\"]*)\"", html)
+    assert policy is not None
+    trusted = set(policy[1].split())
+    assert "'unsafe-inline'" not in trusted
+
+    def digest(script: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert [digest(script) in trusted for script in scripts] == [False, True, True]
+    assert "prefers-color-scheme:dark" in html
 
 
 def test_ticks_are_short_on_both_sides_of_zero() -> None:
-    values = (-25_000, -1000, -0.125, 0, 1234, 10_000)
-    assert [charts.number(value) for value in values] == ["-25k", "-1000", "-0.125", "0", "1234", "10k"]
+    values = (-25_000, -1000, -0.125, 0, 1234, 10_000, 2_500_000)
+    assert [charts.number(value) for value in values] == [
+        "-25k",
+        "-1000",
+        "-0.125",
+        "0",
+        "1234",
+        "10k",
+        "2.5M",
+    ]

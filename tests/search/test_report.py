@@ -1,50 +1,26 @@
-"""What the page and the status say about a search, read back from them."""
+"""What the page and the status say about a search, and what its figures are handed."""
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
-from tests.pages import checked
+from tests.pages import Page, checked
 
-from voxelscale.pages.charts import Frame, draw_axes, log_ticks
-from voxelscale.search.axes import axis_of, shading_of
-from voxelscale.search.figures import duration, param_text, value_range, value_text
+from voxelscale.search import figures
 from voxelscale.search.report import status_table, write_report
 from voxelscale.search.results import SearchResults, State, Stretch, TrialResult, Value, utilisation
+from voxelscale.search.study import study_of
+from voxelscale.search.text import duration, param_text, value_range, value_text
 from voxelscale.search.timeline import busy_share, device_spans, period
 
 NOW = 10_000.0
-VOID = {"meta", "br"}
 KEYS = ("optim.name", "optim.lr", "optim.momentum", "model.depth", "data.patch_size", "augment.enabled")
 EVIL = '<img src="x" onerror=1> & "$body"'
-
-
-class Balanced(HTMLParser):
-    """Fails on a tag that is not closed where it should be; counts the rest."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 def trial(number: int, state: State, *values: float, **more: Any) -> TrialResult:
@@ -105,28 +81,28 @@ def many(count: int, objectives: tuple[str, ...] = ("dice",)) -> SearchResults:
     return search(*trials, objectives=objectives, maximise=more, importances=importances)
 
 
-def written(results: SearchResults, folder: Path) -> tuple[str, Balanced]:
+def written(results: SearchResults, folder: Path) -> tuple[str, Page]:
+    """The page without its scripts, which are Plotly's and the page's own; and its elements."""
     write_report(results, folder / "report.html", NOW)
     html = (folder / "report.html").read_text(encoding="utf-8")
-    parser = Balanced()
-    parser.feed(html)
-    assert parser.open == []
-    for drawn in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
-        for element in ElementTree.fromstring(drawn).iter():
-            for place in ("d", "x", "y", "cx", "cy", "width", "height"):
-                numbers = re.findall(r"nan|inf|-?[\d.]+", element.get(place) or "")
-                assert all(math.isfinite(float(n)) for n in numbers)
-    assert not re.search(r'(src|href)="', html)  # nothing is loaded from elsewhere
-    return html, parser
+    page = checked(html)
+    html = re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
+    assert not re.search(r'(src|href)="|https?:', html)  # nothing is loaded from elsewhere
+    return html, page
 
 
-def classed(parser: Balanced, tag: str, *names: str) -> list[dict[str, str | None]]:
-    return [a for t, a in parser.seen if t == tag and set(names) <= set((a.get("class") or "").split())]
+def plots(page: Page) -> list[str | None]:
+    """The titles of the interactive figures."""
+    return [attributes["aria-label"] for attributes in page.all("div", "plot")]
+
+
+def named(figure: Any, name: str) -> Any:
+    return next(trace for trace in figure.data if trace.name == name)
 
 
 def test_the_page_of_a_whole_search(tmp_path: Path) -> None:
     results = many(64)
-    html, parser = written(results, tmp_path)
+    html, page = written(results, tmp_path)
     best = results.best
     assert best is not None
     assert f"<b>{best.values[0]:.4f}</b><span>trial {best.number}</span>" in html
@@ -135,13 +111,20 @@ def test_the_page_of_a_whole_search(tmp_path: Path) -> None:
     assert f"best, trial {best.number}" in html
     assert "6 keys · sampler tpe" in html
     assert "--config best.yaml" in html
-    assert "70.0 %" in html
     assert "PED-ANOVA (Watanabe, Bansal, Hutter, IJCAI 2023)" in html
     assert f"{100 * utilisation(results, NOW):.1f} %" in html
-    assert len(classed(parser, "path", "strand", "ghost")) == 8
-    assert len(classed(parser, "path", "strand")) == 24 + 8
-    assert len(classed(parser, "path", "strand", "is-best")) == 1
-    assert len(classed(parser, "circle", "ring")) >= len(best.params)
+    objective = [f"Dice against {key}" for key in KEYS]
+    assert plots(page) == [
+        "Trials by Dice",
+        "Learning curves: validation Dice",
+        "Importance of each key",
+        "Parallel coordinates",
+        "The two most important keys",
+        *objective,
+        f"When which device worked: {100 * utilisation(results, NOW):.1f} % of the time overall",
+    ]
+    assert page.all("script")[-3:] == [{}, {}, {}], "Plotly, what draws the figures, the page's own"
+    assert "prefers-color-scheme: dark) { .plot { filter: invert" in html
     assert "Pareto front" not in html
     rows = re.search(r'<table class="sortable">.*?<tbody>(.*?)</tbody>', html, re.DOTALL)
     assert rows is not None
@@ -163,8 +146,7 @@ def test_least_is_best_where_it_is(tmp_path: Path) -> None:
     )
     html, _ = written(results, tmp_path)
     assert "Best time</span><b>30 s</b><span>trial 1<" in html
-    shading = shading_of(results)
-    assert shading.of(30.0) > shading.of(60.0) > shading.of(90.0)
+    assert figures.history(results).data[-1].y[-1] == 30.0
     assert "best time 30 s (trial 1)" in status_table(results, NOW)
 
 
@@ -196,8 +178,8 @@ def test_nothing_is_named_best_without_a_done_trial(tmp_path: Path) -> None:
     results = search(trial(0, "pruned", curve=((500, 0.9),)))
     html, _ = written(results, tmp_path)
     assert "--config best.yaml" not in html
-    assert "is-best" not in html.split("</style>")[2]
-    assert "is-best" in written(search(trial(0, "done", 0.9)), tmp_path)[0].split("</style>")[2]
+    assert "best so far" not in html
+    assert "best so far" in written(search(trial(0, "done", 0.9)), tmp_path)[0]
     assert "no best yet" in status_table(results, NOW)
 
 
@@ -207,10 +189,25 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     more = {"objectives": ("dice", EVIL), "maximise": (True, True)}
     two = replace(bad, values=(0.5, 0.5))
     facts = {"name": EVIL, "keys": (EVIL,), "sampler": EVIL, "importances": {EVIL: 1.0}}
-    html, parser = written(search(two, **more, **facts), tmp_path)
-    assert not classed(parser, "img")
-    assert not any(tag == "img" for tag, _ in parser.seen)
+    html, page = written(search(two, **more, **facts), tmp_path)
+    assert not page.all("img")
     assert html.count("&lt;img") > 10
+
+
+def test_plotly_takes_no_name_for_a_tag_or_a_link(tmp_path: Path) -> None:
+    link = '<a href="javascript:alert(1)">here</a></script><script>alert(1)</script>'
+    work = Stretch(worker=link, devices=(link,), begun=1.0, ended=9.0)
+    facts = {"params": {link: link}, "stretches": (work,), "note": link, "curve": ((5, 0.5),)}
+    trials = [trial(n, "done", 0.1 * n, 1.0, **facts) for n in range(3)]
+    more: dict[str, Any] = {"objectives": (link, link), "maximise": (True, True)}
+    results = search(*trials, trial(3, "pruned", **facts), keys=(link,), importances={link: 1.0}, **more)
+    html, _ = written(results, tmp_path)
+    drawn = re.findall(r'<script type="application/json">(.*?)</script>', html)
+    assert len(drawn) == 7
+    for figure in drawn:
+        assert "<" not in figure
+        assert "javascript" in figure or "alert" not in figure
+        assert not re.search(r"(?i)\\u003ca|\\u003cscript", figure), "a tag of the data's"
 
 
 def test_the_front(tmp_path: Path) -> None:
@@ -221,33 +218,27 @@ def test_the_front(tmp_path: Path) -> None:
     assert [t.number for t in results.front] == [0, 1, 4]
     html, _ = written(results, tmp_path)
     section = html.split("<h2>Pareto front</h2>")[1].split("<h2>")[0]
-    shown = re.findall(r'class="dot is-done".*?<title>trial (\d+)', section)
-    assert sorted(shown) == ["0", "1", "4"]
-    assert len(re.findall(r'class="dot is-rest"', section)) == 3
     assert re.findall(r"<tr><td>(\d+)</td>", section) == ["4", "1", "0"]
-    # The stairs go through all of the front: an end, a corner for each further one, an end.
-    stairs = re.search(r'class="line is-best" d="([^"]*)"', section)
-    assert stairs is not None
-    assert stairs[1].count("H") == 4
+    drawn = figures.front(results)
+    assert sorted(zip(named(drawn, "on the front").x, named(drawn, "on the front").y, strict=True)) == [
+        (10.0, 0.5),
+        (30.0, 0.8),
+        (60.0, 0.9),
+    ]
+    assert len(named(drawn, "beaten").x) == 3
+    assert figures.stairs(results) == [(10.0, 0.5), (30.0, 0.8), (60.0, 0.9)]
 
 
 @pytest.mark.parametrize("more", [(True, True), (True, False), (False, True), (False, False)])
-def test_stairs_touch_the_front_whatever_is_better(more: tuple[bool, bool], tmp_path: Path) -> None:
+def test_stairs_touch_the_front_whatever_is_better(more: tuple[bool, bool]) -> None:
     chance = random.Random(0)
     trials = [trial(n, "done", chance.random(), chance.random()) for n in range(30)]
     results = search(*trials, objectives=("a", "b"), maximise=more)
-    html, _ = written(results, tmp_path)
-    section = html.split("<h2>Pareto front</h2>")[1].split("<h2>")[0]
-    stairs = re.search(r'class="line is-best" d="([^"]*)"', section)
-    assert stairs is not None
-    x, y = map(float, re.findall(r"M([\d.]+) ([\d.]+)", stairs[1])[0])
-    corners = {(x, y)}
-    for step, value in re.findall(r"([HV])([\d.]+)", stairs[1]):
-        x, y = (float(value), y) if step == "H" else (x, float(value))
-        corners.add((x, y))
-    marks = re.findall(r'class="dot is-done" cx="([\d.]+)" cy="([\d.]+)"', section)
-    assert len(marks) == len(results.front) > 1
-    assert {(float(x), float(y)) for x, y in marks} <= corners
+    front = {(t.values[1], t.values[0]) for t in results.front}
+    assert set(figures.stairs(results)) == front
+    marks = named(figures.front(results), "on the front")
+    assert set(zip(marks.x, marks.y, strict=True)) == front
+    assert len(front) > 1
 
 
 def test_values_out_of_scale_do_not_squeeze_the_rest() -> None:
@@ -258,21 +249,64 @@ def test_values_out_of_scale_do_not_squeeze_the_rest() -> None:
     assert value_range([0.5], more=True) == (0.5, 0.5)
 
 
-def test_scales_of_keys() -> None:
+def test_optuna_gets_the_done_trials_with_their_numbers_and_scales() -> None:
     results = many(64)
-    rate = axis_of(results, "optim.lr")
-    assert rate.log
-    middle = math.sqrt(rate.low * rate.high)
-    assert rate.share(middle) == pytest.approx(0.5)
-    patch = axis_of(results, "data.patch_size")
-    assert [text for _, text in patch.marks] == ["16×32×32", "32×32×32", "128×128×128"]
-    assert patch.at("[32, 32, 32]") == 1.0
-    assert [text for _, text in axis_of(results, "model.depth").marks] == ["2", "3", "4"]
-    assert [text for _, text in axis_of(results, "augment.enabled").marks] == ["false", "true"]
-    assert axis_of(results, "optim.momentum").choices == ()
-    mixed = [trial(n, "done", 0.5, params={"k": value}) for n, value in enumerate((1, True, "1", None))]
-    axis = axis_of(search(*mixed), "k")
-    assert len({axis.at(value) for value in (1, True, "1", None)}) == 4
+    study = study_of(results)
+    complete = [t for t in study.trials if t.values]
+    assert [(t.number, t.value) for t in complete] == [(t.number, t.values[0]) for t in results.done]
+    kinds = {key: kind for t in complete for key, kind in t.distributions.items()}
+    assert kinds["optim.lr"].log
+    assert kinds["data.patch_size"].choices == ("16×32×32", "32×32×32", "128×128×128")
+    assert (kinds["model.depth"].low, kinds["model.depth"].high) == (2, 4)
+    assert kinds["augment.enabled"].choices == ("false", "true")
+    assert not kinds["optim.momentum"].log
+    values: tuple[Value, ...] = (1, True, "1", None)
+    mixed = [trial(n, "done", 0.5, params={"k": value}) for n, value in enumerate(values)]
+    assert len({t.params["k"] for t in study_of(search(*mixed, keys=("k",))).trials}) == 4
+
+
+def test_figures_of_a_whole_search() -> None:
+    results = many(64)
+    history = figures.history(results)
+    assert {trace.name: len(trace.x) for trace in history.data if trace.name != "best so far"} == {
+        "done": 24,
+        "pruned": 8,
+        "running": 8,
+        "infeasible": 8,
+        "diverged": 8,
+        "failed": 8,
+    }
+    assert set(named(history, "failed").marker.symbol) == {"line-ns-open"}, "without a value: strokes"
+    best = results.best
+    assert best is not None
+    assert max(named(history, "best so far").y) == best.values[0]
+    curves = figures.curves(results)
+    assert named(curves, f"best, trial {best.number}").y[:2] == (best.values[0] / 2, best.values[0])
+    assert named(curves, "pruned").x.count(None) == 8, "each trial is a line of its own"
+    assert named(curves, "pruned").hovertext[0].startswith("trial 1, pruned: Dice ")
+    (bars,) = figures.importances(results).data
+    assert (bars.y, bars.text) == (("optim.lr", "model.depth"), ("70.0 %", "30.0 %"))
+    lines = [
+        trace
+        for trace in figures.parallel_coordinates(results, study_of(results)).data
+        if trace.mode == "lines"
+    ]
+    assert len(lines) == 24
+    momentum = [dict(trace.customdata)["optim.momentum"] for trace in lines]
+    without = [trial for trial in results.done if "optim.momentum" not in trial.params]
+    assert momentum.count("None") == len(without) > 0
+    slices = figures.slices(results, study_of(results))
+    assert list(slices) == list(KEYS)
+    assert slices["model.depth"].layout.yaxis.range[0] < slices["model.depth"].layout.yaxis.range[1]
+    assert slices["optim.name"].layout.xaxis.ticktext == ("adamw", "sgd")
+    done, pruned, ring = slices["model.depth"].data
+    assert (len(done.x), len(pruned.x), len(ring.x)) == (24, 8, 1)
+    assert (ring.x[0], ring.y[0]) == (best.params["model.depth"], best.values[0])
+    contour = figures.contour(results, study_of(results))
+    assert contour is not None
+    assert contour.layout.xaxis.title.text == "model.depth"
+    rows = figures.devices(results, NOW).layout.yaxis.categoryarray
+    assert [row.split()[0] for row in rows] == [f"node{n}/0" for n in range(4)]
 
 
 def test_devices() -> None:
@@ -290,9 +324,10 @@ def test_devices() -> None:
     assert period(search(), 500.0) == (500.0, 500.0)
 
 
-def test_the_page_of_many_trials_is_small(tmp_path: Path) -> None:
-    written(many(500), tmp_path)
-    assert (tmp_path / "report.html").stat().st_size < 1_000_000
+def test_the_page_of_many_trials_is_small_beside_plotly(tmp_path: Path) -> None:
+    html, _ = written(many(500), tmp_path)
+    assert len(html) < 1_000_000
+    assert (tmp_path / "report.html").stat().st_size < 7_000_000
 
 
 def test_status() -> None:
@@ -330,41 +365,20 @@ def test_figures_as_text() -> None:
     assert [param_text(v) for v in (True, None, 1e-5, 3, "a")] == ["true", "null", "1e-5", "3", "a"]
 
 
-@pytest.mark.parametrize(("low", "high"), [(1e-4, 1e-2), (3.0, 4.0), (1e-9, 1e9), (0.5, 0.5), (7.0, 7.1)])
-def test_ticks_of_a_logarithmic_axis(low: float, high: float) -> None:
-    ticks = log_ticks(low, high, 5)
-    assert len(ticks) <= 6
-    assert ticks == sorted(ticks)
-    assert all(low * 0.99 <= tick <= high * 1.01 for tick in ticks)
-
-
-def test_marks_too_long_for_one_row_take_two() -> None:
-    frame = Frame(x=(0, 3), y=(0, 1), width=340)
-    for text, rows in (("ab", 1), ("[128, 128, 128]", 2)):
-        drawn = draw_axes(frame, x_label="", x_marks=[(i, text) for i in range(4)])
-        heights = re.findall(rf'y="([\d.]+)" text-anchor="middle">{re.escape(text)}', drawn)
-        assert len(set(heights)) == rows
-
-
-def test_axes_of_what_cannot_be_negative_start_at_0(tmp_path: Path) -> None:
+def test_axes_of_what_cannot_be_negative_start_at_0() -> None:
     trials = [trial(0, "done", 0.0, curve=((100, 0.0),)), trial(1, "done", 0.0, curve=((100, 0.0),))]
-    html, _ = written(search(*trials), tmp_path)
-    assert not re.search(r'text-anchor="(?:end|middle)">-\d', html)
-    checked(html)
+    assert figures.history(search(*trials)).layout.yaxis.range[0] == 0
 
 
 def test_the_wide_parts_of_the_page_scroll_by_keyboard(tmp_path: Path) -> None:
-    html, _ = written(many(64, ("dice", "time")), tmp_path)
-    page = checked(html)
-    assert len(page.all("div", "scroll")) == 4  # importances, parallel coordinates, devices, front
+    _, page = written(many(64, ("dice", "time")), tmp_path)
+    assert len(page.all("div", "scroll")) == 1  # parallel coordinates
     assert len(page.all("div", "wide")) == 3  # best parameters, front, trials
 
 
-def test_a_trial_worse_than_the_scale_is_a_stroke_and_no_dot(tmp_path: Path) -> None:
+def test_a_trial_worse_than_the_scale_is_a_stroke_and_no_dot() -> None:
     values = [0.8, 0.82, 0.84, 0.85, 0.01]
-    html, _ = written(search(*(trial(n, "done", value) for n, value in enumerate(values))), tmp_path)
-    depth = next(
-        f for f in re.findall(r"<figure>.*?</figure>", html, re.DOTALL) if "against model.depth" in f
-    )
-    assert depth.count("h0") == 4
-    assert depth.count("v-7") == 1
+    done = figures.history(search(*(trial(n, "done", value) for n, value in enumerate(values)))).data[0]
+    assert done.marker.symbol == ("circle", "circle", "circle", "circle", "line-ns-open")
+    assert 0.7 < done.y[4] < 0.8
+    assert done.hovertext[4] == "trial 4, done: 0.0100"

@@ -30,7 +30,7 @@ from voxelscale.model.bundle import Calibration, read_bundle, write_bundle
 from voxelscale.predict.record import record_cases
 from voxelscale.predict.work import Predictor
 from voxelscale.tune.calibrate import FITS, Judged, calibrate, cross_validated, judge
-from voxelscale.tune.reliability import BINS, calibration_error, reliability
+from voxelscale.tune.reliability import BINS, calibration_error, reliability, reliability_panel
 
 Curve = Callable[[Any], Any]
 
@@ -228,8 +228,13 @@ def test_the_command(voxelscale: Command, model: Path, scans: Path, tmp_path: Pa
     assert summary["ece_after"] < summary["ece_before"] / 2
     assert f"ECE {summary['ece_before']:.3f} before, {summary['ece_after']:.3f} after" in out
     drawing = ElementTree.fromstring((run / "calibration.svg").read_text())
-    circles = drawing.iter("{http://www.w3.org/2000/svg}circle")
-    assert len(list(circles)) == 2 * BINS + 2
+    said = [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
+    assert f"before: ECE {summary['ece_before']:.3f}" in said
+    assert f"Share of {summary['findings']} findings that are lesions" in said
+    panel = reliability_panel(summary)
+    ideal, *bins = panel.lines
+    assert [len(line.points) for line in (ideal, *bins)] == [2, BINS, BINS]
+    assert [len(line.intervals) for line in bins] == [0, BINS]
     calibration = read_bundle(run).calibration
     assert calibration is not None
     assert list(calibration.scores) == summary["scores"]

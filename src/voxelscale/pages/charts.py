@@ -1,17 +1,28 @@
-"""Line charts as SVG that takes its colours from the page, so that they are right in the dark, too."""
+"""Static charts as data, drawn by Matplotlib as SVG in the page's colours, light and dark."""
 
 from __future__ import annotations
 
-import math
+import io
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
-from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
-WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 48, 16, 14, 40
-SMALL_WIDTH, SMALL_HEIGHT, SMALL_LEFT = 420, 270, 66
-"""Of a chart that stands beside others or on a phone: its text stays legible there."""
+from voxelscale.pages.page import LIGHT, palette
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SERIES = 6
+"""Colours for lines: ``s0`` to ``s5``."""
+
+SMALL = (420, 300)
+"""Width and height of a chart beside others; its text is still legible on a phone."""
+
+POINTS_PER_INCH = 72
+"""Matplotlib's sizes are in inches, an SVG's in points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,261 +30,237 @@ class Line:
     """One line of a chart.
 
     Attributes:
-        name: in the legend.
-        points: (x, y), x rising; one that is not finite is left out and the line broken there.
-        stairs: whether the value holds until the next point.
-        dots: whether each point is marked, with its figures as a tooltip.
-        hollow: whether the marks are rings.
-        titles: the marks' tooltips; (): their figures.
-        bare: whether only the marks are drawn.
-        bars: intervals (x, low, high), drawn upright.
-        band: intervals (x, low, high), x rising, drawn as one shaded area.
+        name: in the legend; "": not there.
+        points: (x, y), x rising; the line is broken at one that is not finite.
+        colour: a name of `voxelscale.pages.page.LIGHT`.
+        mark: at each point: ``o`` a dot, ``ring``, or "" for none.
+        marks_only: whether the points are not joined.
         dashed: whether the line is.
-        style: CSS class of its colour; "": that of its place among the lines.
-        shift: pixels to the right, so that bars of several lines do not cover each other.
+        stairs: whether a value holds until the next point.
+        intervals: (x, low, high), drawn as upright bars.
+        band: (x, low, high), x rising, drawn as a shaded area.
+        shift: to the right, in points, so that the intervals of several lines do not cover each other.
     """
 
     name: str
-    points: Sequence[tuple[float, float]]
-    stairs: bool = False
-    dots: bool = False
-    hollow: bool = False
-    titles: Sequence[str] = ()
-    bare: bool = False
-    bars: Sequence[tuple[float, float, float]] = ()
-    band: Sequence[tuple[float, float, float]] = ()
+    points: Sequence[tuple[float, float]] = ()
+    colour: str = "s0"
+    mark: str = ""
+    marks_only: bool = False
     dashed: bool = False
-    style: str = ""
+    stairs: bool = False
+    intervals: Sequence[tuple[float, float, float]] = ()
+    band: Sequence[tuple[float, float, float]] = ()
     shift: float = 0.0
 
 
+def number(value: float) -> str:
+    """Three digits, or whole from 1000 on, or thousands as k from 10 000 on, or millions as M."""
+    for letter, size, least in (("M", 1e6, 1e6), ("k", 1e3, 1e4)):
+        if abs(value) >= least:
+            return f"{value / size:g}{letter}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
 @dataclass(frozen=True, kw_only=True)
-class Frame:
-    """The plane of a chart: its axes' ranges and where they lie in the drawing.
+class Panel:
+    """One pair of axes and what is drawn in it.
 
     Attributes:
-        x, y: smallest and largest value; an axis is logarithmic where its ticks are given (all above 0).
-        x_ticks, y_ticks: of a logarithmic axis.
-        width, height: pixels with the margins.
-        left, right: margins for labels.
-        inset: between the grid's ends and the first and last x.
+        x_label, y_label: names of the axes with their units.
+        lines: in the order of the legend.
+        counts: of a histogram; () for none.
+        edges: of its bins, one more than counts.
+        title: above the panel; "" for none.
+        x_range, y_range: smallest and largest value; None: from what is drawn.
+        x_ticks, y_ticks: where ticks are; None: at round numbers.
+        x_log, y_log: whether an axis is logarithmic.
+        x_whole, y_whole: whether an axis counts something, so that its ticks are whole numbers.
+        y_text: what stands at a tick of the y axis.
     """
 
-    x: tuple[float, float]
-    y: tuple[float, float]
+    x_label: str
+    y_label: str = ""
+    lines: Sequence[Line] = ()
+    counts: Sequence[float] = ()
+    edges: Sequence[float] = ()
+    title: str = ""
+    x_range: tuple[float, float] | None = None
+    y_range: tuple[float, float] | None = None
     x_ticks: Sequence[float] | None = None
     y_ticks: Sequence[float] | None = None
-    width: int = WIDTH
-    height: int = HEIGHT
-    left: int = LEFT
-    right: int = RIGHT
-    inset: int = 0
-
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """A point's pixels; what lies outside is drawn on the border."""
-        across = _share(x, self.x, self.x_ticks is not None)
-        up = _share(y, self.y, self.y_ticks is not None)
-        left = self.left + self.inset
-        wide, high = self.width - self.right - self.inset - left, self.height - TOP - BOTTOM
-        return left + across * wide, self.height - BOTTOM - up * high
+    x_log: bool = False
+    y_log: bool = False
+    x_whole: bool = False
+    y_whole: bool = False
+    y_text: Callable[[float], str] = field(default=number)
 
 
-def line_chart(
-    lines: Sequence[Line],
-    *,
-    x_label: str,
-    y_label: str,
-    y_range: tuple[float, float] | None = None,
-    x_ticks: Sequence[float] | None = None,
-    note: str = "",
-) -> str:
-    """A chart with its legend.
+def chart(panel: Panel, note: str = "") -> str:
+    """A small chart as an HTML figure.
 
     Args:
-        y_range: smallest and largest value; None: those of the lines and 0.
-        x_ticks: all above 0; the x axis is then logarithmic between the first and the last.
-        note: a sentence below the legend.
+        note: a sentence below it.
     """
-    known = [point for line in lines for point in _finite(line.points)]
-    xs, ys = [x for x, _ in known], [y for _, y in known]
-    frame = small_frame(
-        x=(x_ticks[0], x_ticks[-1]) if x_ticks else (0.0, max(xs, default=1.0) or 1.0),
-        y=y_range or _padded(min(ys, default=0.0), max(ys, default=1.0)),
-        x_ticks=x_ticks,
-    )
-    body = draw_axes(frame, x_label=x_label, y_label=y_label) + draw_lines(frame, lines)
-    names = "".join(_key(line, f"s{i}") for i, line in enumerate(lines) if line.name)
-    below = f"<div>{escape(note)}</div>" if note else ""
-    label = f"{y_label} against {x_label}"
-    return f"<figure>{chart(frame, body, label)}<figcaption>{names}{below}</figcaption></figure>"
+    label = f"{panel.y_label} against {panel.x_label}"
+    caption = f"<figcaption>{escape(note)}</figcaption>" if note else ""
+    return f"<figure>{draw([panel], *SMALL, label)}{caption}</figure>"
 
 
-def small_frame(
-    *, x: tuple[float, float], y: tuple[float, float], x_ticks: Sequence[float] | None = None
-) -> Frame:
-    """The frame of a chart that stands beside others, with room for the y axis's label."""
-    return Frame(x=x, y=y, x_ticks=x_ticks, width=SMALL_WIDTH, height=SMALL_HEIGHT, left=SMALL_LEFT)
-
-
-def chart(frame: Frame, body: str, label: str) -> str:
-    """An SVG element in the page's colours around what was drawn in a frame."""
-    size = f'viewBox="0 0 {frame.width} {frame.height}"'
-    return f'<svg class="chart" {size} role="img" aria-label="{escape(label)}">{body}</svg>'
-
-
-def _key(line: Line, style: str) -> str:
-    """A line's entry in the legend, drawn as the line is."""
-    kind = " marks" if line.bare else " area" if line.band else " dashes" if line.dashed else ""
-    return f'<span class="key{kind} {line.style or style}">{escape(line.name)}</span>'
-
-
-def draw_axes(
-    frame: Frame,
+def draw(
+    panels: Sequence[Panel],
+    width: int,
+    height: int,
+    label: str,
     *,
-    x_label: str,
-    y_label: str = "",
-    y_name: Callable[[float], str] | None = None,
-    x_marks: Sequence[tuple[float, str]] | None = None,
-    y_whole: bool = False,
+    columns: int = 2,
+    alone: bool = False,
 ) -> str:
-    """Grid, ticks and the axes' labels, to stand inside an SVG.
+    """Panels with one legend below them, as an SVG element that scales with the page.
 
     Args:
-        y_label: upright at the left; "": none.
-        y_name: what is written at a tick.
-        x_marks: what is written where along x, instead of the ticks; in two rows where one is too short.
-        y_whole: whether y counts something, so that its ticks are whole.
+        width, height: in points, of the whole.
+        label: what it shows, for readers who do not see it.
+        columns: panels in a row.
+        alone: whether it is to be a file of its own, which brings its colours.
     """
-    name = y_name or number
-    left, right, floor = frame.left, frame.width - frame.right, frame.height - BOTTOM
-    parts = []
-    for tick in frame.y_ticks or round_ticks(*frame.y, whole=y_whole):
-        y = frame.place(frame.x[0], tick)[1]
-        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(name(tick))}</text>')
-    if x_marks is None:
-        x_marks = [(tick, number(tick)) for tick in frame.x_ticks or round_ticks(*frame.x)]
-    placed = [(frame.place(at, frame.y[0])[0], text) for at, text in x_marks]
-    tight = any(b - a < 4.2 * (len(s) + len(t)) + 6 for (a, s), (b, t) in pairwise(placed))
-    for place, (x, text) in enumerate(placed):
-        y = floor + (11 + 11 * (place % 2) if tight else 17)
-        parts.append(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{escape(text)}</text>')
-    middle = (left + right) / 2
-    parts.append(
-        f'<text class="label" x="{middle}" y="{frame.height - 4}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    # Text stays text, and is never taken for a formula; equal charts are equal files.
+    settings = {"svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": label, "font.size": 12}
+    with rc_context({**settings, **_theme()}):
+        figure = Figure((width / POINTS_PER_INCH, height / POINTS_PER_INCH), layout="constrained")
+        columns = min(columns, len(panels))
+        rows = -(-len(panels) // columns)
+        for place, panel in enumerate(panels, start=1):
+            _draw_panel(figure.add_subplot(rows, columns, place), panel)
+        _draw_legend(figure, [line for panel in panels for line in panel.lines if line.name], width)
+        file = io.StringIO()
+        about = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=about)
+    return _for_page(file.getvalue(), width, height, label, alone)
+
+
+def _theme() -> dict[str, Any]:
+    soft, rule = LIGHT["soft"], LIGHT["rule"]
+    return {
+        "axes.edgecolor": rule,
+        "axes.labelcolor": soft,
+        "axes.titlecolor": LIGHT["ink"],
+        "axes.titlelocation": "left",
+        "axes.titlesize": 14,
+        "axes.titleweight": "bold",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "grid.color": rule,
+        "legend.frameon": False,
+        "legend.labelcolor": LIGHT["ink"],
+        "lines.linewidth": 2.2,
+        "lines.markersize": 7,
+        "xtick.color": rule,
+        "ytick.color": rule,
+        "xtick.labelcolor": soft,
+        "ytick.labelcolor": soft,
+    }
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+    axes.set_title(panel.title)
+    axes.set_xscale("log" if panel.x_log else "linear")
+    axes.set_yscale("log" if panel.y_log else "linear")
+    if len(panel.counts):
+        axes.stairs(panel.counts, panel.edges, fill=True, color=LIGHT["s0"])
+        axes.set_ylim(0, 1.05 * max(1, *panel.counts))
+    for line in panel.lines:
+        _draw_line(axes, line)
+    if panel.x_range:
+        axes.set_xlim(*panel.x_range)
+    if panel.y_range:
+        axes.set_ylim(*panel.y_range)
+    for axis, ticks, log, whole, text in (
+        (axes.xaxis, panel.x_ticks, panel.x_log, panel.x_whole, number),
+        (axes.yaxis, panel.y_ticks, panel.y_log, panel.y_whole, panel.y_text),
+    ):
+        if ticks is not None:
+            axis.set_major_locator(FixedLocator(ticks))
+        elif not log:
+            axis.set_major_locator(MaxNLocator(5, integer=whole))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _, text=text: text(value)))
+
+
+def _draw_line(axes: Axes, line: Line) -> None:
+    from matplotlib.transforms import ScaledTranslation
+
+    colour = LIGHT[line.colour]
+    along = axes.transData
+    if line.shift:  # only the bare transform tells the axes how far the data reach
+        along = along + ScaledTranslation(line.shift / POINTS_PER_INCH, 0, axes.figure.dpi_scale_trans)
+    if line.band:
+        axes.fill_between(*zip(*line.band, strict=True), color=colour, alpha=0.22, linewidth=0)
+    if line.intervals:
+        at, low, high = zip(*line.intervals, strict=True)
+        axes.vlines(at, low, high, color=colour, alpha=0.75, transform=along)
+    if line.points:
+        x, y = zip(*line.points, strict=True)
+        axes.plot(x, y, transform=along, **_style(line))
+
+
+def _style(line: Line) -> dict[str, Any]:
+    colour = LIGHT[line.colour]
+    # A line of one point would not be seen without a mark.
+    mark = line.mark or ("o" if len(line.points) == 1 else "")
+    return {
+        "color": colour,
+        "linestyle": "none" if line.marks_only else "dashed" if line.dashed else "solid",
+        "drawstyle": "steps-post" if line.stairs else "default",
+        "marker": mark and "o",
+        "markerfacecolor": LIGHT["card"] if mark == "ring" else colour,
+        "markeredgecolor": colour if mark == "ring" else LIGHT["card"],
+        "markeredgewidth": 1.8 if mark == "ring" else 1.2,
+        "clip_on": not mark,
+        "in_layout": False,
+        "zorder": 3 if mark else 2,
+    }
+
+
+def _draw_legend(figure: Figure, lines: Sequence[Line], width: int) -> None:
+    """What the lines are, in as many columns as the longest name leaves."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    named = {line.name: line for line in reversed(lines)}
+    named = {name: named[name] for name in dict.fromkeys(line.name for line in lines)}
+    if not named:
+        return
+    keys = [
+        Patch(color=LIGHT[line.colour], alpha=0.22, linewidth=0)
+        if line.band and not line.points
+        else Line2D([], [], **_style(line))
+        for line in named.values()
+    ]
+    columns = max(1, int(width / (48 + 6.7 * max(map(len, named)))))
+    figure.legend(keys, list(named), loc="outside lower left", ncols=columns, fontsize=12)
+
+
+def _for_page(svg: str, width: int, height: int, label: str, alone: bool) -> str:
+    """Matplotlib's drawing without what only a file needs, its colours as the page's variables."""
+    body = svg[svg.index("</defs>") + len("</defs>") : svg.rindex("</svg>")]
+    body = re.sub(r' id="[a-zA-Z.]+\d*_\d+"', "", body).replace("xlink:href", "href")
+    body = re.sub(r"font-family: [^;\"]+", "font-family: system-ui, sans-serif", body)
+    body = re.sub(r"\s*\n\s*", " ", body)
+    for name, colour in LIGHT.items():
+        body = body.replace(colour, f"var(--{name})")
+    style = f"<style>{palette('svg.alone')}</style>" if alone else ""
+    kind, back = ("chart alone", ";background:var(--card)") if alone else ("chart", "")
+    return (
+        f'<svg class="{kind}" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'style="max-width:100%{back}" role="img" aria-label="{escape(label)}">{style}{body}</svg>'
     )
-    if y_label:
-        up = (TOP + floor) / 2
-        parts.append(
-            f'<text class="label" x="14" y="{up}" text-anchor="middle" transform="rotate(-90 14 {up})">'
-            f"{escape(y_label)}</text>"
-        )
-    return "".join(parts)
-
-
-def draw_lines(frame: Frame, lines: Sequence[Line]) -> str:
-    """The lines, their intervals and marks, to stand inside an SVG; all marks lie over all lines."""
-    bands = paths = marks = ""
-    for place, line in enumerate(lines):
-        style = line.style or f"s{place}"
-        bands += _band(frame, line, style) if line.band else ""
-        paths += "" if line.bare or not line.points else _path(frame, line, style)
-        paths += "".join(_bar(frame, bar, line.shift, style) for bar in line.bars)
-        # A line of one point would not be seen.
-        alone = not line.bare and len(_finite(line.points)) == 1
-        marks += _dots(frame, line, style) if line.dots or alone else ""
-    return bands + paths + marks
-
-
-def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-
-
-def _path(frame: Frame, line: Line, style: str) -> str:
-    path, broken = "", True
-    for point in line.points:
-        if not all(map(math.isfinite, point)):
-            broken = True
-            continue
-        x, y = frame.place(*point)
-        x += line.shift
-        if line.stairs and not broken:
-            path += f"H{x:.1f}V{y:.1f}"
-        else:
-            path += f"{'M' if broken else 'L'}{x:.1f} {y:.1f}"
-        broken = False
-    dashes = ' stroke-dasharray="5 4"' if line.dashed else ""
-    return f'<path class="line {style}"{dashes} d="{path}"/>'
-
-
-def _band(frame: Frame, line: Line, style: str) -> str:
-    tops = [frame.place(x, high) for x, _, high in line.band]
-    floor = [frame.place(x, low) for x, low, _ in reversed(line.band)]
-    outline = "L".join(f"{x:.1f} {y:.1f}" for x, y in (*tops, *floor))
-    return f'<path class="band {style}" d="M{outline}Z"/>'
-
-
-def _bar(frame: Frame, bar: tuple[float, float, float], shift: float, style: str) -> str:
-    at, low, high = bar
-    x, bottom = frame.place(at, low)
-    top = frame.place(at, high)[1]
-    x += shift
-    path = f"M{x:.1f} {bottom:.1f}V{top:.1f}M{x - 3:.1f} {bottom:.1f}h6M{x - 3:.1f} {top:.1f}h6"
-    return f'<path class="bar {style}" d="{path}"/>'
-
-
-def _dots(frame: Frame, line: Line, style: str) -> str:
-    drawn = ""
-    kind = "dot hollow" if line.hollow else "dot"
-    for i, (a, b) in enumerate(line.points):
-        if not (math.isfinite(a) and math.isfinite(b)):
-            continue
-        x, y = frame.place(a, b)
-        title = escape(line.titles[i] if line.titles else f"{line.name}: {number(b)} at {number(a)}")
-        drawn += f'<circle class="{kind} {style}" cx="{x + line.shift:.1f}" cy="{y:.1f}" r="4">'
-        drawn += f"<title>{title}</title></circle>"
-    return drawn
-
-
-def _share(value: float, ends: tuple[float, float], logarithmic: bool) -> float:
-    low, high = ends
-    if logarithmic:
-        low, high, value = math.log(low), math.log(high), math.log(max(value, 1e-9))
-    return min(max((value - low) / (high - low or 1.0), 0.0), 1.0)
-
-
-def _padded(low: float, high: float) -> tuple[float, float]:
-    low = min(low, 0.0)
-    return low, high + 0.05 * (high - low or 1.0)
-
-
-def round_ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
-    """About five round numbers between two, 0 among them where it is; `whole`: only whole ones."""
-    raw = (high - low) / 5 or 1.0
-    raw = max(raw, 1.0) if whole else raw
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers (1, 2 and 5, or powers of ten) between two above 0, for a logarithmic axis.
-
-    Where it spans too little for two of them, those of a linear axis.
-    """
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [m * 10.0**p for p in powers for m in steps]
-        ticks = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
-        if len(ticks) <= most:
-            return ticks if len(ticks) >= 2 else [t for t in round_ticks(low, high) if t > 0]
-    return ticks[:: math.ceil(len(ticks) / most)]
-
-
-def number(value: float) -> str:
-    """Three digits, or whole from 1000 on, or thousands as k from 10 000 on."""
-    if abs(value) >= 10_000:
-        return f"{value / 1000:g}k"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
@@ -10,19 +12,85 @@ from string import Template
 
 from voxelscale.files import write_atomic
 
+LIGHT = {
+    "page": "#f6f7f9",
+    "card": "#ffffff",
+    "ink": "#1b2330",
+    "soft": "#5d6b7e",
+    "rule": "#e1e6ec",
+    "s0": "#0b7a75",
+    "s1": "#d1495b",
+    "s2": "#5b6ee1",
+    "s3": "#b7791f",
+    "s4": "#8a4fbf",
+    "s5": "#4f6472",
+    "accent": "#0b7a75",
+    "good": "#2e9e6b",
+    "bad": "#d1495b",
+    "shade": "#1b233340",
+}
+"""Colours of pages and charts by the name of their CSS variable; ``s0`` to ``s5`` are those of lines."""
 
-def write_page(title: str, sections: Sequence[str], out: Path) -> None:
-    """Write a page with styles and script of its own.
+DARK = {
+    "page": "#10151c",
+    "card": "#18202a",
+    "ink": "#e7edf4",
+    "soft": "#93a2b5",
+    "rule": "#2a3542",
+    "s0": "#3fc1b8",
+    "s1": "#ff7b89",
+    "s2": "#94a3ff",
+    "s3": "#f0b95b",
+    "s4": "#cf9dff",
+    "s5": "#a9bccb",
+    "accent": "#3fc1b8",
+    "good": "#52c98f",
+    "bad": "#ff7b89",
+    "shade": "#000000b0",
+}
+"""The same for a reader whose system is set to dark."""
+
+
+def palette(selector: str) -> str:
+    """CSS that gives the elements the colours as variables, those of the dark where it is wanted."""
+    light, dark = (
+        "".join(f"--{name}:{colour};" for name, colour in colours.items()) for colours in (LIGHT, DARK)
+    )
+    return (
+        f"{selector}{{color-scheme:light dark;{light}}}"
+        f"@media (prefers-color-scheme:dark){{{selector}{{{dark}}}}}"
+    )
+
+
+def write_page(title: str, sections: Sequence[str], out: Path, scripts: Sequence[str] = ()) -> None:
+    """Write a page with styles and scripts of its own.
+
+    The page runs these scripts and no others: its security policy names their digests, so that a script
+    that found its way into `sections` would not run.
 
     Args:
         title: plain text, of the browser's tab.
         sections: HTML, from the top.
+        scripts: JavaScript beside the page's own, run before it.
 
     Raises:
         VoxelscaleError: the file cannot be written.
     """
-    page = resources.files("voxelscale.pages").joinpath("page.html").read_text(encoding="utf-8")
-    write_atomic(out, Template(page).substitute(title=escape(title), body="\n".join(sections)))
+    files = resources.files("voxelscale.pages")
+    page = files.joinpath("page.html").read_text(encoding="utf-8")
+    scripts = [*scripts, files.joinpath("page.js").read_text(encoding="utf-8")]
+    parts = {
+        "title": escape(title),
+        "palette": palette(":root"),
+        "body": "\n".join(sections),
+        "scripts": "\n".join(f"<script>{script}</script>" for script in scripts),
+        "trusted": " ".join(f"'sha256-{_digest(script)}'" for script in scripts),
+    }
+    write_atomic(out, Template(page).substitute(parts))
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def plain_table(

@@ -8,40 +8,46 @@ from typing import Any
 import numpy as np
 
 from voxelscale.evaluate.froc import OPERATING_POINTS
-from voxelscale.pages.charts import Line, line_chart
+from voxelscale.pages.charts import Line, Panel, chart
 
 
 def froc_chart(froc: Mapping[str, Any]) -> str:
-    """The curve between 1/8 and 8 false positives per scan, as LUNA16 draws it; "" without a lesion.
+    """The curve between 1/8 and 8 false positives per scan, as LUNA16 draws it; "" without a lesion."""
+    if not froc["sensitivity"]:
+        return ""
+    last, found = froc["fp_per_scan"][-1], froc["sensitivity"][-1]
+    note = f"The curve goes on to {found:.3f} at {last:.3g} false positives per scan."
+    return chart(froc_panel(froc), note if last > OPERATING_POINTS[-1] else "")
+
+
+def froc_panel(froc: Mapping[str, Any]) -> Panel:
+    """What `froc_chart` draws.
 
     Args:
-        froc: of ``evaluation.json``; without ``interval`` in its points, as older versions wrote it, there
-            is no band.
+        froc: of ``evaluation.json``, of at least one lesion; without ``interval`` in its points, as older
+            versions wrote it, there is no band.
     """
     rates, found = froc["fp_per_scan"], froc["sensitivity"]
-    if not found:
-        return ""
     first, last = OPERATING_POINTS[0], OPERATING_POINTS[-1]
     points = [(p["fp_per_scan"], p["sensitivity"]) for p in froc["points"]]
-    bounds = [(p["fp_per_scan"], p.get("interval")) for p in froc["points"]]
-    band = [(at, low_high[0], low_high[1]) for at, low_high in bounds if low_high]
+    band = [(p["fp_per_scan"], *p["interval"]) for p in froc["points"] if p.get("interval")]
     lines = [Line(name="FROC", points=visible(rates, found, first, min(last, rates[-1])))]
     if band:
-        lines.append(Line(name="95 % interval", points=(), band=band, style="s0"))
-    note = ""
+        lines.append(Line(name="95 % interval", band=band))
     if rates[-1] < last:
         rest = [(max(rates[-1], first), found[-1]), (last, found[-1])]
-        lines.append(Line(name="no further findings", points=rest, dashed=True, style="s0"))
-    elif rates[-1] > last:
-        note = f"The curve goes on to {found[-1]:.3f} at {rates[-1]:.3g} false positives per scan."
-    lines.append(Line(name="LUNA16's operating points", points=points, dots=True, bare=True, style="s1"))
-    return line_chart(
-        lines,
+        lines.append(Line(name="no further findings", points=rest, dashed=True))
+    lines.append(
+        Line(name="LUNA16's operating points", points=points, mark="o", marks_only=True, colour="s1")
+    )
+    return Panel(
         x_label="false positives per scan (log)",
         y_label="sensitivity",
+        lines=lines,
+        x_range=(first, last),
         y_range=(0.0, 1.0),
         x_ticks=OPERATING_POINTS,
-        note=note,
+        x_log=True,
     )
 
 
@@ -65,20 +71,30 @@ def visible(
 
 def training_charts(events: Sequence[Mapping[str, Any]]) -> list[str]:
     """Dice and loss against the samples seen, from a run's events; [] without a training step."""
+    return [chart(panel) for panel in training_panels(events)]
+
+
+def training_panels(events: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """What `training_charts` draws."""
     trained = [e for e in events if e["event"] == "train"]
+    if not trained:
+        return []
     # A validation without a lesion has no Dice.
     measured = [e for e in events if e["event"] == "validation" and "dice" in e]
     validated = [(e["samples"], _number(e["dice"])) for e in measured]
-    if not trained:
-        return []
     dice = [
-        Line(name="validation, whole scans", points=validated, dots=True),
-        Line(name="training, soft Dice of patches", points=_smooth(trained, "dice"), dashed=True),
+        Line(name="validation, whole scans", points=validated, mark="o"),
+        Line(
+            name="training, soft Dice of patches",
+            points=_smooth(trained, "dice"),
+            dashed=True,
+            colour="s1",
+        ),
     ]
     loss = [Line(name="training loss", points=_smooth(trained, "loss"))]
     return [
-        line_chart(dice, x_label="samples", y_label="Dice", y_range=(0.0, 1.0)),
-        line_chart(loss, x_label="samples", y_label="loss"),
+        Panel(x_label="samples", y_label="Dice", lines=dice, y_range=(0.0, 1.0)),
+        Panel(x_label="samples", y_label="loss", lines=loss),
     ]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from voxelscale.console import count
 from voxelscale.geometry import sphere_diameter
-from voxelscale.pages.charts import BOTTOM, chart, draw_axes, round_ticks, small_frame
+from voxelscale.pages.charts import Panel, chart
 from voxelscale.pages.page import notes, wide, write_page
 from voxelscale.report.overlays import WINDOW_NAME, Slice, draw_slice
 from voxelscale.store.inspect import HU_EDGES, SEVERITIES, Facts, Inspection, Problem
@@ -132,51 +132,40 @@ def _said(problem: Problem) -> str:
 def _histograms(cases: Sequence[Facts]) -> str:
     if not cases:
         return "<p>No case could be read.</p>"
+    return f'<div class="charts">{"".join(chart(panel) for panel in distributions(cases))}</div>'
+
+
+def distributions(cases: Sequence[Facts]) -> list[Panel]:
+    """Histograms of spacings, HU, lesion diameters and lesions per case."""
     diameters = [sphere_diameter(volume) for one in cases for volume in one.lesions_mm3]
-    charts = [
+    hu = np.sum([one.histogram for one in cases], axis=0)
+    panels = [
         _of_values([one.spacing[0] for one in cases], "spacing along z, mm", "cases"),
         _of_values([one.spacing[2] for one in cases], "spacing along x, mm", "cases"),
-        _histogram(np.sum([one.histogram for one in cases], axis=0), np.asarray(HU_EDGES), "HU", "voxels"),
+        Panel(x_label="HU", y_label="voxels", counts=hu, edges=HU_EDGES, y_whole=True),
     ]
     if diameters:
-        charts.append(_of_values(diameters, "lesion diameter, mm", "lesions"))
-    counts = np.bincount([len(one.lesions_mm3) for one in cases])
-    edges = np.arange(len(counts) + 1) - 0.5
-    charts.append(_histogram(counts, edges, "lesions per case", "cases", whole=True))
-    return f'<div class="charts">{"".join(charts)}</div>'
+        panels.append(_of_values(diameters, "lesion diameter, mm", "lesions"))
+    counts = np.bincount([len(one.lesions_mm3) for one in cases]).tolist()
+    return [
+        *panels,
+        Panel(
+            x_label="lesions per case",
+            y_label="cases",
+            counts=counts,
+            edges=[place - 0.5 for place in range(len(counts) + 1)],
+            x_whole=True,
+            y_whole=True,
+        ),
+    ]
 
 
-def _of_values(values: Sequence[float], label: str, what: str) -> str:
+def _of_values(values: Sequence[float], label: str, counted: str) -> Panel:
     low, high = min(values), max(values)
     # A data set of one spacing is one bar, not an empty range.
     spread = (max(low - 0.5, 0.0), high + 0.5) if high - low < 1e-3 else (low, high)
     counts, edges = np.histogram(values, bins=min(24, max(5, round(2 * len(values) ** 0.5))), range=spread)
-    return _histogram(counts, edges, label, what)
-
-
-def _histogram(counts: np.ndarray, edges: np.ndarray, label: str, what: str, *, whole: bool = False) -> str:
-    """Counts between edges, as an SVG figure.
-
-    Args:
-        label: of the x axis, with its unit.
-        what: is counted.
-        whole: whether the x axis counts something, too.
-    """
-    ends = float(edges[0]), float(edges[-1])
-    frame = small_frame(x=ends, y=(0.0, 1.05 * max(1.0, float(counts.max()))))
-    bars = ""
-    for number, left, right in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        if number:
-            x, y = frame.place(left, number)
-            width = frame.place(right, number)[0] - x
-            bars += (
-                f'<rect class="dot s0" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
-                f'height="{frame.height - BOTTOM - y:.1f}">'
-                f"<title>{left:g} to {right:g}: {number:,}</title></rect>"
-            )
-    marks = [(tick, f"{tick:g}") for tick in round_ticks(*ends, whole=whole)]
-    axes = draw_axes(frame, x_label=label, y_label=what, x_marks=marks, y_whole=True)
-    return f"<figure>{chart(frame, axes + bars, f'{what} by {label}')}</figure>"
+    return Panel(x_label=label, y_label=counted, counts=counts.tolist(), edges=edges.tolist(), y_whole=True)
 
 
 def _thumbnails(cases: Sequence[Facts]) -> str:

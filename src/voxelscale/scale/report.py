@@ -142,7 +142,7 @@ def _sections(findings: Sequence[CostedRow], facts: Mapping[str, Any], figure: s
     said = "".join(f"<li>{escape(str(note))}</li>" for note in facts.get("notes", ()))
     return [
         f'<h1>Scaling study</h1><p class="lead">{escape(" · ".join(lead))}</p>',
-        f"<figure>{wide(figure, 'Time and Dice against workers', 'scroll')}</figure>",
+        f"<figure>{wide(figure, 'Time and Dice against the number of workers', 'scroll')}</figure>",
         "<h2>Time and Dice</h2>",
         plain_table([title for _, title in COLUMNS], rows, "Time and Dice"),
         "<h2>Where an update's time goes, ms</h2>",

@@ -1,319 +1,311 @@
-"""What a search found, as SVG figures: values, learning curves, importances, the front."""
+"""What a search found, as interactive figures.
+
+Optuna draws parallel coordinates, slices, contour and Pareto front. History, learning curves and devices
+are drawn here: Optuna's leave out trials that failed or diverged, and know no devices.
+"""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from voxelscale.pages.charts import Frame, Line, draw_axes, draw_lines, log_ticks, round_ticks
-from voxelscale.pages.page import wide as scrolled
-from voxelscale.search.results import SearchResults, State, TrialResult, Value
+from voxelscale.pages.page import LIGHT
+from voxelscale.pages.plots import text
+from voxelscale.search.results import SearchResults, State, TrialResult
+from voxelscale.search.study import is_number, shown_value, study_of
+from voxelscale.search.text import (
+    STATES,
+    axis_label,
+    duration,
+    padded,
+    score,
+    value_range,
+    value_text,
+)
+from voxelscale.search.timeline import busy_share, device_spans, period
 
-STATES: tuple[State, ...] = ("done", "pruned", "running", "waiting", "infeasible", "diverged", "failed")
-"""In the order of legends."""
+if TYPE_CHECKING:
+    from optuna import Study
+    from plotly.graph_objects import Figure
 
-LABELS = {"dice": "Dice", "time": "time", "parameters": "parameters"}
-WIDE = 1100
-"""Pixels of a figure as wide as the page."""
+COLOURS = {
+    "done": LIGHT["s0"],
+    "pruned": LIGHT["s3"],
+    "running": LIGHT["s2"],
+    "waiting": "#a9b4bf",
+    "infeasible": "#8794a5",
+    "diverged": LIGHT["s4"],
+    "failed": LIGHT["s1"],
+}
+"""Of trials by state; each can be told from a light and from a dark page."""
+
+BEST = {"color": LIGHT["ink"], "width": 2.5}
+"""Line of the best trial, or of the best so far."""
 
 CURVE_POINTS = 40
-"""Of a learning curve that are drawn at most, its end among them."""
+"""Of a learning curve that are drawn at most, beside its end."""
 
-ROW = 22
-"""Pixels of a row of bars."""
-
-Dots = list[tuple[float, float, str]]
-"""Places and tooltips."""
+UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
 
 
-def value_text(objective: str, value: float) -> str:
-    """An objective's value for people: Dice to four places, times with a unit, 1.23M parameters."""
-    if objective == "dice":
-        return f"{value:.4f}"
-    if objective == "time":
-        return duration(value)
-    for letter, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.4g}"
-
-
-def tick_text(objective: str, value: float) -> str:
-    """An objective's value on an axis; times in s."""
-    return value_text("", value) if abs(value) >= 10_000 else plain_number(value)
-
-
-def plain_number(value: float) -> str:
-    """At most four digits, small ones as 1e-5."""
-    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e")
-
-
-def param_text(value: Value) -> str:
-    """A searched key's value as it would stand in YAML, floats with four digits."""
-    if isinstance(value, float):
-        return plain_number(value)
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people, in a unit that leaves two to four digits."""
-    for unit, size, least in (("d", 86400.0, 2.0), ("h", 3600.0, 2.0), ("min", 60.0, 2.0)):
-        if seconds >= least * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-
-
-def label(objective: str) -> str:
-    """An objective's name for people."""
-    return LABELS.get(objective, objective)
-
-
-def axis_label(objective: str) -> str:
-    """An objective's name with its unit."""
-    return "time, s" if objective == "time" else label(objective)
-
-
-def score(results: SearchResults, trial: TrialResult) -> float | None:
-    """The first objective; the last validation's Dice where a trial has not ended with one."""
-    if trial.values:
-        value = trial.values[0]
-    elif trial.curve and results.objectives[0] == "dice":
-        value = trial.curve[-1][1]
-    else:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def value_range(values: Sequence[float], more: bool) -> tuple[float, float]:
-    """The worst and the best value that a scale should show.
-
-    A few hopeless trials would squeeze all others into a line: what is more than three times as far
-    from the best as the median lies beyond the scale.
-
-    Args:
-        more: whether more is better.
-    """
-    sign = 1.0 if more else -1.0
-    goods = sorted(sign * value for value in values)
-    if not goods:
-        return 0.0, 1.0
-    best, middle = goods[-1], goods[len(goods) // 2]
-    worst = max(goods[0], best - 3 * (best - middle)) if best > middle else goods[0]
-    return sign * worst, sign * best
-
-
-def history(results: SearchResults) -> str:
+def history(results: SearchResults) -> Figure:
     """Each trial's first objective against its number, by state, and the best so far.
 
-    The scale is that of the done trials, so that progress is seen; trials beyond it are strokes.
+    The scale is that of the done trials, so that progress is seen; trials worse than it, or without a
+    value, are strokes at its worse end.
     """
     name, more = results.objectives[0], results.maximise[0]
-    scores = [(trial, score(results, trial)) for trial in results.trials if trial.state != "waiting"]
-    known = [value for _, value in scores if value is not None]
+    scores = {trial.number: score(results, trial) for trial in results.trials}
     finals = [trial.values[0] for trial in results.done]
-    low, high = padded(*value_range(finals if len(finals) > 1 else known, more))
-    last = max((trial.number for trial, _ in scores), default=1)
-    frame = Frame(x=(0.0, max(last, 1)), y=(low, high), inset=8)
-    dots, strokes = dict[str, Dots](), ""
-    for trial, value in scores:
-        said = value_text(name, value) if value is not None else trial.note or "no value"
-        title = f"trial {trial.number}, {trial.state}: {said}"
-        if value is not None and low <= value <= high:
-            dots.setdefault(trial.state, []).append((trial.number, value, title))
-        else:
-            strokes += _stroke(frame, trial, title, up=more)
-    best = _best_so_far(results, last)
-    lines = [Line(name="best so far", points=best, stairs=True, style="is-best")] if best else []
-    lines += [_dots(state, dots[state]) for state in STATES if state in dots]
-    whole = [(t, f"{t:g}") for t in round_ticks(*frame.x, whole=True)]
-    axes = draw_axes(frame, x_label="trial", y_name=lambda y: tick_text(name, y), x_marks=whole)
-    caption = legend([state for state in STATES if any(trial.state == state for trial, _ in scores)])
-    caption += _key("is-best", "best so far") if best else ""
-    caption += f"<span>strokes: {'worse, or ' * bool(known)}without a value</span>" if strokes else ""
-    title = f"Trials by {axis_label(name)}"
-    drawn = svg(frame.width, frame.height, axes + strokes + draw_lines(frame, lines), title)
-    return figure(title, drawn, caption)
-
-
-def curves(results: SearchResults) -> str:
-    """Validation Dice of the trials against samples; the ends are marked by state."""
-    shown = [trial for trial in results.trials if trial.curve]
-    points = {t.number: _thinned([p for p in t.curve if p[0] > 0] or t.curve) for t in shown}
-    dice = [y for curve in points.values() for _, y in curve]
-    frame = _samples_frame([x for curve in points.values() for x, _ in curve], dice)
-    best = results.best
-    ordered = sorted(shown, key=lambda t: (t is best, t.state == "done", t.state == "running"))
-    lines, ends = [], dict[str, Dots]()
-    for trial in ordered:
-        style = "is-best" if trial is best else f"faint is-{trial.state}"
-        lines.append(Line(name="", points=points[trial.number], style=style))
-        samples, value = trial.curve[-1]
-        title = f"trial {trial.number}, {trial.state}: Dice {value:.4f} after {samples:,} samples"
-        ends.setdefault("best" if trial is best else trial.state, []).append((samples, value, title))
-    marks = [_dots(state, ends[state]) for state in (*STATES, "best") if state in ends]
-    log = frame.x_ticks is not None
-    ticks = frame.x_ticks or round_ticks(*frame.x, whole=True)
-    marks_x = [(t, plain_number(t) if t < 10_000 else f"{t / 1000:g}k") for t in ticks]
-    x_label = f"samples{' (log)' if log else ''}"
-    axes = draw_axes(frame, x_label=x_label, y_name=plain_number, x_marks=marks_x)
-    caption = legend([state for state in STATES if state in ends])
-    caption += _key("is-best", f"best, trial {best.number}") if best and best.curve else ""
-    title = "Learning curves: validation Dice"
-    return figure(
-        title, svg(frame.width, frame.height, axes + draw_lines(frame, lines + marks), title), caption
-    )
-
-
-def importances(results: SearchResults) -> str:
-    """Horizontal bars with their figures."""
-    shares = results.importances
-    left = 24 + 7 * min(max((len(key) for key in shares), default=0), 40)
-    width, most = WIDE, max(shares.values(), default=0.0) or 1.0
-    body = ""
-    for row, (key, share) in enumerate(shares.items()):
-        y = ROW * row + 4
-        wide = (width - left - 64) * max(share, 0.0) / most
-        body += f'<text class="ink" x="{left - 10}" y="{y + 13}" text-anchor="end">{escape(key)}</text>'
-        body += (
-            f'<rect class="is-done fill" x="{left}" y="{y}" width="{wide:.1f}" height="{ROW - 6}" rx="3"/>'
+    known = finals if len(finals) > 1 else [value for value in scores.values() if value is not None]
+    low, high = padded(*value_range(known, more))
+    figure = _figure("trial", axis_label(name), yaxis_range=(low, high))
+    for state, trials in _by_state(results.trials).items():
+        values = [scores[trial.number] for trial in trials]
+        placed = [value is not None and low <= value <= high for value in values]
+        said = [
+            value_text(name, v) if v is not None else t.note for t, v in zip(trials, values, strict=True)
+        ]
+        figure.add_scatter(
+            name=state,
+            mode="markers",
+            x=[trial.number for trial in trials],
+            y=[v if ok else low if more else high for v, ok in zip(values, placed, strict=True)],
+            hovertext=[_said(t, one or "no value") for t, one in zip(trials, said, strict=True)],
+            hoverinfo="text",
+            marker={
+                "color": COLOURS[state],
+                "size": 9,
+                "symbol": [
+                    ("circle" if state == "done" else "circle-open") if ok else "line-ns-open"
+                    for ok in placed
+                ],
+            },
+            cliponaxis=False,
         )
-        body += f'<text x="{left + wide + 8:.1f}" y="{y + 13}">{100 * share:.1f} %</text>'
-    title = "Importance of each key"
-    method = (
-        f"How much each key decides which trials are among the best by {label(results.objectives[0])}, as "
-        "shares of 100 %. Method: PED-ANOVA (Watanabe, Bansal, Hutter, IJCAI 2023)."
+    if best := _best_so_far(results):
+        x, y = zip(*best, strict=True)
+        figure.add_scatter(name="best so far", x=x, y=y, line={**BEST, "shape": "hv"}, mode="lines")
+    return figure
+
+
+def curves(results: SearchResults) -> Figure:
+    """Validation Dice of the trials against samples, by state; rungs are a factor apart: logarithmic."""
+    figure = _figure("samples (log)", "Dice", xaxis_type="log")
+    best = results.best
+    groups = _by_state(trial for trial in results.trials if trial.curve and trial is not best)
+    named = [(state, trials, {"color": COLOURS[state], "width": 1.3}) for state, trials in groups.items()]
+    if best and best.curve:
+        named.append((f"best, trial {best.number}", [best], BEST))
+    for name, trials, line in named:
+        points: list[tuple[int | None, float | None, str]] = []
+        for trial in trials:
+            step = max(len(trial.curve) // CURVE_POINTS, 1)
+            for samples, dice in [*trial.curve[:-1:step], trial.curve[-1]]:
+                # A logarithmic axis has no 0.
+                said = _said(trial, f"Dice {dice:.4f} after {samples:,} samples")
+                points.append((max(samples, 1), dice, said))
+            points.append((None, None, ""))  # ends the trial's line
+        x, y, said = zip(*points, strict=True)
+        figure.add_scatter(
+            name=name, x=x, y=y, hovertext=said, hoverinfo="text", line=line, mode="lines+markers"
+        )
+    return figure
+
+
+def importances(results: SearchResults) -> Figure:
+    """Horizontal bars with their figures, the most important at the top."""
+    figure = _figure("share of 100 %", "", yaxis_autorange="reversed")
+    shares = [100 * share for share in results.importances.values()]
+    figure.add_bar(
+        orientation="h",
+        x=shares,
+        y=[text(key) for key in results.importances],
+        text=[f"{share:.1f} %" for share in shares],
+        textposition="outside",
+        marker_color=COLOURS["done"],
+        hoverinfo="x+y",
+        cliponaxis=False,
     )
-    return figure(title, svg(width, ROW * len(shares) + 8, body, title, wide=True), escape(method))
+    figure.update_xaxes(range=(0, 1.25 * max(shares, default=1.0)))
+    return figure
 
 
-def front(results: SearchResults) -> str:
-    """The first objective against the second, and the front of those two as stairs.
+def parallel_coordinates(results: SearchResults, study: Study) -> Figure:
+    """Optuna's: a line for each done trial over the first objective and the keys.
+
+    Args:
+        study: of `study_of`, as for the other figures that take one.
+    """
+    from optuna.visualization import plot_parallel_coordinate
+
+    name = axis_label(results.objectives[0])
+    figure = plot_parallel_coordinate(study, target_name=text(name))
+    # Whole names, in two rows.
+    keys = sorted(text(key).replace(".", ".<br>", 1) for key in _tried(results))
+    return figure.update_layout(xaxis_ticktext=[text(name), *keys], xaxis_side="top")
+
+
+def slices(results: SearchResults, study: Study) -> dict[str, Figure]:
+    """Optuna's, of each key: the first objective against it, late trials dark.
+
+    The best trial has a ring; pruned trials are strokes at the worse end.
+    """
+    from optuna.visualization import plot_slice
+
+    name = text(axis_label(results.objectives[0]))
+    low, high = padded(*value_range([trial.values[0] for trial in results.done], results.maximise[0]))
+    pruned = [trial for trial in results.trials if trial.state == "pruned"]
+    figures = {}
+    for key in _tried(results):
+        figure = plot_slice(study, [text(key)], target_name=name)
+        figure.update_traces(marker_showscale=False, marker_size=8)
+        _add_marks(
+            figure,
+            results,
+            key,
+            pruned,
+            [low if results.maximise[0] else high] * len(pruned),
+            "line-ns-open",
+        )
+        best = [results.best] if results.best else []
+        _add_marks(figure, results, key, best, [trial.values[0] for trial in best], "circle-open")
+        figure.update_yaxes(range=(low, high))
+        if not is_number(results, key):  # Optuna's ticks are in quotes
+            choices = figure.layout.xaxis.categoryarray
+            figure.update_xaxes(tickvals=choices, ticktext=[choice[1:-1] for choice in choices])
+        figures[key] = figure
+    return figures
+
+
+def _add_marks(
+    figure: Figure, results: SearchResults, key: str, trials: list[TrialResult], y: list[float], symbol: str
+) -> None:
+    own = [(trial, value) for trial, value in zip(trials, y, strict=True) if key in trial.params]
+    x = [shown_value(results, key, trial.params[key]) for trial, _ in own]
+    figure.add_scatter(
+        x=x if is_number(results, key) else [repr(value) for value in x],
+        y=[value for _, value in own],
+        mode="markers",
+        marker={"symbol": symbol, "size": 13, "color": COLOURS["pruned"], "line_width": 2},
+        hovertext=[_said(trial, "") for trial, _ in own],
+        hoverinfo="text",
+        showlegend=False,
+        cliponaxis=False,
+    )
+
+
+def contour(results: SearchResults, study: Study) -> Figure | None:
+    """Optuna's, of the two most important keys; None where too few trials had both."""
+    from optuna.visualization import plot_contour
+
+    keys = list(results.importances)[:2]
+    both = [trial for trial in results.done if all(key in trial.params for key in keys)]
+    kinds = [{shown_value(results, key, trial.params[key]) for trial in both} for key in keys]
+    if len(keys) < 2 or any(len(values) < 2 for values in kinds):
+        return None
+    name = text(axis_label(results.objectives[0]))
+    return plot_contour(study, [text(key) for key in keys], target_name=name)
+
+
+def front(results: SearchResults) -> Figure:
+    """Optuna's, of the first two objectives, and their front as stairs.
 
     A trial that is on the front only for a third objective is marked and lies off the stairs.
     """
-    (across, up), on_front = (results.objectives[1], results.objectives[0]), results.front
-    xs = [trial.values[1] for trial in results.done]
-    log = min(xs) > 0 and max(xs) / min(xs) > 20
-    x = _log_padded(min(xs), max(xs)) if log else padded(*_front_range(results, 1))
-    y = padded(*_front_range(results, 0))
-    ticks = log_ticks(*x) if log else None
-    frame = Frame(x=x, y=y, x_ticks=ticks, width=WIDE, height=340, inset=4)
-    rest, chosen = Dots(), Dots()
-    for trial in results.done:
-        values = zip(results.objectives, trial.values, strict=True)
-        said = ", ".join(f"{label(name)} {value_text(name, value)}" for name, value in values)
-        dots = chosen if any(trial is other for other in on_front) else rest
-        dots.append((trial.values[1], trial.values[0], f"trial {trial.number}: {said}"))
-    stairs = _stairs(results, frame)
-    lines = [
-        Line(name="", points=stairs, stairs=True, style="is-best"),
-        _dots("rest", rest),
-        _dots("done", chosen),
-    ]
-    marks = [(t, tick_text(across, t)) for t in frame.x_ticks or round_ticks(*x)]
-    x_label = f"{axis_label(across)}{' (log)' if log else ''}"
-    axes = draw_axes(frame, x_label=x_label, y_name=lambda v: tick_text(up, v), x_marks=marks)
-    title = f"Trials by {axis_label(up)}, against {axis_label(across)}"
-    caption = _key("is-done", "on the front") + _key("is-rest", "beaten") + _key("is-best", "front")
-    drawn = svg(frame.width, frame.height, axes + draw_lines(frame, lines), title, wide=True)
-    return figure(title, drawn, caption)
+    from optuna.visualization import plot_pareto_front
 
-
-def svg(width: int, height: int, body: str, name: str, *, wide: bool = False) -> str:
-    """An SVG element in the page's colours; `wide`: rather scrolled than shrunk until it cannot be read."""
-    style = f' style="min-width:{round(0.85 * width)}px"' if wide else ""
-    size = f'viewBox="0 0 {width} {height}"{style}'
-    drawn = f'<svg class="chart" {size} role="img" aria-label="{escape(name)}">{body}</svg>'
-    return scrolled(drawn, name, "scroll") if wide else drawn
-
-
-def figure(title: str, drawn: str, caption: str = "") -> str:
-    """A drawing with its title and its caption, which is HTML."""
-    below = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f"<figure><h3>{escape(title)}</h3>{drawn}{below}</figure>"
-
-
-def legend(states: Iterable[str]) -> str:
-    """The states' names with their colours, as HTML."""
-    return "".join(_key(f"is-{state}", state) for state in states)
-
-
-def _key(style: str, name: str) -> str:
-    return f'<span class="key {style}">{escape(name)}</span>'
-
-
-def _dots(state: str, dots: Dots) -> Line:
-    """Marks only; rings for trials that have not come to their end."""
-    return Line(
-        name=state,
-        points=[(x, y) for x, y, _ in dots],
-        titles=[title for _, _, title in dots],
-        dots=True,
-        hollow=state not in ("done", "best", "rest"),
-        bare=True,
-        style=f"is-{state}",
+    up, across = results.objectives[:2]
+    figure = plot_pareto_front(
+        study_of(results, len(results.objectives)),
+        targets=lambda trial: (trial.values[1], trial.values[0]),
+        target_names=[text(axis_label(across)), text(axis_label(up))],
     )
+    looks = (("beaten", "infeasible"), ("on the front", "done"))
+    for trace, (name, state) in zip(figure.data, looks, strict=True):
+        trace.update(
+            name=name, showlegend=True, marker={"color": COLOURS[state], "size": 9, "showscale": False}
+        )
+    x, y = zip(*stairs(results), strict=True)
+    figure.add_scatter(name="front", x=x, y=y, mode="lines", line={**BEST, "shape": "hv"}, hoverinfo="skip")
+    xs = [trial.values[1] for trial in results.done]
+    if min(xs) > 0 and max(xs) / min(xs) > 20:
+        figure.update_xaxes(type="log", title=f"{text(axis_label(across))} (log)")
+    usual = value_range([trial.values[0] for trial in results.done], results.maximise[0])
+    shown = [*usual, *(trial.values[0] for trial in results.front)]
+    return figure.update_yaxes(range=padded(min(shown), max(shown)))
 
 
-def _stroke(frame: Frame, trial: TrialResult, title: str, up: bool) -> str:
-    """At the foot where up is better, else at the top."""
-    x, y = frame.place(trial.number, frame.y[0 if up else 1])
-    path = f'<path class="stroke is-{trial.state}" d="M{x:.1f} {y:.1f}v{-9 if up else 9}">'
-    return f"{path}<title>{escape(title)}</title></path>"
+def stairs(results: SearchResults) -> list[tuple[float, float]]:
+    """The front of the first two objectives, (second, first), from the best second one on."""
+    up, across = (1.0 if more else -1.0 for more in results.maximise[:2])
+    places = [(trial.values[1], trial.values[0]) for trial in results.done]
+    points: list[tuple[float, float]] = []
+    for x, y in sorted(places, key=lambda place: (-across * place[0], -up * place[1])):
+        if not points or up * y > up * points[-1][1]:
+            points.append((x, y))
+    return points
 
 
-def _best_so_far(results: SearchResults, last: int) -> list[tuple[float, float]]:
+def devices(results: SearchResults, now: float) -> Figure:
+    """A row for each device with its utilisation, its stretches of work coloured by their trial's state.
+
+    Args:
+        now: seconds since the epoch; running trials last until then.
+    """
+    begun, ended = period(results, now)
+    size, unit = next(((s, u) for s, u in UNITS if ended - begun > 3 * s), (1.0, "seconds"))
+    figure = _figure(f"{unit} since the start", "", barmode="overlay", yaxis_autorange="reversed")
+    bars = [
+        (f"{text(device)}  {100 * busy_share(own):.1f} %", a, b, trial)
+        for device, own in device_spans(results, now).items()
+        for a, b, trial in own
+    ]
+    for state in STATES:
+        mine = [bar for bar in bars if bar[3].state == state]
+        if mine:
+            figure.add_bar(
+                name=state,
+                orientation="h",
+                y=[row for row, *_ in mine],
+                base=[(a - begun) / size for _, a, _, _ in mine],
+                x=[(b - a) / size for _, a, b, _ in mine],
+                hovertext=[_said(trial, duration(b - a)) for _, a, b, trial in mine],
+                hoverinfo="text",
+                marker_color=COLOURS[state],
+            )
+    rows = list(dict.fromkeys(row for row, *_ in bars))
+    return figure.update_yaxes(categoryorder="array", categoryarray=rows)
+
+
+def _figure(x: str, y: str, **layout: Any) -> Figure:
+    from plotly.graph_objects import Figure
+
+    return Figure(layout={"xaxis_title": text(x), "yaxis_title": text(y), **layout})
+
+
+def _by_state(trials: Iterable[TrialResult]) -> dict[State, list[TrialResult]]:
+    """The trials that have begun, in the order of legends."""
+    begun = [trial for trial in trials if trial.state != "waiting"]
+    groups = {state: [trial for trial in begun if trial.state == state] for state in STATES}
+    return {state: group for state, group in groups.items() if group}
+
+
+def _said(trial: TrialResult, fact: str) -> str:
+    """What stands beside a trial's mark."""
+    return text(f"trial {trial.number}, {trial.state}{': ' * bool(fact)}{fact}")
+
+
+def _tried(results: SearchResults) -> list[str]:
+    """The keys that a done trial had."""
+    return [key for key in results.keys if any(key in trial.params for trial in results.done)]
+
+
+def _best_so_far(results: SearchResults) -> list[tuple[float, float]]:
     sign = 1.0 if results.maximise[0] else -1.0
     points: list[tuple[float, float]] = []
     for trial in sorted(results.done, key=lambda trial: trial.number):
         if not points or sign * trial.values[0] > sign * points[-1][1]:
             points.append((trial.number, trial.values[0]))
+    last = max((trial.number for trial in results.trials), default=0)
     return [*points, (last, points[-1][1])] if points else []
-
-
-def _front_range(results: SearchResults, place: int) -> tuple[float, float]:
-    """An objective's ends: a hopeless trial may lie beyond, but none of the front."""
-    usual = value_range([trial.values[place] for trial in results.done], results.maximise[place])
-    shown = [*usual, *(trial.values[place] for trial in results.front)]
-    return min(shown), max(shown)
-
-
-def _stairs(results: SearchResults, frame: Frame) -> list[tuple[float, float]]:
-    """The border of what the done trials beat in the first two objectives, from best to worst x."""
-    up, across = (1.0 if more else -1.0 for more in results.maximise[:2])
-    places = [(t.values[1], t.values[0]) for t in results.done]
-    points: list[tuple[float, float]] = []
-    for x, y in sorted(places, key=lambda place: (-across * place[0], -up * place[1])):
-        if not points or up * y > up * points[-1][1]:
-            points.append((x, y))
-    worst = (0, 1) if across > 0 else (1, 0)
-    foot = (points[0][0], frame.y[0] if up > 0 else frame.y[1])
-    return [foot, *points, (frame.x[worst[0]], points[-1][1])]
-
-
-def _samples_frame(samples: Sequence[int], dice: Sequence[float]) -> Frame:
-    """Rungs are a factor apart: on a logarithmic axis they are at even distances."""
-    low, high = min(samples, default=0), max(samples, default=1)
-    y = padded(min(dice, default=0.0), max(dice, default=1.0))
-    if low > 0 and high >= 8 * low:
-        return Frame(x=(low, high), y=y, x_ticks=log_ticks(low, high), inset=8)
-    return Frame(x=(0.0, max(high, 1)), y=y, inset=8)
-
-
-def _thinned(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    step = -(-len(curve) // CURVE_POINTS)
-    return [*curve[: -1 : max(step, 1)], curve[-1]]
-
-
-def padded(a: float, b: float) -> tuple[float, float]:
-    """A range with room at both ends; no Dice, time or count is below 0, nor is its axis."""
-    low, high = min(a, b), max(a, b)
-    pad = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    return max(low - pad, 0.0) if low >= 0 else low - pad, high + pad
-
-
-def _log_padded(low: float, high: float) -> tuple[float, float]:
-    pad = (high / low) ** 0.04
-    return low / pad, high * pad

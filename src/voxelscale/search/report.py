@@ -11,50 +11,30 @@ from pathlib import Path
 from voxelscale import __version__
 from voxelscale.console import count
 from voxelscale.pages.page import cards, plain_table, sortable_table, write_page
-from voxelscale.search import axes, figures
-from voxelscale.search.figures import STATES, duration, label, param_text, score, value_text
+from voxelscale.pages.plots import plot, scripts
+from voxelscale.search import figures
 from voxelscale.search.results import SearchResults, TrialResult, Value, utilisation
-from voxelscale.search.timeline import device_spans, period, timeline
+from voxelscale.search.study import study_of
+from voxelscale.search.text import STATES, axis_label, duration, label, param_text, score, value_text
+from voxelscale.search.timeline import device_spans, period
 
 STYLE = """
-.look { position: absolute; }
-:root { --done: #0b7a75; --pruned: #b7791f; --running: #5b6ee1; --waiting: #c3ccd6; --infeasible: #8794a5;
-  --diverged: #8a4fbf; --failed: #d1495b; --ghost: #d3dae2; --q0: #d3b548; --q1: #94b866; --q2: #4fa784;
-  --q3: #2a8a94; --q4: #2a6792; --q5: #2a3c80; }
-@media (prefers-color-scheme: dark) { :root { --done: #3fc1b8; --pruned: #f0b95b; --running: #94a3ff;
-  --waiting: #3a4756; --infeasible: #6b7a8d; --diverged: #cf9dff; --failed: #ff7b89; --ghost: #33404f;
-  --q0: #3d549c; --q1: #2f7fae; --q2: #2aa0a0; --q3: #52bd8a; --q4: #a5d66f; --q5: #f7e67e; } }
-.is-done { --c: var(--done); } .is-pruned { --c: var(--pruned); } .is-running { --c: var(--running); }
-.is-waiting { --c: var(--waiting); } .is-infeasible { --c: var(--infeasible); }
-.is-diverged { --c: var(--diverged); } .is-failed { --c: var(--failed); } .is-best { --c: var(--ink); }
-.is-rest { --c: var(--infeasible); } .ghost { --c: var(--ghost); } .shade0 { --c: var(--q0); }
-.shade1 { --c: var(--q1); } .shade2 { --c: var(--q2); } .shade3 { --c: var(--q3); }
-.shade4 { --c: var(--q4); } .shade5 { --c: var(--q5); }
-figure h3 { margin: 2px 0 8px; font-size: 14px; font-weight: 600; }
-.hollow { fill: var(--card); stroke: var(--c); stroke-width: 1.8; } .fill { fill: var(--c); }
-.faint { stroke-width: 1.3; opacity: .6; } .stroke { stroke: var(--c); stroke-width: 2.5; }
-svg.chart text.ink { fill: var(--ink); } .axis { stroke: var(--soft); stroke-width: 1.2; fill: none; }
-svg.chart .mark { paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; }
-.strand { fill: none; stroke: var(--c); stroke-width: 1.6; opacity: .85; }
-.strand.ghost { stroke-width: 1; opacity: .5; }
-.strand.is-best { stroke-width: 3.2; opacity: 1; } .strand:hover { stroke-width: 5; opacity: 1; }
-.dots { stroke: var(--c); stroke-width: 7; stroke-linecap: round; } .stroke.ghost { stroke-width: 1.5; }
-.ring { fill: none; stroke: var(--c); stroke-width: 2; }
-.pair { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(480px, 100%), 1fr)); gap: 14px; }
-.slices { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 14px; }
-.caption { color: var(--soft); font-size: 13px; } .key { display: inline-block; }
-.scale { display: inline-block; width: 300px; margin-right: 20px; vertical-align: middle; }
-.scale .boxes, .scale .ends { display: flex; } .scale .ends { justify-content: space-between; }
-.scale i { flex: 1; height: 8px; background: var(--c); } .scale b { font-weight: 400; }
+.pair, .slices { display: grid; gap: 14px; }
+.pair { grid-template-columns: repeat(auto-fill, minmax(min(480px, 100%), 1fr)); }
+.slices { grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); }
+.caption { color: var(--soft); font-size: 13px; } .key { display: inline-block; margin-right: 16px; }
 .strip { display: flex; height: 12px; border-radius: 6px; overflow: hidden; margin: 18px 0 6px;
   background: var(--rule); }
 .strip i { background: var(--c); }
 .stack { display: grid; gap: 14px; grid-template-columns: minmax(0, 1fr); }
 .sortable :is(th, td):nth-child(2) { text-align: left; }
 .note { display: inline-block; white-space: normal; text-align: left; min-width: 260px; }
-.state::before { content: ""; display: inline-block; width: 9px; height: 9px;
+:is(.state, .key)::before { content: ""; display: inline-block; width: 9px; height: 9px;
   border-radius: 5px; margin-right: 7px; background: var(--c); }
 """
+
+ROW = 26
+"""Pixels of a row of bars."""
 
 LAST = "-1e300"
 """What a missing value sorts as."""
@@ -73,22 +53,21 @@ def write_report(results: SearchResults, out: Path, now: float) -> None:
     """
     best = results.best
     sections = [
-        f'<svg class="look" width="0" height="0" aria-hidden="true"><style>{STYLE}</style></svg>',
+        f"<style>{STYLE}{''.join(f'.is-{s} {{ --c: {c}; }}' for s, c in figures.COLOURS.items())}</style>",
         _head(results, now),
         _cards(results, now),
         _states(results),
         "<h2>Best parameters</h2>" + _best(results),
         "<h2>History</h2>" + _history(results),
         "<h2>Keys</h2>" + _keys(results),
-        "<h2>Devices</h2>"
-        + (timeline(results, now) if device_spans(results, now) else _none("No work yet.")),
+        "<h2>Devices</h2>" + _devices(results, now),
         "<h2>Pareto front</h2>" + _front(results) if len(results.objectives) > 1 else "",
         "<h2>Trials</h2>" + (_trials(results, now) if results.trials else _none("No trial yet.")),
         "<footer>Pruned and running trials have the Dice of their last validation. Utilisation: the share "
         "of a device's time, from its first to its last moment of work, in which a trial had it.</footer>",
     ]
     title = f"Search {results.name}" + (f": best {_first(results, best)}" if best else "")
-    write_page(title, sections, out)
+    write_page(title, sections, out, scripts())
 
 
 def status_table(results: SearchResults, now: float) -> str:
@@ -202,18 +181,57 @@ def _best(results: SearchResults) -> str:
 
 
 def _history(results: SearchResults) -> str:
-    drawn = figures.history(results) if any(t.state != "waiting" for t in results.trials) else ""
-    drawn += figures.curves(results) if any(trial.curve for trial in results.trials) else ""
-    return f'<div class="pair">{drawn}</div>' if drawn else _none("No trial yet.")
+    if all(trial.state == "waiting" for trial in results.trials):
+        return _none("No trial yet.")
+    title = f"Trials by {axis_label(results.objectives[0])}"
+    strokes = "Strokes at the edge: worse than the scale, or without a value. A double click shows all."
+    drawn = plot(figures.history(results), title, escape(strokes))
+    if any(trial.curve for trial in results.trials):
+        drawn += plot(figures.curves(results), "Learning curves: validation Dice")
+    return f'<div class="pair">{drawn}</div>'
 
 
 def _keys(results: SearchResults) -> str:
     if not results.done or not results.keys:
         return _none("No trial is done yet." if results.keys else "No key is searched.")
-    shares = (
-        figures.importances(results) if results.importances else _none("Too few trials for importances.")
+    study = study_of(results)
+    drawn = _importances(results)
+    drawn += plot(
+        figures.parallel_coordinates(results, study),
+        "Parallel coordinates",
+        "A line for each done trial. None: the key is not active in it.",
+        width=110 * (len(results.keys) + 1),
     )
-    return f'<div class="stack">{shares}{axes.parallel_coordinates(results)}{axes.slices(results)}</div>'
+    if found := figures.contour(results, study):
+        drawn += plot(
+            found, "The two most important keys", "Between the trials the colours are interpolated."
+        )
+    objective = axis_label(results.objectives[0])
+    slices = "".join(
+        plot(figure, f"{objective} against {key}", height=240)
+        for key, figure in figures.slices(results, study).items()
+    )
+    said = "The ring is the best trial, strokes at the edge are pruned ones; colours by trial number."
+    return f'<div class="stack">{drawn}<div class="slices">{slices}</div>{_none(said)}</div>'
+
+
+def _importances(results: SearchResults) -> str:
+    if not results.importances:
+        return _none("Too few trials for importances.")
+    method = (
+        f"How much each key decides which trials are among the best by {label(results.objectives[0])}, as "
+        "shares of 100 %. Method: PED-ANOVA (Watanabe, Bansal, Hutter, IJCAI 2023)."
+    )
+    height = 70 + ROW * len(results.importances)
+    return plot(figures.importances(results), "Importance of each key", escape(method), height=height)
+
+
+def _devices(results: SearchResults, now: float) -> str:
+    spans = device_spans(results, now)
+    if not spans:
+        return _none("No work yet.")
+    title = f"When which device worked: {_percent(results, now)} of the time overall"
+    return plot(figures.devices(results, now), title, height=110 + ROW * len(spans))
 
 
 def _front(results: SearchResults) -> str:
@@ -227,7 +245,9 @@ def _front(results: SearchResults) -> str:
         cells += [_param(trial.params, key) for key in results.keys]
         rows.append([escape(cell) for cell in cells])
     table = plain_table(["trial", *names, *results.keys], rows, "Trials on the front", "wide tall")
-    return f'<div class="stack">{figures.front(results)}{table}</div>'
+    title = " against ".join(axis_label(name) for name in results.objectives[:2])
+    drawn = plot(figures.front(results), f"Trials by {title}")
+    return f'<div class="stack">{drawn}{table}</div>'
 
 
 def _trials(results: SearchResults, now: float) -> str:
