@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -127,6 +128,8 @@ def draw(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    # It would report that it builds its cache of fonts, once on each machine.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     # Text stays text, and is never taken for a formula; equal charts are equal files.
     settings = {"svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": label, "font.size": 12}
     with rc_context({**settings, **_theme()}):
