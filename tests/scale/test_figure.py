@@ -13,7 +13,7 @@ from tests.pages import checked
 from voxelscale.config import Config
 from voxelscale.pages.charts import Line, Panel
 from voxelscale.scale.cost import TrainingTime, UpdateTime
-from voxelscale.scale.figure import Point, as_points, scaling_figure, scaling_panels
+from voxelscale.scale.figure import Point, scaling_figure, scaling_panels
 from voxelscale.scale.report import CostedRow, write_results
 from voxelscale.scale.study import Row, Trial, TrialScore, summarise
 
@@ -89,11 +89,6 @@ def test_few_rows_are_no_fault(rows: list[Point]) -> None:
     drawn = scaling_figure(rows)
     assert not re.search(r"\b(nan|inf)\b", drawn)
     assert "Time of a training" in texts(ElementTree.fromstring(drawn))
-
-
-def test_rows_may_be_dictionaries() -> None:
-    row = {**ROWS[3].__dict__, "anything": "else"}
-    assert as_points([row, ROWS[0]]) == [ROWS[0], ROWS[3]]
 
 
 def study(*rows: tuple[str, int, list[float]]) -> list[Row]:

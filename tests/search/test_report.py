@@ -226,16 +226,14 @@ def test_the_front(tmp_path: Path) -> None:
         (60.0, 0.9),
     ]
     assert len(named(drawn, "beaten").x) == 3
-    assert figures.stairs(results) == [(10.0, 0.5), (30.0, 0.8), (60.0, 0.9)]
 
 
 @pytest.mark.parametrize("more", [(True, True), (True, False), (False, True), (False, False)])
-def test_stairs_touch_the_front_whatever_is_better(more: tuple[bool, bool]) -> None:
+def test_the_front_is_marked_whatever_is_better(more: tuple[bool, bool]) -> None:
     chance = random.Random(0)
     trials = [trial(n, "done", chance.random(), chance.random()) for n in range(30)]
     results = search(*trials, objectives=("a", "b"), maximise=more)
     front = {(t.values[1], t.values[0]) for t in results.front}
-    assert set(figures.stairs(results)) == front
     marks = named(figures.front(results), "on the front")
     assert set(zip(marks.x, marks.y, strict=True)) == front
     assert len(front) > 1
@@ -299,9 +297,10 @@ def test_figures_of_a_whole_search() -> None:
     assert list(slices) == list(KEYS)
     assert slices["model.depth"].layout.yaxis.range[0] < slices["model.depth"].layout.yaxis.range[1]
     assert slices["optim.name"].layout.xaxis.ticktext == ("adamw", "sgd")
-    done, pruned, ring = slices["model.depth"].data
-    assert (len(done.x), len(pruned.x), len(ring.x)) == (24, 8, 1)
-    assert (ring.x[0], ring.y[0]) == (best.params["model.depth"], best.values[0])
+    done, marked = slices["model.depth"].data
+    assert len(done.x) == 24
+    assert marked.marker.symbol == ("line-ns-open",) * 8 + ("circle-open",), "pruned, best"
+    assert (marked.x[-1], marked.y[-1]) == (best.params["model.depth"], best.values[0])
     contour = figures.contour(results, study_of(results))
     assert contour is not None
     assert contour.layout.xaxis.title.text == "model.depth"

@@ -12,54 +12,34 @@ from string import Template
 
 from voxelscale.files import write_atomic
 
-LIGHT = {
-    "page": "#f6f7f9",
-    "card": "#ffffff",
-    "ink": "#1b2330",
-    "soft": "#5d6b7e",
-    "rule": "#e1e6ec",
-    "s0": "#0b7a75",
-    "s1": "#d1495b",
-    "s2": "#5b6ee1",
-    "s3": "#b7791f",
-    "s4": "#8a4fbf",
-    "s5": "#4f6472",
-    "accent": "#0b7a75",
-    "good": "#2e9e6b",
-    "bad": "#d1495b",
-    "shade": "#1b233340",
+COLOURS = {
+    "page": ("#f6f7f9", "#10151c"),
+    "card": ("#ffffff", "#18202a"),
+    "ink": ("#1b2330", "#e7edf4"),
+    "soft": ("#5d6b7e", "#93a2b5"),
+    "rule": ("#e1e6ec", "#2a3542"),
+    "s0": ("#0b7a75", "#3fc1b8"),
+    "s1": ("#d1495b", "#ff7b89"),
+    "s2": ("#5b6ee1", "#94a3ff"),
+    "s3": ("#b7791f", "#f0b95b"),
+    "s4": ("#8a4fbf", "#cf9dff"),
+    "s5": ("#4f6472", "#a9bccb"),
+    "accent": ("#0b7a75", "#3fc1b8"),
+    "good": ("#2e9e6b", "#52c98f"),
+    "bad": ("#d1495b", "#ff7b89"),
+    "shade": ("#1b233340", "#000000b0"),
 }
-"""Colours of pages and charts by the name of their CSS variable; ``s0`` to ``s5`` are those of lines."""
+"""Colours of pages and charts by CSS variable, light and dark; ``s0`` to ``s5`` are those of lines."""
 
-DARK = {
-    "page": "#10151c",
-    "card": "#18202a",
-    "ink": "#e7edf4",
-    "soft": "#93a2b5",
-    "rule": "#2a3542",
-    "s0": "#3fc1b8",
-    "s1": "#ff7b89",
-    "s2": "#94a3ff",
-    "s3": "#f0b95b",
-    "s4": "#cf9dff",
-    "s5": "#a9bccb",
-    "accent": "#3fc1b8",
-    "good": "#52c98f",
-    "bad": "#ff7b89",
-    "shade": "#000000b0",
-}
-"""The same for a reader whose system is set to dark."""
+LIGHT = {name: light for name, (light, _) in COLOURS.items()}
+"""The colours of a light page."""
 
 
 def palette(selector: str) -> str:
     """CSS that gives the elements the colours as variables, those of the dark where it is wanted."""
-    light, dark = (
-        "".join(f"--{name}:{colour};" for name, colour in colours.items()) for colours in (LIGHT, DARK)
-    )
-    return (
-        f"{selector}{{color-scheme:light dark;{light}}}"
-        f"@media (prefers-color-scheme:dark){{{selector}{{{dark}}}}}"
-    )
+    light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1))
+    wanted = "@media (prefers-color-scheme:dark)"
+    return f"{selector}{{color-scheme:light dark;{light}}}{wanted}{{{selector}{{{dark}}}}}"
 
 
 def write_page(title: str, sections: Sequence[str], out: Path, scripts: Sequence[str] = ()) -> None:

@@ -6,8 +6,8 @@ Dice itself.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ TARGET = 0.99
 
 SHIFT = 5.0
 """Points between the intervals of two recipes, so that they do not cover each other."""
+
+MOST_TIMES = 9
+"""Ticks on the axis of times."""
 
 TIMES = [
     *(m * 10.0**p for p in range(-3, 1) for m in (1, 2, 5)),
@@ -53,25 +56,13 @@ class Point:
     measured: bool = False
 
 
-def as_points(rows: Iterable[Point | Mapping[str, Any]]) -> list[Point]:
-    """Rows of a table as points, by number of workers; keys that a point does not have are left out."""
-    names = set(Point.__dataclass_fields__)
-    points = [
-        row if isinstance(row, Point) else Point(**{k: v for k, v in row.items() if k in names})
-        for row in rows
-    ]
-    return sorted(points, key=lambda point: point.workers)
-
-
-def scaling_figure(rows: Iterable[Point | Mapping[str, Any]], *, target: float = TARGET) -> str:
+def scaling_figure(points: Iterable[Point], *, target: float = TARGET) -> str:
     """The panels of `scaling_panels` as an SVG file."""
     label = "Time of a training and its Dice against the number of workers"
-    return draw(scaling_panels(rows, target=target), 954, 430, label, alone=True)
+    return draw(scaling_panels(points, target=target), 954, 430, label, alone=True)
 
 
-def scaling_panels(
-    rows: Iterable[Point | Mapping[str, Any]], *, target: float = TARGET
-) -> tuple[Panel, Panel]:
+def scaling_panels(points: Iterable[Point], *, target: float = TARGET) -> tuple[Panel, Panel]:
     """Time against workers, and Dice relative to one worker (Dice itself where there is no relative one).
 
     Times: dots were measured, rings are the model's, the broken line is the first recipe's fewest workers
@@ -80,7 +71,7 @@ def scaling_panels(
     Args:
         target: share of one worker's Dice.
     """
-    points = as_points(rows)
+    points = sorted(points, key=lambda point: point.workers)
     relative = not points or any(point.relative is not None for point in points)
     return _time_panel(points), (_relative_panel(points, target) if relative else _dice_panel(points))
 
@@ -100,12 +91,12 @@ def _time_panel(points: Sequence[Point]) -> Panel:
         if any(p.measured == measured for p in points):
             lines.append(Line(name=name, mark=mark, marks_only=True, colour="soft"))
     lines.append(Line(name="ideal time", points=_ideal(points), dashed=True, colour="soft"))
-    ticks = _time_ticks([y for line in lines for _, y in line.points])
+    times = _round_times([y for line in lines for _, y in line.points])
     return Panel(
         title="Time of a training",
         lines=lines,
-        y_ticks=ticks,
-        y_range=(ticks[0], ticks[-1]),
+        y_ticks=times[:: -(-len(times) // MOST_TIMES)],
+        y_range=(times[0] * 0.99, times[-1] * 1.01),
         y_log=True,
         y_text=_duration,
         **_worker_axis(points),
@@ -214,15 +205,10 @@ def _worker_axis(points: Sequence[Point]) -> dict[str, Any]:
     }
 
 
-def _time_ticks(seconds: Sequence[float]) -> list[float]:
-    """Round times that enclose all; every second or third where there would be more than nine."""
-    low, high = min(seconds, default=1.0), max(seconds, default=10.0)
-    first = max((i for i, t in enumerate(TIMES) if t <= low), default=0)
-    last = min((i for i, t in enumerate(TIMES) if t >= high), default=len(TIMES) - 1)
-    last = max(last, first + 1)
-    step = math.ceil((last - first) / 8)
-    last = min(first + step * math.ceil((last - first) / step), len(TIMES) - 1)
-    return [*TIMES[first:last:step], TIMES[last]]
+def _round_times(seconds: Sequence[float]) -> list[float]:
+    """The `TIMES` that enclose all."""
+    first = bisect_right(TIMES, min(seconds, default=1.0)) - 1
+    return TIMES[max(first, 0) : bisect_left(TIMES, max(seconds, default=10.0)) + 1]
 
 
 def _duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ are drawn here: Optuna's leave out trials that failed or diverged, and know no d
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from voxelscale.pages.page import LIGHT
@@ -83,9 +84,15 @@ def history(results: SearchResults) -> Figure:
             },
             cliponaxis=False,
         )
-    if best := _best_so_far(results):
-        x, y = zip(*best, strict=True)
-        figure.add_scatter(name="best so far", x=x, y=y, line={**BEST, "shape": "hv"}, mode="lines")
+    best = accumulate((trial.values[0] for trial in results.done), max if more else min)
+    figure.add_scatter(
+        name="best so far",
+        mode="lines",
+        x=[trial.number for trial in results.done],
+        y=list(best),
+        line={**BEST, "shape": "hv"},
+        visible=bool(results.done),
+    )
     return figure
 
 
@@ -155,44 +162,40 @@ def slices(results: SearchResults, study: Study) -> dict[str, Figure]:
 
     name = text(axis_label(results.objectives[0]))
     low, high = padded(*value_range([trial.values[0] for trial in results.done], results.maximise[0]))
-    pruned = [trial for trial in results.trials if trial.state == "pruned"]
+    marked = [
+        (trial, low if results.maximise[0] else high, "line-ns-open")
+        for trial in results.trials
+        if trial.state == "pruned"
+    ]
+    marked += [(trial, trial.values[0], "circle-open") for trial in results.done if trial is results.best]
     figures = {}
     for key in _tried(results):
         figure = plot_slice(study, [text(key)], target_name=name)
         figure.update_traces(marker_showscale=False, marker_size=8)
-        _add_marks(
-            figure,
-            results,
-            key,
-            pruned,
-            [low if results.maximise[0] else high] * len(pruned),
-            "line-ns-open",
+        own = [mark for mark in marked if key in mark[0].params]
+        x = [shown_value(results, key, trial.params[key]) for trial, _, _ in own]
+        number = is_number(results, key)
+        figure.add_scatter(
+            x=x if number else [repr(value) for value in x],
+            y=[at for _, at, _ in own],
+            mode="markers",
+            marker={
+                "symbol": [symbol for _, _, symbol in own],
+                "size": 13,
+                "color": COLOURS["pruned"],
+                "line_width": 2,
+            },
+            hovertext=[_said(trial, "") for trial, _, _ in own],
+            hoverinfo="text",
+            showlegend=False,
+            cliponaxis=False,
         )
-        best = [results.best] if results.best else []
-        _add_marks(figure, results, key, best, [trial.values[0] for trial in best], "circle-open")
         figure.update_yaxes(range=(low, high))
-        if not is_number(results, key):  # Optuna's ticks are in quotes
+        if not number:  # Optuna's ticks are in quotes
             choices = figure.layout.xaxis.categoryarray
             figure.update_xaxes(tickvals=choices, ticktext=[choice[1:-1] for choice in choices])
         figures[key] = figure
     return figures
-
-
-def _add_marks(
-    figure: Figure, results: SearchResults, key: str, trials: list[TrialResult], y: list[float], symbol: str
-) -> None:
-    own = [(trial, value) for trial, value in zip(trials, y, strict=True) if key in trial.params]
-    x = [shown_value(results, key, trial.params[key]) for trial, _ in own]
-    figure.add_scatter(
-        x=x if is_number(results, key) else [repr(value) for value in x],
-        y=[value for _, value in own],
-        mode="markers",
-        marker={"symbol": symbol, "size": 13, "color": COLOURS["pruned"], "line_width": 2},
-        hovertext=[_said(trial, "") for trial, _ in own],
-        hoverinfo="text",
-        showlegend=False,
-        cliponaxis=False,
-    )
 
 
 def contour(results: SearchResults, study: Study) -> Figure | None:
@@ -209,10 +212,7 @@ def contour(results: SearchResults, study: Study) -> Figure | None:
 
 
 def front(results: SearchResults) -> Figure:
-    """Optuna's, of the first two objectives, and their front as stairs.
-
-    A trial that is on the front only for a third objective is marked and lies off the stairs.
-    """
+    """Optuna's, of the first two objectives; a trial may be on the front for a third one only."""
     from optuna.visualization import plot_pareto_front
 
     up, across = results.objectives[:2]
@@ -226,25 +226,12 @@ def front(results: SearchResults) -> Figure:
         trace.update(
             name=name, showlegend=True, marker={"color": COLOURS[state], "size": 9, "showscale": False}
         )
-    x, y = zip(*stairs(results), strict=True)
-    figure.add_scatter(name="front", x=x, y=y, mode="lines", line={**BEST, "shape": "hv"}, hoverinfo="skip")
     xs = [trial.values[1] for trial in results.done]
     if min(xs) > 0 and max(xs) / min(xs) > 20:
         figure.update_xaxes(type="log", title=f"{text(axis_label(across))} (log)")
     usual = value_range([trial.values[0] for trial in results.done], results.maximise[0])
     shown = [*usual, *(trial.values[0] for trial in results.front)]
     return figure.update_yaxes(range=padded(min(shown), max(shown)))
-
-
-def stairs(results: SearchResults) -> list[tuple[float, float]]:
-    """The front of the first two objectives, (second, first), from the best second one on."""
-    up, across = (1.0 if more else -1.0 for more in results.maximise[:2])
-    places = [(trial.values[1], trial.values[0]) for trial in results.done]
-    points: list[tuple[float, float]] = []
-    for x, y in sorted(places, key=lambda place: (-across * place[0], -up * place[1])):
-        if not points or up * y > up * points[-1][1]:
-            points.append((x, y))
-    return points
 
 
 def devices(results: SearchResults, now: float) -> Figure:
@@ -299,13 +286,3 @@ def _said(trial: TrialResult, fact: str) -> str:
 def _tried(results: SearchResults) -> list[str]:
     """The keys that a done trial had."""
     return [key for key in results.keys if any(key in trial.params for trial in results.done)]
-
-
-def _best_so_far(results: SearchResults) -> list[tuple[float, float]]:
-    sign = 1.0 if results.maximise[0] else -1.0
-    points: list[tuple[float, float]] = []
-    for trial in sorted(results.done, key=lambda trial: trial.number):
-        if not points or sign * trial.values[0] > sign * points[-1][1]:
-            points.append((trial.number, trial.values[0]))
-    last = max((trial.number for trial in results.trials), default=0)
-    return [*points, (last, points[-1][1])] if points else []
