@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from voxelscale.pages.page import LIGHT
 from voxelscale.pages.plots import text
 from voxelscale.search.results import SearchResults, State, TrialResult
-from voxelscale.search.study import is_number, shown_value, study_of
+from voxelscale.search.study import as_shown, is_number, study_of
 from voxelscale.search.text import (
     STATES,
     axis_label,
@@ -173,8 +173,8 @@ def slices(results: SearchResults, study: Study) -> dict[str, Figure]:
         figure = plot_slice(study, [text(key)], target_name=name)
         figure.update_traces(marker_showscale=False, marker_size=8)
         own = [mark for mark in marked if key in mark[0].params]
-        x = [shown_value(results, key, trial.params[key]) for trial, _, _ in own]
-        number = is_number(results, key)
+        number, shown = is_number(results, key), as_shown(results, key)
+        x = [shown(trial.params[key]) for trial, _, _ in own]
         figure.add_scatter(
             x=x if number else [repr(value) for value in x],
             y=[at for _, at, _ in own],
@@ -204,7 +204,7 @@ def contour(results: SearchResults, study: Study) -> Figure | None:
 
     keys = list(results.importances)[:2]
     both = [trial for trial in results.done if all(key in trial.params for key in keys)]
-    kinds = [{shown_value(results, key, trial.params[key]) for trial in both} for key in keys]
+    kinds = [set(map(as_shown(results, key), (trial.params[key] for trial in both))) for key in keys]
     if len(keys) < 2 or any(len(values) < 2 for values in kinds):
         return None
     name = text(axis_label(results.objectives[0]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from voxelscale.pages.plots import text
 from voxelscale.search.results import SearchResults, Value
@@ -23,19 +24,22 @@ def study_of(results: SearchResults, objectives: int = 1) -> Study:
 
     ways = ["maximize" if more else "minimize" for more in results.maximise[:objectives]]
     study = optuna.create_study(directions=ways)
-    kinds = {key: kind for key in results.keys if (kind := _distribution(results, key))}
+    scales = {
+        key: (as_shown(results, key), kind) for key in results.keys if (kind := _distribution(results, key))
+    }
     done = {trial.number: trial for trial in results.done}
     empty = optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING)
     for number in range(max(done, default=-1) + 1):
         if number not in done:
             study.add_trial(empty)
             continue
-        own = {key: kind for key, kind in kinds.items() if key in done[number].params}
+        params = done[number].params
+        own = {key: scale for key, scale in scales.items() if key in params}
         study.add_trial(
             optuna.trial.create_trial(
                 values=done[number].values[:objectives],
-                params={text(key): shown_value(results, key, done[number].params[key]) for key in own},
-                distributions={text(key): kind for key, kind in own.items()},
+                params={text(key): shown(params[key]) for key, (shown, _) in own.items()},
+                distributions={text(key): kind for key, (_, kind) in own.items()},
             )
         )
     return study
@@ -46,13 +50,20 @@ def is_number(results: SearchResults, key: str) -> bool:
     return all(type(value) in (int, float) for value in _values(results, key))
 
 
-def shown_value(results: SearchResults, key: str, value: Value) -> Value:
-    """A number itself; a choice as text: [32, 32, 32] as 32×32×32, and 1 and "1" not the same."""
+def as_shown(results: SearchResults, key: str) -> Callable[[Value], Value]:
+    """How a key's values are shown: a number as it is, a choice as text; 1 and "1" differ.
+
+    Of a list the numbers: [32, 32, 32] as 32×32×32.
+    """
     if is_number(results, key):
-        return value
+        return lambda value: value
     mixed = not all(isinstance(one, str) for one in _values(results, key))
-    said = json.dumps(value) if mixed else str(value)
-    return text(said.strip("[]").replace(", ", "×") if said.startswith("[") else said)
+
+    def choice(value: Value) -> Value:
+        said = json.dumps(value) if mixed else str(value)
+        return text(said.strip("[]").replace(", ", "×") if said.startswith("[") else said)
+
+    return choice
 
 
 def _values(results: SearchResults, key: str) -> list[Value]:
@@ -63,15 +74,15 @@ def _distribution(results: SearchResults, key: str) -> BaseDistribution | None:
     """Of numbers their range, of all else the choices; None where no trial had the key."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    values = [shown_value(results, key, value) for value in _values(results, key)]
+    values: list[Any] = [*map(as_shown(results, key), _values(results, key))]
     if not values:
         return None
     if not is_number(results, key):
         return CategoricalDistribution(sorted(set(values), key=_rank))
-    low, high = min(values), max(values)  # type: ignore[type-var]
-    log = key in results.log and low > 0  # type: ignore[operator]
+    low, high = min(values), max(values)
+    log = key in results.log and low > 0
     whole = all(isinstance(value, int) for value in values)
-    return (IntDistribution if whole else FloatDistribution)(low, high, log=log)  # type: ignore[arg-type]
+    return (IntDistribution if whole else FloatDistribution)(low, high, log=log)
 
 
 def _rank(choice: Value) -> tuple[list[float], str]:
