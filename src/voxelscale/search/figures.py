@@ -84,15 +84,11 @@ def history(results: SearchResults) -> Figure:
             },
             cliponaxis=False,
         )
-    best = accumulate((trial.values[0] for trial in results.done), max if more else min)
-    figure.add_scatter(
-        name="best so far",
-        mode="lines",
-        x=[trial.number for trial in results.done],
-        y=list(best),
-        line={**BEST, "shape": "hv"},
-        visible=bool(results.done),
-    )
+    if results.done:
+        best = accumulate((trial.values[0] for trial in results.done), max if more else min)
+        numbers = [trial.number for trial in results.done]
+        line = {**BEST, "shape": "hv"}
+        figure.add_scatter(name="best so far", mode="lines", x=numbers, y=list(best), line=line)
     return figure
 
 
