@@ -144,7 +144,7 @@ def test_one_training_that_failed_does_not_hide_the_others(tmp_path: Path) -> No
     rows = study(("unchanged", 1, [0.5, 0.6]), ("unchanged", 2, [0.5, 0.5]), ("unchanged", 4, [0.0, 0.3]))
     root, html = written(rows, tmp_path)
     said = texts(root)
-    assert {"Dice relative to 1 worker", "1", "2", "4", "90 %", "100 %"} <= set(said)
+    assert {"Dice relative to 1 worker", "1", "2", "4", "target: 90 %", "100 %"} <= set(said)
     assert "1 of 2 diverged" in html
     assert not re.search(r"\(-\d", html), "no interval of a Dice goes below 0"
     assert {"ideal time", "target: 90 %"} <= set(said)
