@@ -194,7 +194,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         if ticks is not None:
             axis.set_major_locator(FixedLocator(ticks))
         elif not log:
-            axis.set_major_locator(MaxNLocator(5, integer=whole))
+            axis.set_major_locator(MaxNLocator(5, integer=whole, steps=[1, 2, 5, 10]))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _, text=text: text(value)))
 
