@@ -17,6 +17,7 @@ from tests.search.runs import command, events, finish, results_in, search_emulat
 from tests.train.runs import told
 
 from voxelscale.config import Config, load, to_dict
+from voxelscale.console import set_verbosity
 from voxelscale.errors import VoxelscaleError
 from voxelscale.experiments.once import Training
 from voxelscale.search import worker
@@ -107,6 +108,7 @@ def test_another_definition_is_refused_in_the_same_folder(
 def test_a_warm_start_takes_comparable_trials_as_known(
     done: Path, store: Store, tiny: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    set_verbosity(1)
     config = searched(tiny, trials=1, warm_start=str(done))
     known, earlier = search_emulated(config, store.path, done.parent / "warm", Emulated()), results_in(done)
     assert "trials taken as known" in capsys.readouterr().err
@@ -128,6 +130,7 @@ def test_what_cannot_run_is_not_run_and_does_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(worker, "PATIENCE", 25)
+    set_verbosity(1)
     space = {"data.patch_size": {"int": [16, 144], "step": 64}, "model.depth": {"categorical": [2, 7]}}
     config = searched(tiny, space, trials=2, memory_gib=0.25, samples=8, sampler="random")
     train = Emulated()
