@@ -40,8 +40,8 @@ from voxelscale.config import Config, IntTriple, load
 from voxelscale.device import choose_precision, to_channels_last
 from voxelscale.model.build import build_model
 from voxelscale.model.losses import dice_cross_entropy
+from voxelscale.ranks.workers import Workers, compressed, data_parallel, join
 from voxelscale.scale.cost import buckets
-from voxelscale.train.distributed import Workers, compressed, data_parallel, join
 from voxelscale.train.optim import make_optimizer
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

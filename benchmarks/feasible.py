@@ -80,7 +80,7 @@ def name_of(row: Row) -> str:
 def counted_flop(config: Config, spacing: Triple) -> float:
     """FLOP of a real pass over one sample, by PyTorch's own counter."""
     precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    model = make_network(config, spacing, CPU, config.train.checkpoint_activations)
+    model = make_network(config, spacing, CPU)
     with FlopCounterMode(display=False) as counter:
         play(model, config, CPU, precision)
     return float(counter.get_total_flops()) / seen_at_once(config)
@@ -92,10 +92,7 @@ def measure(row: Row, repeats: int) -> dict[str, Any]:
     started = time.perf_counter()
     cost = cost_of(config, spacing, "cpu")
     seconds = time.perf_counter() - started
-    checkpointing = config.train.checkpoint_activations
-    grown = [
-        step_memory(config, spacing, CPU, checkpointing=checkpointing, steps=STEPS) for _ in range(repeats)
-    ]
+    grown = [step_memory(config, spacing, CPU, steps=STEPS) for _ in range(repeats)]
     counted = counted_flop(config, spacing) * config.train.samples
     return {
         "config": name_of(row),

@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ import torch
 from voxelscale.config import Config, from_dict
 from voxelscale.device import choose_precision, to_channels_last
 from voxelscale.model.build import build_model
+from voxelscale.model.checkpointing import checkpoint_activations
 from voxelscale.model.losses import dice_cross_entropy
-from voxelscale.train.memory import checkpoint_activations, estimate_memory, step_memory
+from voxelscale.train.memory import estimate_memory, step_memory
 from voxelscale.train.optim import make_optimizer
 
 SPACING = (1.0, 1.0, 1.0)
@@ -78,9 +80,9 @@ def measure(edge: int, precision: str, device: torch.device) -> dict[str, Any]:
     )
     plain, light = step_times(config, device)
     ratios = [b / a for a, b in zip(plain, light, strict=True)]
-    both = (False, True)
-    measured = [step_memory(config, SPACING, device, checkpointing=c) for c in both]
-    estimated = [estimate_memory(config, SPACING, device, checkpointing=c) for c in both]
+    both = [replace(config, train=replace(config.train, checkpoint_activations=c)) for c in (False, True)]
+    measured = [step_memory(config, SPACING, device) for config in both]
+    estimated = [estimate_memory(config, SPACING, device) for config in both]
     return {
         "patch": edge,
         "precision": precision,

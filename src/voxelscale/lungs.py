@@ -20,6 +20,9 @@ DENSEST_HU = -400.0
 """Between lung (-900 to -500) and soft tissue (0 to 60)."""
 GAS_HU = -940.0
 """Gas without tissue (outside, trachea, bowel) has about -1000; a healthy lung's mean is above -900."""
+NARROW_MM2, WIDE_MM, COMPACT, LONG_MM = (40.0, 900.0), 45.0, 0.4, 30.0
+"""An airway: its sections' areas, their edges at most, their share of their box at least; its length at
+least. An adult's trachea is 13 to 27 mm wide (Breatnach et al., AJR 1984) and about 110 mm long."""
 CLOSING_MM = 12.0
 """Radius of the closing: what bulges into a lung by less, or is thinner than twice it, is taken in."""
 MARGIN_MM = 10.0
@@ -142,34 +145,35 @@ def _outside(hu: NDArray[np.float32], air: NDArray[np.bool_]) -> NDArray[np.bool
 
 
 def _airway(hu: NDArray[np.float32], inner: NDArray[np.bool_], spacing: Triple) -> NDArray[np.bool_]:
-    """Trachea and main bronchi: narrow sections of gas that continue over several centimetres."""
+    """Trachea and main bronchi: narrow, compact sections of gas that continue over several centimetres."""
     from scipy import ndimage
 
-    labels, count = _label_slices(inner & (hu < GAS_HU))
-    areas = np.bincount(labels.ravel(), minlength=count + 1) * spacing[1] * spacing[2]
-    narrow = (areas > 40) & (areas < 900)
+    def edges(box: tuple[slice, ...]) -> list[float]:
+        return [(side.stop - side.start) * step for side, step in zip(box, spacing, strict=True)]
+
+    sections, count = _label_slices(inner & (hu < GAS_HU))
+    areas = np.bincount(sections.ravel(), minlength=count + 1) * spacing[1] * spacing[2]
+    narrow = (areas > NARROW_MM2[0]) & (areas < NARROW_MM2[1])
     narrow[0] = False
-    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+    for number, box in enumerate(ndimage.find_objects(sections), start=1):
         if narrow[number]:
-            edges = [(s.stop - s.start) * step for s, step in zip(box[1:], spacing[1:], strict=True)]
-            narrow[number] = max(edges) < 45 and areas[number] > 0.4 * edges[0] * edges[1]
-    tubes, count = ndimage.label(narrow[labels])
-    long = [
-        number
-        for number, box in enumerate(ndimage.find_objects(tubes), start=1)
-        if (box[0].stop - box[0].start) * spacing[0] >= 30
-    ]
+            _, height, width = edges(box)
+            compact = areas[number] > COMPACT * height * width
+            narrow[number] = max(height, width) < WIDE_MM and compact
+    tubes, _ = ndimage.label(narrow[sections])
+    boxes = enumerate(ndimage.find_objects(tubes), start=1)
+    long = [number for number, box in boxes if edges(box)[0] >= LONG_MM]
     if not long:
         return np.zeros_like(inner)
     airway: NDArray[np.bool_] = np.isin(tubes, long)
     # The wall's blurred side, too.
-    return _grown(airway, 1.5 * max(spacing[1:]), spacing) & inner
+    return _dilated(airway, 1.5 * max(spacing[1:]), spacing) & inner
 
 
 def _lung_parts(
     hu: NDArray[np.float32], inner: NDArray[np.bool_], spacing: Triple
 ) -> list[NDArray[np.bool_]]:
-    """The large pieces that are aerated tissue rather than gas, as masks."""
+    """The large pieces that are aerated tissue, not gas, as masks."""
     from scipy import ndimage
 
     labels, count = ndimage.label(inner)
@@ -190,25 +194,30 @@ def _lung_parts(
 
 
 def _closed(part: NDArray[np.bool_], spacing: Triple) -> NDArray[np.bool_]:
-    """A part after a closing by a ball of `CLOSING_MM`, its holes filled."""
+    """A part after a closing by a ball of `CLOSING_MM`, its holes filled.
+
+    Both halves by distances: dilated is what lies within the radius of the part, and of that the erosion
+    keeps what lies farther than the radius from what is outside.
+    """
     from scipy import ndimage
 
     pad = [int(np.ceil(CLOSING_MM / s)) + 1 for s in spacing]
     box = ndimage.find_objects(part.astype(np.int8))[0]
     cut = np.pad(part[box], [(p, p) for p in pad])
-    grown = _grown(cut, CLOSING_MM, spacing)
-    shut = ndimage.distance_transform_edt(grown, sampling=spacing) > CLOSING_MM
+    dilated = _dilated(cut, CLOSING_MM, spacing)
+    eroded = ndimage.distance_transform_edt(dilated, sampling=spacing) > CLOSING_MM
     inside = tuple(slice(p, -p) for p in pad)
     closed = np.zeros_like(part)
-    closed[box] = ndimage.binary_fill_holes(cut | shut)[inside]
+    closed[box] = ndimage.binary_fill_holes(cut | eroded)[inside]
     return closed
 
 
-def _grown(mask: NDArray[np.bool_], radius: float, spacing: Triple) -> NDArray[np.bool_]:
+def _dilated(mask: NDArray[np.bool_], radius: float, spacing: Triple) -> NDArray[np.bool_]:
+    """By a ball of a radius in mm."""
     from scipy import ndimage
 
-    grown: NDArray[np.bool_] = ndimage.distance_transform_edt(~mask, sampling=spacing) <= radius
-    return grown
+    dilated: NDArray[np.bool_] = ndimage.distance_transform_edt(~mask, sampling=spacing) <= radius
+    return dilated
 
 
 def _problem(mask: NDArray[np.bool_], hu: NDArray[np.float32], spacing: Triple, volume: float) -> str:

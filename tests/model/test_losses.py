@@ -62,13 +62,13 @@ def test_gradient_of_the_sum() -> None:
     )
 
 
-@pytest.mark.parametrize(("small", "hardest"), [(0.7, 1.0), (0.0, 0.2), (1.0, 0.1)])
-def test_gradient_with_weights(small: float, hardest: float) -> None:
+@pytest.mark.parametrize(("small", "top_k"), [(0.7, 1.0), (0.0, 0.2), (1.0, 0.1)])
+def test_gradient_with_weights(small: float, top_k: float) -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 1, 4, 3, 5, dtype=torch.float64, requires_grad=True)
     target = torch.rand(2, 1, 4, 3, 5) > 0.7
     assert torch.autograd.gradcheck(
-        lambda x: dice_cross_entropy(x, target, small=small, hardest=hardest)[0], logits
+        lambda x: dice_cross_entropy(x, target, small=small, top_k=top_k)[0], logits
     )
 
 
@@ -77,7 +77,7 @@ def test_the_hardest_voxels_of_each_sample(batch: tuple[torch.Tensor, torch.Tens
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1)
     count = round(0.1 * entropy.shape[1])
     wanted = entropy.sort(descending=True).values[:, :count].mean()
-    loss, _ = dice_cross_entropy(logits, target, dice=0.0, hardest=0.1)
+    loss, _ = dice_cross_entropy(logits, target, dice=0.0, top_k=0.1)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from voxelscale.model import norm as room
+from voxelscale.model.fast import norm as fast
+from voxelscale.model.fast.join import _Join, unpack_strides
 from voxelscale.model.norm import make_norm
-from voxelscale.model.unet import _Join, unpack_strides
 
 
 @pytest.fixture(autouse=True)
 def every_size_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "ROWS_FROM", {True: 1, False: 1})
+    monkeypatch.setattr(fast, "ROWS_FROM", {True: 1, False: 1})
 
 
 def channels_last(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -30,7 +30,7 @@ def test_gradients_of_rows_norm(samples: bool, groups: int, slope: float, size: 
     weight, bias = (torch.rand(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def normalise(*args: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = room._RowsNorm.apply(*args, samples, groups, slope, 1e-5)[0]  # type: ignore[no-untyped-call]
+        result: torch.Tensor = fast._RowsNorm.apply(*args, samples, groups, slope, 1e-5)[0]  # type: ignore[no-untyped-call]
         return result
 
     assert torch.autograd.gradcheck(normalise, (x, weight, bias))
@@ -40,7 +40,7 @@ def test_gradients_of_rows_norm(samples: bool, groups: int, slope: float, size: 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_rows_norm_is_pytorchs(name: str, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
-    ours = make_norm(name, 8, 3)
+    ours = make_norm(name, 8)
     theirs: nn.Module = {
         "instance": nn.InstanceNorm3d(8, affine=True),
         "batch": nn.BatchNorm3d(8),

@@ -11,16 +11,17 @@ from torch import nn
 from voxelscale.config import ModelConfig
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_model
+from voxelscale.model.fast.convolution import Conv3d
+from voxelscale.model.fast.join import unpack_strides
 from voxelscale.model.norm import SyncBatchNorm, make_norm
 from voxelscale.model.unet import (
-    DecodeModel,
-    EncodeModel,
+    ConvBlock,
+    Decoder,
+    DecoderLevel,
+    Encoder,
     UNet,
-    UNetDecodeModel,
-    UNetEncodeModel,
     fold_batch_norms,
     plan_pooling,
-    unpack_strides,
 )
 
 
@@ -56,8 +57,8 @@ def test_parameters_are_those_of_the_paper() -> None:
     decode = (27 * 16 * 8 + 8) + (27 * 8 * 8 + 8)
     assert sum(p.numel() for p in model.parameters()) == level1 + level2 + up + decode + 8 + 1
     kinds = [type(m) for m in model.modules()]
-    assert kinds.count(UNetEncodeModel) == 3
-    assert (kinds.count(EncodeModel), kinds.count(DecodeModel), kinds.count(UNetDecodeModel)) == (1, 1, 1)
+    assert kinds.count(ConvBlock) == 3
+    assert (kinds.count(Encoder), kinds.count(Decoder), kinds.count(DecoderLevel)) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("stride", [(2, 2, 2), (1, 2, 2), (1, 1, 2), (2, 2)])
@@ -106,7 +107,7 @@ def test_a_patch_too_small_for_the_depth_is_told() -> None:
 
 def test_instance_norm_is_pytorchs() -> None:
     torch.manual_seed(0)
-    ours, theirs = make_norm("instance", 5, 3), nn.InstanceNorm3d(5, affine=True)
+    ours, theirs = make_norm("instance", 5), nn.InstanceNorm3d(5, affine=True)
     theirs.load_state_dict({"weight": torch.rand(5), "bias": torch.rand(5)})
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 5, 3, 4, 2)
@@ -143,8 +144,6 @@ def test_channels_last_changes_nothing() -> None:
 
 @pytest.mark.parametrize("size", [(4, 6, 5), (5, 4, 6)])
 def test_a_small_float32_map_is_convolved_in_halves(size: tuple[int, ...]) -> None:
-    from voxelscale.model.unet import Conv3d
-
     torch.manual_seed(0)
     conv = Conv3d(3, 4, 3, padding=1)
     mine = torch.randn(1, 3, *size, requires_grad=True)

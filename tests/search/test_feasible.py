@@ -59,7 +59,7 @@ def test_flop_and_parameters_are_those_of_a_real_pass(
         model={"norm": norm, "residual": norm == "batch"},
         train={"precision": precision, "samples": 1000, "checkpoint_activations": checkpointing},
     )
-    network = make_network(config, CUBIC, CPU, checkpointing)
+    network = make_network(config, CUBIC, CPU)
     with FlopCounterMode(display=False) as counter:
         play(network, config, CPU, torch.bfloat16 if precision == "bf16" else torch.float32)
     cost = cost_of(config, CUBIC, "cpu")
@@ -72,7 +72,7 @@ def test_on_a_gpu_memory_is_what_is_alive(optimiser: str, moments: int) -> None:
     """A little more: PyTorch's formula of a norm's gradient claims a map that its kernel does not make."""
     config = training((32, 32, 32), optim={"name": optimiser})
     with Storages() as real:
-        network = make_network(config, CUBIC, CPU, False)
+        network = make_network(config, CUBIC, CPU)
         weights = sum(p.nbytes for p in network.parameters())
         play(network, config, CPU, torch.float32)
         expected = real.peak + moments * weights

@@ -35,11 +35,11 @@ from voxelscale.config import Config
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import load_untrusted
+from voxelscale.ranks.workers import Workers
 from voxelscale.samples.batch import Normalisation
 from voxelscale.store import Reader, Store, case_path
 from voxelscale.train import checkpoint, fit, loop, memory
 from voxelscale.train.checkpoint import alone_in
-from voxelscale.train.distributed import Workers
 from voxelscale.train.engine import Engine, Result
 from voxelscale.train.launch import start
 from voxelscale.train.log import read_events

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,21 +11,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from voxelscale.config import Config, IntTriple, Triple, from_dict
+from voxelscale.config import Config, IntTriple, LossConfig, Triple, from_dict
 from voxelscale.errors import VoxelscaleError
-from voxelscale.model.build import build_model
+from voxelscale.model.build import build_loss, build_model
+from voxelscale.model.checkpointing import checkpoint_activations
 from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.model.unet import plan_pooling
-from voxelscale.train import memory
-from voxelscale.train.memory import (
-    available_memory,
-    checkpoint_activations,
-    estimate_memory,
-    fit_patch,
-    require_memory,
-    step_memory,
-    with_patch,
-)
+from voxelscale.train import memory, plan
+from voxelscale.train.memory import available_memory, estimate_memory, require_memory, step_memory
+from voxelscale.train.patch_sizes import scaled_patches, with_patch
+from voxelscale.train.plan import fit_patch
 
 CPU = torch.device("cpu")
 CUBIC: Triple = (1.0, 1.0, 1.0)
@@ -157,12 +153,12 @@ def test_storages_are_counted_from_birth_to_death() -> None:
 @pytest.mark.parametrize("norm", ["instance", "batch", "sync_batch"])
 def test_the_estimate_is_that_of_a_real_pass(norm: str, checkpointing: bool) -> None:
     """Fake tensors live and die as real ones do; the real pass's peak is counted in the same way."""
-    config = small(norm)
+    config = small(norm, checkpoint_activations=checkpointing)
     with memory.Storages() as real:
-        model = memory.make_network(config, CUBIC, CPU, checkpointing)
+        model = memory.make_network(config, CUBIC, CPU)
         memory.play(model, config, CPU, torch.float32)
     weights = sum(p.numel() * 4 for p in model.parameters())
-    step = memory.play_through(config, CUBIC, torch.float32, checkpointing=checkpointing)
+    step = memory.play_through(config, CUBIC, torch.float32)
     assert step.alive == pytest.approx(real.peak + 2 * weights, rel=0.02)
 
 
@@ -172,7 +168,7 @@ def test_the_estimate_of_large_maps_is_that_of_a_real_pass(norm: str) -> None:
     config = small(norm, (32, 48, 48))
     config = replace(config, model=replace(config.model, depth=2, filters=8))
     with memory.Storages() as real:
-        model = memory.make_network(config, CUBIC, CPU, False)
+        model = memory.make_network(config, CUBIC, CPU)
         memory.play(model, config, CPU, torch.float32)
     weights = sum(p.numel() * 4 for p in model.parameters())
     step = memory.play_through(config, CUBIC, torch.float32)
@@ -180,13 +176,13 @@ def test_the_estimate_of_large_maps_is_that_of_a_real_pass(norm: str) -> None:
 
 
 def test_the_estimate_grows_with_batch_patch_and_moments() -> None:
-    def alive(config: Config, checkpointing: bool = False) -> int:
-        return memory.play_through(config, CUBIC, torch.float32, checkpointing=checkpointing).alive
+    def alive(config: Config) -> int:
+        return memory.play_through(config, CUBIC, torch.float32).alive
 
     base = alive(small())
     assert alive(small(batch_size=4)) > 1.5 * base
     assert alive(small(patch=(32, 16, 16))) > 1.5 * base
-    assert alive(small(), checkpointing=True) < base
+    assert alive(small(checkpoint_activations=True)) < base
     sgd = replace(small(), optim=replace(small().optim, name="sgd"))
     weights = sum(p.numel() * 4 for p in build_model(sgd.model, (16, 16, 16), CUBIC).parameters())
     assert base - alive(sgd) == pytest.approx(weights)
@@ -206,6 +202,19 @@ def test_the_estimate_is_near_a_processs_resident_memory() -> None:
     measured = step_memory(config, CUBIC, CPU)
     # The library's workspaces come on top: much for a narrow network as this, little for the default.
     assert 0.5 * measured < estimate_memory(config, CUBIC, CPU) < 1.25 * measured
+
+
+def test_the_configured_loss_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[LossConfig] = []
+
+    def recorded(config: LossConfig) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        played.append(config)
+        return build_loss(config)
+
+    monkeypatch.setattr(memory, "build_loss", recorded)
+    config = replace(small(), loss=LossConfig(small=0.0, top_k=0.2))
+    memory.play_through(config, CUBIC, torch.float32)
+    assert played == [config.loss]
 
 
 # What there is
@@ -271,9 +280,9 @@ def test_the_largest_patch_that_fits(patch: IntTriple, spacing: Triple) -> None:
     config = small(patch=patch)
     room = 3 * estimate_memory(config, spacing, CPU)
     found = fit_patch(config, spacing, CPU, available=room, verify=False)
-    budget = room * (1 - memory.HEADROOM)
+    budget = room * (1 - plan.HEADROOM)
     assert estimate_memory(with_patch(config, found), spacing, CPU) <= budget
-    ladder = list(memory._ladder(config, spacing, None))
+    ladder = list(scaled_patches(config, spacing))
     larger = ladder[ladder.index(found) + 1]
     assert estimate_memory(with_patch(config, larger), spacing, CPU) > budget
     assert max(found) > max(patch)
@@ -313,7 +322,7 @@ def test_what_does_not_fit_when_tried_is_made_smaller(monkeypatch: pytest.Monkey
             raise VoxelscaleError("killed")
         return 10**9 if len(tried) == 2 else 1
 
-    monkeypatch.setattr(memory, "step_memory", measured)
+    monkeypatch.setattr(plan, "step_memory", measured)
     room = 4 * estimate_memory(config, CUBIC, CPU)
     found = fit_patch(config, CUBIC, CPU, available=room)
     assert found == tried[2] < tried[1] < tried[0]

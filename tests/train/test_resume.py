@@ -185,8 +185,10 @@ def test_the_global_batch_stays_when_a_run_goes_on(config: Config, store: Store,
     assert start(with_train(config, samples=8, batch_size=2), store.path, run)
     lengthen(run, 8, 16)
     four = with_train(config, samples=16, batch_size=2, virtual_workers=2)
+    before = (run / "config.yaml").read_bytes()
     with pytest.raises(VoxelscaleError, match=r"started with a global batch of 2, not 4 \(2 workers x 2\)"):
         start(four, store.path, run)
+    assert (run / "config.yaml").read_bytes() == before
     assert start(with_train(config, samples=16, batch_size=1, virtual_workers=2), store.path, run)
     assert seen_in(run)[-1] == 16
 

@@ -96,6 +96,7 @@ def prepare(
     """
     check_output(store)
     from voxelscale.dataset.names_table import write_names
+    from voxelscale.store import PLAN_FILE
     from voxelscale.store.prepare import prepare as run_prepare
 
     settings = read_config(config, set_)
@@ -106,10 +107,11 @@ def prepare(
     parts = [f"{sum(c.split == split for c in outcome.done)} {split}" for split in ("train", "val", "test")]
     kept = f", {outcome.kept} of them kept from before" if outcome.kept else ""
     print(f"{count(len(outcome.done), 'case')} in {store} ({', '.join(parts)}){kept}")
-    if settings.prepare.plan:
+    planned = outcome.kept == len(outcome.done) and (store / PLAN_FILE).is_file()
+    if settings.prepare.plan and not planned:
         from voxelscale.train.plan import tell_plan
 
-        tell_plan(settings, store, unchanged=outcome.kept == len(outcome.done))
+        tell_plan(settings, store)
     return code
 
 

@@ -49,11 +49,13 @@ def train(
     """
     check_output(run)
     from voxelscale.config import load
-    from voxelscale.train.launch import fit_to_memory, start
+    from voxelscale.train.launch import start
 
     begun = run / "config.yaml"
     settings = read_config(config, set_, load(begun) if begun.is_file() else None)
     if fit_memory and not begun.is_file():
+        from voxelscale.train.plan import fit_to_memory
+
         settings = fit_to_memory(settings, store)
     if not start(settings, store, run):
         notice(f"stopped and saved; to resume: voxelscale train {store} {run}")

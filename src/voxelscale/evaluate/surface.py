@@ -48,7 +48,7 @@ class Surface:
 
 @dataclass(frozen=True, kw_only=True)
 class SurfaceScore:
-    """Two surfaces held against each other.
+    """Two surfaces compared.
 
     Attributes:
         dice: at each of `TOLERANCES_MM` the share of both surfaces' areas that lies no farther than this
@@ -62,7 +62,7 @@ class SurfaceScore:
 
 
 def compare_surfaces(truth: NDArray[Any], prediction: NDArray[Any], spacing: Triple) -> SurfaceScore:
-    """Hold two masks' surfaces against each other; whatever is not 0 is inside.
+    """Compare two masks' surfaces; whatever is not 0 is inside.
 
     Where a mask reaches the scan's border its surface goes along it.
 
@@ -88,21 +88,22 @@ def compare_surfaces(truth: NDArray[Any], prediction: NDArray[Any], spacing: Tri
 def surface_of(mask: NDArray[Any], spacing: Triple) -> Surface:
     """The surface elements of a mask (z, y, x); not 0 is inside. Time and memory go with its voxels."""
     inside = np.unravel_index(np.flatnonzero(mask != 0), mask.shape)
+    # Cell (z, y, x) has the voxels from (z - 1, y - 1, x - 1) to (z, y, x), so there is one cell more than
+    # voxels along each axis. A voxel is corner k of the cell that lies 1 - k from it along each axis, which
+    # in the flat array of cells is steps[k] beyond the voxel's own place.
     shape = tuple(n + 1 for n in mask.shape)
-    first = np.ravel_multi_index(inside, shape)
-    # Cell (z, y, x) has the voxels from (z - 1, y - 1, x - 1) to (z, y, x): a voxel is corner k of the
-    # cell that lies 1 - k from it along each axis.
+    voxels = np.ravel_multi_index(inside, shape)
     steps = [int(np.ravel_multi_index(tuple(1 - corner), shape)) for corner in _CORNERS]
     codes = np.zeros(math.prod(shape), np.uint8)
     for bit, step in enumerate(steps):
-        codes[first + step] |= 1 << bit
+        codes[voxels + step] |= 1 << bit
     cells, found = [], []
     for step in steps:
-        code = codes[first + step]
+        code = codes[voxels + step]
         cut = (code != 0) & (code != 255)
-        cells.append(first[cut] + step)
+        cells.append(voxels[cut] + step)
         found.append(code[cut])
-        codes[first + step] = 0  # so that each cell is taken once
+        codes[voxels + step] = 0  # so that each cell is taken once
     index = np.stack(np.unravel_index(np.concatenate(cells), shape), axis=-1)
     points = np.asarray((index - 0.5) * np.asarray(spacing), np.float64)
     return Surface(points=points, areas=areas_of_codes(spacing)[np.concatenate(found)])
@@ -189,7 +190,7 @@ def _share_within(apart: NDArray[np.float64], areas: NDArray[np.float64], tolera
 
 
 def _percentile(apart: NDArray[np.float64], areas: NDArray[np.float64], share: float) -> float:
-    """The least of the distances within which this share of the area lies."""
+    """The smallest of the distances within which this share of the area lies."""
     order = np.lexsort((areas, apart))
     reached = np.cumsum(areas[order]) / areas.sum()
     at = int(np.searchsorted(reached, share - 1e-12))  # which rounding shall not decide

@@ -68,16 +68,20 @@ def axial_diameters(voxels: NDArray[np.int64], grid: Grid) -> Diameters:
 def _longest(
     slices: list[NDArray[np.int64]], grid: Grid, plane: tuple[int, int]
 ) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
-    """The slice's number and the two voxel centres, of all slices, that are farthest apart."""
+    """The slice's number and the two voxel centres, of all slices, that are farthest apart.
+
+    No two voxels of a slice are farther apart than its bounding box's diagonal. So slices are searched in
+    the order of their diagonals, until the next diagonal is shorter than the longest distance found.
+    """
     from scipy.spatial.distance import cdist
 
     (axis,) = {0, 1, 2} - set(plane)
     spacing = np.asarray(grid.spacing)
-    bounds = [float(np.linalg.norm(np.ptp(s, axis=0) * spacing)) for s in slices]
+    diagonals = [float(np.linalg.norm(np.ptp(s, axis=0) * spacing)) for s in slices]
     greatest = -np.inf
     tied: list[tuple[int, NDArray[np.float64], NDArray[np.float64]]] = []
-    for number in np.argsort([-bound for bound in bounds], kind="stable"):
-        if bounds[number] < greatest - TIE_MM:
+    for number in np.argsort([-diagonal for diagonal in diagonals], kind="stable"):
+        if diagonals[number] < greatest - TIE_MM:
             break
         points = grid.index_to_mm(_row_ends(slices[number], plane))
         apart = cdist(points, points)

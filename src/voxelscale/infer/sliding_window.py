@@ -1,7 +1,7 @@
 """A whole volume through a network that takes patches.
 
 Windows lie on a lattice and go by rows along z, so only the slices that a row covers are being summed at
-any time: they are float32 on the network's device, and what no later row reaches is finished and leaves
+any time: they are float32 on the network's device, and what no later row reaches is finished and kept
 in half the memory. The volume stays as it is (int16, in main memory); windows alone are normalised.
 """
 
@@ -124,7 +124,7 @@ def _logits(
     """Every window's place and logits (z, y, x), in the order of `places`."""
     axes = flip_axes(windows.patch) if windows.flips else [()]
 
-    def look(batch: list[Place]) -> Tensor:
+    def predict(batch: list[Place]) -> Tensor:
         with torch.inference_mode():
             cut = torch.stack([_window(volume, p, windows.patch) for p in batch])[:, None]
             cut = prepare(cut.to(device)).contiguous(memory_format=torch.channels_last_3d)
@@ -133,20 +133,20 @@ def _logits(
     batches = _batched(iter(places), windows.batch_size)
     several = device.type == "cpu" and windows.threads > 1
     for batch, logits in (
-        _in_threads(look, batches, windows.threads) if several else _in_turn(look, batches)
+        _in_threads(predict, batches, windows.threads) if several else _in_turn(predict, batches)
     ):
         yield from zip(batch, logits, strict=True)
 
 
 def _in_turn(
-    look: Callable[[list[Place]], Tensor], batches: Iterator[list[Place]]
+    predict: Callable[[list[Place]], Tensor], batches: Iterator[list[Place]]
 ) -> Iterator[tuple[list[Place], Tensor]]:
     for batch in batches:
-        yield batch, look(batch)
+        yield batch, predict(batch)
 
 
 def _in_threads(
-    look: Callable[[list[Place]], Tensor], batches: Iterator[list[Place]], threads: int
+    predict: Callable[[list[Place]], Tensor], batches: Iterator[list[Place]], threads: int
 ) -> Iterator[tuple[list[Place], Tensor]]:
     """Batches side by side, a core each: no core waits at the end of every layer for the others."""
     before = torch.get_num_threads()
@@ -154,7 +154,7 @@ def _in_threads(
     try:
         with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
             for batch in batches:
-                waiting.append((batch, pool.submit(look, batch)))
+                waiting.append((batch, pool.submit(predict, batch)))
                 if len(waiting) > threads:
                     done, logits = waiting.popleft()
                     yield done, logits.result()
@@ -176,7 +176,11 @@ def _merge(
     dtype: torch.dtype,
     combine: Callable[[Tensor], None] | None,
 ) -> Tensor:
-    """Probabilities from the windows' logits, which come by rows along z."""
+    """Probabilities, on `home`, from the windows' logits, which come by rows along z.
+
+    While a row of windows is added, only the slices that it covers are held: a slab as thick as a window.
+    Its slices before the next row's first are then complete, as no later window reaches them.
+    """
     profiles = [gaussian_profile(p).to(device) for p in patch]
     weight = _outer(profiles)
     # The windows form a lattice and the weight is separable, so its sum over windows is too.
@@ -186,24 +190,18 @@ def _merge(
     plane = along_y[:, None] * along_x
     result = torch.zeros(tuple(shape), dtype=dtype, device=home)
     slab = torch.zeros((patch[0], *shape[1:]), device=device)
-
-    def finish(begin: int, until: int) -> None:
-        """Slices before `until` are complete: write them, and move the others up."""
-        nonlocal slab
-        count = until - begin
-        if combine is not None:
-            combine(slab[:count])
-        sums = along_z[begin:until, None, None] * plane
-        result[begin:until] = (slab[:count] / sums).sigmoid_().to(home, dtype)
-        slab = torch.cat([slab[count:], torch.zeros_like(slab[:count])])
-
-    waiting = next(logits, None)
-    for row, following in itertools.pairwise([*starts[0], shape[0]]):
-        while waiting is not None and waiting[0][0] == row:
-            place, part = waiting
+    following = next(logits, None)
+    for row, next_row in itertools.pairwise([*starts[0], shape[0]]):
+        while following is not None and following[0][0] == row:
+            place, part = following
             _window(slab, (0, *place[1:]), patch).addcmul_(part, weight)
-            waiting = next(logits, None)
-        finish(row, following)
+            following = next(logits, None)
+        complete = slab[: next_row - row]
+        if combine is not None:
+            combine(complete)
+        weights = along_z[row:next_row, None, None] * plane
+        result[row:next_row] = (complete / weights).sigmoid_().to(home, dtype)
+        slab = torch.cat([slab[len(complete) :], torch.zeros_like(complete)])
     return result
 
 
@@ -242,7 +240,7 @@ def _forward(
 
 
 def _pad_to(volume: Tensor, patch: IntTriple) -> Tensor:
-    """Pad to at least the patch, evenly, with the volume's least value (air)."""
+    """Pad to at least the patch, evenly, with the volume's minimum (air)."""
     missing = [max(0, p - n) for n, p in zip(volume.shape, patch, strict=True)]
     if not any(missing):
         return volume

@@ -1,14 +1,16 @@
-"""From a model's config to a network."""
+"""From the config to a network and its loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
-from voxelscale.config import ModelConfig
+from voxelscale.config import LossConfig, ModelConfig
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model import registry
+from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.model.unet import UNet, plan_pooling
 
 
@@ -31,6 +33,18 @@ def build_model(config: ModelConfig, patch_size: Sequence[int], spacing: Sequenc
         hint = "let its function return a torch.nn.Module"
         raise VoxelscaleError(f"model.name {config.name}: made a {kind}, not a network", hint)
     return model
+
+
+def build_loss(config: LossConfig) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The function from logits and target to the loss and each sample's Dice."""
+    return partial(
+        dice_cross_entropy,
+        dice=config.dice,
+        cross_entropy=config.cross_entropy,
+        smooth=config.smooth,
+        small=config.small,
+        top_k=config.top_k,
+    )
 
 
 def _unet(config: ModelConfig, patch_size: Sequence[int], spacing: Sequence[float]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What the training makes small."""
+"""The loss that a training minimises."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -42,7 +43,7 @@ def dice_cross_entropy(
     cross_entropy: float = 1.0,
     smooth: float = 1.0,
     small: float = 0.0,
-    hardest: float = 1.0,
+    top_k: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of (1 - soft Dice) and cross-entropy, mean over samples; and each sample's Dice.
 
@@ -50,14 +51,14 @@ def dice_cross_entropy(
         logits: ``(batch, 1, ...)``, any float type; the arithmetic is at least float32.
         target: ``(batch, 1, ...)``, 0 or 1, any type.
         small: exponent of `small_lesion_weight`, which multiplies the cross-entropy; 0: no weights.
-        hardest: share of each sample's voxels, those of the largest cross-entropy, that make its mean (Wu,
+        top_k: share of each sample's voxels, those of the largest cross-entropy, that make its mean (Wu,
             Shen and van den Hengel, "Bridging category-level and instance-level semantic image
             segmentation", 2016); 1: all.
 
     Returns:
         the loss, a scalar, and the soft Dice of each sample ``(batch,)``, detached.
     """
-    weight = _voxel_weight(logits.detach(), target, small, hardest)
+    weight = _voxel_weight(logits.detach(), target, small, top_k)
     fused = not torch.compiler.is_compiling()
     function = _DiceCrossEntropy.apply if fused else _dice_cross_entropy
     loss, overlap = function(logits, target, weight, dice, cross_entropy, smooth)
@@ -73,7 +74,7 @@ def small_lesion_weight(target: Tensor, exponent: float) -> Tensor:
     Args:
         target: ``(batch, 1, z, y, x)`` or ``(batch, 1, y, x)``, 0 or 1, float.
     """
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _on_processor(target):
         return _small_lesion_weight(target, exponent)
     # Most of a patch is no lesion; what is computed is the box around those of each sample.
     weight = torch.ones_like(target)
@@ -84,6 +85,11 @@ def small_lesion_weight(target: Tensor, exponent: float) -> Tensor:
             box = tuple(slice(first, last + 1) for first, last in zip(low, high, strict=True))
             out[box] = _small_lesion_weight(one[box][None], exponent)[0]
     return weight
+
+
+def _on_processor(x: Tensor) -> bool:
+    """Whether a processor's short cuts are for it: not while compiling, nor of fake tensors."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
 def _small_lesion_weight(target: Tensor, exponent: float) -> Tensor:
@@ -100,17 +106,17 @@ def _small_lesion_weight(target: Tensor, exponent: float) -> Tensor:
     return torch.where(target > 0, weight, 1.0)
 
 
-def _voxel_weight(logits: Tensor, target: Tensor, small: float, hardest: float) -> Tensor | None:
+def _voxel_weight(logits: Tensor, target: Tensor, small: float, top_k: float) -> Tensor | None:
     """(batch, voxels) what each voxel's cross-entropy is multiplied by; None: 1 throughout."""
-    if small == 0 and hardest == 1:
+    if small == 0 and top_k == 1:
         return None
     wide = torch.promote_types(logits.dtype, torch.float32)
     x, t = logits.to(wide), target.to(wide)
     weight = small_lesion_weight(t, small).flatten(1) if small else torch.ones_like(x).flatten(1)
-    if hardest < 1:
+    if top_k < 1:
         entropy = binary_cross_entropy_with_logits(x.flatten(1), t.flatten(1), reduction="none")
         entropy *= weight
-        count = max(1, round(hardest * entropy.shape[1]))
+        count = max(1, round(top_k * entropy.shape[1]))
         least = _nth_largest(entropy, count)
         # Their mean: each weighs what all of them weigh together, over how many they are.
         chosen = entropy >= least
@@ -120,7 +126,7 @@ def _voxel_weight(logits: Tensor, target: Tensor, small: float, hardest: float) 
 
 def _nth_largest(values: Tensor, count: int) -> Tensor:
     """(batch, 1) the `count`-th largest of each row."""
-    if values.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _on_processor(values):
         return values.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
     place = values.shape[1] - count
     # NumPy's selection is eight times faster than PyTorch's on processors with AVX-512.

@@ -133,16 +133,27 @@ def paint_soft_tissue(chest: Chest, canvas: Canvas, body: Field, cage: Field, te
 
 def paint_bones(chest: Chest, canvas: Canvas, cage: Field, body: Field) -> None:
     """Ribs with their cartilage, vertebrae with discs and canal, sternum."""
+    _paint_ribs(chest, canvas, cage, body)
+    _paint_spine(chest, canvas, body)
+    _paint_sternum(chest, canvas)
+
+
+def _paint_ribs(chest: Chest, canvas: Canvas, cage: Field, body: Field) -> None:
+    """Slanting bands around the cage: a shell of bone, marrow within it, cartilage in front."""
     x, y, z = canvas.x, canvas.y, canvas.z
     b = chest.cage[1]
     along = z - 0.5 * y + 0.0006 * x**2 + np.float32(chest.phase)
-    band = np.abs((along % RIB_PITCH_MM) - RIB_PITCH_MM / 2)
-    rib = 4.2 - np.sqrt((cage + 6.5) ** 2 + (0.62 * band) ** 2)
+    off_axis = np.abs((along % RIB_PITCH_MM) - RIB_PITCH_MM / 2)
+    rib = 4.2 - np.sqrt((cage + 6.5) ** 2 + (0.62 * off_axis) ** 2)
     rib = np.minimum(rib, np.minimum(body - 6, y + 0.93 * b))
     cartilage = (y < -0.62 * b) & (np.abs(x) < 0.6 * chest.cage[0])
     canvas.paint(canvas.share(rib), np.where(cartilage, 110, 620).astype(np.float32))
     canvas.paint(canvas.share(rib - 1.6) * ~cartilage, 260)
 
+
+def _paint_spine(chest: Chest, canvas: Canvas, body: Field) -> None:
+    """Discs between vertebral bodies, whose shell is denser than their inside; the canal; processes."""
+    x, y, z = canvas.x, canvas.y, canvas.z
     height = (z + np.float32(chest.phase)) % VERTEBRA_MM
     across = np.sqrt((x / 1.2) ** 2 + (y - chest.spine - 2) ** 2)
     waist = 15.5 + 1.5 * (np.abs(height - VERTEBRA_MM / 2) / (VERTEBRA_MM / 2)) ** 2
@@ -156,7 +167,11 @@ def paint_bones(chest: Chest, canvas: Canvas, cage: Field, body: Field) -> None:
     processes = np.minimum(canvas.tubes(_processes(chest)), canvas.share(body - chest.fat))
     canvas.paint(processes, 420)
 
-    plate = np.minimum(6 - np.abs(y + b + 7), 17 - np.abs(x))
+
+def _paint_sternum(chest: Chest, canvas: Canvas) -> None:
+    """A plate in front, denser at its surface."""
+    x, y, z = canvas.x, canvas.y, canvas.z
+    plate = np.minimum(6 - np.abs(y + chest.cage[1] + 7), 17 - np.abs(x))
     sternum = np.minimum(plate, np.minimum(0.33 * chest.height - z, z + 0.22 * chest.height))
     canvas.paint(canvas.share(sternum), 420)
     canvas.paint(canvas.share(sternum - 2), 160)

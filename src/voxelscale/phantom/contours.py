@@ -301,16 +301,7 @@ def solid(
     """
     from scipy import ndimage
 
-    last = len(planes) - 1
-    end = slice_mm / 2 + PAD * step
-    z = np.arange(-end, last * slice_mm + end + step, step) / slice_mm
-    low = np.clip(np.floor(z), 0, max(last - 1, 0)).astype(int)
-    share = np.clip(z - low, 0, 1).astype(np.float32)[:, None, None]
-    body = planes[low] * (1 - share) + planes[np.minimum(low + 1, last)] * share
-    # Rounded ends: what is deepest in the last slice extends farthest.
-    over = np.clip(np.maximum(-z, z - last), 0, None)[:, None, None]
-    deepest = np.maximum(planes.max(axis=(1, 2)), step)[np.where(z < 0, 0, last)][:, None, None]
-    body = body - deepest * np.float32(4) * over.astype(np.float32) ** 2
+    body = _joined(planes, slice_mm, step)
     body = ndimage.gaussian_filter(body, max(smooth_mm, step) / step, mode="nearest")
     pieces, count = ndimage.label(body > _level(body, volume_mm3 / step**3))
     if not count:
@@ -322,13 +313,26 @@ def solid(
     depth -= np.float32(_level(depth, float(np.count_nonzero(inner))))
     shares = np.clip(0.5 + depth, 0, 1)
     volume = float(shares.sum(dtype=np.float64))
-    lines = [np.arange(n) for n in depth.shape]
-    sides = [tuple({0, 1, 2} - {axis}) for axis in range(3)]
-    sums = zip(lines, sides, strict=True)
-    centre = np.array([line @ shares.sum(axis=side, dtype=np.float64) for line, side in sums]) / volume
+    profiles = [shares.sum(axis=others, dtype=np.float64) for others in ((1, 2), (0, 2), (0, 1))]
+    centre = np.array([np.arange(len(profile)) @ profile for profile in profiles]) / volume
     reach = step * (float(np.linalg.norm(np.argwhere(depth > 0) - centre, axis=1).max(initial=0)) + 1)
     diameter = step * float(np.cbrt(6 * volume / np.pi))
     return Shape(depth * np.float32(step), step, centre, diameter, reach, name)
+
+
+def _joined(planes: Field, slice_mm: float, step: float) -> Field:
+    """Distances interpolated between slices, with rounded ends half a slice beyond, every `step` mm."""
+    last = len(planes) - 1
+    end = slice_mm / 2 + PAD * step
+    z = np.arange(-end, last * slice_mm + end + step, step) / slice_mm
+    low = np.clip(np.floor(z), 0, max(last - 1, 0)).astype(int)
+    share = np.clip(z - low, 0, 1).astype(np.float32)[:, None, None]
+    body = planes[low] * (1 - share) + planes[np.minimum(low + 1, last)] * share
+    # Rounded: what is deepest in the last slice extends farthest, to half a slice beyond it.
+    beyond = np.clip(np.maximum(-z, z - last), 0, None)[:, None, None]
+    deepest = np.maximum(planes.max(axis=(1, 2)), step)[np.where(z < 0, 0, last)][:, None, None]
+    rounded: Field = body - deepest * np.float32(4) * beyond.astype(np.float32) ** 2
+    return rounded
 
 
 def _level(field: Field, count: float) -> float:

@@ -19,7 +19,7 @@ from voxelscale.config import PredictConfig, ReadingConfig
 from voxelscale.dataset.listing import Source
 from voxelscale.model.bundle import Bundle
 from voxelscale.predict.work import Predictions, Together, Work
-from voxelscale.train.distributed import Workers, join
+from voxelscale.ranks.workers import Workers, join
 
 
 def predict_in_ranks(

@@ -30,7 +30,7 @@ INTENSITY: list[Callable[[AugmentConfig, Draws], Transform | None]] = [
     LowResolution.draw,
     Gamma.draw,
 ]
-"""After mirroring and the affine transform; each gives a sample's transform, or None."""
+"""After mirroring and the affine transform; each draws a sample's transform, None where it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,11 +29,11 @@ from voxelscale.config import Config, dump, load
 from voxelscale.device import choose_precision, default_device, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.norm import SyncBatchNorm
+from voxelscale.ranks.workers import Workers, data_parallel, join
 from voxelscale.samples.patches import read_ahead, worker_indices
 from voxelscale.scale.cost import Budget, Interconnect, StepCost, UpdateTime, update_time
 from voxelscale.scale.links import Link, fit_link
 from voxelscale.store import Store, open_store
-from voxelscale.train.distributed import Workers, data_parallel, join
 from voxelscale.train.judges import validation_cases
 from voxelscale.train.loop import patch_task
 from voxelscale.train.optim import make_optimizer

@@ -2,7 +2,7 @@
 
 Every trial sees the same samples in the same order and the same number of them; only the number of
 workers, the recipe and the seed differ. Workers beyond the devices at hand are emulated
-(`voxelscale.train.distributed`), with the same updates as real ones. The time at N workers is modelled
+(`voxelscale.ranks.workers`), with the same updates as real ones. The time at N workers is modelled
 (`voxelscale.scale.cost`), as N devices are not there to be timed.
 """
 

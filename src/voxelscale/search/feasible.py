@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from voxelscale.config import Config, DataConfig, OptimConfig, TrainConfig, Triple
+from voxelscale.config import Config, DataConfig, LossConfig, OptimConfig, TrainConfig, Triple
 from voxelscale.device import choose_precision
 from voxelscale.model.unet import plan_pooling
 from voxelscale.train.memory import Played, needed, play_through, seen_at_once
@@ -78,7 +78,7 @@ def constraints(config: Config, spacing: Triple, device: str, available: int) ->
 
 @lru_cache(maxsize=4096)
 def _played(config: Config, spacing: Triple, precision: torch.dtype) -> Played:
-    return play_through(config, spacing, precision, checkpointing=config.train.checkpoint_activations)
+    return play_through(config, spacing, precision)
 
 
 def _what_counts(config: Config) -> Config:
@@ -87,6 +87,7 @@ def _what_counts(config: Config) -> Config:
     return Config(
         data=DataConfig(patch_size=config.data.patch_size),
         model=config.model,
+        loss=LossConfig(small=0.5 * (config.loss.small > 0), top_k=config.loss.top_k),
         optim=OptimConfig(name=optim.name, momentum=0.9 * (optim.momentum > 0), ema=0.1 * (optim.ema > 0)),
         train=TrainConfig(
             batch_size=train.batch_size,

@@ -29,6 +29,9 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import not_written, put_in_place, write_atomic
 from voxelscale.geometry import Grid, IntTriple, Triple
 
+PLAN_FILE = "plan.yaml"
+"""In a store: what to train with on it (`voxelscale.train.plan`)."""
+
 FORMAT = 1
 AIR_HU = -1024
 """Value beyond the borders of a scan."""

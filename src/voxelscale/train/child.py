@@ -23,7 +23,7 @@ from typing import BinaryIO
 from voxelscale.config import Config, dump
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
-from voxelscale.train.launch import PARENT
+from voxelscale.ranks.launch import PARENT
 from voxelscale.train.log import STOP_FILE
 
 PATIENCE = 10.0

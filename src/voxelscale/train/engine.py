@@ -27,13 +27,13 @@ from voxelscale.device import choose_precision, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.randomness import generator
+from voxelscale.ranks.workers import WorkerBuffers, Workers, average_buffers, data_parallel, held_back
 from voxelscale.samples.draws import Stream
 from voxelscale.samples.patches import read_ahead
 from voxelscale.train.checkpoint import State, Trained, Writer, load_newest
 from voxelscale.train.clock import Clock, Step
-from voxelscale.train.distributed import WorkerBuffers, Workers, average_buffers, data_parallel, held_back
 from voxelscale.train.log import STOP_FILE, RunLog, environment, note_out_of_memory
-from voxelscale.train.meter import Meter, Word
+from voxelscale.train.meter import Meter, Signals
 from voxelscale.train.optim import AveragedWeights, learning_rate, make_optimizer, set_learning_rate
 from voxelscale.train.snapshot import snapshot
 from voxelscale.train.task import Task
@@ -108,7 +108,7 @@ class Engine:
         self.validation: Validation | None = None
         self.log: RunLog | None = None
         self._saved_at = time.monotonic()
-        self._told = ""
+        self._shown = ""
         self._score: float | None = None
         self._recent: deque[list[tuple[Sequence[Any], Tensor]]] = deque(maxlen=2)
 
@@ -175,22 +175,22 @@ class Engine:
             for step in steps:
                 self._step(step, self._batches(step, stream))
                 self.state = replace(self.state, seen=step.end, seconds=time.monotonic() - began)
-                word = self._end_step(step.global_batch, asked)
+                signals = self._end_step(step.global_batch, asked)
                 self._report(step, progress, step.end >= total)
-                if word.ready:
+                if signals.ready:
                     self._end_validation()
-                judge = self._validation_due(step)
-                if judge or word.save or self._due(self.config.train.checkpoint_every, step):
-                    self._save()  # before the validation: the best model's checkpoint is kept
-                if judge:
+                due = self._validation_due(step)
+                if due or signals.save or self._due(self.config.train.checkpoint_every, step):
+                    self._save()  # before it is validated: the best model's checkpoint is kept
+                if due:
                     self._begin_validation()
-                if word.stop:
+                if signals.stop:
                     break
             if self.validation and progress:
-                progress.update(self.state.seen, f"{self._told}  validating")
+                progress.update(self.state.seen, f"{self._shown}  validating")
             self._end_validation()
             if progress:
-                progress.update(self.state.seen, self._told + self._judged())
+                progress.update(self.state.seen, self._shown + self._scores())
         self._save()
         if self.writer:
             self.writer.finish()
@@ -235,7 +235,7 @@ class Engine:
             self.trained.optimizer.step()
         else:
             self.buffers.undo_step()
-            self._tell_skipped(step)
+            self._report_skipped(step)
         if self.trained.average:
             self.trained.average.update(self.model, step.end, step.global_batch, budget)
 
@@ -245,8 +245,8 @@ class Engine:
         device = self.workers.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.precision != torch.float32):
             output = self.wrapped(inputs)
-        told = self.task.loss(output, target)
-        loss, measure = told if isinstance(told, tuple) else (told, torch.full_like(told, math.nan))
+        value = self.task.loss(output, target)
+        loss, measure = value if isinstance(value, tuple) else (value, torch.full_like(value, math.nan))
         return loss, measure.detach().mean()
 
     def _gradients_sound(self) -> bool:
@@ -260,7 +260,7 @@ class Engine:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip or math.inf)
         return not skip or bool(torch.isfinite(norm))
 
-    def _tell_skipped(self, step: Step) -> None:
+    def _report_skipped(self, step: Step) -> None:
         names = self._not_finite_samples(1)
         if self.chief:
             warn(f"update {step.number} left out: not finite at {names}")
@@ -272,9 +272,9 @@ class Engine:
         mine: list[list[str]] = []
         for losses in list(self._recent)[-steps:]:
             bad = [batch for batch, loss in losses if not bool(torch.isfinite(loss))]
-            # Where the input itself is at fault, that one; else the whole micro-batch.
-            guilty = [s for batch in bad for s in batch if not _finite(self.task.collate([s])[0])]
-            mine.append([self.task.describe(s) for s in guilty or [s for batch in bad for s in batch]])
+            # The sample whose input is not finite, if there is one; else the whole micro-batch.
+            faulty = [s for batch in bad for s in batch if not _finite(self.task.collate([s])[0])]
+            mine.append([self.task.describe(s) for s in faulty or [s for batch in bad for s in batch]])
         ranks: list[list[list[str]]] = [mine]
         if self.workers.ranks > 1:
             ranks = [[] for _ in range(self.workers.ranks)]
@@ -284,24 +284,24 @@ class Engine:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         return shown or "no single sample: the gradients are too large"
 
-    def _end_step(self, samples: int, asked: Callable[[], bool]) -> Word:
-        """Exchange sums and wishes.
+    def _end_step(self, samples: int, asked: Callable[[], bool]) -> Signals:
+        """Exchange sums and signals.
 
         Raises:
             VoxelscaleError: the loss was not finite and that is not to be skipped.
         """
         after = self.config.train.checkpoint_seconds
-        word = self.meter.end_step(
+        signals = self.meter.end_step(
             samples,
             stop=self.chief and (asked() or self._stop_file()),
             save=self.chief and 0 < after <= time.monotonic() - self._saved_at,
             ready=self.validation is not None and self.validation.ready(),
         )
-        self._check_finite(word)
-        return word
+        self._check_finite(signals)
+        return signals
 
-    def _check_finite(self, word: Word) -> None:
-        if not word.finite and self.config.train.not_finite == "stop":
+    def _check_finite(self, signals: Signals) -> None:
+        if not signals.finite and self.config.train.not_finite == "stop":
             hint = "lower optim.lr, set train.precision=fp32, or skip such updates: train.not_finite=skip"
             where = self._not_finite_samples(2)
             if self.log:
@@ -323,14 +323,14 @@ class Engine:
         return every > 0 and step.end // every > step.first // every
 
     def _validation_due(self, step: Step) -> bool:
-        return self.task.scoring is not None and self._judged_between(step.first, step.end)
+        return self.task.scoring is not None and self._due_between(step.first, step.end)
 
     def _validation_missed(self) -> bool:
         """Whether the run stopped between a checkpoint and its validation, however many workers it had."""
         seen, validated = self.state.seen, self.state.validated
-        return self.task.scoring is not None and seen > validated and self._judged_between(validated, seen)
+        return self.task.scoring is not None and seen > validated and self._due_between(validated, seen)
 
-    def _judged_between(self, first: int, end: int) -> bool:
+    def _due_between(self, first: int, end: int) -> bool:
         """Whether a validation is due at a number of samples above `first` and up to `end`."""
         every, at = self.config.train.validate_every, self.config.train.validate_at
         regular = every > 0 and end // every > first // every
@@ -341,12 +341,12 @@ class Engine:
             return
         numbers = self.meter.read()
         dice = "" if math.isnan(numbers["dice"]) else f"  Dice {numbers['dice']:.3f}"
-        self._told = (
+        self._shown = (
             f"loss {numbers['loss']:.3f}{dice}  {numbers['samples_per_second']:.1f} samples/s  "
             f"input wait {100 * numbers['input_wait']:.1f} %"
         )
         seen = self.state.seen
-        progress.update(seen, self._told + self._judged())
+        progress.update(seen, self._shown + self._scores())
         every = max(1, self.config.train.samples // LOG_LINES)
         if last or self._due(every, step):
             rate = self.trained.optimizer.param_groups[0]["lr"]
@@ -356,7 +356,7 @@ class Engine:
                 self.log.write("train", step=step.number, **facts)
             self.meter.restart()
 
-    def _judged(self) -> str:
+    def _scores(self) -> str:
         """The last validation, at which sample it was, and the best one."""
         state, metric = self.state, self.task.scoring.metric if self.task.scoring else ""
         if not state.validated or math.isnan(state.best if self._score is None else self._score):
@@ -367,7 +367,7 @@ class Engine:
         return f"  validation {metric} {self._score:.3f} at sample {state.validated}{best}"
 
     def _begin_validation(self) -> None:
-        """Judge a copy of the model beside the training."""
+        """Validate a copy of the model beside the training."""
         self._end_validation()
         copy = snapshot(self.trained, self.workers)
         samples = self.config.train.recalibrate
@@ -398,8 +398,8 @@ class Engine:
                 **{name: value for name, value in figures.items() if not math.isnan(value)},
             )
         if better and self.chief and self.task.keep:
-            told = {} if math.isnan(score) else {f"validation_{pending.scoring.metric}": score}
-            facts = {"samples": at.seen, **told, "seconds": round(at.seconds, 1)}
+            scored = {} if math.isnan(score) else {f"validation_{pending.scoring.metric}": score}
+            facts = {"samples": at.seen, **scored, "seconds": round(at.seconds, 1)}
             self.task.keep(pending.model, facts)
         if better and self.writer:
             self.writer.keep_best(at.seen)
@@ -412,7 +412,7 @@ class Engine:
         self._end_validation()
         self._check_finite(self.meter.land())
         self._check_weights()
-        self.meter.fulfil()
+        self.meter.clear()
         self._saved_at = time.monotonic()
         if self.run is not None:
             average_buffers(self.model, self.workers)

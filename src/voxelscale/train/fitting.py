@@ -24,11 +24,11 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_sealed
 from voxelscale.model.bundle import load_untrusted
 from voxelscale.model.norm import SyncBatchNorm
+from voxelscale.ranks.workers import Workers
 from voxelscale.samples.order import item_of
 from voxelscale.samples.patches import Source
-from voxelscale.train.distributed import Workers
 from voxelscale.train.engine import Engine, Result
-from voxelscale.train.launch import claim
+from voxelscale.train.launch import claim, kept_config
 from voxelscale.train.loop import joined, stop_signals
 from voxelscale.train.snapshot import recalibrate, snapshot
 from voxelscale.train.task import Table, Task
@@ -90,19 +90,20 @@ def fit(
     folder = None if run is None else Path(run)
     _check_ranks(config)
     source = _Samples(samples, _count(samples), config.train.seed)
-    if folder is not None:
-        claim(folder, config)
     whole = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in model.modules())
-    with joined(config, whole) as (workers, config, batch_size), stop_signals() as asked:
-        devices = [workers.device] if workers.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # the engine seeds random layers
-            task = _task(model, loss, source, config, workers.device, folder, validate, collate)
-            _same_start(model, workers)
-            engine = Engine(task, config, folder, workers, batch_size)
-            result = engine.go(asked)
-            _take_over(model, engine)
-        if folder is not None and validate is None and workers.rank == 0:
-            _write_weights(folder / WEIGHTS, model, {"samples": result.seen})
+    with kept_config(folder):
+        if folder is not None:
+            claim(folder, config)
+        with joined(config, whole) as (workers, config, batch_size), stop_signals() as asked:
+            devices = [workers.device] if workers.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):  # the engine seeds random layers
+                task = _task(model, loss, source, config, workers.device, folder, validate, collate)
+                _same_start(model, workers)
+                engine = Engine(task, config, folder, workers, batch_size)
+                result = engine.go(asked)
+                _take_over(model, engine)
+            if folder is not None and validate is None and workers.rank == 0:
+                _write_weights(folder / WEIGHTS, model, {"samples": result.seen})
     return result
 
 

@@ -1,20 +1,11 @@
-"""Starting a training: here in this process, or as ranks under torchrun's engine.
-
-The command itself stays out of the ranks' process group. It asks them to stop by a file in the run's
-folder, which works for every number of ranks and machines, and ends with them.
-"""
+"""Starting a training: here in this process, or as ranks (`voxelscale.ranks.launch`)."""
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from voxelscale import console
@@ -22,23 +13,9 @@ from voxelscale.config import Config, dump, from_dict, load, to_dict
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.model.registry import check_name
-from voxelscale.train.fault import (
-    FAULT_FILE,
-    FAULTY,
-    LOST,
-    fault_path,
-    leave_fault,
-    lost_peer,
-    read_fault,
-    restarts,
-    told_at,
-)
+from voxelscale.ranks.faults import FAULTY, LOST, fault_path, leave_fault, lost_peer, restarts
+from voxelscale.ranks.launch import VERBOSITY, end_with_parent, run_ranks
 from voxelscale.train.log import STOP_FILE, read_events
-
-PARENT = "VOXELSCALE_PARENT"
-"""Environment variable: the process that started this command, with which it ends."""
-
-GO_ON = "the same command resumes from the last checkpoint"
 
 FREE = {
     "train.ranks",
@@ -64,74 +41,63 @@ def start(config: Config, store: Path, run: Path) -> bool:
     Raises:
         VoxelscaleError: before anything starts where that can be known; else when a rank failed.
     """
-    if parent := os.environ.pop(PARENT, ""):
-        _end_with(int(parent))
+    end_with_parent()
     check_name(config.model.name)
     if "RANK" in os.environ:  # started by torchrun or srun: this process is a rank
         return _start_as_rank(config, store, run)
-    claim(run, config)
-    (run / STOP_FILE).unlink(missing_ok=True)
-    ranks = config.train.ranks or _devices()
-    if ranks == 1:
-        from voxelscale.train.loop import train
+    with kept_config(run):
+        claim(run, config)
+        (run / STOP_FILE).unlink(missing_ok=True)
+        ranks = config.train.ranks or _devices()
+        if ranks == 1:
+            from voxelscale.train.loop import train
 
-        return train(config, store, run).finished
-    return _start_ranks(config, store, run, ranks)
-
-
-def fit_to_memory(config: Config, store: Path) -> Config:
-    """The config with the largest patch, of its own patch's proportions, whose training fits here.
-
-    Raises:
-        VoxelscaleError: none fits, or this is one of several ranks, which could find different ones.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise VoxelscaleError(
-            "--fit-memory: cannot be found by several processes at once",
-            "find it with one process, then give torchrun --set data.patch_size=...",
+            return train(config, store, run).finished
+        run_ranks(
+            "voxelscale.train.launch",
+            store,
+            run,
+            ranks=ranks,
+            threads=config.train.threads,
+            max_restarts=config.train.max_restarts,
+            stop=run / STOP_FILE,
         )
-    import statistics
-
-    from voxelscale.device import default_device
-    from voxelscale.store import open_store
-    from voxelscale.train.memory import fit_patch, with_patch
-
-    opened, device = open_store(store), default_device()
-    shapes = zip(*(info.shape for info in opened.split("train")), strict=True)
-    limit = [round(statistics.median(axis)) for axis in shapes]
-    sharers = 1 if device.type == "cuda" else max(1, config.train.ranks)
-    checkpointing = config.train.checkpoint_activations
-    patch = fit_patch(
-        config, opened.spacing, device, checkpointing=checkpointing, sharers=sharers, limit=limit
-    )
-    console.notice(f"the largest patch that fits: {' x '.join(map(str, patch))} voxels")
-    return with_patch(config, patch)
+        events = read_events(run)
+        return bool(events) and events[-1]["samples"] >= config.train.samples
 
 
 def _start_as_rank(config: Config, store: Path, run: Path) -> bool:
-    """Another launcher may restart this rank: an error that only a person can fix is not reported again."""
-    try:
-        claim(run, config)
-    except VoxelscaleError:
-        if os.environ.get("LOCAL_RANK", "0") != "0" or restarts():
-            raise SystemExit(FAULTY) from None
-        raise
-    fault = fault_path(run)
-    if restarts() and fault.exists():
-        raise SystemExit(FAULTY)
-    if not restarts() and os.environ["RANK"] == "0":
-        for old in (fault, run / STOP_FILE):
-            old.unlink(missing_ok=True)
-    try:
-        return _train_as_rank(config, store, run)
-    except VoxelscaleError as error:
-        if leave_fault(fault, error):
+    """One rank of somebody else's torchrun or srun, which may start it again after an error.
+
+    An error that a person must fix is raised by one rank, the first time.
+
+    Raises:
+        SystemExit: silently, where another rank or an earlier start has reported the error.
+    """
+    fault, again = fault_path(run), restarts() > 0
+    with kept_config(run):
+        try:
+            claim(run, config)
+        except VoxelscaleError:
+            # Every rank comes to the same; the first one of each machine reports it.
+            if again or os.environ.get("LOCAL_RANK", "0") != "0":
+                raise SystemExit(FAULTY) from None
             raise
-        raise SystemExit(FAULTY) from None
+        if again and fault.exists():
+            raise SystemExit(FAULTY)
+        if not again and os.environ["RANK"] == "0":
+            for old in (fault, run / STOP_FILE):
+                old.unlink(missing_ok=True)
+        try:
+            return _train_as_rank(config, store, run)
+        except VoxelscaleError as error:
+            if leave_fault(fault, error):
+                raise
+            raise SystemExit(FAULTY) from None
 
 
 def _train_as_rank(config: Config, store: Path, run: Path) -> bool:
-    """One rank's share; one that has lost a peer ends without a word, to be started again with it."""
+    """One rank's share; one that has lost a peer ends silently, to be started again with it."""
     from voxelscale.train.loop import train
 
     if restarts() and os.environ["RANK"] == "0":
@@ -143,6 +109,24 @@ def _train_as_rank(config: Config, store: Path, run: Path) -> bool:
             raise
         console.notice(f"a peer was lost: {error}", level=2)
         raise SystemExit(LOST) from None
+
+
+@contextmanager
+def kept_config(run: Path | None) -> Iterator[None]:
+    """After an error within it the run's ``config.yaml`` is what it was: a config that is refused goes."""
+    path = None if run is None or os.environ.get("RANK", "0") != "0" else run / "config.yaml"
+    before = b""
+    if path:
+        with suppress(OSError):
+            before = path.read_bytes()
+    try:
+        yield
+    except (VoxelscaleError, SystemExit):
+        # The disk may be full, and the first error is the one to report.
+        with suppress(VoxelscaleError, OSError):
+            if path and before and path.read_bytes() != before:
+                write_atomic(path, before)
+        raise
 
 
 def claim(run: Path, config: Config) -> None:
@@ -186,109 +170,14 @@ def _devices() -> int:
     return torch.cuda.device_count() or 1
 
 
-def _start_ranks(config: Config, store: Path, run: Path, ranks: int) -> bool:
-    """Ranks under torchrun's engine in a session of their own, out of reach of the terminal's Ctrl-C."""
-    with tempfile.TemporaryDirectory(prefix="voxelscale-") as folder:
-        fault = Path(folder) / FAULT_FILE
-        words = [str(os.getpid()), str(ranks), str(config.train.max_restarts), str(store), str(run)]
-        engine = subprocess.Popen(
-            [sys.executable, "-m", "voxelscale.train.launch", "engine", *words],
-            env={**_environment(config, ranks), **told_at(fault)},
-            start_new_session=True,
-        )
-        before = signal.signal(signal.SIGTERM, _interrupt)
-        try:
-            code = _wait(engine, run)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        if left := read_fault(fault):
-            raise left
-    if code != 0:
-        raise VoxelscaleError(
-            f"{run}: the training failed (exit code {code})",
-            f"see above; {GO_ON}",
-        )
-    events = read_events(run)
-    return bool(events) and events[-1]["samples"] >= config.train.samples
-
-
-def _environment(config: Config, ranks: int) -> dict[str, str]:
-    threads = config.train.threads or max(1, (os.cpu_count() or 1) // ranks)
-    ours = {"OMP_NUM_THREADS": str(threads), "VOXELSCALE_VERBOSITY": str(console.verbosity())}
-    silent = {"TORCH_CPP_LOG_LEVEL": "FATAL"} if console.verbosity() < 2 else {}
-    return {**silent, **os.environ, **ours}
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _wait(engine: subprocess.Popen[bytes], run: Path) -> int:
-    try:
-        return engine.wait()
-    except KeyboardInterrupt:
-        try:
-            (run / STOP_FILE).touch()
-        except OSError:
-            engine.terminate()  # it passes the request on, and waits half a minute
-        console.notice("\nstopping after this step; once more to stop at once")
-    try:
-        return engine.wait()
-    except KeyboardInterrupt:
-        os.killpg(engine.pid, signal.SIGKILL)
-        (run / STOP_FILE).unlink(missing_ok=True)
-        raise
-
-
-def _engine(ranks: int, most: int, store: str, run: str) -> int:
-    """torchrun's engine with `ranks` processes on this machine; the exit code of the job.
-
-    A rank that dies takes the others with it, and all of them start again from the last checkpoint, at
-    most `most` times.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    if int(os.environ["VOXELSCALE_VERBOSITY"]) < 2:
-        logging.disable()  # it reports a lost rank at length; the command does in two lines
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=f"voxelscale-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=most,
-    )
-    rank = [sys.executable, "-m", "voxelscale.train.launch", "rank", str(os.getpid()), store, run]
-    try:
-        elastic_launch(config, rank[0])(*rank[1:])
-    except ChildFailedError as error:
-        number, failed = min(
-            error.failures.items(), key=lambda f: (f[1].exitcode in (LOST, FAULTY), f[1].timestamp)
-        )
-        how = f"rank {number} {_end_of(failed.exitcode)}{f', after {most} restarts' if most else ''}"
-        leave_fault(fault_path(Path(run)), VoxelscaleError(f"{run}: {how}", GO_ON))
-        return 1
-    except SignalException:
-        return 0  # the ranks were asked to save and stop
-    return 0
-
-
-def _end_of(code: int) -> str:
-    if code >= 0:
-        return f"failed with exit code {code}, see above"
-    name = signal.Signals(-code).name
-    return f"was killed by {name}" + (" (too little memory?)" if name == "SIGKILL" else "")
-
-
 def _rank(store: str, run: str) -> int:
-    """One rank. An error that a person must fix is left for the command to report once.
+    """One rank under this package's own engine, which reports an error that was left for it, once.
 
-    Started again after that it ends as if all were well, and with it the engine.
+    An engine starts all ranks again when one fails, which is of no use after such an error. So the others,
+    and those started again, end as if all were well, and with them the engine.
     """
-    console.set_verbosity(int(os.environ.get("VOXELSCALE_VERBOSITY", "1")))
+    end_with_parent()
+    console.set_verbosity(int(os.environ.get(VERBOSITY, "1")))
     fault = fault_path(Path(run))
     if fault.exists():
         return 0
@@ -301,23 +190,9 @@ def _rank(store: str, run: str) -> int:
     return 0
 
 
-def _end_with(parent: int) -> None:
-    """End when the process that started this one is gone: a killed command leaves no ranks behind."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="watch-parent").start()
-
-
 def _main(arguments: Sequence[str]) -> int:
-    role, parent, *rest = arguments
-    _end_with(int(parent))
-    if role == "engine":
-        return _engine(int(rest[0]), int(rest[1]), rest[2], rest[3])
-    return _rank(rest[0], rest[1])
+    _, store, run = arguments  # "rank" first, as a process's name for people
+    return _rank(store, run)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: ``metrics.jsonl`` and TensorBoard events."""
+"""What a run writes while it goes on: ``metrics.jsonl`` and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RunLog:
     def write(self, event: str, /, **numbers: float | str) -> None:
         """One event; `numbers` must hold ``samples``, and may hold words, which only the file gets."""
         line = {"event": event, **numbers}
-        with self._told():
+        with self._disk_errors():
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
             for name, value in numbers.items():
@@ -63,18 +63,18 @@ class RunLog:
     def close(self) -> None:
         """Put everything on disk."""
         threading.excepthook = self._hook
-        with self._told(), self._file:
+        with self._disk_errors(), self._file:
             os.fsync(self._file.fileno())
             self._board.close()
 
-    def _thread_failed(self, told: threading.ExceptHookArgs) -> None:
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
         # TensorBoard's thread would print a traceback; the next event or `close` raises it anyway.
-        ours = type(told.thread).__module__.startswith("tensorboard")
-        if not (ours and isinstance(told.exc_value, OSError)):
-            self._hook(told)
+        ours = type(failure.thread).__module__.startswith("tensorboard")
+        if not (ours and isinstance(failure.exc_value, OSError)):
+            self._hook(failure)
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _disk_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -83,7 +83,7 @@ class RunLog:
 
 
 def note_out_of_memory(run: Path, seen: int | None = None) -> None:
-    """Leave word of it for the process that started the training, from any rank, with or without a log.
+    """Note it for the process that started the training, from any rank, with or without a log.
 
     Args:
         run: its folder.

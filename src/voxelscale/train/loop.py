@@ -23,14 +23,14 @@ from voxelscale.console import count, notice
 from voxelscale.device import Arithmetic, choose_arithmetic, choose_precision
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
-from voxelscale.model.build import build_model
+from voxelscale.model.build import build_loss, build_model
 from voxelscale.model.bundle import Bundle, write_bundle
-from voxelscale.model.losses import dice_cross_entropy
+from voxelscale.model.checkpointing import checkpoint_activations
+from voxelscale.ranks.workers import Workers, join
 from voxelscale.samples.batch import Normalisation, make_batch
 from voxelscale.samples.patches import PatchSource, Sample
 from voxelscale.store import Store, open_store
 from voxelscale.train.checkpoint import alone_in
-from voxelscale.train.distributed import Workers, join
 from voxelscale.train.engine import Engine, Result
 from voxelscale.train.judges import validation_cases, warn_of_validation
 from voxelscale.train.log import note_out_of_memory
@@ -61,7 +61,7 @@ def train(config: Config, store_path: Path, run: Path) -> Result:
         store = open_store(store_path)
         if workers.rank == 0:
             warn_of_validation(store, config)
-        with _told_memory(config, run, workers.device):
+        with _memory_errors(config, run, workers.device):
             check_memory(config, store, workers)
             settled = settle_arithmetic(config, store, run, workers)
             task = patch_task(settled, store, workers.device)
@@ -102,19 +102,17 @@ def check_memory(config: Config, store: Store, workers: Workers) -> None:
     """Refuse a training that will not fit, before anything large is made; rank 0 looks for all.
 
     Raises:
-        TooLarge: naming batch, patch, and the memory needed and there.
+        TooLarge: naming batch, patch, and the memory needed and available.
     """
     if workers.rank:
         return
     sharers = 1 if workers.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    checkpointing = config.train.checkpoint_activations
-    require_memory(config, store.spacing, workers.device, checkpointing=checkpointing, sharers=sharers)
+    require_memory(config, store.spacing, workers.device, sharers=sharers)
 
 
 @contextmanager
-def _told_memory(config: Config, run: Path, device: torch.device) -> Iterator[None]:
-    """Within it too little memory is noted in the run, as the engine does, and reported in one clear
-    error."""
+def _memory_errors(config: Config, run: Path, device: torch.device) -> Iterator[None]:
+    """Within it too little memory is noted in the run, as the engine does, and raised as one error."""
     try:
         yield
     except (TooLarge, torch.OutOfMemoryError) as error:
@@ -162,18 +160,11 @@ def patch_task(config: Config, store: Store, device: torch.device) -> Task:
     """The config's network, on patches of a store's training scans, validated on its validation scans."""
     normalise = Normalisation.of_fingerprint(store.fingerprint["lesion_hu"])
     torch.manual_seed(config.train.seed)
-    loss, validated = config.loss, validation_cases(store, config)
+    validated = validation_cases(store, config)
     source = PatchSource(store, config.data, config.augment, config.train.seed, config.model.dims)
     return Task(
         model=_network(config, store).to(device),
-        loss=partial(
-            dice_cross_entropy,
-            dice=loss.dice,
-            cross_entropy=loss.cross_entropy,
-            smooth=loss.smooth,
-            small=loss.small,
-            hardest=loss.top_k,
-        ),
+        loss=build_loss(config.loss),
         source=source,
         collate=partial(_collate, config=config, normalise=normalise, device=device),
         describe=lambda sample: f"sample {sample.index} ({sample.case})",
@@ -200,8 +191,6 @@ def _about(config: Config, store: Store, trained: int, validated: int) -> str:
 def _network(config: Config, store: Store) -> nn.Module:
     model = build_model(config.model, config.data.patch_size, store.spacing)
     if config.train.checkpoint_activations:
-        from voxelscale.train.memory import checkpoint_activations
-
         checkpoint_activations(model)
     return model
 

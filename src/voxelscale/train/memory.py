@@ -1,4 +1,4 @@
-"""Memory of a training step: what it needs, what there is, and how to need less of it.
+"""Memory of a training step: what it needs, and what there is.
 
 A step is simulated on tensors without contents (PyTorch's fake tensors), which takes about a second
 and no memory, and every storage's birth and death is counted; what a GPU really used is measured.
@@ -12,35 +12,26 @@ import multiprocessing
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from voxelscale.config import Config, IntTriple, Triple
+from voxelscale.config import Config, Triple
 from voxelscale.device import choose_precision, keep_freed_memory, to_channels_last
 from voxelscale.errors import VoxelscaleError
-from voxelscale.model.build import build_model
-from voxelscale.model.losses import dice_cross_entropy
-from voxelscale.model.unet import UNetDecodeModel, UNetEncodeModel, plan_pooling
+from voxelscale.model.build import build_loss, build_model
+from voxelscale.model.checkpointing import checkpoint_activations
 from voxelscale.train.optim import make_optimizer
-
-HEADROOM = 0.1
-"""Share of the available memory that no step is planned to use: allocators do not fill it to the last."""
-
-LARGEST = 8
-"""A patch is made at most this many times as long as the configured one."""
+from voxelscale.train.patch_sizes import scaled_patches, with_patch
 
 RESIDENT, FIXED = 1.32, 8 * 2**20
 """What a process on CPUs grows by over the tensors that are alive at the peak, as a factor and in bytes:
@@ -48,50 +39,40 @@ holes in the C library's heap, and the convolutions' own copies. Chosen on 23 ne
 on 16 others the estimate was 0.87 to 1.15 of what was measured (`benchmarks/feasible.py`), with one thread.
 In bf16 oneDNN copies both maps for every thread: with 8 threads a small network took 1.3 times as much."""
 
-
-_META = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-"""What PyTorch lacks to simulate some operations without contents: it would take real memory for them."""
-
 MOST_PLAYED = 3
 """Maximum batch that is simulated directly."""
+
+MAPS = 60
+"""Float32 maps of a level that a step keeps at most; the default network keeps about 30."""
+
+WIDEST_KERNELS = 6
+"""All kernels of a network have fewer weights than so many of its widest."""
+
+BYTES_PER_WEIGHT = 16
+"""Weight, gradient and AdamW's two moments, in float32."""
+
+OWN = 2**30
+"""Bytes for all that grows with neither patch nor network."""
 
 
 class TooLarge(VoxelscaleError):
     """A training step needs more memory than there is."""
 
 
-def _columns_stats(x: Tensor, mean: Tensor, variance: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+def _shapes_of_statistics(
+    x: Tensor, mean: Tensor, variance: Tensor, momentum: float
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[1], dtype=mean.dtype), x.new_empty(x.shape[1], dtype=mean.dtype)
 
 
+# A fake tensor's operation runs a kernel that computes shapes alone ("Meta"). PyTorch has none for the
+# statistics that `voxelscale.model.fast.norm` takes, and would compute them on real memory instead.
+_LIBRARY = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::batch_norm_update_stats", "Meta"):
-    _META.impl("batch_norm_update_stats", _columns_stats, "Meta")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl("batch_norm_update_stats", _shapes_of_statistics, "Meta")  # type: ignore[no-untyped-call]
 
 
-def checkpoint_activations(model: nn.Module) -> nn.Module:
-    """Let every level of the U-Net forget its inner activations and compute them again when needed.
-
-    (Chen et al., "Training deep nets with sublinear memory cost", 2016.) Names and values of parameters
-    stay as they are, and so do gradients; running statistics are updated by the first pass alone. It
-    works under DistributedDataParallel, static graph or not. The model is changed in place.
-
-    Args:
-        model: holds `UNetEncodeModel` and `UNetDecodeModel` levels, as `voxelscale.model.unet.UNet`.
-
-    Returns:
-        the same model.
-    """
-    inner = {id(m.level) for m in model.modules() if isinstance(m, UNetDecodeModel)}
-    for module in model.modules():
-        level = isinstance(module, UNetEncodeModel | UNetDecodeModel) and id(module) not in inner
-        if level and not isinstance(module.forward, partial):  # once is enough
-            module.forward = partial(_recomputed, module, module.forward)
-    return model
-
-
-def estimate_memory(
-    config: Config, spacing: Triple, device: torch.device, *, checkpointing: bool = False
-) -> int:
+def estimate_memory(config: Config, spacing: Triple, device: torch.device) -> int:
     """Bytes at the peak of a training step of `config`, without running it.
 
     Counted are weights, gradients, the optimiser's state, the batch and every tensor of the forward and
@@ -99,13 +80,13 @@ def estimate_memory(
     grows by more (`RESIDENT`).
 
     Args:
-        config: its patch size, micro-batch, model, optimiser and precision count.
+        config: its patch size, micro-batch, model, loss, optimiser, precision and activation checkpointing
+            count.
         spacing: of the store, mm (z, y, x), by which pooling is planned.
         device: decides what the precision ``auto`` means.
-        checkpointing: whether with `checkpoint_activations`.
     """
     precision = choose_precision(config.train.precision, device)
-    return needed(play_through(config, spacing, precision, checkpointing=checkpointing), device.type)
+    return needed(play_through(config, spacing, precision), device.type)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +105,7 @@ class Played:
     parameters: int
 
 
-def play_through(
-    config: Config, spacing: Triple, precision: torch.dtype, *, checkpointing: bool = False
-) -> Played:
+def play_through(config: Config, spacing: Triple, precision: torch.dtype) -> Played:
     """Simulate one training step; about a second, and no memory.
 
     Everything but weights is proportional to the batch. A large one is extrapolated from two small ones,
@@ -134,15 +113,14 @@ def play_through(
     """
     if (batch := config.train.batch_size) > MOST_PLAYED:
         two, three = (
-            play_through(_with_batch(config, n), spacing, precision, checkpointing=checkpointing)
-            for n in (MOST_PLAYED - 1, MOST_PLAYED)
+            play_through(_with_batch(config, n), spacing, precision) for n in (MOST_PLAYED - 1, MOST_PLAYED)
         )
         more = batch - MOST_PLAYED
         alive, flop = three.alive + more * (three.alive - two.alive), three.flop * batch / MOST_PLAYED
         return Played(alive=alive, flop=flop, parameters=three.parameters)
     cpu = torch.device("cpu")
     with FakeTensorMode(), Storages() as storages:
-        model = make_network(config, spacing, cpu, checkpointing)
+        model = make_network(config, spacing, cpu)
         play(model, config, cpu, precision)
         weights = [(p.numel(), p.element_size()) for p in model.parameters()]
     copies = _moments(config) + (config.optim.ema > 0)
@@ -160,9 +138,7 @@ def needed(step: Played, device: str) -> int:
     return int(RESIDENT * step.alive) + FIXED if device == "cpu" else step.alive
 
 
-def step_memory(
-    config: Config, spacing: Triple, device: torch.device, *, checkpointing: bool = False, steps: int = 2
-) -> int:
+def step_memory(config: Config, spacing: Triple, device: torch.device, *, steps: int = 2) -> int:
     """Bytes that real training steps of `config` took at their peak, the memory of weights included.
 
     On a GPU by its allocator's own count; on CPUs as the growth of the resident memory of a process
@@ -176,22 +152,22 @@ def step_memory(
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         try:
-            _steps(config, spacing, device, checkpointing, steps)
+            _steps(config, spacing, device, steps)
             return torch.cuda.max_memory_allocated(device) - before
         except torch.OutOfMemoryError:
-            raise _too_much(config, None, available_memory(device), checkpointing) from None
+            raise too_much(config, None, available_memory(device)) from None
         finally:
             torch.cuda.empty_cache()
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    arguments = (theirs, config, spacing, checkpointing, steps, torch.get_num_threads())
+    arguments = (theirs, config, spacing, steps, torch.get_num_threads())
     child = context.Process(target=_measure, args=arguments, daemon=True)
     child.start()
     theirs.close()
     try:
         return int(ours.recv())
     except EOFError:
-        raise _too_much(config, None, available_memory(device), checkpointing) from None
+        raise too_much(config, None, available_memory(device)) from None
     finally:
         child.join()
 
@@ -209,14 +185,7 @@ def available_memory(device: torch.device) -> int:
     return max(0, min(bounds))
 
 
-def require_memory(
-    config: Config,
-    spacing: Triple,
-    device: torch.device,
-    *,
-    checkpointing: bool = False,
-    sharers: int = 1,
-) -> int:
+def require_memory(config: Config, spacing: Triple, device: torch.device, *, sharers: int = 1) -> int:
     """Refuse, before the first step, a training that will not fit.
 
     Args:
@@ -232,9 +201,9 @@ def require_memory(
     rough = _rough_bound(config)
     if rough < available:
         return rough
-    step = estimate_memory(config, spacing, device, checkpointing=checkpointing)
+    step = estimate_memory(config, spacing, device)
     if step > available:
-        raise _too_much(config, step, available, checkpointing)
+        raise too_much(config, step, available)
     return step
 
 
@@ -243,103 +212,20 @@ def ran_out(config: Config, device: torch.device) -> TooLarge:
     available = available_memory(device)
     if device.type == "cuda":
         available += torch.cuda.memory_allocated(device)  # most of it is what the step itself took
-    return _too_much(config, None, available, config.train.checkpoint_activations)
+    return too_much(config, None, available)
 
 
 def _rough_bound(config: Config) -> int:
-    """An upper bound of a step's bytes: a small training need not be simulated."""
+    """Bytes that a step surely does not need, so that a small training need not be simulated."""
+    model = config.model
     voxels = seen_at_once(config) * math.prod(config.data.patch_size)
-    # 60 float32 maps of the first level's size, where the default network keeps about 30.
-    maps = 240 * voxels * config.model.filters * 2**config.model.dims / (2**config.model.dims - 1)
-    widest = min(config.model.filters * 2 ** (config.model.depth - 1), config.model.max_filters)
-    weights = 16 * 6 * config.model.kernel_size**config.model.dims * widest**2
-    return int(maps + weights) + 2**30
-
-
-def fit_patch(
-    config: Config,
-    spacing: Triple,
-    device: torch.device,
-    *,
-    checkpointing: bool = False,
-    sharers: int = 1,
-    limit: Sequence[int] | None = None,
-    available: int | None = None,
-    verify: bool = True,
-) -> IntTriple:
-    """The largest patch, of the configured one's proportions, whose training step fits in the memory.
-
-    Every axis is a multiple of its pooling strides. Found by bisection on `estimate_memory`, then tried.
-
-    Args:
-        sharers: ranks that share the device's memory.
-        limit: voxels (z, y, x) beyond which no axis is to grow, as the scans' shape.
-        available: bytes; None: `available_memory`.
-        verify: whether to run real steps and to shrink until they fit.
-
-    Raises:
-        VoxelscaleError: not even the smallest patch fits.
-    """
-    room = (available_memory(device) if available is None else available) // sharers
-    budget = int(room * (1 - HEADROOM))
-
-    def needs(patch: IntTriple, measure: Callable[..., int] = estimate_memory) -> int:
-        return measure(with_patch(config, patch), spacing, device, checkpointing=checkpointing)
-
-    fitting: list[IntTriple] = []
-    ladder = list(_ladder(config, spacing, limit))
-    low, high = 0, 1
-    while high <= len(ladder) and needs(ladder[high - 1]) <= budget:
-        low, high = high, high * 2
-    high = min(high, len(ladder) + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if needs(ladder[middle - 1]) <= budget else (low, middle)
-    fitting = ladder[:low]
-    while fitting:
-        if not verify or _fits(partial(needs, fitting[-1], step_memory), room):
-            return fitting[-1]
-        fitting.pop()
-    smallest = with_patch(config, ladder[0]) if ladder else config
-    least = estimate_memory(smallest, spacing, device, checkpointing=checkpointing)
-    raise _too_much(smallest, least, room, checkpointing)
-
-
-def with_patch(config: Config, patch: IntTriple) -> Config:
-    """The config with another patch size."""
-    return replace(config, data=replace(config.data, patch_size=patch))
-
-
-def _recomputed(module: nn.Module, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return forward(*inputs)
-    contexts = partial(_passes, module)
-    # Nothing in a level is random, so no generator's state needs keeping.
-    out: Tensor = checkpoint(
-        forward, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )
-    return out
-
-
-def _passes(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _unmoved_statistics(module)
-
-
-@contextmanager
-def _unmoved_statistics(module: nn.Module) -> Iterator[None]:
-    """Within it a batch norm normalises by the batch but leaves its running statistics.
-
-    They are not taken away, which would save other tensors for the backward pass than the first time.
-    """
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    kept = [(m.momentum, m.num_batches_tracked) for m in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
+    # A level has twice the channels of the one above and 1 / 2^dims of its voxels: all levels' maps are
+    # together at most this many of the first level's, the limit of a geometric series.
+    levels = 2**model.dims / (2**model.dims - 1)
+    maps = MAPS * 4 * voxels * model.filters * levels
+    widest = min(model.filters * 2 ** (model.depth - 1), model.max_filters)
+    kernels = WIDEST_KERNELS * model.kernel_size**model.dims * widest**2
+    return int(maps + BYTES_PER_WEIGHT * kernels) + OWN
 
 
 class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -376,14 +262,14 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
-def make_network(config: Config, spacing: Triple, device: torch.device, checkpointing: bool) -> nn.Module:
+def make_network(config: Config, spacing: Triple, device: torch.device) -> nn.Module:
     """The network as a training has it, in its memory format."""
     model = build_model(config.model, config.data.patch_size, spacing)
     if device.type != "cpu":
         model.to(device)
     if config.train.formatted:
         to_channels_last(model)
-    return checkpoint_activations(model) if checkpointing else model
+    return checkpoint_activations(model) if config.train.checkpoint_activations else model
 
 
 def seen_at_once(config: Config) -> int:
@@ -393,24 +279,22 @@ def seen_at_once(config: Config) -> int:
 
 
 def play(model: nn.Module, config: Config, device: torch.device, precision: torch.dtype) -> None:
-    """One forward and backward pass on an empty micro-batch."""
+    """One forward and backward pass, with the configured loss, on an empty micro-batch."""
     image = torch.zeros((seen_at_once(config), 1, *config.data.patch_size), device=device)
     mask = torch.zeros_like(image)
     if config.train.formatted:
         image = image.contiguous(memory_format=torch.channels_last_3d)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision != torch.float32):
         logits = model(image)
-    loss, _ = dice_cross_entropy(logits, mask)
+    loss, _ = build_loss(config.loss)(logits, mask)
     del logits
     loss.backward()  # type: ignore[no-untyped-call]
 
 
-def _steps(
-    config: Config, spacing: Triple, device: torch.device, checkpointing: bool, steps: int = 2
-) -> None:
+def _steps(config: Config, spacing: Triple, device: torch.device, steps: int = 2) -> None:
     """Steps, two or more: the optimiser's state is there from the end of the first on."""
     precision = choose_precision(config.train.precision, device)
-    model = make_network(config, spacing, device, checkpointing)
+    model = make_network(config, spacing, device)
     optimizer = make_optimizer(model, config.optim)
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
@@ -418,18 +302,16 @@ def _steps(
         optimizer.step()
 
 
-def _measure(
-    pipe: Any, config: Config, spacing: Triple, checkpointing: bool, steps: int, threads: int
-) -> None:
+def _measure(pipe: Any, config: Config, spacing: Triple, steps: int, threads: int) -> None:
     """In a process of its own: send the growth of its peak resident memory over the steps."""
     keep_freed_memory()
     torch.set_num_threads(threads)
     # A first tiny step loads the library's parts, whose memory belongs to no patch.
-    smallest = next(_ladder(config, spacing, None), config.data.patch_size)
-    _steps(with_patch(config, smallest), spacing, torch.device("cpu"), checkpointing)
+    smallest = next(scaled_patches(config, spacing), config.data.patch_size)
+    _steps(with_patch(config, smallest), spacing, torch.device("cpu"))
     _give_back()
     before, _ = _resident()
-    _steps(config, spacing, torch.device("cpu"), checkpointing, steps)
+    _steps(config, spacing, torch.device("cpu"), steps)
     pipe.send(_resident()[1] - before)
 
 
@@ -461,51 +343,19 @@ def _moments(config: Config) -> int:
     return 1 if config.optim.name in ("lars", "muon") else 2
 
 
-def _ladder(config: Config, spacing: Triple, limit: Sequence[int] | None) -> Iterator[IntTriple]:
-    """Patches of the configured proportions, multiples of their pooling strides, small to large."""
-    base, dims, depth = config.data.patch_size, config.model.dims, config.model.depth
-    pools = plan_pooling(base[-dims:], spacing[-dims:], depth)
-    whole = [1] * (3 - dims) + [math.prod(stride[axis] for stride in pools) for axis in range(dims)]
-    longest = max(base)
-    last: IntTriple | None = None
-    for edge in range(1, LARGEST * longest + 1):
-        # An axis of one voxel is a slice's, not a small patch's.
-        z, y, x = (
-            1 if n == 1 else max(1, round(n * edge / longest / k)) * k
-            for n, k in zip(base, whole, strict=True)
-        )
-        if limit is not None and any(n > most for n, most in zip((z, y, x), limit, strict=True)):
-            return
-        if (z, y, x) != last and _divisible((z, y, x), spacing, depth, dims):
-            last = (z, y, x)
-            yield last
-
-
-def _divisible(patch: IntTriple, spacing: Triple, depth: int, dims: int) -> bool:
-    """Whether its poolings divide the patch and it is large enough for the network's depth."""
-    pools = plan_pooling(patch[-dims:], spacing[-dims:], depth)
-    whole = [math.prod(stride[axis] for stride in pools) for axis in range(dims)]
-    idle = any(max(stride) == 1 for stride in pools)
-    return not idle and all(n % k == 0 for n, k in zip(patch[-dims:], whole, strict=True))
-
-
-def _fits(measure: Callable[[], int], room: int) -> bool:
-    try:
-        return measure() <= room
-    except VoxelscaleError:
-        return False
-
-
-def _too_much(config: Config, needed: int | None, available: int, checkpointing: bool) -> TooLarge:
+def too_much(config: Config, needed: int | None, available: int) -> TooLarge:
+    """The error that a step needs more than there is; None: nobody knows how much."""
     patch = "x".join(map(str, config.data.patch_size))
     step = f"a step of {config.train.batch_size} patches of {patch} voxels"
-    need = f"needs {_gib(needed)}" if needed is not None else "does not fit"
-    more = "" if checkpointing else ", or set train.checkpoint_activations=true (activation checkpointing)"
+    need = f"needs {gib(needed)}" if needed is not None else "does not fit"
+    more = ", or set train.checkpoint_activations=true (activation checkpointing)"
+    more = "" if config.train.checkpoint_activations else more
     hint = f"lower train.batch_size or data.patch_size, let --fit-memory choose the patch{more}"
-    return TooLarge(f"{step} {need}; {_gib(available)} are available", hint)
+    return TooLarge(f"{step} {need}; {gib(available)} are available", hint)
 
 
-def _gib(size: int) -> str:
+def gib(size: float) -> str:
+    """Bytes for a person."""
     return f"{size / 2**30:.2f} GiB"
 
 

@@ -1,4 +1,4 @@
-"""Loss, speed and wishes, the same in all ranks without stalling any."""
+"""Loss, speed and signals, the same in all ranks without stalling any."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from voxelscale.train.distributed import Workers
+from voxelscale.ranks.workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Word:
+class Signals:
     """What all ranks know after a step; with several ranks, of the step before.
 
     Attributes:
@@ -31,17 +31,18 @@ class Word:
 
 
 class Meter:
-    """Sums of a step, reduced in the background and read one step later.
+    """Sums of a step over the ranks, and their signals, in one all-reduce that nobody waits for.
 
-    On one CPU process they are read at once.
+    It is read when the next step's is started, so that ranks and GPUs are never idle for it; one process on
+    a CPU, which has nothing to wait for, reads it at once.
     """
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
-        self._late = workers.ranks > 1 or workers.device.type != "cpu"
-        self._now = torch.zeros(5, device=workers.device)
-        self._flying: tuple[Tensor, Any] | None = None
-        self.word = Word()
+        self._delayed = workers.ranks > 1 or workers.device.type != "cpu"
+        self._now = torch.zeros(5, device=workers.device)  # loss, measure, stop, save, ready
+        self._pending: tuple[Tensor, Any] | None = None
+        self.signals = Signals()
         self._loss = self._measure = self.waited = 0.0
         self._steps = self._timed = 0
         self._since = time.monotonic()
@@ -52,38 +53,38 @@ class Meter:
 
     def end_step(
         self, samples: int, *, stop: bool = False, save: bool = False, ready: bool = False
-    ) -> Word:
-        """Send off this step's sums, of so many samples, and this rank's wishes."""
+    ) -> Signals:
+        """Send off this step's sums, of so many samples, and this rank's signals."""
         self._now[2:] = torch.tensor([float(stop), float(save), float(ready)])
         self.land()
         work = dist.all_reduce(self._now, async_op=True) if self._workers.ranks > 1 else None
-        self._flying = (self._now, work)
+        self._pending = (self._now, work)
         self._now = torch.zeros_like(self._now)
         self._timed += samples
-        if not self._late:
+        if not self._delayed:
             self.land()
-        return self.word
+        return self.signals
 
-    def land(self) -> Word:
-        """Wait for the sums in flight: none may be when a process group goes or a model is kept."""
-        if self._flying is None:
-            return self.word
-        sums, work = self._flying
-        self._flying = None
+    def land(self) -> Signals:
+        """Wait for the pending sums: none may be when a process group ends or a model is kept."""
+        if self._pending is None:
+            return self.signals
+        sums, work = self._pending
+        self._pending = None
         if work is not None:
             work.wait()
         loss, measure, stop, save, ready = sums.tolist()
         loss, measure = loss / self._workers.ranks, measure / self._workers.ranks
         finite = loss == loss and abs(loss) != float("inf")
-        self.word = Word(
+        self.signals = Signals(
             stop=stop > 0, save=save > 0, ready=round(ready) == self._workers.ranks, finite=finite
         )
         self._loss, self._measure, self._steps = self._loss + loss, self._measure + measure, self._steps + 1
-        return self.word
+        return self.signals
 
-    def fulfil(self) -> None:
-        """Take back the wishes, now met, for a checkpoint and for the end of a validation."""
-        self.word = replace(self.word, save=False, ready=False)
+    def clear(self) -> None:
+        """Clear the signals for a checkpoint and for the end of a validation, which were acted on."""
+        self.signals = replace(self.signals, save=False, ready=False)
 
     def read(self) -> dict[str, float]:
         """Means and speed since `restart`."""

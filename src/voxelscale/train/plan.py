@@ -1,38 +1,40 @@
-"""What to train with, planned from a data set's fingerprint and the available memory, and why.
+"""What to train with for the memory at hand: `prepare`'s plan, and the patch of ``--fit-memory``.
 
-The rule for the patch follows Isensee et al., "nnU-Net: a self-configuring method for deep
-learning-based biomedical image segmentation" (2021), in its supplementary note on dynamic design choices;
-memory is estimated by `voxelscale.train.memory` instead of by a reference network's feature maps.
+The plan's patch follows Isensee et al., "nnU-Net: a self-configuring method for deep learning-based
+biomedical image segmentation" (2021), in its supplementary note on dynamic design choices; but a step's
+memory is estimated by `voxelscale.train.memory`, not by a reference network's feature maps.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
+import torch
 import yaml
 
 from voxelscale.config import Config, ModelConfig
+from voxelscale.console import notice
+from voxelscale.device import default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.geometry import IntTriple, Triple
+from voxelscale.store import PLAN_FILE, Store, open_store
+from voxelscale.train.memory import available_memory, estimate_memory, gib, step_memory, too_much
+from voxelscale.train.patch_sizes import isotropic_patches, scaled_patches, with_patch
 
-if TYPE_CHECKING:
-    from voxelscale.store import Store
-
-DEEPEST = 6
-MOST_VOXELS = 160**3
-"""A patch is no larger even where memory is plenty: a step would take long and see little variety."""
 MOST_BATCH = 16
 DATA_SHARE = 0.05
 """A batch covers at most this share of the training voxels."""
 HEADROOM = 0.1
-"""Share of the budget that is left free."""
-PLAN_FILE = "plan.yaml"
+"""Share of the memory that no step is planned to use: allocators do not fill it to the last."""
+
+Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +69,19 @@ def make_plan(config: Config, store: Store, measure: Callable[[Config], int], bu
     """
     cases = store.split("train") or store.cases
     shape = np.median(np.asarray([info.shape for info in cases], np.float64), axis=0)
-    room = budget * (1 - HEADROOM)
-    ladder = _ladder(shape, store.spacing, config)
-    # Each step of the ladder is larger than the one before it, so bisection finds the last that fits.
-    low, high = 0, len(ladder)
-    while high > low:
-        middle = (low + high) // 2
-        if measure(_with(config, *ladder[middle], 2)) <= room:
-            low = middle + 1
-        else:
-            high = middle
-    if not low:
-        least = " x ".join(map(str, ladder[0][0]))
+    usable = budget * (1 - HEADROOM)
+    ladder = list(isotropic_patches(shape.tolist(), store.spacing, config.model.dims))
+    fitting = _fitting(ladder, lambda choice: measure(_with(config, *choice, 2)) <= usable)
+    if not fitting:
+        smallest = " x ".join(map(str, ladder[0][0]))
         hint = "raise prepare.memory_gib, or lower model.filters"
-        raise VoxelscaleError(f"plan: no patch fits into {_gib(budget)}, not even {least}", hint)
-    patch, depth = ladder[low - 1]
-    batch = _batch(config, patch, depth, measure, room, sum(math.prod(c.shape) for c in cases))
+        raise VoxelscaleError(f"plan: no patch fits into {gib(budget)}, not even {smallest}", hint)
+    patch, depth = fitting[-1]
+    batch = _batch(config, patch, depth, measure, usable, sum(math.prod(c.shape) for c in cases))
     memory = measure(_with(config, patch, depth, batch))
-    bound = "of the memory" if low < len(ladder) else "it holds the median scan or all that is useful"
+    bound = (
+        "of the memory" if len(fitting) < len(ladder) else "it holds the median scan or all that is useful"
+    )
     reasons = _reasons(store, config, shape, (patch, depth, batch), (memory, budget), bound)
     return Plan(patch_size=patch, depth=depth, batch_size=batch, memory=memory, reasons=reasons)
 
@@ -92,14 +89,11 @@ def make_plan(config: Config, store: Store, measure: Callable[[Config], int], bu
 def plan_store(config: Config, store: Store) -> Plan:
     """Plan for the memory that `config.prepare.memory_gib` says, and write the store's ``plan.yaml``.
 
-    Loads torch. What is planned for is the device that a training here would use.
+    What is planned for is the device that a training here would use.
 
     Raises:
         VoxelscaleError: not even the smallest patch fits, or the file cannot be written.
     """
-    from voxelscale.device import default_device
-    from voxelscale.train.memory import available_memory, estimate_memory
-
     device = default_device()
     budget = int(config.prepare.memory_gib * 2**30) or available_memory(device)
     plan = make_plan(config, store, lambda c: estimate_memory(c, store.spacing, device), budget)
@@ -107,18 +101,8 @@ def plan_store(config: Config, store: Store) -> Plan:
     return plan
 
 
-def tell_plan(config: Config, store: Path, *, unchanged: bool) -> None:
-    """Plan for a store that was just prepared and say what came of it, which no fault of it stops.
-
-    Args:
-        unchanged: nothing was prepared again, so that an existing plan is kept.
-    """
-    from voxelscale.console import notice
-    from voxelscale.store import open_store
-
-    path = store / PLAN_FILE
-    if unchanged and path.is_file():
-        return
+def tell_plan(config: Config, store: Path) -> None:
+    """Plan for a store that was just prepared and report it; where that fails, it is only a warning."""
     try:
         plan = plan_store(config, open_store(store))
     except VoxelscaleError as error:
@@ -126,7 +110,86 @@ def tell_plan(config: Config, store: Path, *, unchanged: bool) -> None:
         return
     for line in plan.reasons:
         notice(line)
+    path = store / PLAN_FILE
     notice(f"plan in {path}; to train with it: voxelscale train {store} run/ --config {path}")
+
+
+def fit_to_memory(config: Config, store: Path) -> Config:
+    """The config with the largest patch, of its own patch's proportions, whose training fits here.
+
+    Raises:
+        VoxelscaleError: none fits, or this is one of several ranks, which could find different ones.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise VoxelscaleError(
+            "--fit-memory: cannot be found by several processes at once",
+            "find it with one process, then give torchrun --set data.patch_size=...",
+        )
+    opened, device = open_store(store), default_device()
+    shapes = np.asarray([info.shape for info in opened.split("train")])
+    limit = [round(float(n)) for n in np.median(shapes, axis=0)]
+    sharers = 1 if device.type == "cuda" else max(1, config.train.ranks)
+    patch = fit_patch(config, opened.spacing, device, sharers=sharers, limit=limit)
+    notice(f"the largest patch that fits: {' x '.join(map(str, patch))} voxels")
+    return with_patch(config, patch)
+
+
+def fit_patch(
+    config: Config,
+    spacing: Triple,
+    device: torch.device,
+    *,
+    sharers: int = 1,
+    limit: Sequence[int] | None = None,
+    available: int | None = None,
+    verify: bool = True,
+) -> IntTriple:
+    """The largest patch, of the configured one's proportions, whose training step fits in the memory.
+
+    Every axis is a multiple of its pooling strides. Found by bisection on `estimate_memory`, then tried.
+
+    Args:
+        sharers: ranks that share the device's memory.
+        limit: voxels (z, y, x) beyond which no axis is to grow, as the scans' shape.
+        available: bytes; None: `available_memory`.
+        verify: whether to run real steps and to shrink until they fit.
+
+    Raises:
+        VoxelscaleError: not even the smallest patch fits.
+    """
+    share = (available_memory(device) if available is None else available) // sharers
+    budget = int(share * (1 - HEADROOM))
+
+    def estimated(patch: IntTriple) -> bool:
+        return estimate_memory(with_patch(config, patch), spacing, device) <= budget
+
+    def tried(patch: IntTriple) -> bool:
+        try:
+            return step_memory(with_patch(config, patch), spacing, device) <= share
+        except VoxelscaleError:
+            return False
+
+    ladder = list(scaled_patches(config, spacing, limit))
+    for patch in reversed(_fitting(ladder, estimated)):
+        if not verify or tried(patch):
+            return patch
+    smallest = with_patch(config, ladder[0]) if ladder else config
+    raise too_much(smallest, estimate_memory(smallest, spacing, device), share)
+
+
+def _fitting(ladder: Sequence[Choice], fits: Callable[[Choice], bool]) -> Sequence[Choice]:
+    """The choices that fit, of a ladder from small to large.
+
+    By doubling, then bisection: what is far too large takes long to simulate.
+    """
+    low, high = 0, 1
+    while high <= len(ladder) and fits(ladder[high - 1]):
+        low, high = high, high * 2
+    high = min(high, len(ladder) + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(ladder[middle - 1]) else (low, middle)
+    return ladder[:low]
 
 
 def plan_text(plan: Plan, config: Config) -> str:
@@ -143,37 +206,13 @@ def plan_text(plan: Plan, config: Config) -> str:
     return comments + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
 
 
-def _ladder(
-    shape: Sequence[float] | np.ndarray, spacing: Triple, config: Config
-) -> list[tuple[IntTriple, int]]:
-    """Patches with their depths, small to large: as long in mm along every axis as the scans allow."""
-    found: list[tuple[IntTriple, int]] = []
-    finest = min(spacing[-config.model.dims :])
-    for count in range(8, 513, 4):
-        aim = [min(count * finest / s, float(n)) for s, n in zip(spacing, shape, strict=True)]
-        if config.model.dims == 2:
-            aim[0] = 1.0
-        patch, depth = _rounded(aim, spacing, config.model.dims)
-        larger = not found or math.prod(patch) > math.prod(found[-1][0])
-        if larger and (not found or math.prod(patch) <= MOST_VOXELS):
-            found.append((patch, depth))
-    return found
-
-
-def _rounded(aim: Sequence[float], spacing: Triple, dims: int) -> tuple[IntTriple, int]:
-    """A patch near `aim` that its poolings divide, and the depth to which every pooling halves one."""
-    from voxelscale.model.unet import plan_pooling
-
-    sizes = [max(1, round(n)) for n in aim]
-    pools = plan_pooling(sizes[-dims:], spacing[-dims:], DEEPEST)
-    depth = 1 + sum(max(stride) > 1 for stride in pools)
-    whole = [1] * (3 - dims) + [math.prod(stride[axis] for stride in pools) for axis in range(dims)]
-    z, y, x = (max(1, n // k) * k for n, k in zip(sizes, whole, strict=True))
-    return (z, y, x), depth
-
-
 def _batch(
-    config: Config, patch: IntTriple, depth: int, measure: Callable[[Config], int], room: float, voxels: int
+    config: Config,
+    patch: IntTriple,
+    depth: int,
+    measure: Callable[[Config], int],
+    usable: float,
+    voxels: int,
 ) -> int:
     """Two patches at least; more where memory is left and the data set is large enough for them."""
     most = int(min(MOST_BATCH, max(2, DATA_SHARE * voxels / math.prod(patch))))
@@ -181,7 +220,7 @@ def _batch(
         return 2
     two, three = (measure(_with(config, patch, depth, n)) for n in (2, 3))
     # Everything but weights is proportional to the batch.
-    return max(2, min(most, 2 + int((room - two) / max(1, three - two))))
+    return max(2, min(most, 2 + int((usable - two) / max(1, three - two))))
 
 
 def _with(config: Config, patch: IntTriple, depth: int, batch: int) -> Config:
@@ -204,18 +243,14 @@ def _reasons(
     patch, depth, batch = chosen
     mm = " x ".join(f"{n * s:.0f}" for n, s in zip(patch, store.spacing, strict=True))
     whole = " x ".join(f"{n:.0f}" for n in shape)
-    least = min(n for n in patch if n > 1)
+    shortest = min(n for n in patch if n > 1)
     return (
         f"Spacing {' x '.join(f'{s:g}' for s in store.spacing)} mm (z, y, x): as the store has it.",
         f"Patch {' x '.join(map(str, patch))} voxels = {mm} mm: as long in mm along every axis as scans of "
         f"{whole} voxels (median) allow; not larger because {bound}.",
         f"Depth {depth}: pooled while every level still halves an axis to 4 voxels or more, coarse axes "
-        f"later (shortest edge {least}).",
+        f"later (shortest edge {shortest}).",
         f"Batch {batch}: patch before batch; at least 2, at most {DATA_SHARE:.0%} of the training voxels.",
-        f"Memory: a step needs {_gib(memory[0])} of {_gib(memory[1])}, with {config.model.filters} filters "
+        f"Memory: a step needs {gib(memory[0])} of {gib(memory[1])}, with {config.model.filters} filters "
         f"and {config.optim.name}.",
     )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

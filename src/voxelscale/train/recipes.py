@@ -25,14 +25,14 @@ def resolve(config: Config, workers: int) -> tuple[Config, str]:
     batches to that of all workers (Smith et al. 2018), as at first it takes many steps, not many samples.
     The optimiser stays as it is configured.
     """
-    recipe, told = config.train.recipe, ""
+    recipe, line = config.train.recipe, ""
     if recipe == "auto":
         recipe = "large_batch" if workers >= LARGE_FROM else "none"
-        told = f"recipe auto: {recipe} for {workers} workers"
+        line = f"recipe auto: {recipe} for {workers} workers"
     if recipe == "large_batch":
         config = replace(config, optim=_large_batch(config))
-        told = told or f"recipe large_batch for {workers} workers"
-    return replace(config, train=replace(config.train, recipe="none")), told
+        line = line or f"recipe large_batch for {workers} workers"
+    return replace(config, train=replace(config.train, recipe="none")), line
 
 
 def _large_batch(config: Config) -> OptimConfig:

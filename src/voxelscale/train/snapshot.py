@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from voxelscale.model.norm import SyncBatchNorm
+from voxelscale.ranks.workers import Workers, average_buffers
 from voxelscale.train.checkpoint import Trained
-from voxelscale.train.distributed import Workers, average_buffers
 
 _BATCH = 4
 

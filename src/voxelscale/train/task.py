@@ -20,7 +20,7 @@ class Scoring(Protocol):
 
     @property
     def metric(self) -> str:
-        """The name, in what `summary` returns, of the figure that the best model has most of."""
+        """The name, in what `summary` returns, of the score that is greatest for the best model."""
 
     def score(self, model: nn.Module, rank: int, ranks: int) -> Table:
         """This rank's share of the table, zeros elsewhere; each case is scored by exactly one rank.

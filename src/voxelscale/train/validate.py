@@ -1,4 +1,4 @@
-"""Judging a model while it is trained: whole scans, shared out over ranks, off the training's path."""
+"""Validating a model while it is trained: whole scans, shared out over ranks, beside the training."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import nn
 
 from voxelscale.config import Config
 from voxelscale.infer.sliding_window import Windows, predict_volume
+from voxelscale.ranks.workers import Workers, sum_over_ranks
 from voxelscale.samples.batch import Normalisation
 from voxelscale.store import CaseInfo, Store
 from voxelscale.train.checkpoint import State
-from voxelscale.train.distributed import Workers, sum_over_ranks
 from voxelscale.train.judges import has_lesions
 from voxelscale.train.snapshot import recalibrate
 from voxelscale.train.task import Scoring, Table, Task
@@ -68,13 +68,13 @@ def start_validation(
 
     unwanted = threading.Event()
 
-    def look_up(*_: object) -> None:
+    def stop_if_unwanted(*_: object) -> None:
         if unwanted.is_set():
             raise CancelledError
 
     def work() -> tuple[Table, float]:
         started = time.monotonic()
-        hook = model.register_forward_pre_hook(look_up)
+        hook = model.register_forward_pre_hook(stop_if_unwanted)
         recalibrate(model, task.source, task.collate, samples, precision)
         table = scoring.score(model, workers.rank, workers.ranks)
         hook.remove()

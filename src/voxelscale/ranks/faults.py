@@ -28,7 +28,7 @@ def fault_path(run: Path) -> Path:
     return Path(os.environ.get(_PLACE) or run / FAULT_FILE)
 
 
-def told_at(path: Path) -> dict[str, str]:
+def environment_of(path: Path) -> dict[str, str]:
     """What the environment of ranks must hold so that they leave their fault at `path`."""
     return {_PLACE: str(path)}
 

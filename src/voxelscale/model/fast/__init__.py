@@ -1,0 +1,1 @@
+"""The network's arithmetic by ways that are fast on a processor; functions and parameters stay the same."""

@@ -1,0 +1,171 @@
+"""Running a command as several ranks of this machine, under torchrun's engine.
+
+The process that starts them stays out of their process group. It asks them to stop by a file, which works
+for every number of ranks and machines, and they end with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from voxelscale import console
+from voxelscale.errors import VoxelscaleError
+from voxelscale.ranks.faults import (
+    FAULT_FILE,
+    FAULTY,
+    LOST,
+    environment_of,
+    fault_path,
+    leave_fault,
+    read_fault,
+)
+
+PARENT = "VOXELSCALE_PARENT"
+"""Environment variable: the process that started this one, with which it ends."""
+
+VERBOSITY = "VOXELSCALE_VERBOSITY"
+
+RESUME = "the same command resumes from the last checkpoint"
+
+
+def run_ranks(
+    module: str, store: Path, run: Path, *, ranks: int, threads: int, max_restarts: int, stop: Path
+) -> None:
+    """Run ``python -m MODULE rank STORE RUN`` in every rank, until all of them have ended.
+
+    They are in a session of their own, out of reach of the terminal's Ctrl-C.
+
+    Args:
+        threads: CPU threads of each rank; 0: the cores shared out over them.
+        max_restarts: how often all of them start again after one was lost.
+        stop: a file; Ctrl-C creates it, and the ranks are to save and stop.
+
+    Raises:
+        VoxelscaleError: what the first rank with an error left, or how a rank ended.
+    """
+    with tempfile.TemporaryDirectory(prefix="voxelscale-") as folder:
+        fault = Path(folder) / FAULT_FILE
+        words = [str(ranks), str(max_restarts), module, str(store), str(run)]
+        engine = subprocess.Popen(
+            [sys.executable, "-m", "voxelscale.ranks.launch", *words],
+            env={**_environment(threads, ranks), **environment_of(fault)},
+            start_new_session=True,
+        )
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            code = _wait(engine, stop)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        if left := read_fault(fault):
+            raise left
+    if code != 0:
+        raise VoxelscaleError(f"{run}: the training failed (exit code {code})", f"see above; {RESUME}")
+
+
+def end_with_parent() -> None:
+    """End when the process that started this one is gone, if it wants that: none is left behind."""
+    if not (parent := os.environ.pop(PARENT, "")):
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch-parent").start()
+
+
+def _environment(threads: int, ranks: int) -> dict[str, str]:
+    threads = threads or max(1, (os.cpu_count() or 1) // ranks)
+    ours = {
+        "OMP_NUM_THREADS": str(threads),
+        VERBOSITY: str(console.verbosity()),
+        PARENT: str(os.getpid()),
+    }
+    silent = {"TORCH_CPP_LOG_LEVEL": "FATAL"} if console.verbosity() < 2 else {}
+    return {**silent, **os.environ, **ours}
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _wait(engine: subprocess.Popen[bytes], stop: Path) -> int:
+    try:
+        return engine.wait()
+    except KeyboardInterrupt:
+        try:
+            stop.touch()
+        except OSError:
+            engine.terminate()  # it asks the ranks, and waits half a minute
+        console.notice("\nstopping after this step; once more to stop at once")
+    try:
+        return engine.wait()
+    except KeyboardInterrupt:
+        os.killpg(engine.pid, signal.SIGKILL)
+        stop.unlink(missing_ok=True)
+        raise
+
+
+def _engine(ranks: int, max_restarts: int, module: str, store: str, run: str) -> int:
+    """torchrun's engine with `ranks` processes on this machine; the exit code of the job.
+
+    A rank that dies takes the others with it, and all of them start again from the last checkpoint, at
+    most `max_restarts` times.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if int(os.environ[VERBOSITY]) < 2:
+        logging.disable()  # it reports a lost rank at length; the command does in two lines
+    os.environ[PARENT] = str(os.getpid())
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=f"voxelscale-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=max_restarts,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, "rank", store, run)
+    except ChildFailedError as error:
+        # The first to end by itself: the others were lost with it, or stopped because of it.
+        number, failed = min(
+            error.failures.items(), key=lambda f: (f[1].exitcode in (LOST, FAULTY), f[1].timestamp)
+        )
+        after = f", after {max_restarts} restarts" if max_restarts else ""
+        how = f"rank {number} {_end_of(failed.exitcode)}{after}"
+        leave_fault(fault_path(Path(run)), VoxelscaleError(f"{run}: {how}", RESUME))
+        return 1
+    except SignalException:
+        return 0  # the ranks were asked to save and stop
+    return 0
+
+
+def _end_of(code: int) -> str:
+    if code >= 0:
+        return f"failed with exit code {code}, see above"
+    name = signal.Signals(-code).name
+    return f"was killed by {name}" + (" (too little memory?)" if name == "SIGKILL" else "")
+
+
+def _main(arguments: Sequence[str]) -> int:
+    ranks, max_restarts, module, store, run = arguments
+    end_with_parent()
+    return _engine(int(ranks), int(max_restarts), module, store, run)
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))
