@@ -250,6 +250,17 @@ def test_a_label_map(case: tuple[Scan, Scan, Path], bits: int) -> None:
         read_labels(folder / "seg.dcm", image)
 
 
+def test_single_bits_in_big_endian_are_refused(case: tuple[Scan, Scan, Path]) -> None:
+    """The order of bits in swapped words is not agreed upon, so that a mask could be read mirrored."""
+    image, mask, folder = case
+    write_seg(folder / "seg.dcm", mask, image, folder / "ct", "BINARY")
+    data = pydicom.dcmread(folder / "seg.dcm")
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRBigEndian
+    pydicom.dcmwrite(folder / "big.dcm", data, implicit_vr=False, little_endian=False)
+    with pytest.raises(VoxelscaleError, match="single bits in big endian"):
+        read_labels(folder / "big.dcm", image)
+
+
 @pytest.mark.filterwarnings("ignore")  # pydicom's, of what is cut
 @pytest.mark.parametrize("kind", ["SEG", "RTSTRUCT"])
 def test_what_is_cut_off_is_told_or_was_not_needed(case: tuple[Scan, Scan, Path], kind: str) -> None:

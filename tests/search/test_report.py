@@ -252,7 +252,7 @@ def test_optuna_gets_the_done_trials_with_their_numbers_and_scales() -> None:
     study = study_of(results)
     complete = [t for t in study.trials if t.values]
     assert [(t.number, t.value) for t in complete] == [(t.number, t.values[0]) for t in results.done]
-    kinds = {key: kind for t in complete for key, kind in t.distributions.items()}
+    kinds: dict[str, Any] = {key: kind for t in complete for key, kind in t.distributions.items()}
     assert kinds["optim.lr"].log
     assert kinds["data.patch_size"].choices == ("16×32×32", "32×32×32", "128×128×128")
     assert (kinds["model.depth"].low, kinds["model.depth"].high) == (2, 4)

@@ -141,6 +141,8 @@ def _frames(
         )
     if not rows or not columns or pixels.allocated not in (1, 8, 16, 32):
         raise ValueError(f"{columns} x {rows} pixels of {pixels.allocated} bits")
+    if pixels.allocated == 1 and not pixels.little:
+        raise ValueError("single bits in big endian words")
     if pixels.syntax in NATIVE and pixels.length < pixels.bytes:
         raise ValueError(f"pixels cut short: {pixels.length} of {pixels.bytes} bytes")
     groups = data.items(tags.PER_FRAME)

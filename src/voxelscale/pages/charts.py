@@ -207,7 +207,8 @@ def _draw_line(axes: Axes, line: Line) -> None:
     if line.shift:  # only the bare transform tells the axes how far the data reach
         along = along + ScaledTranslation(line.shift / POINTS_PER_INCH, 0, axes.figure.dpi_scale_trans)
     if line.band:
-        axes.fill_between(*zip(*line.band, strict=True), color=colour, alpha=0.22, linewidth=0)
+        at, low, high = zip(*line.band, strict=True)
+        axes.fill_between(at, low, high, color=colour, alpha=0.22, linewidth=0)
     if line.intervals:
         at, low, high = zip(*line.intervals, strict=True)
         axes.vlines(at, low, high, color=colour, alpha=0.75, transform=along)

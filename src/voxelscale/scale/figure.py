@@ -91,12 +91,12 @@ def _time_panel(points: Sequence[Point]) -> Panel:
         if any(p.measured == measured for p in points):
             lines.append(Line(name=name, mark=mark, marks_only=True, colour="soft"))
     lines.append(Line(name="ideal time", points=_ideal(points), dashed=True, colour="soft"))
-    times = _round_times([y for line in lines for _, y in line.points])
+    ticks = _round_times([y for line in lines for _, y in line.points])
     return Panel(
         title="Time of a training",
         lines=lines,
-        y_ticks=times[:: -(-len(times) // MOST_TIMES)],
-        y_range=(times[0] * 0.99, times[-1] * 1.01),
+        y_ticks=ticks[:: -(-len(ticks) // MOST_TIMES)],
+        y_range=(ticks[0] * 0.99, ticks[-1] * 1.01),
         y_log=True,
         y_text=_duration,
         **_worker_axis(points),

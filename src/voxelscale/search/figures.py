@@ -6,7 +6,7 @@ are drawn here: Optuna's leave out trials that failed or diverged, and know no d
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +97,9 @@ def curves(results: SearchResults) -> Figure:
     figure = _figure("samples (log)", "Dice", xaxis_type="log")
     best = results.best
     groups = _by_state(trial for trial in results.trials if trial.curve and trial is not best)
-    named = [(state, trials, {"color": COLOURS[state], "width": 1.3}) for state, trials in groups.items()]
+    named: list[tuple[str, Sequence[TrialResult], Mapping[str, object]]] = [
+        (state, trials, {"color": COLOURS[state], "width": 1.3}) for state, trials in groups.items()
+    ]
     if best and best.curve:
         named.append((f"best, trial {best.number}", [best], BEST))
     for name, trials, line in named:
@@ -109,9 +111,9 @@ def curves(results: SearchResults) -> Figure:
                 said = _said(trial, f"Dice {dice:.4f} after {samples:,} samples")
                 points.append((max(samples, 1), dice, said))
             points.append((None, None, ""))  # ends the trial's line
-        x, y, said = zip(*points, strict=True)
+        x, y, hover = zip(*points, strict=True)
         figure.add_scatter(
-            name=name, x=x, y=y, hovertext=said, hoverinfo="text", line=line, mode="lines+markers"
+            name=name, x=x, y=y, hovertext=hover, hoverinfo="text", line=line, mode="lines+markers"
         )
     return figure
 

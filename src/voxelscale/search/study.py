@@ -22,8 +22,9 @@ def study_of(results: SearchResults, objectives: int = 1) -> Study:
     """
     import optuna
 
-    ways = ["maximize" if more else "minimize" for more in results.maximise[:objectives]]
-    study = optuna.create_study(directions=ways)
+    ways = optuna.study.StudyDirection
+    directions = [ways.MAXIMIZE if more else ways.MINIMIZE for more in results.maximise[:objectives]]
+    study = optuna.create_study(directions=directions)
     scales = {
         key: (as_shown(results, key), kind) for key in results.keys if (kind := _distribution(results, key))
     }
