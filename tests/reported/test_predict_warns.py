@@ -402,7 +402,7 @@ def test_missing_slices_are_filled_where_the_reading_rules_say_so(
 ) -> None:
     write_series(tmp_path / "series", phantom(scans), drop=10)
     kept = store.kept_by_model
-    filling = replace(tiny, prepare=replace(tiny.prepare, fill_gaps=1))
+    filling = replace(tiny, reading=replace(tiny.reading, fill_gaps=1))
     write_bundle(tmp_path / "plain.vxs", untrained(tiny, data_set=kept))
     write_bundle(tmp_path / "filling.vxs", untrained(filling, data_set=kept))
     series, fill = tmp_path / "series", ["--set", "reading.fill_gaps=1"]
