@@ -167,7 +167,7 @@ def test_no_lungs_no_copy() -> None:
 def test_no_room_no_copy() -> None:
     scan = made_up_chest()
     everywhere = Scan(np.ones(scan.array.shape, np.uint8), scan.affine)
-    with pytest.raises(VoxelscaleError, match="no room"):
+    with pytest.raises(VoxelscaleError, match="no place for a nodule"):
         copy_with_nodules("chest", scan, everywhere, PhantomConfig(), 1)
 
 
