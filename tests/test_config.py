@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import Command
-from voxelscale.config import Config, dump, from_dict, keys, load, to_dict
+from voxelscale.config import Config, dump, from_dict, keys, load, load_stored, to_dict
 from voxelscale.config.docs import docstrings, markdown, undocumented
 from voxelscale.config.renamed import RENAMED, with_first_names
 from voxelscale.errors import VoxelscaleError
@@ -125,7 +125,7 @@ def test_old_names_of_keys_are_read_with_a_notice(tmp_path: Path, voxelscale: Co
     assert "hardest" not in out
     assert err.count("loss.hardest (now loss.top_k)") == 1
     (tmp_path / "new.yaml").write_text(out)
-    assert load(tmp_path / "new.yaml") == load(tmp_path / "old.yaml")
+    assert load(tmp_path / "new.yaml") == load(tmp_path / "old.yaml") == load_stored(tmp_path / "old.yaml")
     # By which a run, a study or a prediction of before knows its config.
     first = "6cf30418bceb9dcc16af9b7e39095cfd95c221259916db1462c84cf49f5628c4"
     assert digest_of(with_first_names(to_dict(renewed))) == first

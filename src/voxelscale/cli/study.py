@@ -47,7 +47,7 @@ def run(
     best.yaml, a config for voxelscale train, and search.html.
     """
     check_output(out)
-    from voxelscale.config import load
+    from voxelscale.config import load_stored
     from voxelscale.search.definition import DEFINITION
     from voxelscale.search.search import retrain_best
     from voxelscale.search.search import search as run_search
@@ -56,7 +56,7 @@ def run(
     options |= {"sampler": sampler, "pruner": pruner, "storage": storage}  # type: ignore[dict-item]
     sets = [f"search.{key}={value}" for key, value in options.items() if value is not None]
     begun = out / DEFINITION
-    base = load(begun) if begun.is_file() else None
+    base = load_stored(begun) if begun.is_file() else None
     settings = read_config(config, [*(set_ or []), *sets], base)
     results = run_search(settings, store, out)
     best = results.best

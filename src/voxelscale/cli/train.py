@@ -48,11 +48,11 @@ def train(
     best validation; metrics.jsonl and tensorboard/ have the curves.
     """
     check_output(run)
-    from voxelscale.config import load
+    from voxelscale.config import load_stored
     from voxelscale.train.launch import start
 
     begun = run / "config.yaml"
-    settings = read_config(config, set_, load(begun) if begun.is_file() else None)
+    settings = read_config(config, set_, load_stored(begun) if begun.is_file() else None)
     if fit_memory and not begun.is_file():
         from voxelscale.train.plan import fit_to_memory
 

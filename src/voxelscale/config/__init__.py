@@ -14,7 +14,7 @@ from voxelscale.config.scale import ScaleConfig
 from voxelscale.config.search import SearchConfig
 from voxelscale.config.section import IntTriple, Triple
 from voxelscale.config.train import TrainConfig
-from voxelscale.config.tree import Config, dump, from_dict, keys, load, to_dict
+from voxelscale.config.tree import Config, dump, from_dict, keys, load, load_stored, to_dict
 
 __all__ = [
     "AugmentConfig",
@@ -37,5 +37,6 @@ __all__ = [
     "from_dict",
     "keys",
     "load",
+    "load_stored",
     "to_dict",
 ]

@@ -93,6 +93,13 @@ def load(path: Path | None = None, sets: Sequence[str] = (), base: Config | None
     return from_dict(tree)
 
 
+def load_stored(path: Path) -> Config:
+    """The config of a file that voxelscale wrote; no notice of old names, which its user did not choose."""
+    tree = to_dict(Config())
+    _merge(tree, with_new_names(read_yaml(path), str(path))[0], Config, str(path))
+    return from_dict(tree)
+
+
 _HINTS: dict[type, dict[str, Any]] = {}
 
 

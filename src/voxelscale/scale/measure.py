@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from voxelscale.config import Config, dump, load
+from voxelscale.config import Config, dump, load_stored
 from voxelscale.device import choose_precision, default_device, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.norm import SyncBatchNorm
@@ -431,7 +431,9 @@ def _main(role: str, asked: Path, found: Path) -> None:
         else:
             settings = asked.with_name(f"config_{workers.rank}.yaml")
             settings.write_text(task["config"])
-            facts = _check_rank(workers, load(settings), open_store(Path(task["store"])), task["rounds"])
+            facts = _check_rank(
+                workers, load_stored(settings), open_store(Path(task["store"])), task["rounds"]
+            )
         if workers.rank == 0:
             found.write_text(json.dumps(facts))
         dist.barrier()

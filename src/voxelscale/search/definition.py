@@ -12,7 +12,7 @@ import optuna
 from optuna import Study
 from optuna.trial import TrialState, create_trial
 
-from voxelscale.config import Config, SearchConfig, Triple, dump, load, to_dict
+from voxelscale.config import Config, SearchConfig, Triple, dump, load, load_stored, to_dict
 from voxelscale.config.renamed import with_first_names
 from voxelscale.console import count, notice
 from voxelscale.errors import VoxelscaleError
@@ -94,7 +94,7 @@ def reopen(out: Path, store: Path | None = None) -> Search:
     path = out / DEFINITION
     if not path.is_file():
         raise VoxelscaleError(f"{out}: no search there", "start one: voxelscale search STORE OUT")
-    config = load(path)
+    config = load_stored(path)
     url = os.environ.get(STORAGE) or config.search.storage
     config = replace(config, search=replace(config.search, storage=url))
     spacing = open_store(store).spacing if store else (1.0, 1.0, 1.0)
@@ -170,7 +170,7 @@ def _claim(config: Config, out: Path) -> None:
     """Note the definition in the folder, or check that it is the one that the search was started with."""
     path = out / DEFINITION
     if path.is_file():
-        begun, now = _defined(load(path)), _defined(config)
+        begun, now = _defined(load_stored(path)), _defined(config)
         changed = [f"{s}.{k}" for s in now for k in now[s] if now[s][k] != begun[s].get(k)]
         if changed:
             hint = "choose another folder, or resume with the config that it was started with"

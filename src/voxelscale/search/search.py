@@ -10,7 +10,7 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
-from voxelscale.config import Config, load
+from voxelscale.config import Config, load_stored
 from voxelscale.console import Progress, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search.definition import Search, begin, write_best
@@ -66,7 +66,7 @@ def retrain_best(out: Path, store: Path) -> int:
     from voxelscale.train.launch import start
 
     run = out / "best"
-    if not start(load(out / "best.yaml"), store, run):
+    if not start(load_stored(out / "best.yaml"), store, run):
         notice(f"stopped and saved; to resume: the same command, or voxelscale train {store} {run}")
         return 130
     print(f"model in {run / 'model.vxs'}")

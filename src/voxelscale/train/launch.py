@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from voxelscale import console
-from voxelscale.config import Config, dump, from_dict, load, to_dict
+from voxelscale.config import Config, dump, load_stored, to_dict
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.model.registry import check_name
@@ -137,7 +137,7 @@ def claim(run: Path, config: Config) -> None:
     """
     path, chief = run / "config.yaml", os.environ.get("RANK", "0") == "0"
     if path.is_file():
-        begun = _flat(to_dict(load(path)))
+        begun = _flat(to_dict(load_stored(path)))
         now = _flat(to_dict(config))
         trained = ("data.", "augment.", "model.", "loss.", "optim.", "train.", "predict.")
         # Batch norm's statistics are those of each worker's own batch.
@@ -182,7 +182,7 @@ def _rank(store: str, run: str) -> int:
     if fault.exists():
         return 0
     try:
-        config = from_dict(to_dict(load(Path(run) / "config.yaml")))
+        config = load_stored(Path(run) / "config.yaml")
         _train_as_rank(config, Path(store), Path(run))
     except VoxelscaleError as error:
         leave_fault(fault, error)
