@@ -164,7 +164,7 @@ def test_listings(scans: Path, tmp_path: Path) -> None:
         ("volume_no,remark\na,b\n", "line 1 names no column image: 'volume_no,remark'"),
         ("image,label\n", "names no image"),
         ("image,label\n,b\n", "line 2 names no image"),
-        ("case,image,label\nx,a,b\nx,c,d\n", "case x stands there twice"),
+        ("case,image,label\nx,a,b\nx,c,d\n", "case x occurs twice"),
     ],
 )
 def test_bad_tables(tmp_path: Path, content: str, words: str) -> None:

@@ -162,7 +162,7 @@ def _fields(path: Path, head: bytes) -> tuple[dict[str, str], int]:
     """The header's fields (not its free key/value pairs), and where what follows it begins.
 
     Raises:
-        VoxelscaleError: a field stands there twice, or the header has no end.
+        VoxelscaleError: a field occurs twice, or the header has no end.
     """
     fields: dict[str, str] = {}
     start = head.find(b"\n") + 1 or len(head)
