@@ -39,7 +39,7 @@ class TrainConfig(Section):
     not_finite: Literal["stop", "skip"] = "stop"
     """If a loss or gradient is not finite: stop, naming the sample, or skip the update."""
     recalibrate: int = 0
-    """Samples from which batch norm statistics are computed anew before the model is validated or saved;
+    """Samples from which batch norm statistics are recomputed before the model is validated or saved;
     0: the running statistics, which are averaged if the weights are (`optim.ema`)."""
     validate_every: int = 5_000
     """Samples between validations; 0: only at the end."""

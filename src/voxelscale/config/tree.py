@@ -96,7 +96,7 @@ def load(path: Path | None = None, sets: Sequence[str] = (), base: Config | None
 def load_stored(path: Path) -> Config:
     """The config of a file that voxelscale wrote; no notice of old names, which its user did not choose."""
     tree = to_dict(Config())
-    _merge(tree, with_new_names(read_yaml(path), str(path))[0], Config, str(path))
+    _lay(tree, read_yaml(path), str(path), announce=False)
     return from_dict(tree)
 
 
@@ -126,10 +126,10 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
 
 
-def _lay(tree: dict[str, Any], over: Mapping[str, Any], where: str) -> None:
-    """Lay what a user wrote on the tree; a notice names the keys that have new names."""
+def _lay(tree: dict[str, Any], over: Mapping[str, Any], where: str, *, announce: bool = True) -> None:
+    """Lay keys on the tree; a notice names those that have new names, if it is to `announce` them."""
     renewed, old = with_new_names(over, where)
-    if old:
+    if old and announce:
         new = ", ".join(f"{key} (now {RENAMED[key]})" for key in old)
         notice(f"{where}: old names of keys are read: {new}")
     _merge(tree, renewed, Config, where)

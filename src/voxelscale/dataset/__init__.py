@@ -66,4 +66,5 @@ class DataSet:
 
     def named_as_in(self, folder: Path) -> DataSet:
         """The same data set, its cases called as those of a store or of predictions."""
-        return replace(self, key_folder=folder)
+        # What has been listed already is not listed again.
+        return self if folder == self.key_folder else replace(self, key_folder=folder)

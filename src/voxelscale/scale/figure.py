@@ -166,7 +166,7 @@ def _recipes(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def _look(place: int) -> dict[str, Any]:
-    """More recipes than colours are told apart by dashes."""
+    """Once the colours are used up, they come again with dashed lines."""
     return {"colour": f"s{place % SERIES}", "dashed": place >= SERIES}
 
 

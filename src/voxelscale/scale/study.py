@@ -151,7 +151,7 @@ def plan(config: Config) -> list[Trial]:
 
 
 def apply_recipe(config: Config, recipe: str, workers: int) -> Config:
-    """The config with the recipe's settings for so many workers, and those of ``name:key=value;...``."""
+    """The config with the recipe's settings for that number of workers, and of ``name:key=value;...``."""
     name, _, settings = recipe.partition(":")
     known = "none" if name == UNCHANGED else name
     named = load(None, [f"train.recipe={known}"], config)

@@ -353,7 +353,7 @@ def assign_splits(
 def source_key(source: Source, config: PrepareConfig, reading: ReadingConfig, spacing: Triple) -> str:
     """A digest of what shapes a stored case: all files behind image and labels, and the preparation."""
     shaping = asdict(replace(config, split=(1, 0, 0), seed=0, workers=0, plan=False, memory_gib=0))
-    shaping |= asdict(replace(reading, names="auto", name_key="")) | {"names": ""}
+    shaping |= asdict(reading) | {"names": "", "name_key": ""}
     if not reading.select:
         del shaping["select"]  # of stores from before there was a choice
     files = [source_stamp(source), label_stamp(source)]

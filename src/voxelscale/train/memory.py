@@ -46,7 +46,7 @@ MAPS = 60
 """Float32 maps of a level that a step keeps at most; the default network keeps about 30."""
 
 WIDEST_KERNELS = 6
-"""All kernels of a network have fewer weights than so many of its widest."""
+"""All kernels of a network together have fewer weights than this many of its widest kernels."""
 
 BYTES_PER_WEIGHT = 16
 """Weight, gradient and AdamW's two moments, in float32."""

@@ -54,7 +54,7 @@ class Meter:
     def end_step(
         self, samples: int, *, stop: bool = False, save: bool = False, ready: bool = False
     ) -> Signals:
-        """Send off this step's sums, of so many samples, and this rank's signals."""
+        """Start the all-reduce of this step's sums, over `samples` samples, and of this rank's signals."""
         self._now[2:] = torch.tensor([float(stop), float(save), float(ready)])
         self.land()
         work = dist.all_reduce(self._now, async_op=True) if self._workers.ranks > 1 else None

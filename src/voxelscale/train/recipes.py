@@ -18,7 +18,7 @@ what the configured rate is multiplied by before it is scaled."""
 
 
 def resolve(config: Config, workers: int) -> tuple[Config, str]:
-    """The config with its recipe applied for so many workers, and a line about it ("" if there is none).
+    """The config with its recipe for this number of workers, and a line about it ("" if there is none).
 
     ``large_batch``: the rate, a little lower, grows with the square root of the global batch (Malladi et
     al. 2022); a longer warm-up, a shorter second moment; and a global batch that grows from a few reference

@@ -1,6 +1,6 @@
 """A DICOM file as elements (PS3.5, chapter 7; PS3.10): the wanted ones, the others passed over.
 
-The only DICOM parser of the house: scans (`header`), SEG and RTSTRUCT (`voxelscale.labels`) are read by it.
+The only DICOM parser: scans (`header`), SEG and RTSTRUCT (`voxelscale.labels`) are read by it.
 Hostile files hold a hundred thousand empty items as easily as one. An item costs a read here and nothing
 else; pydicom, which makes an object of each, calls a hundred functions for it. Values are taken as they are
 in the file: half of all scanners break some rule of the standard in an attribute that does not matter here.
