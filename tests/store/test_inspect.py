@@ -12,6 +12,7 @@ from tests.formats.test_formats import write_series
 from typer.testing import CliRunner
 
 from voxelscale.cli import app
+from voxelscale.config import load
 from voxelscale.dataset import DataSet
 from voxelscale.dataset.listing import list_scans, list_sources
 from voxelscale.dataset.names import Names
@@ -134,3 +135,16 @@ def test_unreadable_cases_are_in_the_table(voxelscale: Command, scans: Path, tmp
     assert '<td>torn</td><td colspan="8">cannot be read: torn.nii.gz' in page.read_text()
     told = json.loads(voxelscale("inspect", tmp_path, "--json")[1])
     assert [case["case"] for case in told["unreadable"]] == ["torn"]
+
+
+@pytest.mark.parametrize(("names", "shown"), [("auto", True), ("hash", False)])
+def test_where_a_renamed_case_lies_is_not_said(names: str, shown: bool, tmp_path: Path) -> None:
+    """Folders may be called after patients: who asks for hashed names gets no path of them."""
+    (tmp_path / "DOE_JOHN").mkdir()
+    (tmp_path / "DOE_JOHN" / "ct.nii.gz").write_bytes(b"no scan")
+    (tmp_path / "cases.csv").write_text("image,label\nDOE_JOHN/ct.nii.gz,\n")
+    (tmp_path / "key").write_text("of this test alone")
+    config = load(sets=[f"reading.names={names}", f"reading.name_key={tmp_path / 'key'}"])
+    found = inspect(DataSet(path=tmp_path / "cases.csv", reading=config.reading), workers=1)
+    assert found.unreadable
+    assert ("DOE_JOHN" in json.dumps(found.to_dict())) == shown

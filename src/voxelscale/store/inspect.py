@@ -159,7 +159,7 @@ def inspect(data: DataSet, workers: int = 0) -> Inspection:
     facts.sort(key=lambda one: one.case)
     problems += [*duplicates(facts), *across_splits(facts, splits), *_vanishing(facts)]
     # The page may be shared; it must not show where the data are on this machine.
-    problems = _without_places(problems, path, sources)
+    problems = _without_places(problems, data, sources)
     readable = {one.case for one in facts}
     unreadable = sorted(
         (p for p in problems if p.severity == "error" and p.case and p.case not in readable),
@@ -169,22 +169,23 @@ def inspect(data: DataSet, workers: int = 0) -> Inspection:
     return Inspection(kind=kind, cases=tuple(facts), problems=tuple(problems), unreadable=tuple(unreadable))
 
 
-def _without_places(problems: Sequence[Problem], data: Path, sources: Sequence[Source]) -> list[Problem]:
-    """The problems with files as the data set calls them; of hashed cases not even that.
+def _without_places(problems: Sequence[Problem], data: DataSet, sources: Sequence[Source]) -> list[Problem]:
+    """The problems with files relative to the data set; cases that are not named after files by name alone.
 
-    Folders of DICOM archives are often named after the patient: such a case is named by its hash only.
+    Folders of DICOM archives are often named after the patient: no message says where such a case lies.
     """
-    hashed = {s.case: s for s in sources if s.files and s.case.startswith("case-")}
+    renamed = data.reading.names in ("hash", "series")
+    hidden = {s.case: s for s in sources if s.files or renamed}
     bare = []
     for problem in problems:
-        text, source = problem.text, hashed.get(problem.case)
+        text, source = problem.text, hidden.get(problem.case)
         if source is not None:
             places = {file: f"file {n} of {source.case}" for n, file in enumerate(source.files, start=1)}
             places[source.image] = source.case
             places |= {label: f"the label of {source.case}" for label in source.labels}
             for place in sorted(places, key=lambda path: -len(str(path))):  # one may begin another
                 text = text.replace(str(place), places[place])
-        bare.append(replace(problem, text=text.replace(f"{data}/", "")))
+        bare.append(replace(problem, text=text.replace(f"{data.path}/", "")))
     return bare
 
 
