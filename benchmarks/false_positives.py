@@ -118,7 +118,7 @@ def second_network(folder: Path, seed: int) -> dict[str, dict[str, Any]]:
     torch.set_num_threads(1)
     bundle = read_bundle(run)
     ways = {
-        "first network, from 0.01": replace(bundle, judge=None),
+        "first network, from 0.01": replace(bundle, false_positives=None),
         "with a second network": bundle,
     }
     return {name: looked(folder, way) for name, way in ways.items()}

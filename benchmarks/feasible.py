@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from voxelscale.config import Config, Triple, from_dict
 from voxelscale.search.feasible import cost_of
-from voxelscale.train.memory import make_network, play, seen_at_once, step_memory
+from voxelscale.train.memory import forward_backward, make_network, seen_at_once, step_memory
 
 CPU = torch.device("cpu")
 STEPS = 10
@@ -82,7 +82,7 @@ def counted_flop(config: Config, spacing: Triple) -> float:
     precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     model = make_network(config, spacing, CPU)
     with FlopCounterMode(display=False) as counter:
-        play(model, config, CPU, precision)
+        forward_backward(model, config, CPU, precision)
     return float(counter.get_total_flops()) / seen_at_once(config)
 
 

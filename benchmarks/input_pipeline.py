@@ -60,7 +60,7 @@ from voxelscale.config import AugmentConfig, DataConfig, IntTriple, PhantomConfi
 from voxelscale.dataset.listing import Source, list_sources
 from voxelscale.phantom.dataset import write_phantoms
 from voxelscale.samples import batch as batches
-from voxelscale.samples.batch import Normalisation, make_batch
+from voxelscale.samples.batch import Normalisations, make_batch, normalisations
 from voxelscale.samples.patches import PatchSource, read_ahead
 from voxelscale.samples.transforms import affine
 from voxelscale.store import Store, open_store
@@ -79,7 +79,7 @@ class Task:
     """What all contenders do."""
 
     store: Store
-    normalise: Normalisation
+    normalise: Normalisations
     volumes: list[Volume]
     patch: IntTriple
     batch_size: int
@@ -97,11 +97,11 @@ def make_task(scan: list[Path] | None, patch: int, batch_size: int, folder: Path
         config = PrepareConfig(spacing=spacing, split=(1, 0, 0), workers=1)
     prepare(sources, folder / "store", config)
     store = open_store(folder / "store")
-    normalise = Normalisation.of_fingerprint(store.fingerprint["lesion_hu"])
+    normalise = normalisations(store)
     volumes = []
     for info in store.cases:
         hu, mask = store.read(info.case)
-        volumes.append((normalise(torch.from_numpy(hu))[None], torch.from_numpy(mask)[None]))
+        volumes.append((normalise(info.case)[0](torch.from_numpy(hu))[None], torch.from_numpy(mask)[None]))
     return Task(store, normalise, volumes, (patch, patch, patch), batch_size)
 
 
@@ -298,7 +298,7 @@ def breakdown(task: Task, patches: int = 240) -> dict[str, float]:
     batch = timed("all", lambda samples: make_batch(samples, task.patch, task.normalise, CPU))
     with (
         patch.object(batches, "warp", timed("affine", affine.warp)),
-        patch.object(batches, "warp_mask", timed("affine", affine.warp_mask)),
+        patch.object(batches, "warp_labels", timed("affine", affine.warp_labels)),
     ):
         for first in range(0, patches, task.batch_size):
             batch(read(range(first, first + task.batch_size)))

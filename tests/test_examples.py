@@ -49,8 +49,8 @@ def test_two_ranks_and_two_virtual_workers(plain: dict[str, Tensor], scans: Path
     run(TORCHRUN, "with_voxelscale.py", scans, tmp_path / "ranks", *arguments)
     virtual = [*arguments, "--set", "train.virtual_workers=2"]
     run([sys.executable], "with_voxelscale.py", scans, tmp_path / "virtual", *virtual)
-    ranks, played = load_weights(tmp_path / "ranks"), load_weights(tmp_path / "virtual")
-    assert apart(ranks, played) <= 1e-4
+    ranks, emulated = load_weights(tmp_path / "ranks"), load_weights(tmp_path / "virtual")
+    assert apart(ranks, emulated) <= 1e-4
     assert apart(ranks, plain) <= 1e-4
 
 

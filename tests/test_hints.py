@@ -95,7 +95,9 @@ def hints() -> Iterator[tuple[str, str]]:
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             found: list[str] = []
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("VoxelscaleError", "tell")):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+                ("VoxelscaleError", "print_error")
+            ):
                 given = [*node.args[1:2], *(k.value for k in node.keywords if k.arg == "hint")]
                 found = [text_of(argument) for argument in given]
             elif isinstance(node, ast.Assign | ast.AnnAssign):

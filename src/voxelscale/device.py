@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
@@ -172,21 +173,50 @@ def choose_inference(
 def bf16_agrees(make_model: Callable[[], nn.Module], shape: Sequence[int], device: torch.device) -> bool:
     """Whether a network's outputs and gradients in bfloat16 are those of float32, but for rounding.
 
-    Some library versions compute bf16 3-D convolutions wrongly; this sees it on the device at hand.
-    Outputs may differ by a quarter of their own spread, gradients must point the same way (cosine
-    above 0.9); wrong kernels give outputs and gradients that have nothing to do with the right ones.
+    Some library versions compute bf16 3-D convolutions wrongly (cuDNN before 9.15: PyTorch issues 163539,
+    166122 and 166643); this sees it on the device at hand. It looks at one sample in both memory formats,
+    as each has kernels of its own, against float32 without TF32. Outputs may differ by a quarter of their
+    own spread, gradients must point the same way (cosine above 0.9); wrong kernels give outputs and
+    gradients that have nothing to do with the right ones. Where even one sample does not fit, the training
+    will say so.
     """
+    image = torch.randn(1, *shape[1:], device=device)
     model = make_model().to(device)
-    image = torch.randn(*shape, device=device)
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        model.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32):
-            logits = model(image)
-        logits.float().square().mean().backward()
-        grads = [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
-        results.append((logits.detach().float(), torch.cat(grads)))
-    (right, slope), (logits, gradient) = results
+    try:
+        with _no_tf32():
+            right = _pass(model, image, torch.float32)
+        contiguous = _pass(model, image, torch.bfloat16)
+        channels_last = image.movedim(1, -1).contiguous().movedim(-1, 1)
+        others = [contiguous, _pass(to_channels_last(model), channels_last, torch.bfloat16)]
+    except torch.OutOfMemoryError:
+        return True
+    return all(_alike(right, other) for other in others)
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Within it float32 is computed as float32, also where a GPU's default is TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def _pass(model: nn.Module, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A network's output and gradients, float32."""
+    model.zero_grad(set_to_none=True)
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=dtype != torch.float32):
+        outputs = _listed(model(image))
+    _energy(outputs).backward()  # type: ignore[no-untyped-call]
+    grads = [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
+    return outputs[0].detach().float(), torch.cat(grads)
+
+
+def _alike(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    """Whether outputs and gradients are the same but for the rounding of bfloat16."""
+    (right, slope), (logits, gradient) = one, other
     if not (torch.isfinite(logits).all() and torch.isfinite(gradient).all()):
         return False
     error = (logits - right).square().mean().sqrt()
@@ -240,10 +270,20 @@ def _trial(
     def step() -> None:
         model.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=way.precision == "bf16"):
-            logits = model(image)
-        logits.float().square().mean().backward()
+            outputs = _listed(model(image))
+        _energy(outputs).backward()  # type: ignore[no-untyped-call]
 
     return step
+
+
+def _listed(output: Tensor | list[Tensor]) -> list[Tensor]:
+    """A network's logits; with deep supervision there are several."""
+    return output if isinstance(output, list) else [output]
+
+
+def _energy(outputs: Sequence[Tensor]) -> Tensor:
+    """A scalar whose gradient reaches every weight."""
+    return torch.stack([logits.float().square().mean() for logits in outputs]).sum()
 
 
 def seconds_of(step: Callable[[], object], device: torch.device) -> float:

@@ -92,6 +92,13 @@ def lung_field(scan: Scan) -> Lungs:
     return Lungs(mask=fine, box=_box(mask, factors, scan), volume_ml=volume, ok=True, problem="")
 
 
+def no_lungs(shape: IntTriple, problem: str) -> Lungs:
+    """Of a scan in which no lungs are searched for."""
+    return Lungs(
+        mask=np.zeros(shape, bool), box=((0, 0, 0), shape), volume_ml=0.0, ok=False, problem=problem
+    )
+
+
 def body_field(scan: Scan) -> NDArray[np.bool_]:
     """Everything but the air around the patient, and `BODY_MARGIN_MM` of it; bool (z, y, x).
 

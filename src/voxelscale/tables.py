@@ -159,6 +159,22 @@ def read_table(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) 
     return Table(path=path, line=number, places=places, width=len(names), separator=separator, text=text)
 
 
+def columns_of(path: Path) -> list[str]:
+    """What the first line of a table calls its columns.
+
+    Raises:
+        VoxelscaleError: it cannot be read.
+    """
+    text = text_of(path)
+    _, names = next(_lines(path, text, _separator(text, ())), (0, []))
+    return [name.strip() for name in names]
+
+
+def means(name: str, column: str) -> bool:
+    """Whether a column's name is this one or a synonym of it."""
+    return bool(_places([name], column))
+
+
 def read_list(path: Path, column: str) -> list[tuple[int, str]]:
     """The cells of a column, each with its line; where there is no other column it needs no name.
 

@@ -128,10 +128,11 @@ def test_a_table_cannot_lead_out_of_its_folder(tmp_path: Path, path: str) -> Non
         list_sources(folder)
 
 
-def test_two_channels_are_refused(tmp_path: Path) -> None:
+def test_two_channels_are_files_of_one_case(tmp_path: Path) -> None:
     nnunet(tmp_path, channels=2)
-    with pytest.raises(VoxelscaleError, match="channel"):
-        list_sources(tmp_path)
+    for source in list_sources(tmp_path):
+        assert source.image.name == f"{source.case}_0000.nii.gz"
+        assert [path.name for path in source.more] == [f"{source.case}_0001.nii.gz"]
 
 
 def test_a_layout_that_it_is_not(tmp_path: Path) -> None:

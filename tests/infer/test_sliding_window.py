@@ -11,7 +11,15 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from voxelscale.config import IntTriple
-from voxelscale.infer.sliding_window import Share, Windows, flip_axes, predict_volume, window_starts
+from voxelscale.errors import VoxelscaleError
+from voxelscale.infer.sliding_window import (
+    Share,
+    Windows,
+    flip_axes,
+    predict_boxes,
+    predict_volume,
+    window_starts,
+)
 from voxelscale.model.unet import UNet
 
 
@@ -206,7 +214,7 @@ def test_a_fault_of_the_network_comes_out_of_the_threads() -> None:
 
 @pytest.mark.parametrize("parts", [2, 3, 40])
 def test_several_processes_give_what_one_gives(parts: int) -> None:
-    """Played one after another: the first comes last and adds what the others would have sent."""
+    """Simulated one after another: the first comes last and adds what the others would have sent."""
     torch.manual_seed(0)
     model = UNet(dims=3, depth=2, filters=4).eval()
     volume, windows = torch.randn(30, 33, 20), Windows(patch=(8, 12, 10), batch_size=2)
@@ -229,3 +237,137 @@ def test_several_processes_give_what_one_gives(parts: int) -> None:
     )
     assert torch.allclose(first, whole, atol=1e-6)
     assert next(arrived, None) is None
+
+
+def filled(
+    model: nn.Module, volume: Tensor, windows: Windows, outputs: int, **rules: object
+) -> tuple[Tensor, int]:
+    """Every voxel's logits, and the number of boxes; each voxel is in one box."""
+    out = torch.full((outputs, *volume.shape[1:]), torch.nan)
+    boxes = 0
+    for box, logits in predict_boxes(model, volume, windows, outputs, torch.clone, **rules):  # type: ignore[arg-type]
+        assert out[:, *box].isnan().all()
+        out[:, *box] = logits
+        boxes += 1
+    assert not out.isnan().any()
+    return out, boxes
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_several_channels_and_classes_by_definition(flips: bool) -> None:
+    torch.manual_seed(0)
+    model = UNet(dims=3, depth=2, filters=4, in_channels=2, classes=3).eval()
+    volume, patch, overlap = torch.randn(2, 14, 20, 25), (8, 12, 10), 0.4
+    axes = [(torch.arange(p) - (p - 1) / 2) / (p / 8) for p in patch]
+    z, y, x = (torch.exp(-(a**2) / 2).clamp_min(0.01) for a in axes)
+    weight = torch.einsum("i,j,k->ijk", z, y, x)
+    total, weights = torch.zeros(3, 14, 20, 25), torch.zeros(14, 20, 25)
+    lattice = [window_starts(n, p, overlap) for n, p in zip(volume.shape[1:], patch, strict=True)]
+    for start in product(*lattice):
+        box = tuple(slice(s, s + p) for s, p in zip(start, patch, strict=True))
+        mirrored = flip_axes(patch) if flips else [()]
+        with torch.inference_mode():
+            given = volume[:, *box][None]
+            copies = [model(given.flip(axes)).flip(axes)[0] for axes in mirrored]
+        total[:, *box] += weight * torch.stack(copies).mean(0)
+        weights[box] += weight
+    ours, _ = filled(model, volume, Windows(patch=patch, overlap=overlap, flips=flips), 3)
+    assert torch.allclose(ours, total / weights, atol=1e-5)
+
+
+def test_channels_are_padded_with_their_own_minimum() -> None:
+    volume = torch.stack([torch.rand(3, 4, 5), 7 + torch.rand(3, 4, 5)])
+    seen: list[Tensor] = []
+
+    class Spy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.clone())
+            return x
+
+    ours, _ = filled(Spy(), volume, Windows(patch=(8, 8, 8)), 2)
+    assert torch.allclose(ours, volume)
+    for channel, passed in zip(volume, seen[0][0], strict=True):
+        padded = torch.full((8, 8, 8), float(channel.min()))
+        padded[2:5, 2:6, 1:6] = channel
+        assert torch.equal(passed, padded)
+
+
+@settings(max_examples=20)
+@given(
+    st.tuples(*[st.integers(4, 24)] * 3),
+    st.tuples(*[st.integers(3, 12)] * 3),
+    st.sampled_from([0.0, 0.3, 0.5]),
+    st.integers(1, 40),
+    st.integers(1, 2),
+    st.booleans(),
+)
+def test_parts_give_exactly_what_the_whole_gives(
+    size: IntTriple, patch: IntTriple, overlap: float, columns: int, threads: int, bounded: bool
+) -> None:
+    """Each of the parts is at most as large as was asked for, or a voxel wide."""
+    torch.manual_seed(0)
+    model = nn.Conv3d(2, 3, 3, padding=1)
+    volume = torch.randn(2, *size)
+    windows = Windows(patch=patch, overlap=overlap, batch_size=1, threads=threads)
+    within = torch.rand(size) < 0.01 if bounded else None
+    whole, _ = filled(model, volume, windows, 3, within=within, largest=2**62)
+    most = columns * patch[0] * 3 * 4
+    parts, _ = filled(model, volume, windows, 3, within=within, largest=most)
+    assert torch.equal(parts, whole)
+    for (_, y, x), _logits in predict_boxes(model, volume, windows, 3, largest=most):
+        wide, long = y.stop - y.start, x.stop - x.start
+        assert wide * long <= columns or min(wide, long) == 1
+
+
+def test_several_processes_do_the_same_parts() -> None:
+    torch.manual_seed(0)
+    model = UNet(dims=3, depth=2, filters=4, classes=3).eval()
+    volume, windows = torch.randn(1, 20, 33, 20), Windows(patch=(8, 12, 10), batch_size=2)
+    most = 8 * 20 * 10 * 3 * 4
+    whole, boxes = filled(model, volume, windows, 3, largest=most)
+    assert boxes > len(window_starts(20, 8, 0.5)), "there is one part only"
+    sent: list[list[Tensor]] = []
+    for part in (1, 2):
+        sent.append([])
+        share = Share(part=part, parts=3, combine=lambda sums: sent[-1].append(sums.clone()))
+        filled(model, volume, windows, 3, largest=most, share=share)
+    assert all(sums.is_contiguous() for sums in sent[0])
+    arrived = iter(zip(*sent, strict=True))
+
+    def combine(sums: Tensor) -> None:
+        sums += sum(next(arrived))
+
+    first, _ = filled(
+        model, volume, windows, 3, largest=most, share=Share(part=0, parts=3, combine=combine)
+    )
+    assert torch.allclose(first, whole, atol=1e-5)
+    assert next(arrived, None) is None
+
+
+def test_a_network_of_other_outputs_is_refused() -> None:
+    with pytest.raises(VoxelscaleError, match="1 outputs instead of 3"):
+        filled(Identity(), torch.randn(1, 9, 9, 9), Windows(patch=(8, 8, 8)), 3)
+
+
+class Small(nn.Module):
+    """A network on a device without memory for more than so many windows."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("out of memory")
+        return x - x.mean((2, 3, 4), keepdim=True)
+
+
+def test_windows_that_do_not_fit_together_go_one_after_another() -> None:
+    volume = torch.randn(20, 24, 28)
+    windows = Windows(patch=(8, 8, 8), batch_size=7)
+    whole = predict_volume(Small(7), volume, windows)
+    assert torch.equal(predict_volume(Small(2), volume, windows), whole)
+    with pytest.raises(
+        VoxelscaleError, match="a window of 8 x 8 x 8 voxels needs more memory than cpu has"
+    ):
+        predict_volume(Small(0), volume, windows)

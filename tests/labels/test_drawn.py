@@ -6,12 +6,14 @@ has, so the mask must be where that is one half or more.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset
@@ -187,6 +189,39 @@ def test_a_label_lies_where_the_scan_shows_it(name: str, kind: str, tmp_path: Pa
     else:
         write_seg(tmp_path / "label", files, placed=kind == "placed")
     assert_where_the_scan_shows_it(*read(tmp_path, "label"))
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_classes_lie_where_the_scan_shows_them(name: str, tmp_path: Path) -> None:
+    """The two blocks as two segments of one object."""
+    files, _ = series(name, tmp_path)
+    write_seg(tmp_path / "seg.dcm", files, placed=True)
+    ds = pydicom.dcmread(tmp_path / "seg.dcm")
+    blocks = [drawing()[::-1], drawing()[::-1]]
+    blocks[0][:, 12:], blocks[1][:, :12] = 0, 0
+    ds.PixelData = np.packbits(np.concatenate(blocks).ravel(), bitorder="little").tobytes()
+    frames = [copy.deepcopy(frame) for _ in blocks for frame in ds.PerFrameFunctionalGroupsSequence]
+    for number, frame in enumerate(frames):
+        identity = Dataset()
+        identity.ReferencedSegmentNumber = 1 + number // len(files)
+        frame.SegmentIdentificationSequence = Items([identity])
+    ds.PerFrameFunctionalGroupsSequence, ds.NumberOfFrames = Items(frames), len(frames)
+    second = copy.deepcopy(ds.SegmentSequence[0])
+    second.SegmentNumber = 2
+    ds.SegmentSequence.append(second)
+    ds.save_as(tmp_path / "seg.dcm")
+    image, whole = read(tmp_path, "seg.dcm")
+    assert_where_the_scan_shows_it(image, whole)
+    source = Source(
+        case="a", patient="a", image=tmp_path / "ct", labels=(tmp_path / "seg.dcm",), series="1.2.3"
+    )
+    reading = ReadingConfig(fill_gaps=1, labels={"left": 2, "right": 1})
+    mask = read_case(source, reading)[1].mask.array
+    assert np.array_equal(mask > 0, whole.array > 0)
+    for number, value in ((1, 2), (2, 1)):
+        alone = read_case(source, ReadingConfig(fill_gaps=1, labels=(number,)))[1].mask.array
+        assert alone.any()
+        assert np.array_equal(mask == value, alone > 0)
 
 
 @pytest.mark.parametrize("name", ["uneven", "tilted"])

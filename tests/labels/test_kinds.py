@@ -18,6 +18,8 @@ from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_
 from tests.conftest import SHARED
 from tests.formats.test_formats import write_series
 
+from voxelscale.classes import Classes
+from voxelscale.console import set_verbosity
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import read_scan
 from voxelscale.geometry import Scan, affine_from_itk, to_itk
@@ -382,3 +384,149 @@ def test_a_mask_without_the_wanted_values(tmp_path: Path) -> None:
         read_labels(path, image, values=(2,))
     assert not read_labels(path, image, values=(2,), allow_empty=True).mask.array.any()
     assert read_labels(path, image, values=(1,)).mask.array.all()
+
+
+# ------------------------------------------------------------------ classes
+
+
+ORGANS = (("Liver", "Liver", "10200004"), ("Mass 1", "Mass", "4147007"), ("Heart", "Heart", "80891009"))
+
+
+def write_organs(path: Path, masks: list[np.ndarray], image: Scan, ct: Path, kind: str = "BINARY") -> None:
+    """By highdicom: a segment each of `ORGANS`, which may overlap where `kind` is BINARY."""
+    sources = slices(ct)
+    order = [
+        round(float(image.grid.mm_to_index(np.asarray(s.ImagePositionPatient, float))[0])) for s in sources
+    ]
+    segments = [
+        hd.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=label,
+            segmented_property_category=CodedConcept("123037004", "SCT", "Anatomical Structure"),
+            segmented_property_type=CodedConcept(code, "SCT", meaning),
+            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.MANUAL,
+        )
+        for number, (label, meaning, code) in enumerate(ORGANS[: len(masks)], start=1)
+    ]
+    hd.seg.Segmentation(
+        source_images=sources,
+        pixel_array=np.stack(masks, axis=-1)[order].astype(np.uint8),
+        segmentation_type=kind,
+        segment_descriptions=segments,
+        series_instance_uid=generate_uid(),
+        series_number=2,
+        sop_instance_uid=generate_uid(),
+        instance_number=1,
+        manufacturer="test",
+        manufacturer_model_name="test",
+        software_versions="1",
+        device_serial_number="1",
+    ).save_as(path)
+
+
+def boxes(shape: tuple[int, ...], overlap: bool) -> list[np.ndarray]:
+    made = [np.zeros(shape, bool) for _ in ORGANS]
+    made[0][1:6, 2:12, 3:13] = True
+    made[1][2:5, (8 if overlap else 12) : 18, 3:13] = True
+    made[2][3:7, 19:22, 15:20] = True
+    return made
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+def test_segments_by_name_are_classes(
+    case: tuple[Scan, Scan, Path], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, _, folder = case
+    liver, lesion, heart = boxes(image.array.shape, overlap=kind == "BINARY")
+    path = folder / "seg.dcm"
+    write_organs(path, [liver, lesion, heart], image, folder / "ct", kind)
+    capsys.readouterr()
+    classes = Classes(names=("liver", "tumour"), values=(("LIVER",), ("mass",)))
+    found = read_labels(path, image, classes=classes).mask.array
+    assert found.dtype == np.int16
+    assert np.array_equal(found, np.where(lesion, 2, liver))
+    overlap = int((liver & lesion).sum())
+    told = capsys.readouterr().err
+    assert (f"classes overlap in {overlap} voxels" in told) == (overlap > 0)
+    turned = Classes(names=("tumour", "liver"), values=(("Mass 1",), (1,)))
+    assert np.array_equal(read_labels(path, image, classes=turned).mask.array, np.where(liver, 2, lesion))
+    ignoring = Classes(names=("tumour",), values=((2,),), ignore=(3,))
+    expected = np.where(lesion, 1, np.where(heart, -1, 0))
+    assert np.array_equal(read_labels(path, image, classes=ignoring).mask.array, expected)
+    both = Classes(names=("all", "tumour"), values=((1, 2), (2,)), regions=True, order=(1, 2))
+    assert np.array_equal(read_labels(path, image, classes=both).mask.array, (liver | lesion) + 2 * lesion)
+    only = Classes(names=("tumour",), values=(("Mass",),))
+    alone = read_labels(path, image, classes=only).mask.array
+    assert alone.dtype == np.uint8
+    assert np.array_equal(alone, lesion)
+    with pytest.raises(
+        VoxelscaleError, match=r"no segment for spleen \(it holds .*1 Liver, 2 Mass 1 / Mass, 3"
+    ):
+        read_labels(path, image, classes=Classes(names=("spleen",), values=(("Spleen",),)))
+
+
+def test_segments_of_different_kinds_are_still_one_lesion(
+    case: tuple[Scan, Scan, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, _, folder = case
+    masks = boxes(image.array.shape, overlap=True)
+    write_organs(folder / "seg.dcm", masks, image, folder / "ct")
+    capsys.readouterr()
+    assert np.array_equal(
+        read_labels(folder / "seg.dcm", image).mask.array, np.logical_or.reduce(masks).astype(np.uint8)
+    )
+    told = capsys.readouterr().err
+    assert "all of its segments are taken as the lesion (1 Liver, 2 Mass 1, 3 Heart)" in told
+    assert "reading.labels={name: [1], ...}" in told
+
+
+def test_segments_of_several_objects(
+    case: tuple[Scan, Scan, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, _, folder = case
+    liver, lesion, heart = boxes(image.array.shape, overlap=True)
+    write_organs(folder / "one.dcm", [liver], image, folder / "ct")
+    write_organs(folder / "two.dcm", [heart, lesion], image, folder / "ct")
+    capsys.readouterr()
+    classes = Classes(names=("liver", "tumour"), values=((1,), (2,)))
+    found = read_labels([folder / "one.dcm", folder / "two.dcm"], image, classes=classes).mask.array
+    assert np.array_equal(found, np.where(lesion, 2, np.where(liver | heart, 1, 0)))
+    assert f"classes overlap in {int((liver & lesion).sum())} voxels" in capsys.readouterr().err
+
+
+def test_regions_of_interest_by_name_are_classes(
+    case: tuple[Scan, Scan, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, mask, folder = case
+    shape = image.array.shape
+    liver, lesion, _ = (Scan(box.astype(np.uint8), image.affine) for box in boxes(shape, overlap=True))
+    path = folder / "rt.dcm"
+    write_rtstruct(path, {"Liver": boundaries(liver), "GTV-1": boundaries(lesion), "X": boundaries(mask)})
+    classes = Classes(names=("liver", "tumour"), values=(("liver",), ("gtv-1",)))
+    capsys.readouterr()
+    found = read_labels(path, image, classes=classes).mask.array
+    assert np.array_equal(found, np.where(lesion.array > 0, 2, liver.array))
+    overlap = int((lesion.array & liver.array).sum())
+    assert f"rt.dcm: classes overlap in {overlap} voxels: the later class" in capsys.readouterr().err
+    nested = Classes(names=("all", "tumour"), values=((1, 2), (2,)), regions=True, order=(1, 2))
+    expected = (liver.array | lesion.array) + 2 * lesion.array
+    assert np.array_equal(read_labels(path, image, classes=nested).mask.array, expected)
+    assert "overlap" not in capsys.readouterr().err
+    with pytest.raises(VoxelscaleError, match=r"no region for heart \(it holds 1 Liver, 2 GTV-1, 3 X\)"):
+        read_labels(path, image, classes=Classes(names=("heart",), values=(("heart",),)))
+    some = Classes(names=("liver", "heart"), values=(("Liver",), ("Heart",)))
+    set_verbosity(1)
+    assert np.array_equal(read_labels(path, image, classes=some).mask.array, liver.array)
+    assert "no region for heart" in capsys.readouterr().err
+
+
+def test_readers_marks_are_one_class(tmp_path: Path) -> None:
+    image = Scan(np.zeros((8, 24, 26), np.int16), affine_from_itk((0, 0, 0), (1, 1, 1), np.eye(3)))
+    write_table(tmp_path / "a.csv", [("1.2", 5.0, 5.0, 4.0, 4.0)])
+    classes = Classes(names=("a", "b"), values=((1,), (2,)))
+    with pytest.raises(VoxelscaleError, match="one class of several"):
+        read_labels(tmp_path / "a.csv", image, series="1.2", classes=classes)
+    ignoring = Classes(names=("nodule",), values=((1,),), ignore=(2,))
+    assert (
+        read_labels(tmp_path / "a.csv", image, series="1.2", classes=ignoring).mask.array.dtype == np.int16
+    )

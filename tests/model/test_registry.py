@@ -21,6 +21,10 @@ from torch import nn
 def make(config, patch_size, spacing):
     assert len(patch_size) == len(spacing) == 3
     return nn.Conv3d(1, 1, config.kernel_size, padding="same")
+def several(config, patch_size, spacing, channels=1, outputs=1):
+    return nn.Conv3d(channels, outputs, config.kernel_size, padding="same")
+def faulty(config, patch_size, spacing, **options):
+    return 1 + "a"
 def number(config, patch_size, spacing):
     return 3
 """
@@ -41,6 +45,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
     install(folder, "tiny-nets", "one_kernel = tiny_nets_nets:make")
+    install(folder, "wide-nets", "several = wide_nets_nets:several\nfaulty = wide_nets_nets:faulty")
     broken = "number = more_nets_nets:number\nlost = no_such_module:make\nunet = more_nets_nets:number"
     install(folder, "more-nets", broken)
     install(folder, "twin-nets", "number = twin_nets_nets:number")
@@ -73,6 +78,17 @@ def test_what_is_no_network_is_told(name: str, message: str, hint: str) -> None:
         build(name)
     assert message in caught.value.message
     assert hint in caught.value.hint
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_network_of_several_channels_and_outputs() -> None:
+    arguments = (64, 64, 64), (1.0, 1.0, 1.0), 2, 3
+    model = build_model(ModelConfig(name="several"), *arguments)
+    assert model(torch.zeros(1, 2, 8, 8, 8)).shape == (1, 3, 8, 8, 8)
+    with pytest.raises(VoxelscaleError, match="no keywords channels and outputs: here 2 and 3"):
+        build_model(ModelConfig(name="one_kernel"), *arguments)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        build_model(ModelConfig(name="faulty"), *arguments)
 
 
 @pytest.mark.usefixtures("installed")

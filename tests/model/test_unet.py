@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from voxelscale.config import ModelConfig
+from voxelscale.config import ModelConfig, from_dict
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_model
-from voxelscale.model.fast.convolution import Conv3d
+from voxelscale.model.fast.convolution import Conv3d, convolution
 from voxelscale.model.fast.join import unpack_strides
 from voxelscale.model.norm import SyncBatchNorm, make_norm
 from voxelscale.model.unet import (
@@ -21,7 +21,9 @@ from voxelscale.model.unet import (
     Encoder,
     UNet,
     fold_batch_norms,
+    plan_kernels,
     plan_pooling,
+    without_supervision,
 )
 
 
@@ -181,3 +183,127 @@ def test_folded_batch_norms_change_nothing(dims: int, norm: str, residual: bool)
         assert torch.allclose(folded(image), before, rtol=1e-4, atol=1e-4)
     left = [m for m in folded.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert not left
+
+
+# Channels, classes, kernels, deep supervision
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("norm", ["instance", "batch", "sync_batch", "group", "none"])
+@pytest.mark.parametrize("kind", ["plain", "residual", "residual encoder"])
+def test_any_channels_and_outputs_with_deep_supervision(dims: int, norm: str, kind: str) -> None:
+    """Every weight has a gradient, and none of the lower logits is left out of the list."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        dims=dims,  # type: ignore[arg-type]
+        depth=5,
+        filters=4,
+        norm=norm,  # type: ignore[arg-type]
+        residual=kind == "residual",
+        blocks=(1, 2, 1, 1, 1) if kind == "residual encoder" else (),
+        deep_supervision=True,
+    )
+    patch = (1, 64, 80) if dims == 2 else (64, 64, 80)
+    model = build_model(config, patch, (1, 1, 1), 2, 3)
+    size = (1, 30, 44) if dims == 2 else (17, 30, 44)
+    outputs = model(torch.randn(2, 2, *size))
+    halves = [[-(-n // 2**level) for n in size] for level in range(3)]
+    if dims == 2:
+        halves = [[1, *half[1:]] for half in halves]
+    assert [list(y.shape) for y in outputs] == [[2, 3, *half] for half in halves]
+    torch.stack([y.square().mean() for y in outputs]).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.eval()(torch.randn(2, 2, *size)).shape == (2, 3, *size)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_a_shallow_network_has_few_levels_to_supervise(depth: int) -> None:
+    outputs = UNet(depth=depth, filters=2, deep_supervision=True)(torch.randn(1, 1, 16, 16, 16))
+    assert len(outputs) == max(1, depth - 2), "the lowest of its decoder is left out"
+
+
+def test_deep_supervision_changes_no_other_weight_and_can_be_left_out() -> None:
+    built = []
+    for supervised in (False, True):
+        torch.manual_seed(0)
+        built.append(UNet(depth=5, filters=4, classes=3, deep_supervision=supervised))
+    plain, deep = built
+    kept = without_supervision(deep.state_dict())
+    more = deep.state_dict().keys() - kept.keys()
+    assert more
+    assert all(name.startswith("supervision.") for name in more)
+    assert list(kept) == list(plain.state_dict())
+    assert all(torch.equal(kept[name], value) for name, value in plain.state_dict().items())
+    plain.load_state_dict(kept)
+    image = torch.randn(1, 1, 16, 16, 16)
+    assert torch.equal(plain.eval()(image), deep.eval()(image))
+
+
+def test_deep_supervision_compiled_and_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    model = UNet(depth=4, filters=4, classes=2, deep_supervision=True)
+    image = torch.randn(1, 1, 16, 16, 16)
+    wanted = model(image)
+    compiled = torch.compile(model, backend="aot_eager")(image)
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(wanted, compiled, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [y.dtype for y in model(image)] == [torch.bfloat16] * 2
+
+
+def test_classes_share_the_prior_and_regions_have_it_each() -> None:
+    config = ModelConfig(depth=4, filters=4, deep_supervision=True)
+    softmax = build_model(config, (32, 32, 32), (1, 1, 1), outputs=4)
+    regions = build_model(config, (32, 32, 32), (1, 1, 1), outputs=4, regions=True)
+    assert isinstance(softmax, UNet)
+    assert isinstance(regions, UNet)
+    for head in (softmax.head, *softmax.supervision):
+        assert head.bias.softmax(0).tolist() == pytest.approx([0.99, *[0.01 / 3] * 3])
+    for head in (regions.head, *regions.supervision):
+        assert head.bias.sigmoid().tolist() == pytest.approx([0.01] * 4)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_each_level_has_its_own_kernel(dims: int) -> None:
+    config = ModelConfig(dims=dims, depth=3, filters=4, kernels=((1, 3, 5), (3, 1, 3), (3, 3, 3)))  # type: ignore[arg-type]
+    model = build_model(config, (1, 32, 32) if dims == 2 else (32, 32, 32), (1, 1, 1))
+    assert isinstance(model, UNet)
+    encoder = [level.conv1.kernel_size for level in model.encode.levels]  # type: ignore[union-attr]
+    decoder = [level.level.conv2.kernel_size for level in model.decode.levels]  # type: ignore[union-attr]
+    assert encoder == [kernel[-dims:] for kernel in config.kernels]
+    assert decoder == [kernel[-dims:] for kernel in (config.kernels[1], config.kernels[0])]
+    x = torch.randn(1, 1, *(1, 21, 18) if dims == 2 else (9, 21, 18))
+    assert model(x).shape == x.shape
+
+
+@pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 3, 1), (3, 1, 3)])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 2)])
+@pytest.mark.parametrize("size", [(4, 6, 5), (7, 4, 6), (6, 5, 5)])
+def test_convolutions_in_halves_of_any_kernel_and_stride(
+    kernel: tuple[int, ...], stride: tuple[int, ...], size: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    conv = convolution(3, 3, 4, kernel, bias=True, stride=stride)
+    x = torch.randn(1, 3, *size)
+    wanted = nn.functional.conv3d(
+        x.double(),
+        conv.weight.double(),
+        conv.bias.double(),  # type: ignore[union-attr]
+        stride,
+        tuple(edge // 2 for edge in kernel),
+    )
+    assert torch.allclose(conv(x).double(), wanted, atol=1e-5)
+
+
+def test_kernels_of_coarse_axes() -> None:
+    pools = plan_pooling((32, 128, 128), (5.0, 1.0, 1.0), 5)
+    assert plan_kernels(pools, (5.0, 1.0, 1.0)) == ((1, 3, 3), (1, 3, 3), *[(3, 3, 3)] * 3)
+    assert plan_kernels(pools, (1.9, 1.0, 1.0), 5) == ((5, 5, 5),) * 5
+
+
+def test_lists_of_levels_that_do_not_fit_the_depth_are_told() -> None:
+    config = ModelConfig(depth=3, kernels=((3, 3, 3),) * 2)
+    with pytest.raises(VoxelscaleError, match=r"model\.kernels is of 2 levels, model\.depth 3"):
+        build_model(config, (32, 32, 32), (1, 1, 1))
+    for wrong in ({"kernels": [[3, 3, 3]]}, {"kernels": [[3, 3, 2]] * 4}, {"blocks": [0, 1, 1, 1]}):
+        with pytest.raises(VoxelscaleError, match=rf"model\.{next(iter(wrong))}"):
+            from_dict({"model": wrong})

@@ -27,7 +27,7 @@ from voxelscale.files import check_output, write_sealed
 from voxelscale.formats import WRITTEN, files_of, read_label, read_scan, write_scan
 from voxelscale.geometry import Scan
 from voxelscale.store import Store, case_path, open_case, open_store, write_case
-from voxelscale.store.lesions import resample_mask
+from voxelscale.store.lesions import resample_labels
 from voxelscale.store.prepare import prepare_case
 
 Reported = Callable[..., Path]
@@ -278,13 +278,13 @@ def test_lesions_merged_and_cut_by_resampling_are_counted() -> None:
     mask[3:9, 3:9, 3:9] = mask[3:9, 3:9, 10:16] = 1  # a voxel apart: one lesion at 4 mm
     mask[5, 5, 18], mask[5, 5, 19], mask[5, 5, 20] = 1, 1, 1
     scan = Scan(mask, np.eye(4))
-    made = resample_mask(scan, scan.grid.with_spacing((4, 4, 4)))
+    made = resample_labels(scan, scan.grid.with_spacing((4, 4, 4)))
     assert (len(made.lesions), made.merged, len(made.lost)) == (1, 2, 1)
     thin = np.zeros((12, 12, 12), np.uint8)
     # A thread that leaves the centres of the coarse voxels (2, 6, 10) and comes back.
     thin[2, 2, :5] = thin[2:5, 2, 4] = thin[4, 2, 4:9] = thin[2:5, 2, 8] = thin[2, 2, 8:] = 1
     scan = Scan(thin, np.eye(4))
-    assert resample_mask(scan, scan.grid.with_spacing((4, 4, 4))).cut == 1
+    assert resample_labels(scan, scan.grid.with_spacing((4, 4, 4))).cut == 1
 
 
 @pytest.mark.parametrize(("part", "voxels"), [("two/set.csv", 428), ("cropped/set.csv", 280), ("one", 280)])

@@ -30,6 +30,12 @@ from voxelscale.store import Reader, Store
 
 CPU = torch.device("cpu")
 NORMALISE = Normalisation(low=-1000, high=400, mean=-300, std=350)
+
+
+def EACH(case: str) -> list[Normalisation]:
+    return [NORMALISE]
+
+
 PLAIN = AugmentConfig(enabled=False)
 EVERYTHING = AugmentConfig(p_affine=1, p_noise=1, p_blur=1, p_gamma=1, p_brightness=1, p_low_resolution=1)
 DATA = DataConfig(patch_size=(12, 16, 20))
@@ -163,7 +169,7 @@ def test_a_patch_that_comes_again_is_augmented_anew(store: Store) -> None:
         assert (one.case, one.start) == (two.case, two.start)
         assert np.array_equal(one.region, two.region)
         assert one.augmentation.intensity[0] != two.augmentation.intensity[0]
-        images, _ = make_batch([one, two], DATA.patch_size, NORMALISE, CPU)
+        images, _ = make_batch([one, two], DATA.patch_size, EACH, CPU)
         assert not torch.equal(images[0], images[1])
 
 
@@ -221,9 +227,9 @@ def test_below_zero_is_refused(setting: str) -> None:
 def test_a_sample_comes_out_the_same_in_any_batch(store: Store) -> None:
     patches = source(store, EVERYTHING)
     samples = [patches[i] for i in range(6)]
-    together = make_batch(samples, DATA.patch_size, NORMALISE, CPU)
+    together = make_batch(samples, DATA.patch_size, EACH, CPU)
     for i, sample in enumerate(samples):
-        alone = make_batch([sample], DATA.patch_size, NORMALISE, CPU)
+        alone = make_batch([sample], DATA.patch_size, EACH, CPU)
         assert torch.equal(alone[0][0], together[0][i])
         assert torch.equal(alone[1][0], together[1][i])
     assert together[0].shape == together[1].shape == (6, 1, *DATA.patch_size)
@@ -233,7 +239,7 @@ def test_a_sample_comes_out_the_same_in_any_batch(store: Store) -> None:
 
 def test_without_augmentation_the_patch_is_normalised_hu(store: Store) -> None:
     sample = source(store)[4]
-    image, mask = make_batch([sample], DATA.patch_size, NORMALISE, CPU)
+    image, mask = make_batch([sample], DATA.patch_size, EACH, CPU)
     wanted = (np.clip(sample.region[0], -1000, 400) + 300.0) / 350
     assert np.allclose(image[0, 0].numpy(), wanted, atol=1e-6)
     assert np.array_equal(mask[0, 0].numpy(), sample.region[1])
@@ -249,7 +255,7 @@ def test_affine_is_scipys(store: Store) -> None:
     )
     for index in range(4):
         sample = patches[index]
-        image, _ = make_batch([sample], DATA.patch_size, NORMALISE, CPU)
+        image, _ = make_batch([sample], DATA.patch_size, EACH, CPU)
         region = (np.clip(sample.region[0], -1000, 400) + 300.0) / 350
         matrix = sample.augmentation.matrix
         assert matrix is not None
@@ -365,7 +371,7 @@ class Inverted:
         share = draws.stream(max(Stream) + 1).random()
         return cls() if share < 0.5 else None
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, channel: int = 0) -> Tensor:
         return image.neg_()
 
 
@@ -388,7 +394,7 @@ def test_a_transform_that_is_added_leaves_the_draws_of_the_others(
         assert others == list(one.augmentation.intensity)
         added += len(two.augmentation.intensity) - len(others)
         if others == list(two.augmentation.intensity):
-            ours, theirs = (make_batch([s], DATA.patch_size, NORMALISE, CPU) for s in (one, two))
+            ours, theirs = (make_batch([s], DATA.patch_size, EACH, CPU) for s in (one, two))
             assert torch.equal(ours[0], theirs[0])
     assert 0 < added < 30
 
@@ -398,7 +404,7 @@ def test_blur_is_scipys(store: Store) -> None:
         p_affine=0, flip=False, p_noise=0, p_blur=1, p_gamma=0, p_brightness=0, p_low_resolution=0
     )
     sample = source(store, config)[0]
-    image, _ = make_batch([sample], DATA.patch_size, NORMALISE, CPU)
+    image, _ = make_batch([sample], DATA.patch_size, EACH, CPU)
     plain = (np.clip(sample.region[0], -1000, 400) + 300.0) / 350
     blur = of_kind(sample.augmentation, Blur)
     theirs = ndimage.gaussian_filter(plain, blur.sigma, mode="nearest", truncate=3.0)
@@ -429,7 +435,7 @@ def test_a_turned_mask_is_the_whole_regions(store: Store) -> None:
         sample = patches[index]
         matrix = sample.augmentation.matrix
         assert matrix is not None
-        _, mask = make_batch([sample], DATA.patch_size, NORMALISE, CPU)
+        _, mask = make_batch([sample], DATA.patch_size, EACH, CPU)
         whole = warp(torch.from_numpy(sample.region[1]).float(), matrix, DATA.patch_size)
         flips = [axis for axis, flip in enumerate(sample.augmentation.mirrored) if flip]
         wanted = (whole.flip(flips) >= 0.5).float()
@@ -446,8 +452,8 @@ def test_mirroring_is_a_flip(store: Store, p_affine: float) -> None:
     for index in range(8):
         flips = mirrored[index].augmentation.mirrored
         axes = [axis + 2 for axis, flip in enumerate(flips) if flip]
-        ours = make_batch([mirrored[index]], DATA.patch_size, NORMALISE, CPU)
-        theirs = make_batch([plain[index]], DATA.patch_size, NORMALISE, CPU)
+        ours = make_batch([mirrored[index]], DATA.patch_size, EACH, CPU)
+        theirs = make_batch([plain[index]], DATA.patch_size, EACH, CPU)
         assert torch.allclose(ours[0], theirs[0].flip(axes), atol=1e-3)
         assert float((ours[1] != theirs[1].flip(axes)).float().mean()) < 1e-3
         seen.add(flips)
@@ -467,7 +473,7 @@ def test_low_resolution_is_the_librarys(resolution: float) -> None:
 def test_what_was_read_is_not_changed(store: Store) -> None:
     sample = source(store, EVERYTHING)[0]
     before = sample.region.copy()
-    make_batch([sample, source(store)[1]], DATA.patch_size, NORMALISE, CPU)
+    make_batch([sample, source(store)[1]], DATA.patch_size, EACH, CPU)
     assert np.array_equal(sample.region, before)
     hu = torch.tensor([-2000.0, 50.0])
     NORMALISE(hu)

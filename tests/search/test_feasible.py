@@ -12,7 +12,7 @@ from voxelscale.config import Config, Triple, from_dict
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search import feasible
 from voxelscale.search.feasible import constraints, cost_of
-from voxelscale.train.memory import Storages, make_network, play, seen_at_once, step_memory
+from voxelscale.train.memory import Storages, forward_backward, make_network, seen_at_once, step_memory
 
 CPU = torch.device("cpu")
 CUBIC: Triple = (1.0, 1.0, 1.0)
@@ -33,10 +33,10 @@ def test_memory_is_that_of_a_process_within_15_percent() -> None:
 
     What a training may need is the larger of what two took: how a heap happens to be laid out differs.
     """
-    bf16 = {"precision": "bf16", "batch_size": 1}
+    auto = {"precision": "auto", "batch_size": 1}  # bf16 takes minutes where it is only emulated
     configs = [
         training((32, 32, 32), model={"filters": 16, "norm": "group"}, train={"batch_size": 4}),
-        training((24, 40, 40), model={"filters": 32, "norm": "batch"}, train=bf16, optim={"name": "sgd"}),
+        training((24, 40, 40), model={"filters": 32, "norm": "batch"}, train=auto, optim={"name": "sgd"}),
         training((32, 32, 32), model={"depth": 2, "filters": 8, "kernel_size": 5}, train={"batch_size": 4}),
     ]
     ratios = [
@@ -61,7 +61,7 @@ def test_flop_and_parameters_are_those_of_a_real_pass(
     )
     network = make_network(config, CUBIC, CPU)
     with FlopCounterMode(display=False) as counter:
-        play(network, config, CPU, torch.bfloat16 if precision == "bf16" else torch.float32)
+        forward_backward(network, config, CPU, torch.bfloat16 if precision == "bf16" else torch.float32)
     cost = cost_of(config, CUBIC, "cpu")
     assert cost.flop == pytest.approx(counter.get_total_flops() * 1000 / seen_at_once(config), rel=0.01)
     assert cost.parameters == sum(p.numel() for p in network.parameters())
@@ -74,7 +74,7 @@ def test_on_a_gpu_memory_is_what_is_alive(optimiser: str, moments: int) -> None:
     with Storages() as real:
         network = make_network(config, CUBIC, CPU)
         weights = sum(p.nbytes for p in network.parameters())
-        play(network, config, CPU, torch.float32)
+        forward_backward(network, config, CPU, torch.float32)
         expected = real.peak + moments * weights
     assert expected <= cost_of(config, CUBIC, "cuda").memory <= 1.05 * expected
 
@@ -85,14 +85,14 @@ def test_on_a_gpu_memory_is_what_is_alive(optimiser: str, moments: int) -> None:
 def test_what_does_not_count_shares_one_answer() -> None:
     config = training()
     first = cost_of(config, CUBIC, "cpu")
-    runs = feasible._played.cache_info().misses
+    runs = feasible._simulated.cache_info().misses
     other = replace(
         config,
         optim=replace(config.optim, lr=0.1, weight_decay=0.0, momentum=0.5),
         train=replace(config.train, seed=3, samples=2 * config.train.samples),
     )
     second = cost_of(other, CUBIC, "cpu")
-    assert feasible._played.cache_info().misses == runs
+    assert feasible._simulated.cache_info().misses == runs
     assert (second.memory, second.parameters) == (first.memory, first.parameters)
     assert second.flop == pytest.approx(2 * first.flop)
 

@@ -7,20 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 from tests.conftest import Command
 from tests.formats.test_formats import write_series
+from tests.several import CLASSES, REGIONS, write_several
 from typer.testing import CliRunner
 
+from voxelscale.classes import Classes
 from voxelscale.cli import app
 from voxelscale.config import load
 from voxelscale.dataset import DataSet
 from voxelscale.dataset.listing import list_scans, list_sources
 from voxelscale.dataset.names import Names
-from voxelscale.formats import read_scan
+from voxelscale.formats import read_label, read_scan
 from voxelscale.geometry import Scan, reorient
+from voxelscale.pages.page import class_colour
 from voxelscale.report.dataset import write_dataset_page
 from voxelscale.store import Store
-from voxelscale.store.inspect import across_splits, describe, inspect
+from voxelscale.store.inspect import across_splits, class_voxels, describe, inspect
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -148,3 +152,104 @@ def test_where_a_renamed_case_lies_is_not_said(names: str, shown: bool, tmp_path
     found = inspect(DataSet(path=tmp_path / "cases.csv", reading=config.reading), workers=1)
     assert found.unreadable
     assert ("DOE_JOHN" in json.dumps(found.to_dict())) == shown
+
+
+@pytest.mark.parametrize("classes", [CLASSES, REGIONS], ids=["classes", "regions"])
+def test_several_classes_and_channels(classes: Classes, voxelscale: Command, tmp_path: Path) -> None:
+    data = write_several(tmp_path / "data", classes)
+    code, out, err = voxelscale("inspect", tmp_path / "data", "--json")
+    assert code == 0, err
+    told = {case["case"]: case for case in json.loads(out)["cases"]}
+    for source in data.cases:
+        case = told[source.case]
+        raw = read_label(source.labels[0])
+        for at, name in enumerate(classes.names):
+            there = np.isin(raw.array, classes.values[at])
+            count = ndimage.label(there, np.ones((3, 3, 3)))[1]
+            assert len(case["classes"][name]) == count
+            assert sum(case["classes"][name]) == pytest.approx(2.0 * there.sum())
+        assert [(c["name"], c["scheme"]) for c in case["channels"]] == [("CT", "ct"), ("MRI", "zscore")]
+        for channel, path in zip(case["channels"], (source.image, *source.more), strict=True):
+            values = read_scan(path).array
+            percentiles = np.percentile(values, [0, 1, 50, 99, 100])
+            assert channel["values"] == pytest.approx(percentiles, rel=1e-5)
+        assert case["hu"] == case["channels"][0]["values"]
+    page = tmp_path / "page.html"
+    code, out, err = voxelscale("inspect", tmp_path / "data", page)
+    assert code == 0, err
+    assert "6 readable cases, " in out
+    assert "2 channels (CT, MRI), 2 classes" in out
+    (line,) = (line for line in out.splitlines() if line.startswith(classes.names[1]))
+    assert line.split()[1:4] == ["5", "of", "6"]
+    html = page.read_text()
+    nesting = Nesting()
+    nesting.feed(html)
+    assert not nesting.open
+    assert "<core>" not in html
+    for at in (0, 1):
+        assert f'style="stroke:{class_colour(at)}"' in html
+    assert ">MRI, its own unit</text>" in html
+    assert ">HU</text>" in html
+
+
+def test_what_is_no_ct_has_no_hu_and_no_lungs(voxelscale: Command, tmp_path: Path) -> None:
+    data = write_several(tmp_path / "data", CLASSES, cases=3)
+    path = tmp_path / "data" / "dataset.json"
+    content = json.loads(path.read_text())
+    content["channel_names"] = {"0": "T1", "1": "T2"}
+    path.write_text(json.dumps(content))
+    code, out, err = voxelscale("inspect", tmp_path / "data", "--json")
+    assert code == 0, err
+    for case in json.loads(out)["cases"]:
+        assert "hu" not in case
+        assert case["values"] == case["channels"][0]["values"]
+        assert case["lungs_ml"] is None
+    assert not any("lungs" in problem["text"] for problem in json.loads(out)["problems"])
+    page = tmp_path / "page.html"
+    out = voxelscale("inspect", tmp_path / "data", page)[1]
+    assert "channel T2 (zscore): " in out
+    head = out.splitlines()[0]
+    assert "Values" in head
+    assert "HU" not in head
+    assert "Lungs" not in head
+    assert ">HU</text>" not in page.read_text()
+    assert "1st to 99th percentile" in page.read_text()
+    (data.cases[1].more[0]).unlink()
+    told = json.loads(voxelscale("inspect", tmp_path / "data", "--json")[1])
+    (problem,) = (p for p in told["problems"] if p["severity"] == "error")
+    assert problem["case"] == "c1"
+    assert str(tmp_path) not in json.dumps(told)
+
+
+def test_a_store_of_several_classes_and_channels(voxelscale: Command, tmp_path: Path) -> None:
+    """The volumes are those of the data set, the values those of its images, to their last of 15 bits."""
+    write_several(tmp_path / "data", REGIONS)
+    sets = ["--set", "prepare.spacing=[2,1,1]", "--set", "prepare.workers=1", "--set", "prepare.plan=false"]
+    code, _, err = voxelscale("prepare", tmp_path / "data", tmp_path / "store", *sets)
+    assert code == 0, err
+    of_data, of_store = (
+        json.loads(voxelscale("inspect", tmp_path / name, "--json")[1]) for name in ("data", "store")
+    )
+    for there, here in zip(of_data["cases"], of_store["cases"], strict=True):
+        assert here["classes"] == there["classes"]
+        for own, kept in zip(there["channels"], here["channels"], strict=True):
+            assert (kept["name"], kept["scheme"]) == (own["name"], own["scheme"])
+            step = (own["values"][4] - own["values"][0]) / 2**15
+            assert kept["values"] == pytest.approx(
+                own["values"], abs=max(step, 1e-3) if own["name"] == "MRI" else 1
+            )
+
+
+def test_components_of_classes_by_their_definition() -> None:
+    random = np.random.default_rng(5)
+    stored = random.integers(-1, 4, (9, 10, 11)).astype(np.int16)
+    three = Classes(names=("a", "b", "c"), values=((1,), (2,), (3,)))
+    bits = Classes(names=("a", "b"), values=((1, 2), (2,)), regions=True, order=(1, 2))
+    for classes in (three, bits):
+        for at, (own, (_, there)) in enumerate(
+            zip(class_voxels(classes, stored), classes.each(stored), strict=True)
+        ):
+            labels, count = ndimage.label(there, np.ones((3, 3, 3)))
+            assert len(own) == count, at
+            assert [len(v) for v in own] == sorted(np.bincount(labels.ravel())[1:].tolist(), reverse=True)
+            assert np.array_equal(np.sort(np.concatenate(own)), np.flatnonzero(there))

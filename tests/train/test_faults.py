@@ -36,7 +36,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import load_untrusted
 from voxelscale.ranks.workers import Workers
-from voxelscale.samples.batch import Normalisation
+from voxelscale.samples.batch import normalisations
 from voxelscale.store import Reader, Store, case_path
 from voxelscale.train import checkpoint, fit, loop, memory
 from voxelscale.train.checkpoint import alone_in
@@ -242,7 +242,7 @@ def test_two_ranks_judge_each_case_once(tiny: Config, store: Store) -> None:
         store=store,
         cases=store.cases,
         config=tiny,
-        normalise=Normalisation.of_fingerprint(store.fingerprint["lesion_hu"]),
+        normalise=normalisations(store),
         device=torch.device("cpu"),
         precision=torch.float32,
     )

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from voxelscale.config import Config, IntTriple, LossConfig, Triple, from_dict
+from voxelscale.classes import LESION, Classes
+from voxelscale.config import Config, IntTriple, LossConfig, ModelConfig, Triple, from_dict
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_loss, build_model
 from voxelscale.model.checkpointing import checkpoint_activations
@@ -73,6 +75,54 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(
         assert counts
         assert all(int(count) == 1 for count in counts)
         assert all(m.momentum == 0.1 for m in light.modules() if hasattr(m, "num_batches_tracked"))
+
+
+def test_checkpointing_with_deep_supervision_changes_no_gradient() -> None:
+    config = ModelConfig(depth=5, filters=4, deep_supervision=True)
+    torch.manual_seed(0)
+    model = build_model(config, (64, 64, 64), CUBIC, 1, 3)
+    light = checkpoint_activations(copy.deepcopy(model))
+    loss = build_loss(LossConfig(), Classes(names=("a", "b"), values=((1,), (2,))))
+    image, target = torch.randn(1, 1, 32, 32, 32), torch.randint(0, 3, (1, 1, 32, 32, 32)).float()
+    for each in (model, light):
+        loss(each(image), target)[0].backward()  # type: ignore[no-untyped-call]
+    for one, other in zip(model.parameters(), light.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.equal(one.grad, other.grad)
+
+
+def supervised_ranks(rank: int, folder: str) -> None:
+    """Gradients of a network with deep supervision and three classes, of two samples on two ranks."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/join", rank=rank, world_size=2)
+    network, loss, image, target = supervised_case()
+    wrapped = DistributedDataParallel(network, broadcast_buffers=False)
+    one = slice(rank, rank + 1)
+    loss(wrapped(image[one]), target[one])[0].backward()  # type: ignore[no-untyped-call]
+    torch.save([p.grad for p in network.parameters()], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def supervised_case() -> tuple[nn.Module, Callable[..., tuple[Tensor, Tensor]], Tensor, Tensor]:
+    torch.manual_seed(0)
+    config = ModelConfig(depth=5, filters=4, deep_supervision=True)
+    network = build_model(config, (64, 64, 64), CUBIC, 2, 4).double()
+    target = torch.randint(0, 4, (2, 1, 32, 32, 32)).float()
+    target[1, :, :20] = -1  # the samples differ in how many voxels take part
+    image = torch.randn(2, 2, 32, 32, 32, dtype=torch.float64)
+    return network, build_loss(LossConfig(), THREE), image, target
+
+
+def test_ranks_with_deep_supervision_have_the_gradients_of_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(supervised_ranks, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+    network, loss, image, target = supervised_case()
+    loss(network(image), target)[0].backward()  # type: ignore[no-untyped-call]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for (name, wanted), gradient in zip(network.named_parameters(), found, strict=True):
+            assert wanted.grad is not None
+            assert torch.allclose(gradient, wanted.grad, rtol=1e-7, atol=1e-9), name
 
 
 def test_checkpointing_saves_fewer_tensors_and_is_idle_without_gradients() -> None:
@@ -156,9 +206,9 @@ def test_the_estimate_is_that_of_a_real_pass(norm: str, checkpointing: bool) -> 
     config = small(norm, checkpoint_activations=checkpointing)
     with memory.Storages() as real:
         model = memory.make_network(config, CUBIC, CPU)
-        memory.play(model, config, CPU, torch.float32)
+        memory.forward_backward(model, config, CPU, torch.float32)
     weights = sum(p.numel() * 4 for p in model.parameters())
-    step = memory.play_through(config, CUBIC, torch.float32)
+    step = memory.simulate(config, CUBIC, torch.float32)
     assert step.alive == pytest.approx(real.peak + 2 * weights, rel=0.02)
 
 
@@ -169,15 +219,15 @@ def test_the_estimate_of_large_maps_is_that_of_a_real_pass(norm: str) -> None:
     config = replace(config, model=replace(config.model, depth=2, filters=8))
     with memory.Storages() as real:
         model = memory.make_network(config, CUBIC, CPU)
-        memory.play(model, config, CPU, torch.float32)
+        memory.forward_backward(model, config, CPU, torch.float32)
     weights = sum(p.numel() * 4 for p in model.parameters())
-    step = memory.play_through(config, CUBIC, torch.float32)
+    step = memory.simulate(config, CUBIC, torch.float32)
     assert step.alive == pytest.approx(real.peak + 2 * weights, rel=0.1)
 
 
 def test_the_estimate_grows_with_batch_patch_and_moments() -> None:
     def alive(config: Config) -> int:
-        return memory.play_through(config, CUBIC, torch.float32).alive
+        return memory.simulate(config, CUBIC, torch.float32).alive
 
     base = alive(small())
     assert alive(small(batch_size=4)) > 1.5 * base
@@ -189,12 +239,61 @@ def test_the_estimate_grows_with_batch_patch_and_moments() -> None:
 
 
 def test_a_large_batch_is_told_from_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = memory.play_through(small(batch_size=7), CUBIC, torch.float32)
-    monkeypatch.setattr(memory, "MOST_PLAYED", 7)
-    played = memory.play_through(small(batch_size=7), CUBIC, torch.float32)
-    assert told.flop == pytest.approx(played.flop)
-    assert told.parameters == played.parameters
-    assert told.alive == pytest.approx(played.alive, rel=0.06)
+    told = memory.simulate(small(batch_size=7), CUBIC, torch.float32)
+    monkeypatch.setattr(memory, "MOST_SIMULATED", 7)
+    whole = memory.simulate(small(batch_size=7), CUBIC, torch.float32)
+    assert told.flop == pytest.approx(whole.flop)
+    assert told.parameters == whole.parameters
+    assert told.alive == pytest.approx(whole.alive, rel=0.06)
+
+
+THREE = Classes(names=("a", "b", "c"), values=((1,), (2,), (3,)), ignore=(9,))
+REGIONS = Classes(names=("whole", "core"), values=((1, 2), (2,)), regions=True, order=(1, 2))
+SEVERAL: list[tuple[Classes, dict[str, Any]]] = [
+    (THREE, {"depth": 5, "deep_supervision": True}),
+    (REGIONS, {"kernels": ((1, 3, 3), (3, 3, 3), (3, 3, 3))}),
+    (THREE, {"blocks": (1, 2, 2)}),
+]
+
+
+def several(model: dict[str, Any], **train: Any) -> Config:
+    config = small(patch=(64, 64, 64) if "depth" in model else (16, 16, 16), **train)
+    return replace(config, model=replace(config.model, **model))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("classes", "model"), SEVERAL)
+def test_the_estimate_of_several_channels_and_classes_is_that_of_a_real_pass(
+    classes: Classes, model: dict[str, Any], checkpointing: bool
+) -> None:
+    """But for the loss, which takes a processor's shortcuts where tensors have contents."""
+    kind: dict[str, Any] = {"channels": 2, "classes": classes}
+    config = several(model, checkpoint_activations=checkpointing)
+    with memory.Storages() as real:
+        network = memory.make_network(config, CUBIC, CPU, **kind)
+        memory.forward_backward(network, config, CPU, torch.float32, **kind)
+    weights = sum(p.numel() * 4 for p in network.parameters())
+    step = memory.simulate(config, CUBIC, torch.float32, **kind)
+    assert step.alive == pytest.approx(real.peak + 2 * weights, rel=0.1)
+    assert step.flop == pytest.approx(real.flop)
+    assert step.alive > memory.simulate(config, CUBIC, torch.float32).alive
+
+
+def test_more_classes_need_more_and_the_bound_is_above() -> None:
+    """A hundred maps of logits outweigh a narrow network; a bound that is cheap must know them."""
+    many = Classes(names=tuple(map(str, range(117))), values=tuple((n,) for n in range(1, 118)))
+    config = several({"depth": 4})
+    few, more = (estimate_memory(config, CUBIC, CPU, channels=4, classes=kind) for kind in (LESION, many))
+    assert more > few + 4 * 2 * 117 * 64**3, "a float32 map of each sample and class is alive at least"
+    assert more < require_memory(config, CUBIC, CPU, channels=4, classes=many)
+
+
+@pytest.mark.parametrize(
+    "model", [{"depth": 5, "preset": "resenc_m", "filters": 32}, {"blocks": (8, 8, 8)}]
+)
+def test_the_bound_is_above_a_residual_encoders_step(model: dict[str, Any]) -> None:
+    config = several(model)
+    assert memory._rough_bound(config, 1, LESION) - memory.OWN > estimate_memory(config, CUBIC, CPU)
 
 
 def test_the_estimate_is_near_a_processs_resident_memory() -> None:
@@ -204,17 +303,17 @@ def test_the_estimate_is_near_a_processs_resident_memory() -> None:
     assert 0.5 * measured < estimate_memory(config, CUBIC, CPU) < 1.25 * measured
 
 
-def test_the_configured_loss_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
-    played: list[LossConfig] = []
+def test_the_configured_loss_is_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[LossConfig] = []
 
-    def recorded(config: LossConfig) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        played.append(config)
-        return build_loss(config)
+    def recorded(config: LossConfig, classes: Classes) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        used.append(config)
+        return build_loss(config, classes)
 
     monkeypatch.setattr(memory, "build_loss", recorded)
     config = replace(small(), loss=LossConfig(small=0.0, top_k=0.2))
-    memory.play_through(config, CUBIC, torch.float32)
-    assert played == [config.loss]
+    memory.simulate(config, CUBIC, torch.float32)
+    assert used == [config.loss]
 
 
 # What there is

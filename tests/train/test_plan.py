@@ -5,15 +5,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from voxelscale.config import Config, dump, load
+from voxelscale.channels import Channel
+from voxelscale.classes import Classes
+from voxelscale.config import Config, dump, from_dict, load
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.unet import plan_pooling
-from voxelscale.store import Store
+from voxelscale.store import CaseInfo, Store
 from voxelscale.store.spacing import target_spacing
 from voxelscale.train.memory import estimate_memory
 from voxelscale.train.plan import make_plan, plan_store, plan_text
@@ -87,3 +90,93 @@ def test_a_training_takes_the_plan_as_it_is(tiny: Config, store: Store, tmp_path
     command += ["--config", str(tmp_path / "tiny.yaml"), "--set", f"train.samples={plan.batch_size}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# Kernels, presets, channels and classes
+
+
+def store_of(shape: tuple[int, int, int], spacing: tuple[float, float, float], **kind: Any) -> Store:
+    """A store's table of ten scans."""
+    info = CaseInfo(
+        case="a",
+        patient="a",
+        split="train",
+        shape=shape,
+        affine=tuple(map(tuple, np.eye(4))),
+        source_spacing=spacing,
+        lesion_volumes_mm3=(),
+        intensities={},
+        key="",
+    )
+    return Store(path=Path(), spacing=spacing, fingerprint={}, cases=(info,) * 10, **kind)
+
+
+def memory_of_maps(config: Config) -> int:
+    """Bytes that grow with patch and batch alone."""
+    return 400 * config.train.batch_size * math.prod(config.data.patch_size)
+
+
+def test_coarse_axes_have_flat_kernels_at_first(tmp_path: Path) -> None:
+    """As nnU-Net plans for its prostate scans; nearly isotropic ones keep the one kernel."""
+    config = Config()
+    plan = make_plan(config, store_of((20, 320, 320), (3.6, 0.625, 0.625)), memory_of_maps, 2**31)
+    assert plan.kernels[:3] == ((1, 3, 3), (1, 3, 3), (3, 3, 3))
+    assert len(plan.kernels) == plan.depth
+    assert any(line.startswith("Kernels 1 x 3 x 3, 1 x 3 x 3, 3 x 3 x 3") for line in plan.reasons)
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan_text(plan, config))
+    assert load(path).model.kernels == plan.kernels
+    near = make_plan(config, store_of((120, 160, 160), (1.25, 0.7, 0.7)), memory_of_maps, 2**31)
+    assert near.kernels == ()
+    assert "ernel" not in plan_text(near, config)
+    slices = from_dict({"model": {"dims": 2}, "data": {"patch_size": [1, 64, 64]}})
+    assert make_plan(slices, store_of((20, 320, 320), (3.6, 0.6, 0.6)), memory_of_maps, 2**31).kernels == ()
+    coarse = make_plan(slices, store_of((20, 64, 320), (3.6, 2.4, 0.6)), memory_of_maps, 2**31)
+    assert coarse.kernels[0] == (3, 1, 3)
+
+
+def test_a_preset_is_planned_for_its_own_memory_and_no_other_bound(tmp_path: Path) -> None:
+    store = store_of((252, 512, 512), (1.24, 0.79, 0.79))
+    config = from_dict({"model": {"preset": "resenc_xl"}})
+    plan = make_plan(config, store, memory_of_maps, 16 * 2**30)
+    assert math.prod(plan.patch_size) > 160**3
+    assert plan.depth == 7
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan_text(plan, config))
+    again = load(path).model
+    assert again.preset == "resenc_xl"
+    assert again.settled.blocks == (1, 3, 4, 6, 6, 6, 6)
+    with pytest.raises(VoxelscaleError) as caught:
+        make_plan(config, store, memory_of_maps, 1)
+    assert "model.filters" not in caught.value.hint
+
+
+@pytest.mark.parametrize(("preset", "target"), [("resenc_m", 8), ("resenc_l", 24), ("resenc_xl", 40)])
+def test_the_memory_of_each_preset(
+    preset: str, target: int, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("voxelscale.train.plan.estimate_memory", lambda config, **_: memory_of_maps(config))
+    here = replace(store, path=tmp_path)
+    config = from_dict({"model": {"preset": preset}})
+    assert f"of {target:.2f} GiB" in plan_store(config, here).reasons[-1]
+    small = replace(config, prepare=replace(config.prepare, memory_gib=2.0))
+    assert "of 2.00 GiB" in plan_store(small, here).reasons[-1]
+
+
+def test_blocks_of_levels_follow_the_planned_depth(tmp_path: Path) -> None:
+    config = from_dict({"model": {"depth": 3, "blocks": [1, 2, 3]}})
+    plan = make_plan(config, store_of((96, 96, 96), (1.0, 1.0, 1.0)), memory_of_maps, 2**31)
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan_text(plan, config))
+    assert load(path).model.blocks == (1, 2, *[3] * (plan.depth - 2))
+
+
+def test_the_stores_channels_and_classes_count(store: Store, tmp_path: Path) -> None:
+    """With a hundred classes less fits than with one."""
+    names = tuple(f"class{n}" for n in range(1, 101))
+    many = Classes(names=names, values=tuple((n,) for n in range(1, 101)))
+    config = from_dict({"model": {"filters": 4}, "prepare": {"memory_gib": 0.2}})
+    wide = replace(store, classes=many, channels=(Channel(), Channel(name="PET", scheme="zscore")))
+    one, other = (plan_store(config, replace(each, path=tmp_path)) for each in (store, wide))
+    assert math.prod(other.patch_size) * other.batch_size < math.prod(one.patch_size) * one.batch_size
+    assert other.memory <= 0.2 * 2**30

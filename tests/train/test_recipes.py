@@ -64,7 +64,7 @@ def test_a_growing_batch_is_the_same_for_ranks_and_virtual_workers(
     assert apart(final_weights(folder / "ranks"), final_weights(folder / "virtual")) <= 1e-4
 
 
-def test_growing_and_played_sync_batch_are_refused(tiny: Config, store: Store, tmp_path: Path) -> None:
+def test_growing_and_virtual_sync_batch_are_refused(tiny: Config, store: Store, tmp_path: Path) -> None:
     config = with_train(tiny, "sync_batch", virtual_workers=2)
     config = replace(config, optim=replace(config.optim, grow_from=1))
     with pytest.raises(VoxelscaleError, match="sync_batch"):

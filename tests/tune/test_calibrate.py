@@ -29,18 +29,18 @@ from voxelscale.geometry import Grid, Scan, affine_from_itk
 from voxelscale.model.bundle import Calibration, read_bundle, write_bundle
 from voxelscale.predict.record import record_cases
 from voxelscale.predict.work import Predictor
-from voxelscale.tune.calibrate import FITS, Judged, calibrate, cross_validated, judge
+from voxelscale.tune.calibrate import FITS, ScoredFindings, calibrate, cross_validated, score_findings
 from voxelscale.tune.reliability import BINS, calibration_error, reliability, reliability_panel
 
 Curve = Callable[[Any], Any]
 
 
-def judged(truth: Curve, count: int = 600, scans: int = 40, seed: int = 0) -> Judged:
+def judged(truth: Curve, count: int = 600, scans: int = 40, seed: int = 0) -> ScoredFindings:
     """Findings whose chance to be a lesion is a function of their score."""
     random = np.random.default_rng(seed)
     score = random.uniform(0.02, 0.999, count)
     hit = random.random(count) < np.asarray(truth(score))
-    return Judged(score=score, hit=hit, scan=random.integers(0, scans, count))
+    return ScoredFindings(score=score, hit=hit, scan=random.integers(0, scans, count))
 
 
 def finding(x: float, score: float, case: str = "a", diameter: float = 10.0) -> Finding:
@@ -102,7 +102,7 @@ def test_the_froc_never_changes(tmp_path: Path) -> None:
         [finding(float(random.uniform(-60, 140)), float(p)) for p in 1 - random.random(8) ** 6]
         for _ in lesions
     ]
-    calibration, _ = calibrate(judge(list(zip(lesions, found, strict=True))))
+    calibration, _ = calibrate(score_findings(list(zip(lesions, found, strict=True))))
     after = []
     for row in found:
         told = [replace(f, probability=float(calibration(f.probability))) for f in row]
@@ -125,7 +125,7 @@ def test_what_counts_is_luna16s_rule_and_the_score() -> None:
         finding(20.0, 0.7),
         replace(finding(51.0, 0.6), score=None),  # of an older version
     ]
-    told = judge([(lesions, found), ([], [finding(3.0, 0.3)])])
+    told = score_findings([(lesions, found), ([], [finding(3.0, 0.3)])])
     order = np.argsort(-told.score)
     assert told.score[order].tolist() == [0.9, 0.7, 0.6, 0.3]
     assert told.hit[order].tolist() == [True, False, True, False]
@@ -182,7 +182,7 @@ def test_expected_calibration_error_by_hand() -> None:
         ),
     ],
 )
-def test_too_little_to_calibrate_on(change: Callable[[Judged], Judged], words: str) -> None:
+def test_too_little_to_calibrate_on(change: Callable[[ScoredFindings], ScoredFindings], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         calibrate(change(judged(lambda s: s, count=30)))
 

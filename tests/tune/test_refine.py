@@ -19,7 +19,7 @@ from voxelscale.files import write_sealed
 from voxelscale.geometry import Scan
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, Calibration, load_untrusted, read_bundle, write_bundle
-from voxelscale.model.judge import JudgeNet, crop_shape
+from voxelscale.model.false_positives import FalsePositiveNet, crop_shape
 from voxelscale.predict.work import Predictor
 from voxelscale.samples.batch import Normalisation
 from voxelscale.store import Store
@@ -71,7 +71,7 @@ def test_the_command(voxelscale: Command, untrained: Bundle, store: Store, tmp_p
     assert (code, err) == (0, "")
     assert "candidates that are none" in out
     after = read_bundle(tmp_path)
-    assert after.judge is not None
+    assert after.false_positives is not None
     assert after.calibration is None, "it was of other scores"
     assert after.identity != untrained.identity
     assert after.config.predict.candidates == 0.008
@@ -112,19 +112,19 @@ def test_interrupted_it_goes_on(
 
 def test_it_learns_to_tell_lesions_apart(refined: Path, store: Store) -> None:
     bundle = read_bundle(refined)
-    network = bundle.judge_network(CPU)
+    network = bundle.false_positive_network(CPU)
     assert network is not None
     (path,) = (refined / "refine").glob("*.jsonl")
     found = [json.loads(line) for line in path.read_text().splitlines() if line]
-    verdicts: dict[str, list[float]] = {"lesions": [], "others": []}
+    seconds: dict[str, list[float]] = {"lesions": [], "others": []}
     for entry in found:
         image, _ = store.read(entry["case"])
-        for kind, values in verdicts.items():
+        for kind, values in seconds.items():
             crops = [crop(image, centre, crop_shape(store.spacing)) for centre in entry[kind]]
             with torch.inference_mode():
                 values += network(bundle.normalisation(torch.stack(crops))).sigmoid()[:, 0].tolist()
-    assert min(map(len, verdicts.values())) >= 5
-    assert np.median(verdicts["lesions"]) > np.quantile(verdicts["others"], 0.9)
+    assert min(map(len, seconds.values())) >= 5
+    assert np.median(seconds["lesions"]) > np.quantile(seconds["others"], 0.9)
 
 
 def crop(image: np.ndarray[tuple[int, ...], np.dtype[np.int16]], centre: object, shape: object) -> Tensor:
@@ -140,11 +140,13 @@ def test_scores_are_the_geometric_mean_of_both(refined: Path, store: Store) -> N
     bundle, scan = read_bundle(refined), a_scan(store)
     config = bundle.config.predict
     findings, mask = Predictor(bundle, config, CPU, torch.float32).look("a", scan)
-    first, same = Predictor(replace(bundle, judge=None), config, CPU, torch.float32).look("a", scan)
+    first, same = Predictor(replace(bundle, false_positives=None), config, CPU, torch.float32).look(
+        "a", scan
+    )
     assert np.array_equal(mask.array, same.array)
     assert len(findings) == len(first) > 5
     assert [f.probability for f in findings] == sorted((f.probability for f in findings), reverse=True)
-    network = bundle.judge_network(CPU)
+    network = bundle.false_positive_network(CPU)
     assert network is not None
     by_place = {f.index: f for f in findings}
     for finding in first:
@@ -163,10 +165,10 @@ def test_in_an_ensemble_each_network_keeps_its_own(
     write_bundle(tmp_path / "other.vxs", replace(untrained, weights=other))
     assert voxelscale("ensemble", tmp_path / "other.vxs", refined, "--out", tmp_path / "all.vxs")[0] == 0
     both = read_bundle(tmp_path / "all.vxs")
-    assert [one.judge is not None for one in both.networks] == [False, True]
+    assert [one.false_positives is not None for one in both.networks] == [False, True]
     config = read_bundle(refined).config.predict
     findings, _ = Predictor(both, config, CPU, torch.float32).look("a", a_scan(store))
-    plain = replace(both, others=tuple(replace(one, judge=None) for one in both.others))
+    plain = replace(both, others=tuple(replace(one, false_positives=None) for one in both.others))
     first, _ = Predictor(plain, config, CPU, torch.float32).look("a", a_scan(store))
     assert {f.index for f in findings} == {f.index for f in first}
     assert {f.index: f.score for f in findings} != {f.index: f.score for f in first}
@@ -202,7 +204,7 @@ def test_mistakes_are_told(
 
 @pytest.mark.parametrize("fault", ["list", "shape", "name", "nan", "number"])
 def test_a_judge_that_is_none_is_refused(untrained: Bundle, tmp_path: Path, fault: str) -> None:
-    weights: dict[str, object] = dict(JudgeNet().state_dict())
+    weights: dict[str, object] = dict(FalsePositiveNet().state_dict())
     first = next(iter(weights))
     tensor = weights[first]
     assert isinstance(tensor, Tensor)

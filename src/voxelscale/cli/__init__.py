@@ -6,7 +6,7 @@ import sys
 
 # Each registers its commands; the help lists them in this order.
 from voxelscale.cli import data, train, study, predict, evaluate, help  # isort: skip
-from voxelscale.cli.common import app, tell
+from voxelscale.cli.common import app, print_error
 from voxelscale.errors import VoxelscaleError
 from voxelscale.usage import LEVELS, UsageError, explain
 
@@ -23,6 +23,6 @@ def main() -> None:
         code = app([*levels, *(others or ["--help"])], prog_name="voxelscale", standalone_mode=False)
     except (VoxelscaleError, UsageError) as error:
         fault = error if isinstance(error, VoxelscaleError) else explain(error)
-        tell(fault.message, fault.hint)
+        print_error(fault.message, fault.hint)
         code = 2
     sys.exit(code or 0)

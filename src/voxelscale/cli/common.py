@@ -79,18 +79,18 @@ def verb(
             try:
                 code = command(*args, **kwargs) or 0
             except VoxelscaleError as error:
-                tell(error.message, error.hint)
+                print_error(error.message, error.hint)
                 code = 2
             except OSError as error:
                 # A full or failing disk, a network share that is gone: a traceback would not help.
-                tell(
+                print_error(
                     f"{error.filename or 'input or output'}: {error.strerror or error}",
                     "check the disk and its permissions",
                 )
                 code = 2
             except KeyboardInterrupt:
                 again = "resumes where this one stopped" if goes_on else "starts again from the beginning"
-                tell("interrupted", f"the same command {again}")
+                print_error("interrupted", f"the same command {again}")
                 code = 130
             raise typer.Exit(code)
 
@@ -109,17 +109,17 @@ app.add_typer(
 )
 
 
-def tell(message: str, hint: str) -> None:
+def print_error(message: str, hint: str) -> None:
     """Print an error and its hint to stderr, one line each."""
     print(f"error: {message}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
 
 
-def tell_failed(failed: Sequence[tuple[str, str, str]], verb: str) -> int:
+def print_failed(failed: Sequence[tuple[str, str, str]], verb: str) -> int:
     """Print the error of each failed case, then their number; return the exit code."""
     for _, message, hint in failed:
-        tell(message, hint)
+        print_error(message, hint)
     if failed:
         names = ", ".join(case for case, _, _ in failed)
         print(f"{len(failed)} not {verb}: {names}", file=sys.stderr)
@@ -127,7 +127,7 @@ def tell_failed(failed: Sequence[tuple[str, str, str]], verb: str) -> int:
 
 
 def rows_of(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The failed cases of a summary, in the form that `tell_failed` takes."""
+    """The failed cases of a summary, in the form that `print_failed` takes."""
     return [(f["case"], f["error"], f["hint"]) for f in summary["failed"]]
 
 
@@ -149,7 +149,12 @@ def data_set(
     from voxelscale.dataset import DataSet
 
     return DataSet(
-        path=path, reading=config.reading, layout=layout, annotations=annotations, key_folder=keys
+        path=path,
+        reading=config.reading,
+        layout=layout,
+        annotations=annotations,
+        splits=config.prepare.splits,
+        key_folder=keys,
     )
 
 

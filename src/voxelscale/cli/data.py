@@ -14,8 +14,8 @@ from voxelscale.cli.common import (
     Layout,
     Sets,
     data_set,
+    print_failed,
     read_config,
-    tell_failed,
     verb,
 )
 from voxelscale.console import count
@@ -61,7 +61,7 @@ def phantom(
         return 0
     sources = dataset.sources_into([data_set(path, settings, layout, annotations, out) for path in into])
     made = dataset.write_copies(sources, settings, out, copies, originals)
-    code = tell_failed(made.failed, "copied")
+    code = print_failed(made.failed, "copied")
     print(f"{count(made.done, 'scan')} with {count(made.nodules, 'nodule')} put in: {made.table}")
     return code
 
@@ -83,11 +83,16 @@ def prepare(
     voxelscale prepare scans/ store/
     voxelscale prepare cases.csv store/ --set prepare.spacing=[2,1,1] --set prepare.split=[1,0,0]
     voxelscale prepare Task06_Lung/ store/
+    voxelscale prepare scans/ store/ --set "reading.labels={liver: 1, tumour: 2}" --set prepare.folds=5
 
-    DATA is one of: a folder with images/ and labels/; a CSV (image,label and optionally case,patient; paths
-    relative to the CSV); a data set of the Medical Segmentation Decathlon, nnU-Net, LIDC-IDRI or LUNA16 as
-    downloaded; any tree of DICOM series with SEG or RTSTRUCT. The layout is recognised and printed.
-    Images are NIfTI, MetaImage, NRRD or DICOM; labels are masks, SEG, RTSTRUCT, LIDC XML or LUNA16 tables.
+    DATA is one of: a folder with images/ and labels/; a CSV (image,label and optionally case, patient,
+    split, fold; of several channels image_CT,image_PET; paths relative to the CSV); a data set of the
+    Medical Segmentation Decathlon, nnU-Net, LIDC-IDRI or LUNA16 as downloaded; any tree of DICOM with
+    SEG or RTSTRUCT. The layout is recognised and printed. Images are NIfTI, MetaImage, NRRD, DICOM, PNG or
+    TIFF; labels are masks, SEG, RTSTRUCT, LIDC XML or LUNA16 tables.
+
+    Classes, channels and folds are those that the data set names; reading.labels, reading.channels,
+    prepare.normalisation and prepare.splits replace them.
 
     DICOM cases are named by a keyed hash (reading.names), which is the same in all your commands.
     store/names.csv lists the path and series of each case: it identifies patients, do not share it.
@@ -100,18 +105,18 @@ def prepare(
     from voxelscale.store.prepare import prepare as run_prepare
 
     settings = read_config(config, set_)
-    sources = data_set(data, settings, layout, annotations, store).cases
-    write_names(sources, store)
-    outcome = run_prepare(sources, store, settings.prepare, settings.reading)
-    code = tell_failed(outcome.failed, "prepared")
+    listed = data_set(data, settings, layout, annotations, store)
+    write_names(listed.cases, store)
+    outcome = run_prepare(listed.cases, store, settings.prepare, settings.reading, listed.folds)
+    code = print_failed(outcome.failed, "prepared")
     parts = [f"{sum(c.split == split for c in outcome.done)} {split}" for split in ("train", "val", "test")]
     kept = f", {outcome.kept} of them kept from before" if outcome.kept else ""
     print(f"{count(len(outcome.done), 'case')} in {store} ({', '.join(parts)}){kept}")
     planned = outcome.kept == len(outcome.done) and (store / PLAN_FILE).is_file()
     if settings.prepare.plan and not planned:
-        from voxelscale.train.plan import tell_plan
+        from voxelscale.train.plan import report_plan
 
-        tell_plan(settings, store)
+        report_plan(settings, store)
     return code
 
 

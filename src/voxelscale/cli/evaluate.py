@@ -14,9 +14,9 @@ from voxelscale.cli.common import (
     Layout,
     Sets,
     data_set,
+    print_failed,
     read_config,
     rows_of,
-    tell_failed,
     verb,
 )
 from voxelscale.files import check_output
@@ -44,7 +44,8 @@ def evaluate(
 
     Dice, surface Dice and HD95 per case; sensitivity by lesion size, and by kind, margin and place for
     synthetic nodules; FROC by LUNA16's rule; components matched by IoU; 95 % intervals. docs/measures.md
-    defines each. Writes evaluation.json and cases.csv. Cases without a true mask are left out; with
+    defines each. Several classes are scored one by one, with the mean Dice over them. Writes
+    evaluation.json and cases.csv. Cases without a true mask are left out; with
     reading.allow_empty=true they count as healthy. A case that predict was to predict and did not is an
     error.
     """
@@ -55,7 +56,7 @@ def evaluate(
     truth = data_set(data, read_config(config, set_), layout, annotations)
     summary = evaluate_folder(predictions, truth, out or predictions, missing_is_empty=all_)
     print("\n".join(text_summary(summary)))
-    return tell_failed(rows_of(summary), "evaluated")
+    return print_failed(rows_of(summary), "evaluated")
 
 
 @verb("Evaluation")
@@ -79,7 +80,8 @@ def compare(
 
     On the cases that both predicted: the differences A - B of mean Dice, CPM and sensitivity at 1 false
     positive per scan, with 95 % intervals and two-sided p-values by paired bootstrap over scans. For Dice
-    also Wilcoxon's signed-rank test.
+    also Wilcoxon's signed-rank test. Of several classes each by itself, with p-values corrected for their
+    number (Holm), and the mean Dice over them.
     """
     if out is not None:
         check_output(out, file=True)
@@ -93,7 +95,7 @@ def compare(
         seed=seed,
     )
     print(json.dumps(result) if as_json else "\n".join(text_table(result)))
-    return tell_failed(rows_of(result), "compared")
+    return print_failed(rows_of(result), "compared")
 
 
 @verb("Evaluation")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from voxelscale.cli.common import ConfigFile, Layout, Sets, data_set, read_config, tell_failed, verb
+from voxelscale.cli.common import ConfigFile, Layout, Sets, data_set, print_failed, read_config, verb
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output
 
@@ -31,6 +31,7 @@ def predict(
     voxelscale predict run/ patient.nii.gz predictions/
     voxelscale predict model.vxs dicom_folder/ predictions/ --set predict.test_time_augmentation=true
     voxelscale predict run/ scans/ predictions/ --store store/ --split test
+    voxelscale predict run_of_fold_0/ scans/ predictions/ --store store/ --split val
     torchrun --nproc-per-node 4 -m voxelscale.cli predict run/ scans/ predictions/
 
     For each case writes mask.nii.gz (on the scan's own voxels), findings.csv (LUNA16's columns, LPS mm) and
@@ -47,17 +48,19 @@ def predict(
     from voxelscale.dataset.names_table import write_names
     from voxelscale.model.bundle import read_bundle
     from voxelscale.predict.predict import predict as run_predict
+    from voxelscale.predict.predict import with_channels_of
     from voxelscale.predict.record import record_cases
     from voxelscale.predict.text import lines
-    from voxelscale.store import open_store
+    from voxelscale.store.fingerprint import open_fold
 
     bundle = read_bundle(model)
     settings = read_config(config, set_, bundle.config)
+    settings = with_channels_of(bundle, settings, scans)
     data = data_set(scans, settings, layout, keys=store or out)
     sources = data.scans
     data.names.keep_in(out)
     if store is not None:
-        opened = open_store(store)
+        opened = open_fold(store, settings.data.fold)
         wanted = {info.case for info in opened.split(split)}
         sources = [source for source in sources if source.case in wanted]
         if not sources:
@@ -68,7 +71,7 @@ def predict(
     outcome = run_predict(sources, bundle, settings.predict, out, settings.reading)
     if outcome.rank:
         return 0
-    code = tell_failed(outcome.failed, "predicted")
-    print("\n".join(lines(outcome, settings.predict)))
+    code = print_failed(outcome.failed, "predicted")
+    print("\n".join(lines(outcome, settings.predict, bundle.classes)))
     print(f"masks and findings in {out}")
     return code

@@ -13,9 +13,9 @@ from voxelscale.cli.common import (
     Layout,
     Sets,
     data_set,
+    print_failed,
     read_config,
     rows_of,
-    tell_failed,
     verb,
 )
 from voxelscale.console import count, notice
@@ -176,4 +176,4 @@ def calibrate(
         f"({summary['method']}, cross-validated by scans)"
     )
     print(f"calibrated model in {model}, reliability diagram in calibration.svg next to it")
-    return tell_failed(rows_of(summary), "read")
+    return print_failed(rows_of(summary), "read")

@@ -16,6 +16,9 @@ class DataConfig(Section):
     """Voxels (z, y, x) of a training patch; for a 2-D model the first must be 1."""
     foreground: float = 0.5
     """Share of samples centred on a lesion voxel; the rest are centred anywhere in the scan."""
+    fold: int | None = None
+    """Which of the store's folds to train on, from 0: its validation scans choose the model; null: the
+    store's own split."""
     cases: int = 0
     """Number of training scans to use; 0: all."""
     patches_per_case: int = 0
@@ -29,6 +32,7 @@ class DataConfig(Section):
         return [
             ("patch_size", min(self.patch_size) >= 1, "at least 1 voxel along each axis"),
             ("foreground", 0 <= self.foreground <= 1, "between 0 and 1"),
+            ("fold", self.fold is None or self.fold >= 0, "at least 0, or null"),
             ("patches_per_case", self.patches_per_case >= 0, "at least 0"),
             ("readers", self.readers >= 1, "at least 1"),
             ("prefetch", self.prefetch >= 1, "at least 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from voxelscale.config.section import Rule, Section, Triple
 
@@ -17,7 +18,16 @@ class PrepareConfig(Section):
     split: Triple = (0.7, 0.15, 0.15)
     """Shares of patients in train, val and test."""
     seed: int = 0
-    """Seed of the split, which shuffles the patients."""
+    """Seed of the split and of the folds, which shuffles the patients."""
+    splits: str = ""
+    """A splits_final.json as nnU-Net has it (folds, each with its lists train and val); "": the data set's
+    own, or a column split or fold of its CSV, or else prepare.split."""
+    folds: int = 0
+    """Number of folds by patient, where the data set gives none; 0: none, as data.fold is not used. Test
+    scans are in no fold."""
+    normalisation: tuple[Literal["ct", "zscore", "minmax", "rgb", "none"], ...] = ()
+    """Normalisation of each channel: ct (clipped and scaled by the lesions' HU), zscore (of the case),
+    minmax (of the case, to 0..1), rgb (255 is 1) or none; []: by the channels' names."""
     keep_small: bool = False
     """Whether a lesion that falls between the voxels of the target spacing keeps one voxel, which is larger
     than the lesion; false: it is lost, with a warning."""
@@ -37,5 +47,6 @@ class PrepareConfig(Section):
         return [
             ("split", min(self.split) >= 0 and sum(self.split) > 0, "shares, at least one above 0"),
             ("spacing", self.spacing is None or min(self.spacing) > 0, "above 0 mm"),
+            ("folds", self.folds == 0 or self.folds >= 2, "0, or at least 2"),
             ("memory_gib", self.memory_gib >= 0, "at least 0"),
         ]

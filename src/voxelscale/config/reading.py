@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from voxelscale.config.section import Rule, Section
 
@@ -14,9 +14,17 @@ from voxelscale.config.section import Rule, Section
 class ReadingConfig(Section):
     """How a data set is read, the same in every command."""
 
-    labels: tuple[int, ...] | None = None
-    """Mask values (segment numbers, region numbers) of the lesion; null: every value above 0, or those that
-    the data set names as the lesion."""
+    labels: tuple[int, ...] | dict[str, Any] | None = None
+    """What the labels distinguish; null: the classes that the data set names, or else every value above 0
+    is the lesion. A list: the values (numbers of segments or regions) of the lesion. Classes by name, as
+    {liver: 1, tumour: [2, 3], ignore: 255, background: [0, 4]}; values that are texts name SEG segments or
+    RTSTRUCT regions. Where values are shared, they are regions that overlap."""
+    regions_class_order: tuple[int, ...] = ()
+    """Of overlapping regions: the value of each in predicted masks, later ones written over earlier ones;
+    []: as the data set says."""
+    channels: tuple[str, ...] = ()
+    """Names of the image's channels in their order, as [CT, PET]; []: as the data set says, or one CT. A
+    name says how a channel is normalised (prepare.normalisation)."""
     consensus: float = 0.5
     """LIDC: share of a nodule's readers who must have outlined a voxel."""
     allow_empty: bool = False

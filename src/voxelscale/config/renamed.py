@@ -24,6 +24,21 @@ RENAMED = {
 """Old key -> new key, with the same meaning."""
 
 
+ADDED: dict[str, object] = {
+    "reading.regions_class_order": (),
+    "reading.channels": (),
+    "prepare.splits": "",
+    "prepare.folds": 0,
+    "prepare.normalisation": (),
+    "data.fold": None,
+    "model.kernels": (),
+    "model.blocks": (),
+    "model.preset": "none",
+    "model.deep_supervision": False,
+}
+"""Keys that came after the first digests were made, and the defaults with which they are left out."""
+
+
 def new_name(key: str) -> str:
     """Today's name of ``section.key``."""
     return RENAMED.get(key, key)
@@ -55,11 +70,20 @@ def with_new_names(tree: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
 def with_first_names(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Sections under the keys' first names, of which digests are made.
 
-    Digests stay the same when a key is renamed, so that old runs, studies and predictions can be resumed.
+    Digests stay the same when a key is renamed or added, so that old runs, studies and predictions can be
+    resumed.
     """
-    named = {section: dict(keys) for section, keys in tree.items()}
+    named = {
+        section: {key: value for key, value in keys.items() if not _is_added(f"{section}.{key}", value)}
+        for section, keys in tree.items()
+    }
     for old, new in RENAMED.items():
         (section, key), (new_section, new_key) = old.split("."), new.split(".")
         if new_key in named.get(new_section, {}):
             named.setdefault(section, {})[key] = named[new_section].pop(new_key)
     return {section: keys for section, keys in named.items() if keys or not tree.get(section)}
+
+
+def _is_added(key: str, value: object) -> bool:
+    """Whether a key came later and says what was done before."""
+    return key in ADDED and ADDED[key] == (tuple(value) if isinstance(value, list) else value)

@@ -60,7 +60,11 @@ def coerce(kind: Any, value: Any, where: str, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return coerce(next(a for a in args if a is not type(None)), value, where, path)
+        kinds = [arg for arg in args if arg is not type(None)]
+        # Of a list or a mapping: what is neither is refused as the first of them.
+        mapped = isinstance(value, Mapping) and any(get_origin(arg) is dict for arg in kinds)
+        kind = next((arg for arg in kinds if (get_origin(arg) is dict) == mapped), kinds[0])
+        return coerce(kind, value, where, path)
     if origin is Literal:
         if value in args and type(value) in {type(a) for a in args}:
             return value

@@ -7,11 +7,15 @@ one: its documentation/dataset_format.md. LUNA16: https://luna16.grand-challenge
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from voxelscale.channels import ONE_CT, Channel
+from voxelscale.classes import NODULE
+from voxelscale.dataset import channels as channelled
+from voxelscale.dataset.classes import of_json
 from voxelscale.dataset.source import (
     Found,
     Source,
@@ -20,19 +24,17 @@ from voxelscale.dataset.source import (
     is_path,
     read_json,
     safe_name,
+    splits_beside,
     unlisted,
     visible,
 )
-from voxelscale.dataset.tables import CHANNEL, ONE_CHANNEL, with_spheres
+from voxelscale.dataset.tables import with_spheres
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import files_below
 
 TABLE = "annotations.csv"
 TABLE_PLACES = ("", "CSVFILES", "evaluationScript/annotations")
 """Where LUNA16's table lies, as its archives unpack."""
-
-MOST_NAMED = 20
-"""Classes that a message names at most."""
 
 
 def layout_of_json(path: Path) -> str:
@@ -46,43 +48,61 @@ def layout_of_json(path: Path) -> str:
     names = [case_name(image) for image in visible(images)] if images.is_dir() else []
     first = _listed(path, tree)[:1]
     if not first:
-        return "nnunet" if any(CHANNEL.fullmatch(name) for name in names) else "msd"
+        return "nnunet" if any(channelled.NUMBERED.fullmatch(name) for name in names) else "msd"
     # The older nnU-Net lists the Decathlon's names, but its files bear the channel's number.
     name = case_name(first[0][0])
     return "nnunet" if name not in names and f"{name}_0000" in names else "msd"
 
 
-def from_decathlon(path: Path) -> Found:
-    """The cases of a Medical Segmentation Decathlon's ``dataset.json``."""
+def from_decathlon(path: Path, asked: Sequence[str] = ()) -> Found:
+    """The cases of a Medical Segmentation Decathlon's ``dataset.json``.
+
+    Args:
+        asked: the user's names of its channels.
+    """
     tree = read_json(path)
-    channel = _one_channel(path, tree.get("modality", {}))
-    values, remarks = _classes(path, tree)
+    channels = channelled.settled(path, channelled.said_by(path, tree.get("modality", {})), asked)
     listed = list(dict.fromkeys(_listed(path, tree)))  # the same pair twice is one case
-    sources = called_after([(case_name(image), image, (label,)) for image, label in listed], values)
+    named = called_after([(case_name(image), image, (label,)) for image, label in listed])
+    # Of several channels each file holds all, along its fourth axis: reading it says whether it does.
+    volumes = max(len(channels), 1)
+    sources = [replace(source, channels=channels or ONE_CT, volumes=volumes) for source in named]
     if not sources:
         raise VoxelscaleError(f"{path}: lists no training cases", "copy it again")
     entries = [e.get("image") if isinstance(e, Mapping) else e for e in _list(path, tree, "test")]
     tests = called_after([(case_name(image), image, ()) for e in entries for image in [_inside(path, e)]])
     images, labels = path.parent / "imagesTr", path.parent / "labelsTr"
-    remarks += unlisted("images", _files_in(images), [image for image, _ in listed])
+    remarks = unlisted("images", _files_in(images), [image for image, _ in listed])
     remarks += unlisted("labels", _files_in(labels), [label for _, label in listed])
-    return Found(sources=sources, tests=tests, remarks=(*channel, *remarks))
+    return Found(
+        sources=sources,
+        tests=[replace(test, channels=channels or ONE_CT, volumes=volumes) for test in tests],
+        remarks=remarks,
+        classes=of_json(path, tree),
+        channels=channels,
+        splits=splits_beside(path),
+    )
 
 
-def from_nnunet(path: Path) -> Found:
-    """The cases of a raw data set of nnU-Net: by the ``dataset`` of its JSON, or else by its folders."""
+def from_nnunet(path: Path, asked: Sequence[str] = ()) -> Found:
+    """The cases of a raw data set of nnU-Net: by the ``dataset`` of its JSON, or else by its folders.
+
+    Args:
+        asked: the user's names of its channels.
+    """
     tree, data = read_json(path), path.parent
-    channel = _one_channel(path, tree.get("channel_names", tree.get("modality", {})))
-    values, remarks = _classes(path, tree)
+    said = channelled.said_by(path, tree.get("channel_names", tree.get("modality", {})))
+    channels = channelled.settled(path, said, asked)
+    ending = _ending(path, tree)
+    remarks: tuple[str, ...] = ()
     if "dataset" in tree:
-        sources = _named_cases(path, tree["dataset"], values)
+        cases = _named_cases(path, tree["dataset"])
     else:
-        ending = _ending(path, tree)
         labels = {case_name(p): p for p in _ending_with(data / "labelsTr", ending)}
-        images = _first_channels(data / "imagesTr", ending)
-        cases = [(name, image, (labels[name],) if name in labels else ()) for name, image in images]
-        sources = called_after(cases, values)
-        remarks += unlisted("labels", labels.values(), [one for _, _, held in cases for one in held])
+        images = channelled.by_case(_ending_with(data / "imagesTr", ending), ending)
+        cases = [(name, files, (labels[name],) if name in labels else ()) for name, files in images.items()]
+        remarks = unlisted("labels", labels.values(), [one for _, _, held in cases for one in held])
+    sources = _of_channels(cases, channels)
     if not sources:
         raise VoxelscaleError(
             f"{path}: no training cases beside it", "put them into imagesTr/ and labelsTr/"
@@ -90,35 +110,39 @@ def from_nnunet(path: Path) -> Found:
     wanted = tree.get("numTraining")
     if isinstance(wanted, int) and wanted != len(sources):
         remarks = (*remarks, f"warning: {path} says {wanted} training cases, {len(sources)} are there")
-    tests = called_after([(n, i, ()) for n, i in _first_channels(data / "imagesTs", _ending(path, tree))])
-    return Found(sources=sources, tests=tests, remarks=(*channel, *remarks))
+    tested = channelled.by_case(_ending_with(data / "imagesTs", ending), ending)
+    return Found(
+        sources=sources,
+        tests=_of_channels([(name, files, ()) for name, files in tested.items()], channels),
+        remarks=remarks,
+        classes=of_json(path, tree),
+        channels=channels,
+        splits=splits_beside(path),
+    )
 
 
-def _named_cases(path: Path, cases: Any, values: tuple[int, ...] | None) -> list[Source]:
+Case = tuple[str, Mapping[int, Path], tuple[Path, ...]]
+"""Its name, the files of its channels by their numbers, and its labels."""
+
+
+def _of_channels(cases: Sequence[Case], channels: Sequence[Channel]) -> list[Source]:
+    sources = called_after([(name, files[min(files)], labels) for name, files, labels in cases])
+    return [
+        channelled.placed(source, files, channels)
+        for source, (_, files, _) in zip(sources, cases, strict=True)
+    ]
+
+
+def _named_cases(path: Path, cases: Any) -> list[Case]:
     if not isinstance(cases, Mapping) or not all(isinstance(case, Mapping) for case in cases.values()):
         raise VoxelscaleError(f"{path}: 'dataset' is no table of cases", "see nnU-Net's dataset_format.md")
-    sources = []
+    found: list[Case] = []
     for name, case in cases.items():
         images = case.get("images")
-        if not isinstance(images, list) or len(images) != 1:
-            count = len(images) if isinstance(images, list) else 0
-            raise VoxelscaleError(f"{path}: case {safe_name(name)} has {count} images", ONE_CHANNEL)
-        sources.append((name, _inside(path, images[0]), (_inside(path, case.get("label")),)))
-    return called_after(sources, values)
-
-
-def _first_channels(folder: Path, ending: str) -> list[tuple[str, Path]]:
-    """Case and image of every file ``<case>_0000<ending>``; a second channel is refused."""
-    found = []
-    for path in _ending_with(folder, ending):
-        channel = CHANNEL.fullmatch(
-            path.name[: len(path.name) - len(ending)] if ending else case_name(path)
-        )
-        if channel is None:
-            continue
-        if int(channel[2]):
-            raise VoxelscaleError(f"{path}: a second channel of {channel[1]}", ONE_CHANNEL)
-        found.append((channel[1], path))
+        if not isinstance(images, list) or not 0 < len(images) <= channelled.MOST_CHANNELS:
+            raise VoxelscaleError(f"{path}: case {safe_name(name)} has no list of images", "copy it again")
+        files = {number: _inside(path, image) for number, image in enumerate(images)}
+        found.append((name, files, (_inside(path, case.get("label")),)))
     return found
 
 
@@ -135,48 +159,6 @@ def _ending(path: Path, tree: Mapping[str, Any]) -> str:
     if not isinstance(ending, str):
         raise VoxelscaleError(f"{path}: file_ending is no text", 'write it as ".nii.gz"')
     return ending
-
-
-def _one_channel(path: Path, channels: Any) -> tuple[str, ...]:
-    """Refuse more than one channel; a remark where the one is no CT."""
-    if not isinstance(channels, Mapping):
-        raise VoxelscaleError(f"{path}: its channels are no table", 'write them as {"0": "CT"}')
-    names = [str(name)[:40] for name in channels.values()]
-    if len(names) > 1:
-        raise VoxelscaleError(f"{path}: {len(names)} channels ({', '.join(names[:6])})", ONE_CHANNEL)
-    if names and "CT" not in names[0].upper():
-        return (f"warning: its channel is {names[0]}, not CT; values are taken for HU",)
-    return ()
-
-
-def _classes(path: Path, tree: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-    """The mask values that are the lesion by default, and a remark that names them all.
-
-    The Decathlon writes ``{"1": "cancer"}``, nnU-Net 2 ``{"cancer": 1}`` or, for regions that overlap,
-    ``{"whole": [1, 2]}``; what it calls ``ignore`` is no class.
-    """
-    labels = tree.get("labels", {})
-    if not isinstance(labels, Mapping):
-        raise VoxelscaleError(f"{path}: 'labels' is no table", 'write it as {"background": 0, "cancer": 1}')
-    ignored: set[int] = set()
-    named: dict[str, tuple[int, ...]] = {}
-    for key, value in labels.items():
-        name, numbers = (value, key) if isinstance(value, str) else (key, value)
-        try:
-            group = tuple(int(n) for n in (numbers if isinstance(numbers, list) else [numbers]))
-        except (TypeError, ValueError, OverflowError):
-            hint = "a class needs a whole number, a region a list of them"
-            raise VoxelscaleError(f"{path}: label {str(name)[:40]!r} has no number", hint) from None
-        if name == "ignore":
-            ignored.update(group)
-        elif any(group):
-            named[str(name)[:40]] = group
-    every = sorted({n for group in named.values() for n in group} - {0} - ignored)
-    remark = ""
-    if len(named) > 1:
-        each = [f"{name} [{','.join(map(str, group))}]" for name, group in named.items()]
-        remark = f"classes: {', '.join(each[:MOST_NAMED])}; choose with reading.labels, else all are lesion"
-    return tuple(every) if ignored else None, (remark,) if remark else ()
 
 
 def _listed(path: Path, tree: Mapping[str, Any]) -> list[tuple[Path, Path]]:
@@ -240,6 +222,7 @@ def from_luna16(data: Path, annotations: Path | None = None) -> Found:
     ]
     if table is None:
         missing = f"warning: {TABLE} is not there; name its folder with --annotations"
-        return Found(sources=sources, remarks=(missing,))
+        return Found(sources=sources, remarks=(missing,), classes=NODULE)
     sources, remarks = with_spheres(sources)
-    return Found(sources=[replace(source, surveyed=True) for source in sources], remarks=remarks)
+    surveyed = [replace(source, surveyed=True) for source in sources]
+    return Found(sources=surveyed, remarks=remarks, classes=NODULE)

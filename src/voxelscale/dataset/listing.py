@@ -12,20 +12,29 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from voxelscale.channels import ONE_CT, Channel
+from voxelscale.config import ReadingConfig
 from voxelscale.console import count, notice, warn
 from voxelscale.dataset import challenges, tables, trees
+from voxelscale.dataset import channels as channelled
+from voxelscale.dataset.classes import remark, settled, values_of
+from voxelscale.dataset.folds import Fold, check_folds, check_patients, folds_of
 from voxelscale.dataset.names import Names
 from voxelscale.dataset.source import (
+    PICTURES,
     Found,
     Source,
     called_after,
     case_name,
     identity,
+    possible_names,
+    read_json,
+    read_json_value,
     safe_name,
     visible,
     with_patients,
+    without_pictures,
 )
-from voxelscale.dataset.tables import CHANNEL
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import files_below
 
@@ -52,51 +61,113 @@ IMAGE_FOLDERS = ("imagesTr", "imagesTs", "imagesVal")
 
 
 def list_sources(
-    data: Path, layout: str = "auto", annotations: Path | None = None, names: Names | None = None
+    data: Path,
+    layout: str = "auto",
+    annotations: Path | None = None,
+    names: Names | None = None,
+    reading: ReadingConfig | None = None,
 ) -> list[Source]:
-    """The cases of a data set, in the order of its table or files.
+    """The cases of a data set, in the order of its table or files; see `list_cases`."""
+    return list(list_cases(data, layout, annotations, names, reading).sources)
+
+
+def list_cases(
+    data: Path,
+    layout: str = "auto",
+    annotations: Path | None = None,
+    names: Names | None = None,
+    reading: ReadingConfig | None = None,
+) -> Found:
+    """The cases of a data set, in the order of its table or files; its classes, channels and folds.
 
     Args:
-        data: a CSV (``image``, ``label``, optionally ``case`` and ``patient``; paths from its folder), a
-            ``dataset.json``, or a folder in one of the `LAYOUTS`.
+        data: a CSV (``image``, ``label``, optionally ``case``, ``patient``, ``split`` and ``fold``; paths
+            from its folder), a ``dataset.json``, or a folder in one of the `LAYOUTS`.
         layout: one of them, or ``auto``.
         annotations: where LIDC's XML, LUNA16's tables or DICOM's SEG and RTSTRUCT lie, if elsewhere.
         names: how cases are called; None: as `prepare` calls them by default.
+        reading: what the user calls the classes and channels; None: as the data set calls them.
 
     Raises:
-        VoxelscaleError: it is in none of the layouts, names a case twice, or a table of it leads out of it.
+        VoxelscaleError: it is in none of the layouts, names a case twice, a table of it leads out of it, or
+            its classes or channels contradict those of the user.
     """
-    names = names or Names()
+    names, reading = names or Names(), reading or ReadingConfig()
     layout = _settled(data, layout, annotations)
     if not layout:
         raise _unknown(data)
-    found = _read(data, layout, annotations, names)
+    found = _read(data, layout, annotations, names, reading)
     if layout in ("lidc", "dicom"):
         _warn_of_other_files(data)
     sources = _distinct(data, _named(data, found.sources, names, layout))
-    _tell(layout, sources, found)
-    return sources
+    classes = settled(found.classes, reading)
+    classed = remark(found.classes if values_of(reading) else classes, reading)
+    _report(layout, sources, replace(found, remarks=(classed, *found.remarks)))
+    called = {own.case: source.case for own, source in zip(found.sources, sources, strict=True)}
+    sources = [replace(source, classes=classes) for source in sources]
+    sides = {side: [s.case for s in sources if s.split == side] for side in ("train", "val", "test")}
+    check_patients(f"{data}: its column split", sides, {s.case: s.patient for s in sources})
+    return replace(found, sources=sources, classes=classes, called=called)
 
 
-def list_scans(path: Path, layout: str = "auto", names: Names | None = None) -> list[Source]:
+def given_folds(found: Found, data: Path, splits: str = "") -> tuple[Fold, ...]:
+    """The folds that the user or the data set gives; () where neither does.
+
+    Args:
+        found: the data set's cases.
+        data: its path, for messages.
+        splits: the user's file, as nnU-Net's ``splits_final.json``; "": the data set's own.
+
+    Raises:
+        VoxelscaleError: a fold names an unknown case, or has a case or a patient on both sides.
+    """
+    file = Path(splits).expanduser() if splits else None if found.folds else found.splits
+    where, cases = str(file or f"{data}: its column fold"), {source.case for source in found.sources}
+
+    def called(name: str) -> str | None:
+        known = (found.called.get(own, own) for own in possible_names(name))
+        return next((case for case in known if case in cases), None)
+
+    folds = (
+        folds_of(where, read_json_value(file), called)
+        if file
+        else tuple(
+            Fold(
+                train=tuple(map(found.called.__getitem__, f.train)),
+                val=tuple(map(found.called.__getitem__, f.val)),
+            )
+            for f in found.folds
+        )
+    )
+    check_folds(where, folds, {source.case: source.patient for source in found.sources})
+    lost = cases - {case for fold in folds for case in (*fold.train, *fold.val)}
+    if folds and lost:
+        notice(f"{where}: {count(len(lost), 'case')} in no fold")
+    return folds
+
+
+def list_scans(
+    path: Path, layout: str = "auto", names: Names | None = None, reading: ReadingConfig | None = None
+) -> list[Source]:
     """The scans to read, with or without labels.
 
     Args:
         path: a data set as `list_sources` takes it, its test scans included; one scan (a file, or a DICOM
             folder); or a folder of scans (files, and DICOM at any depth).
+        reading: what the user calls the channels; None: as the data set calls them.
 
     Raises:
         VoxelscaleError: there is no scan.
     """
-    names = names or Names()
+    names, reading = names or Names(), reading or ReadingConfig()
     layout = _settled(path, layout, None)
     if layout not in ("", "dicom"):
-        found = _read(path, layout, None, names, labelled=False)
+        found = _read(path, layout, None, names, reading, labelled=False)
         sources = [*found.sources, *found.tests]
-        _tell(layout, sources, replace(found, tests=()))
+        _report(layout, sources, replace(found, tests=()))
     else:
         images = next((path / i for i, _ in tables.PAIRS if (path / i).is_dir()), path)
-        sources = _loose_scans(images, names)
+        sources = _loose_scans(images, names, reading.channels)
     return _distinct(path, _named(path, sources, names, layout))
 
 
@@ -136,42 +207,56 @@ def _settled(data: Path, layout: str, annotations: Path | None) -> str:
 
 
 def _read(
-    data: Path, layout: str, annotations: Path | None, names: Names, *, labelled: bool = True
+    data: Path,
+    layout: str,
+    annotations: Path | None,
+    names: Names,
+    reading: ReadingConfig,
+    *,
+    labelled: bool = True,
 ) -> Found:
     table = data if data.is_file() else data / ("dataset.csv" if layout == "csv" else JSON)
-    folder = data.parent if data.is_file() else data
+    folder, asked = data.parent if data.is_file() else data, reading.channels
     if layout == "csv":
-        found = tables.from_csv(table, labelled=labelled)
+        found = tables.from_csv(table, asked, labelled=labelled)
     elif layout == "folders":
-        found = tables.from_folders(folder)
+        found = tables.from_folders(folder, asked)
     elif layout == "msd":
-        found = challenges.from_decathlon(table)
+        found = challenges.from_decathlon(table, asked)
     elif layout == "nnunet":
-        found = challenges.from_nnunet(table)
-    elif layout == "luna16":
-        return challenges.from_luna16(folder, annotations)
-    elif layout == "lidc":
-        return trees.from_lidc(folder, names, annotations)
+        found = challenges.from_nnunet(table, asked)
     else:
-        return trees.from_dicom(folder, names, annotations)
-    found = replace(found, sources=with_patients(found.sources, names))
+        if layout == "luna16":
+            found = challenges.from_luna16(folder, annotations)
+        elif layout == "lidc":
+            found = trees.from_lidc(folder, names, annotations)
+        else:
+            found = trees.from_dicom(folder, names, annotations)
+        only = channelled.settled(data, ("CT",), asked)
+        return found if only == ONE_CT else _all_of(found, only)
+    found = channelled.with_colours(replace(found, sources=with_patients(found.sources, names)))
     if not labelled:
         return found
     sources, remarks = tables.with_spheres(found.sources)
     return replace(found, sources=sources, remarks=(*found.remarks, *remarks))
 
 
-def _loose_scans(path: Path, names: Names) -> list[Source]:
+def _all_of(found: Found, channels: tuple[Channel, ...]) -> Found:
+    sources = [replace(source, channels=channels) for source in found.sources]
+    return replace(found, sources=sources, channels=channels)
+
+
+def _loose_scans(path: Path, names: Names, asked: Sequence[str]) -> list[Source]:
     """A scan, or the scans of a folder at any depth: files by their names, DICOM series as in a tree."""
     if not path.is_dir():
-        return [_loose_file(path, names)]
+        return _loose_file(path, names, asked)
     from voxelscale.formats import is_segmentation
 
-    found = [file for file in files_below(path) if _is_scan_file(file)]
+    found = without_pictures([file for file in files_below(path) if _is_scan_file(file)])
     drawn = {file for file in found if is_segmentation(file)}
     if drawn:
         notice(f"{path}: {count(len(drawn), 'segmentation')} of 3D Slicer left out")
-    files = _unlabelled([file for file in found if file not in drawn], path)
+    files = _unlabelled([file for file in found if file not in drawn], path, asked)
     scans = [*files, *trees.scans_in(path, names)]
     if not scans:
         hint = "name a scan, a DICOM folder, a folder of scans, or a CSV with the columns image,label"
@@ -179,37 +264,59 @@ def _loose_scans(path: Path, names: Names) -> list[Source]:
     return scans
 
 
-def _loose_file(path: Path, names: Names) -> Source:
+def _loose_file(path: Path, names: Names, asked: Sequence[str]) -> list[Source]:
     patient, series = identity(path) or ("", "")
     if not series or names.how == "file":
-        return _unlabelled([path], path.parent)[0]
+        own = channelled.NUMBERED.fullmatch(case_name(path))
+        if own is None or not (_numbers_channels(path.parent) or len(asked) > 1):
+            return _unlabelled([path], path.parent, asked)
+        # A file of one channel stands for all of its case.
+        beside = channelled.by_case(p for p in visible(path.parent) if p.suffix == path.suffix)
+        return _unlabelled(list(beside[own[1]].values()), path.parent, asked)
     case = safe_name(series) if names.how == "series" else names.case(series)
-    return Source(case=case, patient=names.patient(patient), image=path, series=series)
+    return [Source(case=case, patient=names.patient(patient), image=path, series=series)]
 
 
 def _warn_of_other_files(data: Path) -> None:
     """Say which files of other formats in a tree of DICOM are not read, as masks beside their series."""
-    others = [file for file in files_below(data) if _is_scan_file(file)] if data.is_dir() else []
+    files_there = files_below(data) if data.is_dir() else ()
+    others = [f for f in files_there if f.suffix.lower() not in PICTURES and _is_scan_file(f)]
     if others:
         files = f"{count(len(others), 'file')} in other formats, as {others[0].relative_to(data)},"
         warn(f"{data}: {files} not read; name scans and masks in a CSV with the columns image,label")
 
 
-def _unlabelled(paths: Sequence[Path], folder: Path) -> list[Source]:
+def _unlabelled(paths: Sequence[Path], folder: Path, asked: Sequence[str]) -> list[Source]:
     """Files by their names, which follow those of the folders below `folder` that they lie in."""
-    names = [(*path.parent.relative_to(folder).parts, _scan_name(path.absolute())) for path in paths]
-    return called_after([("-".join(name), path, ()) for name, path in zip(names, paths, strict=True)])
+    cases: dict[tuple[str, ...], dict[int, Path]] = {}
+    twice: list[tuple[tuple[str, ...], dict[int, Path]]] = []
+    said: tuple[str, ...] = ()
+    for path in paths:
+        name, number = case_name(path.absolute()), 0
+        own = channelled.NUMBERED.fullmatch(name)
+        numbers = own is not None and _numbers_channels(path.parent)
+        said = said or (_said_beside(path.parent) if numbers else ())
+        if own is not None and (numbers or len(asked) > 1):
+            name, number = own[1], int(own[2])
+            if number and not (said or asked):
+                raise VoxelscaleError(f"{path}: a second channel of {name}", channelled.TO_NAME)
+        key = (*path.parent.relative_to(folder).parts, name)
+        if path != cases.setdefault(key, {}).setdefault(number, path):
+            twice.append((key, {number: path}))  # two files of one name, which `_distinct` tells
+    channels = channelled.settled(folder, said, asked)
+    every = [*cases.items(), *twice]
+    named = called_after([("-".join(key), files[min(files)], ()) for key, files in every])
+    sources = [
+        channelled.placed(source, files, channels) for source, (_, files) in zip(named, every, strict=True)
+    ]
+    return list(channelled.with_colours(Found(sources=sources, channels=channels)).sources)
 
 
-def _scan_name(path: Path) -> str:
-    """What a loose file is called: without the channel's number where its data set numbers channels."""
-    name = case_name(path)
-    channel = CHANNEL.fullmatch(name)
-    if channel is None or not _numbers_channels(path.parent):
-        return name
-    if int(channel[2]):
-        raise VoxelscaleError(f"{path}: a second channel of {channel[1]}", tables.ONE_CHANNEL)
-    return channel[1]
+def _said_beside(folder: Path) -> tuple[str, ...]:
+    """The channels that the ``dataset.json`` of a folder of images names."""
+    table = folder.parent / JSON
+    tree = read_json(table) if table.is_file() else {}
+    return channelled.said_by(table, tree.get("channel_names", tree.get("modality", {})))
 
 
 @lru_cache(maxsize=16)
@@ -262,7 +369,7 @@ def _distinct(data: Path, sources: list[Source]) -> list[Source]:
     return sources
 
 
-def _tell(layout: str, sources: Sequence[Source], found: Found) -> None:
+def _report(layout: str, sources: Sequence[Source], found: Found) -> None:
     bare = sum(not source.labels and not source.fault for source in sources)
     parts = [f"layout: {LAYOUTS[layout]}, {len(sources)} case{'s' * (len(sources) != 1)}"]
     parts += [f"{bare} without labels"] if bare else []
@@ -272,8 +379,11 @@ def _tell(layout: str, sources: Sequence[Source], found: Found) -> None:
         [f"{len(found.tests)} test scan{'s' * (len(found.tests) != 1)} left out"] if found.tests else []
     )
     notice(", ".join(parts))
-    for remark in found.remarks:
-        (warn if remark.startswith(WARNING) else notice)(remark.removeprefix(WARNING))
+    if any(source.image.suffix.lower() in PICTURES for source in sources):
+        notice("pictures: a pixel counts as 1 mm, so every size in mm is in pixels")
+    for line in (channelled.remark(found.channels), *found.remarks):
+        if line:
+            (warn if line.startswith(WARNING) else notice)(line.removeprefix(WARNING))
 
 
 def _unknown(data: Path) -> VoxelscaleError:

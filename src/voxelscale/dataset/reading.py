@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from voxelscale.config import ReadingConfig
-from voxelscale.dataset.source import Source
+from voxelscale.console import count, notice, warn
+from voxelscale.dataset.classes import settled, values_of
+from voxelscale.dataset.source import PICTURES, Source
 from voxelscale.errors import VoxelscaleError
-from voxelscale.geometry import Grid, Scan, as_lps, reorient
-from voxelscale.labels import kind_of, lesion_in, read_labels
+from voxelscale.geometry import SAME_MM, Grid, Scan, as_lps, reorient
+from voxelscale.labels import kind_of, read_labels
 from voxelscale.labels.annotation import Labels
+from voxelscale.labels.stored import kind_of_stored, stored_in
+
+COVERED, MOST_SAMPLES = 0.99, 50
+"""Share of the first channel's volume that another must cover; points along an axis to find it."""
 
 
 def read_image(source: Source, reading: ReadingConfig) -> Scan:
@@ -22,7 +29,15 @@ def read_image(source: Source, reading: ReadingConfig) -> Scan:
     """
     from voxelscale.formats import read_scan
 
-    return read_scan(source.image, _series_of(source), reading.fill_gaps, source.files, reading.select)
+    _check_volumes(source)
+    return read_scan(
+        source.image,
+        _series_of(source),
+        reading.fill_gaps,
+        source.files,
+        reading.select,
+        0 if source.volumes > 1 else None,
+    )
 
 
 def read_lattice(source: Source, reading: ReadingConfig) -> Grid:
@@ -33,15 +48,103 @@ def read_lattice(source: Source, reading: ReadingConfig) -> Grid:
     """
     from voxelscale.formats import read_grid
 
-    return read_grid(source.image, _series_of(source), reading.fill_gaps, source.files, reading.select)
+    _check_volumes(source)
+    return read_grid(
+        source.image,
+        _series_of(source),
+        reading.fill_gaps,
+        source.files,
+        reading.select,
+        0 if source.volumes > 1 else None,
+    )
+
+
+def read_more(source: Source, reading: ReadingConfig, first: Grid | None = None) -> list[Scan]:
+    """The channels after the first, each on its own lattice, axes as in the files.
+
+    A warning says how much of the first channel's volume one of them does not cover.
+
+    Args:
+        first: the lattice of the first channel, where it has been read.
+
+    Raises:
+        VoxelscaleError: one is missing, unfit, another patient's, or lies elsewhere.
+    """
+    from voxelscale.formats import read_scan, read_volumes
+
+    first = read_lattice(source, reading) if first is None else first
+    if source.volumes > 1:
+        return read_volumes(source.image, range(1, source.volumes))
+    scans = []
+    patient = _patient_of(source.image) if source.more else ""
+    for channel, path in zip(source.channels[1:], source.more, strict=True):
+        other = _patient_of(path)
+        if patient and other and other != patient:
+            hint = "give each case the images of one patient"
+            raise VoxelscaleError(f"{path}: of another patient than {source.image.name}", hint)
+        scan = read_scan(path, "", reading.fill_gaps, (), reading.select)
+        _check_place(source, path, channel.name, first, scan.grid)
+        scans.append(scan)
+    return scans
+
+
+def _patient_of(path: Path) -> str:
+    """The PatientID of a DICOM image; "" where there is none, or it tells nobody apart."""
+    from voxelscale.formats.dicom import scan_header
+
+    header = scan_header(path) if path.exists() else None
+    return header.patient if header is not None and header.patient != header.study else ""
+
+
+def _check_place(source: Source, path: Path, name: str, first: Grid, grid: Grid) -> None:
+    """Compare the place of a channel with that of the first."""
+    if grid.same_as(first, SAME_MM):
+        return
+    if path.suffix.lower() in PICTURES:
+        size, wanted = (" x ".join(map(str, g.shape[:0:-1])) for g in (grid, first))
+        hint = "give channels of one size"
+        raise VoxelscaleError(f"{path}: {size} pixels, but {source.image.name} has {wanted}", hint)
+    share = covered(first, grid)
+    if not share:
+        hint = "check that the channels belong together"
+        raise VoxelscaleError(f"{path}: does not overlap with {source.image.name}", hint)
+    if share < COVERED:
+        text = f"covers {100 * share:.1f} % of {source.image.name} only; the rest has no {name}"
+        warn(f"{path}: {text}")
+    spacing = " x ".join(f"{step:g}" for step in grid.spacing)
+    text = (
+        f"{name} lies on another lattice ({spacing} mm, z, y, x): it is resampled onto the first channel's"
+    )
+    notice(f"{source.case}: {text}", level=2)
+
+
+def covered(first: Grid, other: Grid) -> float:
+    """Share of a lattice's voxels that lie in the volume of another one's, by a coarse sample of them."""
+    axes = [np.unique(np.linspace(0, n - 1, min(n, MOST_SAMPLES)).round()) for n in first.shape]
+    points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    index = other.mm_to_index(first.index_to_mm(points))
+    reach = 0.5 + 1e-3
+    inside = ((index >= -reach) & (index <= np.asarray(other.shape) - 1 + reach)).all(axis=1)
+    return float(inside.mean())
+
+
+def _check_volumes(source: Source) -> None:
+    """Raise a VoxelscaleError where a file does not hold as many channels as are named."""
+    from voxelscale.formats import volumes_of
+
+    if source.volumes > 1 and not source.fault and source.image.exists():
+        held = volumes_of(source.image)
+        if held != source.volumes:
+            names = ", ".join(channel.name for channel in source.channels)
+            what = f"holds {count(held, 'channel')}, but {source.volumes} are named ({names})"
+            raise VoxelscaleError(f"{source.image}: {what}", "correct dataset.json or reading.channels")
 
 
 def _series_of(source: Source) -> str:
     """Which of the image's series is meant, of a case that is not known to be unfit."""
     if source.fault:
-        raise VoxelscaleError(
-            f"{source.image}: {source.fault}", "keep the right one only, or name it in a CSV"
-        )
+        remedy = source.remedy or "keep the right one only, or name it in a CSV"
+        raise VoxelscaleError(f"{source.image}: {source.fault}", remedy)
     # A folder that a table names is to hold one series; which of a tree's is meant, the listing knows.
     return source.series if source.files else ""
 
@@ -66,14 +169,14 @@ def read_case(
         if not empty:
             hint = "add its mask, or set reading.allow_empty=true if scans without one are healthy"
             raise VoxelscaleError(f"{source.image}: has no mask", hint)
-        return image, Labels(mask=Scan(np.zeros(image.array.shape, np.uint8), image.affine))
+        return image, _healthy(image.grid, source, reading)
     # Labels speak of the pixels that were drawn on: they are read before anything is turned.
     drawn = labels_of(source, raw, reading)
     labels = replace(drawn, mask=reorient(drawn.mask))
     # A reading that found nothing is an answer; a mask without a voxel is more likely a mistake.
     kinds = {kind_of(label) for label in source.labels}
     answered = "LIDC" in kinds or ("spheres" in kinds and (source.surveyed or bool(labels.findings)))
-    if not (labels.mask.array.any() or answered or empty):
+    if not ((labels.mask.array > 0).any() or answered or empty):
         hint = "check the mask, or set reading.allow_empty=true if healthy scans are expected"
         what = (
             "no row belongs to this scan" if kinds == {"spheres"} else "an empty mask: no voxel of a lesion"
@@ -83,7 +186,7 @@ def read_case(
 
 
 def read_truth(source: Source, reading: ReadingConfig) -> Scan:
-    """The mask alone, uint8 of 0 and 1 (LPS order); see `read_truth_labels`."""
+    """The mask alone, as stored labels (LPS order); see `read_truth_labels`."""
     return read_truth_labels(source, reading).mask
 
 
@@ -102,21 +205,28 @@ def read_truth_labels(source: Source, reading: ReadingConfig) -> Labels:
             hint = "add its mask, or set reading.allow_empty=true if scans without one are healthy"
             raise VoxelscaleError(f"{source.image}: has no mask", hint)
         grid = as_lps(read_lattice(source, reading))[2]
-        return Labels(mask=Scan(np.zeros(grid.shape, np.uint8), grid.affine))
+        return _healthy(grid, source, reading)
     if [kind_of(label) for label in source.labels] == ["mask"]:
-        values = _values(source, reading)
-        mask = reorient(read_label(source.labels[0], values))
+        values, classes = values_of(reading), settled(source.classes, reading)
+        mask = reorient(read_label(source.labels[0], values or classes.numbers or None))
         if source.image.exists():  # a mask may be cropped to what is drawn in it
             lattice = as_lps(read_lattice(source, reading))[2]
             mask = on_lattice(source.labels[0], mask, source.image, lattice)
-        lesion = lesion_in(mask, values)
-        if mask.array.any() and not lesion.any() and not reading.allow_empty:
-            shown = ", ".join(map(str, values or ()))
+        stored = stored_in(source.labels[0], mask, values, classes)
+        shown = ", ".join(map(str, values or classes.numbers))
+        # Of one class a mask that holds other values only is more likely a mistake.
+        if (
+            shown
+            and classes.single
+            and mask.array.any()
+            and not stored.array.any()
+            and not reading.allow_empty
+        ):
             raise VoxelscaleError(
                 f"{source.label_names}: no voxel of the values {shown}",
                 "choose other reading.labels, or set reading.allow_empty=true if such scans are healthy",
             )
-        return Labels(mask=Scan(lesion.astype(np.uint8), mask.affine))
+        return Labels(mask=stored)
     empty = all(kind_of(label) != "spheres" for label in source.labels)
     return read_case(source, reading, empty=empty)[1]
 
@@ -138,13 +248,15 @@ def labels_of(source: Source, image: Scan, reading: ReadingConfig) -> Labels:
         image,
         image_path=source.image,
         series=source.series,
-        values=_values(source, reading),
+        values=values_of(reading),
+        classes=settled(source.classes, reading),
         consensus=reading.consensus,
         thickness_mm=thickness,
         allow_empty=reading.allow_empty,
     )
 
 
-def _values(source: Source, reading: ReadingConfig) -> tuple[int, ...] | None:
-    """What the user calls the lesion, or else the data set."""
-    return reading.labels or source.values
+def _healthy(grid: Grid, source: Source, reading: ReadingConfig) -> Labels:
+    """Labels without a voxel."""
+    kind = kind_of_stored(settled(source.classes, reading))
+    return Labels(mask=Scan(np.zeros(grid.shape, kind), grid.affine))

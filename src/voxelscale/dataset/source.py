@@ -8,12 +8,15 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from voxelscale.channels import ONE_CT, Channel
+from voxelscale.classes import LESION, Classes
 from voxelscale.console import count
+from voxelscale.dataset.folds import Fold
 from voxelscale.dataset.names import Names
 from voxelscale.errors import VoxelscaleError
 from voxelscale.tables import content_of
@@ -34,6 +37,12 @@ RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT"
 MOST_NAMED = 10
 """Files that a message names at most."""
 
+SPLITS = "splits_final.json"
+"""nnU-Net's folds."""
+
+PICTURES = (".png", ".tif", ".tiff")
+"""Names of pictures end so."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -47,9 +56,15 @@ class Source:
             of spheres); empty where there are none.
         series: SeriesInstanceUID, where it is known.
         files: those of the image, where it is a series among others, and damaged ones that may be its.
-        values: mask values that are the lesion, where the data set says so; None: every value above 0.
+        more: those of the second channel on, in their order.
+        volumes: how many channels `image` itself holds, along a fourth axis or as colours; then there
+            is no `more`.
+        channels: what they are.
+        classes: what its labels distinguish.
         fault: why the case cannot be used, where that is known before it is read.
+        remedy: how to mend that, if not by keeping one of several files.
         surveyed: whether the table of spheres speaks of every scan, so that one without a row is healthy.
+        split: train, val or test, where its table says so.
     """
 
     case: str
@@ -58,9 +73,14 @@ class Source:
     labels: tuple[Path, ...] = ()
     series: str = ""
     files: tuple[Path, ...] = field(default=(), repr=False)
-    values: tuple[int, ...] | None = None
+    more: tuple[Path, ...] = ()
+    volumes: int = 1
+    channels: tuple[Channel, ...] = ONE_CT
+    classes: Classes = LESION
     fault: str = ""
+    remedy: str = ""
     surveyed: bool = False
+    split: str = ""
 
     @property
     def label_names(self) -> str:
@@ -69,7 +89,7 @@ class Source:
 
     def without_paths(self, message: str) -> str:
         """A message with the case's name for its files, which may be named after the patient."""
-        paths = [self.image, *self.labels]
+        paths = [self.image, *self.more, *self.labels]
         for named in sorted((str(name) for p in paths for name in (p, p.name)), key=len, reverse=True):
             message = message.replace(named, self.case)
         return message
@@ -83,18 +103,28 @@ class Found:
         sources: the cases that are meant for training.
         tests: the data set's own test scans, without labels.
         remarks: what a person should know, one line each.
+        classes: what the labels distinguish.
+        channels: of every image.
+        folds: of a table that has a column for them, by the names of `called`.
+        splits: a file of folds that lies beside the data set's own table.
+        called: what each case is called, by the name that the layout gives it.
     """
 
     sources: Sequence[Source]
     tests: Sequence[Source] = ()
     remarks: tuple[str, ...] = ()
+    classes: Classes = LESION
+    channels: tuple[Channel, ...] = ONE_CT
+    folds: tuple[Fold, ...] = ()
+    splits: Path | None = None
+    called: Mapping[str, str] = field(default_factory=dict)
 
 
 def case_name(path: Path) -> str:
     """A file's name without the extensions of scan formats; a folder's name as it is."""
     if path.is_dir():
         return path.name
-    ends = r"nii|mha|mhd|z?raw|hdr|img|(seg\.)?(nrrd|nhdr)|dcm"
+    ends = r"nii|mha|mhd|z?raw|hdr|img|(seg\.)?(nrrd|nhdr)|dcm|png|tiff?"
     return re.sub(rf"\.({ends})(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
@@ -137,13 +167,11 @@ def safe_names(names: Sequence[str]) -> list[str]:
     ]
 
 
-def called_after(
-    cases: Sequence[tuple[str, Path, tuple[Path, ...]]], values: tuple[int, ...] | None = None
-) -> list[Source]:
+def called_after(cases: Sequence[tuple[str, Path, tuple[Path, ...]]]) -> list[Source]:
     """A source of each name, image and labels, its own patient."""
     safe = safe_names([name for name, _, _ in cases])
     return [
-        Source(case=case, patient=case, image=image, labels=labels, values=values)
+        Source(case=case, patient=case, image=image, labels=labels)
         for case, (_, image, labels) in zip(safe, cases, strict=True)
     ]
 
@@ -154,6 +182,18 @@ def unlisted(what: str, there: Iterable[Path], listed: Iterable[Path]) -> tuple[
     lost = [path.name for path in there if path.resolve() not in known]
     named = ", ".join(lost[:MOST_NAMED]) + (", ..." if len(lost) > MOST_NAMED else "")
     return (f"warning: {count(len(lost), what[:-1])} of no listed case: {named}",) if lost else ()
+
+
+def possible_names(name: str) -> tuple[str, ...]:
+    """What `safe_names` may call a case."""
+    safe = safe_name(name)
+    return name, safe, f"{safe}-{_digest(name)[:6]}"
+
+
+def without_pictures(paths: Sequence[Path]) -> list[Path]:
+    """Scans without the pictures among them, which are previews; pictures alone are scans themselves."""
+    scans = [path for path in paths if path.suffix.lower() not in PICTURES]
+    return scans or list(paths)
 
 
 def _digest(text: str) -> str:
@@ -175,14 +215,29 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         VoxelscaleError: it cannot be read, or is no such JSON.
     """
-    try:
-        content = json.loads(content_of(path, LARGEST_JSON))
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise VoxelscaleError(f"{path}: not readable as JSON ({reason})", "copy it again") from None
+    content = read_json_value(path)
     if not isinstance(content, dict):
         raise VoxelscaleError(f"{path}: holds no JSON object", "copy it again")
     return content
+
+
+def read_json_value(path: Path) -> Any:
+    """A JSON file that holds anything.
+
+    Raises:
+        VoxelscaleError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(content_of(path, LARGEST_JSON))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise VoxelscaleError(f"{path}: not readable as JSON ({reason})", "copy it again") from None
+
+
+def splits_beside(path: Path) -> Path | None:
+    """nnU-Net's file of folds beside a ``dataset.json``, if it is there."""
+    splits = path.with_name(SPLITS)
+    return splits if splits.is_file() else None
 
 
 def with_patients(sources: Sequence[Source], names: Names) -> list[Source]:

@@ -16,11 +16,12 @@ the checksum at the end of gzip are all in them."""
 
 
 def source_stamp(source: Source) -> list[list[Any]]:
-    """What an image's files are known by, data files of headers and every slice among them."""
+    """What an image's files are known by, those of all channels, of headers and every slice among them."""
     from voxelscale.formats import files_of
 
     # A data set that is moved or copied with its times must stay known: no inodes, no folders.
-    return [_stamp(file, ENDS) for file in source.files or files_of(source.image)]
+    more = [file for path in source.more for file in files_of(path)]
+    return [_stamp(file, ENDS) for file in [*(source.files or files_of(source.image)), *more]]
 
 
 def label_stamp(source: Source) -> list[list[Any]]:

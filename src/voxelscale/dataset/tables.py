@@ -8,7 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from voxelscale.channels import Channel
 from voxelscale.console import count
+from voxelscale.dataset import channels as channelled
+from voxelscale.dataset.channels import TO_NAME
+from voxelscale.dataset.classes import shown
+from voxelscale.dataset.folds import Fold, by_number
 from voxelscale.dataset.several import label_files, labels_named
 from voxelscale.dataset.source import (
     Found,
@@ -19,31 +24,43 @@ from voxelscale.dataset.source import (
     safe_names,
     unlisted,
     visible,
+    without_pictures,
 )
 from voxelscale.errors import VoxelscaleError
-from voxelscale.tables import LONGEST_QUOTE, Table, read_table
+from voxelscale.tables import LONGEST_QUOTE, Table, columns_of, means, read_table
 
 PAIRS = (("images", "labels"), ("imagesTr", "labelsTr"), ("images", "masks"))
 """Names of the two folders; the second pair is nnU-Net's and the Medical Segmentation Decathlon's."""
 
-CHANNEL = re.compile(r"(.+)_(\d{4})")
-"""How nnU-Net numbers the channels of an image: case_0000.nii.gz is the first of case."""
-
 TABLE_ENDINGS = (".csv", ".tsv", ".txt")
 """Files that may be tables of spheres."""
 
-ONE_CHANNEL = "a CT has one: list the channel to take in a CSV with the columns image,label"
+IMAGE_OF = re.compile(r"image[ _-](.+)", re.IGNORECASE)
+"""Columns of several channels are called image_CT, image_PET, ..."""
+
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"} | {
+    "test": "test",
+    "testing": "test",
+}
+"""What a column ``split`` says."""
 
 
-def from_csv(path: Path, *, labelled: bool = True) -> Found:
-    """The rows of a CSV: ``image``, ``label`` and optionally ``case`` and ``patient``.
+def from_csv(path: Path, asked: Sequence[str] = (), *, labelled: bool = True) -> Found:
+    """The rows of a CSV: ``image``, ``label`` and optionally ``case``, ``patient``, ``split`` and ``fold``.
+
+    Several channels are columns ``image_<name>`` each.
 
     Args:
-        labelled: whether the column ``label`` must be there.
+        asked: the user's names of the channels.
+        labelled: whether the column ``label`` must be there, and split and fold count.
     """
-    needed = ("image", "label") if labelled else ("image",)
-    table = read_table(path, needed, ("label", "case", "patient", "seriesuid")[labelled:])
-    sources = [_row(table, number, cells) for number, cells in table.rows()]
+    images, said = _image_columns(path, asked)
+    channels = channelled.settled(path, said, asked)
+    needed = (*images, "label") if labelled else images
+    optional = ("label", "case", "patient", "seriesuid")[labelled:] + ("split", "fold") * labelled
+    table = read_table(path, needed, optional)
+    rows = list(table.rows())
+    sources = [_row(table, number, cells, images, channels) for number, cells in rows]
     if not sources:
         raise VoxelscaleError(f"{path}: names no image", "give each scan a line below the columns' names")
     # By default a case is its own patient.
@@ -52,22 +69,71 @@ def from_csv(path: Path, *, labelled: bool = True) -> Found:
         replace(source, case=case, patient=case if source.patient == source.case else source.patient)
         for source, case in zip(sources, cases, strict=True)
     ]
-    return Found(sources=named)
+    return Found(sources=named, channels=channels, folds=_folds(table, rows, named))
 
 
-def _row(table: Table, number: int, cells: list[str]) -> Source:
+def _image_columns(path: Path, asked: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns of images, and what they call the channels; the one ``image`` calls none."""
+    names = columns_of(path)
+    found = {name: match[1] for name in names if (match := IMAGE_OF.fullmatch(name))}
+    if not found or any(means(name, "image") for name in names):
+        return ("image",), ()
+    if all(re.fullmatch(r"\d{1,4}", said) for said in found.values()):
+        columns = tuple(sorted(found, key=lambda name: int(found[name])))
+        if not asked:
+            raise VoxelscaleError(f"{path}: its channels have no names ({', '.join(columns)})", TO_NAME)
+        return columns, tuple(found[name] for name in columns)
+    return tuple(found), tuple(map(shown, found.values()))
+
+
+def _row(
+    table: Table, number: int, cells: list[str], images: Sequence[str], channels: Sequence[Channel]
+) -> Source:
     path = table.path
-    image_text, label_text, case_text, patient, series = (
-        table.word(cells, column) for column in ("image", "label", "case", "patient", "seriesuid")
+    texts = [table.word(cells, column) for column in images]
+    label_text, case_text, patient, series, split = (
+        table.word(cells, column) for column in ("label", "case", "patient", "seriesuid", "split")
     )
-    if not image_text:
+    if not any(texts):
         raise VoxelscaleError(f"{path}: line {number} names no image", "fill the column or drop the line")
-    if not (is_path(image_text) and is_path(label_text)):
+    if not all(map(is_path, (*texts, label_text))):
         raise VoxelscaleError(f"{path}: line {number} names no possible path", "correct the line")
-    image = path.parent / _turned(path.parent, image_text)
-    case = case_text or case_name(image)
+    if "split" in table.places and split.lower() not in SPLITS:
+        what = f"line {number}: split is {split[:LONGEST_QUOTE]!r}"
+        raise VoxelscaleError(f"{path}: {what}", "write train, val or test, or call the column otherwise")
+    files = {at: path.parent / _turned(path.parent, text) for at, text in enumerate(texts) if text}
+    image = files[min(files)]
+    numbered = channelled.NUMBERED.fullmatch(case_name(image)) if len(images) > 1 else None
+    case = case_text or (numbered[1] if numbered else case_name(image))
     labels = labels_named(path.parent, _turned(path.parent, label_text))
-    return Source(case=case, patient=patient or case, image=image, labels=labels, series=series)
+    source = Source(
+        case=case,
+        patient=patient or case,
+        image=image,
+        labels=labels,
+        series=series,
+        split=SPLITS.get(split.lower(), ""),
+    )
+    return channelled.placed(source, files, channels)
+
+
+def _folds(
+    table: Table, rows: Sequence[tuple[int, list[str]]], sources: Sequence[Source]
+) -> tuple[Fold, ...]:
+    """The folds of a column ``fold``: where each case validates; without a number, and of test, in none."""
+    numbers = {}
+    for (line, cells), source in zip(rows, sources, strict=True):
+        text = table.word(cells, "fold")
+        if text and not re.fullmatch(r"\d{1,3}", text):
+            hint = "write a whole number, or nothing where a case is in no fold"
+            raise VoxelscaleError(f"{table.path}: line {line}: fold is {text[:LONGEST_QUOTE]!r}", hint)
+        if text and source.split != "test":
+            numbers[source.case] = int(text)
+    if len(set(numbers.values())) == 1:
+        raise VoxelscaleError(
+            f"{table.path}: its column fold has one number only", "name at least two folds"
+        )
+    return by_number(numbers)
 
 
 def _turned(folder: Path, text: str) -> str:
@@ -93,12 +159,16 @@ def numbers_channels(images: Path, labels: Path) -> bool:
     """Whether images are numbered by channel, as nnU-Net's are: case_0000 beside a label called case."""
     known = {_same(case_name(path)) for path in visible(labels)}
     names = [_same(case_name(path)) for path in visible(images)]
-    channels = [CHANNEL.fullmatch(name) for name in names if name not in known]
-    return any(channel and channel[1] in known for channel in channels)
+    numbered = [channelled.NUMBERED.fullmatch(name) for name in names if name not in known]
+    return any(one and one[1] in known for one in numbered)
 
 
-def from_folders(data: Path) -> Found:
-    """Images and labels of the same name in two folders."""
+def from_folders(data: Path, asked: Sequence[str] = ()) -> Found:
+    """Images and labels of the same name in two folders.
+
+    Args:
+        asked: the user's names of the channels, without which none but the first is taken.
+    """
     pair = find_pair(data)
     if pair is None:
         raise VoxelscaleError(f"{data}: no folders of images and labels", "make images/ and labels/ there")
@@ -106,31 +176,36 @@ def from_folders(data: Path) -> Found:
 
     images, labels = pair
     numbered = numbers_channels(images, labels)
+    channels = channelled.settled(images, (), asked)
     labels_of: dict[str, list[Path]] = {}
-    for label in without_data_files(visible(labels)):
+    for label in without_pictures(without_data_files(visible(labels))):
         labels_of.setdefault(_same(case_name(label)), []).append(label)
-    cases: list[tuple[str, Path, tuple[Path, ...]]] = []
-    for image in without_data_files(visible(images)):
-        name = case_name(image)
-        channel = CHANNEL.fullmatch(name) if numbered and _same(name) not in labels_of else None
-        if channel is not None:
-            name = channel[1]
-            if int(channel[2]):
-                raise VoxelscaleError(f"{image}: a second channel of {name}", ONE_CHANNEL)
-        cases.append((name, image, tuple(labels_of.get(_same(name), ()))))
+    cases: list[tuple[str, dict[int, Path], tuple[Path, ...]]] = []
+    of_case: dict[str, dict[int, Path]] = {}
+    for image in without_pictures(without_data_files(visible(images))):
+        name, number = case_name(image), 0
+        own = channelled.NUMBERED.fullmatch(name)
+        if own is not None and numbered and _same(name) not in labels_of:
+            name, number = own[1], int(own[2])
+            if number and not channels:
+                raise VoxelscaleError(f"{image}: a second channel of {name}", TO_NAME)
+        files = of_case.get(name, {})
+        if number not in files and files:
+            files[number] = image
+            continue
+        of_case[name] = {number: image}
+        cases.append((name, of_case[name], tuple(labels_of.get(_same(name), ()))))
     if not cases:
         raise VoxelscaleError(f"{images}: empty", "put the scans there")
     taken = [label for _, _, found in cases for label in found]
     lost = unlisted("labels", (one for found in labels_of.values() for one in found), taken)
-    sources = [
-        replace(
-            source,
-            labels=tuple(file for label in source.labels for file in label_files(label)),
-            fault=_too_many(source.labels),
-        )
-        for source in called_after(cases)
-    ]
-    return Found(sources=sources, remarks=lost)
+    named = called_after([(name, files[min(files)], found) for name, files, found in cases])
+    sources = []
+    for source, (_, files, _) in zip(named, cases, strict=True):
+        held = tuple(file for label in source.labels for file in label_files(label))
+        known = replace(source, labels=held, fault=_too_many(source.labels))
+        sources.append(channelled.placed(known, files, channels))
+    return Found(sources=sources, remarks=lost, channels=channels)
 
 
 def _too_many(labels: Sequence[Path]) -> str:

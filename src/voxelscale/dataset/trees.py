@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from voxelscale.classes import NODULE
 from voxelscale.dataset.names import Names
 from voxelscale.dataset.several import distinct
 from voxelscale.dataset.source import Found, Source, safe_name
@@ -66,7 +67,7 @@ def from_lidc(data: Path, names: Names, annotations: Path | None = None) -> Foun
     lost = sum(uid not in known for uid in by_series)
     remarks = [*nameless(images), *([f"{lost} XML files of series that are not there"] if lost else [])]
     remarks += [f"warning: {unnamed} XML files name no series"] if unnamed else []
-    return Found(sources=sources, remarks=tuple(remarks))
+    return Found(sources=sources, remarks=tuple(remarks), classes=NODULE)
 
 
 def from_dicom(data: Path, names: Names, annotations: Path | None = None) -> Found:

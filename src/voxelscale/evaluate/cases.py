@@ -31,14 +31,14 @@ class Failure:
     error: VoxelscaleError
 
     @property
-    def told(self) -> dict[str, str]:
+    def for_terminal(self) -> dict[str, str]:
         """For the person at the terminal: the file is named."""
         return {"case": self.source.case, "error": self.error.message, "hint": self.error.hint}
 
     @property
     def kept(self) -> dict[str, str]:
         """For a file that others see: without paths, which may be named after the patient."""
-        return {**self.told, "error": self.source.without_paths(self.error.message)}
+        return {**self.for_terminal, "error": self.source.without_paths(self.error.message)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Cases:
             **{name: list(getattr(self, name)) for name in names},
         }
 
-    def tell(self) -> None:
+    def warn(self) -> None:
         """Warn of what the figures leave out, and of predictions that do not belong together."""
         if self.missing:
             # Where there is a record, these were never asked for: training scans, mostly.
@@ -114,7 +114,7 @@ class Cases:
                 "here, or of these before they changed; if they changed, run voxelscale predict again"
             )
         if self.twice:
-            warn(f"{self.data}: one scan under several names, counted each time: {_names(self.twice)}")
+            warn(f"{self.data}: one scan under several names, counted each time: {first_names(self.twice)}")
 
     def none_scored(self, failed: Sequence[Failure]) -> VoxelscaleError:
         """The error where not one case could be scored."""
@@ -211,10 +211,10 @@ def _some(noun: str, cases: Sequence[str]) -> str:
     """How many, and the first names."""
     first, _, rest = noun.partition(" with")
     plural = f"{first}s with{rest}" if rest else ""
-    return f"{count(len(cases), noun, plural)} ({_names(cases)})"
+    return f"{count(len(cases), noun, plural)} ({first_names(cases)})"
 
 
-def _names(cases: Sequence[str]) -> str:
+def first_names(cases: Sequence[str]) -> str:
     """The first `NAMED` names, and how many more there are."""
     more = f" and {len(cases) - NAMED} more" if len(cases) > NAMED else ""
     return ", ".join(cases[:NAMED]) + more

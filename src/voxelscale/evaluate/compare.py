@@ -25,8 +25,10 @@ from voxelscale.evaluate.cases import each_case, none_usable, predicted_cases
 from voxelscale.evaluate.evaluate import read_prediction
 from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match, pool, resampled
 from voxelscale.evaluate.overlap import overlap
-from voxelscale.evaluate.truth import truth_of
+from voxelscale.evaluate.per_class import mean_over_classes, resampled_mean_over_classes
+from voxelscale.evaluate.truth import Truth, truth_of
 from voxelscale.files import write_atomic
+from voxelscale.findings import Finding, lesions_of_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +68,9 @@ def compare_folders(
         resamples, seed: of the bootstrap over scans.
 
     Returns:
-        plain values: `compare_scores`; ``failed``, the cases that could not be read; ``only_a`` and
-        ``only_b``, names of cases that only one of them predicted; ``missing``, cases with truth that
-        neither did.
+        plain values: `compare_scores`, or `compare_classes` where there are several; ``failed``, the cases
+        that could not be read; ``only_a`` and ``only_b``, names of cases that only one of them predicted;
+        ``missing``, cases with truth that neither did.
 
     Raises:
         VoxelscaleError: there is no case that both predicted and that can be read.
@@ -92,30 +94,42 @@ def compare_folders(
         raise none_usable(what, failed, "run voxelscale predict with both models on that data set first")
     only = [[s.case for scan, s in scans[at].items() if scan not in scans[1 - at]] for at in (0, 1)]
     for cases, alone in zip(both, only, strict=True):
-        cases.tell()
+        cases.warn()
         if alone:
             left = f"left out {count(len(alone), 'case')} that the other one lacks: {', '.join(alone)}"
             warn(f"{cases.predictions}: {left}")
     missing = [case for case in both[0].missing if case in both[1].missing]
     head = {"a": str(first), "b": str(second), "only_a": only[0], "only_b": only[1], "missing": missing}
-    result = {**head, **compare_scores(pairs, resamples, seed)}
+    names = next(scans[0][scan].classes.names for scan in shared if scans[0][scan].case in pairs)
+    by_class = {name: {case: each[at] for case, each in pairs.items()} for at, name in enumerate(names)}
+    figures = (
+        compare_scores(by_class[names[0]], resamples, seed)
+        if len(names) == 1
+        else compare_classes(by_class, resamples, seed)
+    )
+    result = {**head, **figures}
     if out is not None:
         kept = {**result, "failed": [failure.kept for failure in failed]}
         write_atomic(out, json.dumps(kept, indent=1))
-    return {**result, "failed": [failure.told for failure in failed]}
+    return {**result, "failed": [failure.for_terminal for failure in failed]}
 
 
-def _score(source: Source, folders: tuple[Path, Path], reading: ReadingConfig) -> Pair:
-    """Both predictions of a case held against its truth."""
+def _score(source: Source, folders: tuple[Path, Path], reading: ReadingConfig) -> list[Pair]:
+    """Both predictions of a case held against its truth, of each class."""
     truth = truth_of(source, reading)
-    lesions = truth.lesions
+    first, second = (_scores(truth, *read_prediction(folder, source, truth)) for folder in folders)
+    return list(zip(first, second, strict=True))
+
+
+def _scores(truth: Truth, prediction: NDArray[Any], findings: Sequence[Finding]) -> list[Score]:
     scores = []
-    for folder in folders:
-        mask, findings = read_prediction(folder, source, truth.mask)
-        counts = overlap(truth.mask.array, mask.array)
+    for one in truth.against(prediction):
+        counts = overlap(one.truth, one.prediction)
         dice = counts.dice if counts.truth or counts.prediction else None
-        scores.append(Score(dice=dice, matches=match(lesions, findings, truth.ignored)))
-    return scores[0], scores[1]
+        lesions = lesions_of_mask(truth.case, one.truth, truth.mask.grid, one.start)
+        own = [f for f in findings if f.label in ("", one.name)]
+        scores.append(Score(dice=dice, matches=match(lesions, own, truth.ignored, truth.uncounted)))
+    return scores
 
 
 def compare_scores(pairs: Mapping[str, Pair], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
@@ -137,9 +151,7 @@ def compare_scores(pairs: Mapping[str, Pair], resamples: int = RESAMPLES, seed: 
     one has a false finding: its Dice is 0, and in the signed ranks the difference is 1.
     """
     known = [pair for pair in pairs.values() if (pair[0].dice, pair[1].dice) != (None, None)]
-    dices = (
-        np.asarray([[NAN if s.dice is None else s.dice for s in pair] for pair in known]).reshape(-1, 2).T
-    )
+    dices = _dices(known)
     matches = [[pair[model].matches for pair in pairs.values()] for model in (0, 1)]
     lesions = sum(len(m.hits) for m in matches[0])
     measures = {"dice": _dice_measure(dices, resamples, seed)}
@@ -163,6 +175,72 @@ def compare_scores(pairs: Mapping[str, Pair], resamples: int = RESAMPLES, seed: 
         "measures": measures,
         "cases": [{"case": case, "dice_a": a.dice, "dice_b": b.dice} for case, (a, b) in pairs.items()],
     }
+
+
+def _dices(pairs: Sequence[Pair]) -> NDArray[np.float64]:
+    """(2, scans) of both models; NaN where there is none."""
+    return (
+        np.asarray([[NAN if s.dice is None else s.dice for s in pair] for pair in pairs]).reshape(-1, 2).T
+    )
+
+
+def compare_classes(
+    pairs: Mapping[str, Mapping[str, Pair]], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """The paired comparison of several classes.
+
+    Args:
+        pairs: of each class by name, both models' scores of each case; the cases are the same.
+
+    Returns:
+        plain values: ``classes``, for each by name what `compare_scores` says, with ``p_holm`` beside each
+        ``p`` and ``wilcoxon_p_holm``: corrected over the classes (`holm`); ``mean_dice``, the measure of
+        the mean Dice over classes; ``scans``, ``scans_with_dice``, ``resamples``, ``seed``.
+    """
+    classes = {name: compare_scores(own, resamples, seed) for name, own in pairs.items()}
+    for measure in NAMES:
+        for p in ("p", "wilcoxon_p") if measure == "dice" else ("p",):
+            rows = [own["measures"][measure] for own in classes.values()]
+            for row, corrected in zip(rows, holm([row[p] for row in rows]), strict=True):
+                row[f"{p}_holm"] = corrected
+    dices = np.stack([_dices(list(own.values())) for own in pairs.values()], axis=1)
+    known = dices[..., ~np.isnan(dices).all(axis=(0, 1))]
+    return {
+        "classes": classes,
+        "mean_dice": _mean_dice_measure(known, resamples, seed),
+        "scans": dices.shape[-1],
+        "scans_with_dice": known.shape[-1],
+        "resamples": resamples,
+        "seed": seed,
+    }
+
+
+def _mean_dice_measure(dices: NDArray[np.float64], resamples: int, seed: int) -> dict[str, Any]:
+    """The mean Dice over classes of both.
+
+    Args:
+        dices: (2, classes, scans); NaN where there is no Dice.
+    """
+    first, second = (mean_over_classes(own) for own in dices)
+    if first is None or second is None:
+        return dict.fromkeys(("a", "b", "difference", "interval", "p", "wilcoxon_p"))
+    scans = dices.shape[-1]
+    measure = _measure((first, second), resampled_mean_over_classes(dices, resamples, seed), scans)
+    # As in the Dice of one class: who finds nothing where nothing is is right.
+    either = ~np.isnan(dices).all(axis=0)
+    right = np.where(either, np.where(np.isnan(dices), 1.0, dices), 0.0).sum(axis=1) / either.sum(axis=0)
+    return {**measure, "wilcoxon_p": wilcoxon_p(right[0] - right[1]) if scans >= MIN_SCANS else None}
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """p-values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    known = sorted((p, at) for at, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    least = 0.0
+    for rank, (p, at) in enumerate(known):
+        least = max(least, min(1.0, p * (len(known) - rank)))
+        corrected[at] = least
+    return corrected
 
 
 def _dice_measure(dices: NDArray[np.float64], resamples: int, seed: int) -> dict[str, Any]:
@@ -219,27 +297,73 @@ NAMES = {"dice": "Dice", "cpm": "CPM", "sensitivity_at_1_fp": "sensitivity at 1 
 
 def text_table(result: Mapping[str, Any]) -> list[str]:
     """What `compare_folders` returned, in lines for a person."""
-    lines = [
-        f"A: {result['a']}",
-        f"B: {result['b']}",
+    lines = [f"A: {result['a']}", f"B: {result['b']}"]
+    if "classes" in result:
+        return [*lines, *_text_classes(result)]
+    lines += [
         f"{count(result['scans'], 'scan')}, {count(result['lesion_count'], 'lesion')}",
         "",
-        f"{'':24}       A       B    A - B  95 % interval             p",
+        TABLE_HEAD,
     ]
-    for name, row in result["measures"].items():
-        if row["difference"] is None:
-            lines.append(f"{NAMES[name]:24}  {'no masks' if name == 'dice' else 'no lesions'}")
-            continue
-        shown = f"{NAMES[name]:24}  {row['a']:6.3f}  {row['b']:6.3f}  {row['difference']:+7.3f}  "
-        if row["interval"] is None:
-            lines.append(f"{shown}no interval, no p: {_too_few(result, name)}")
-            continue
-        low, high = row["interval"]
-        lines.append(f"{shown}{low:+.3f} to {high:+.3f}      {row['p']:.3f}")
-    p = result["measures"]["dice"]["wilcoxon_p"]
-    shown = f"no p: {_too_few(result, 'dice')}" if p is None else f"p = {p:.3f}"
-    lines.append(f"Dice by Wilcoxon's signed ranks: {shown}")
-    return lines
+    return [*lines, *_text_measures(result)]
+
+
+TABLE_HEAD = f"{'':24}       A       B    A - B  95 % interval             p"
+
+
+def _text_classes(result: Mapping[str, Any]) -> list[str]:
+    """Of each class its measures, then the mean."""
+    lines = [count(result["scans"], "scan")]
+    for name, own in result["classes"].items():
+        heading = f"class {name}: {count(own['lesion_count'], 'lesion')}"
+        lines += ["", heading, TABLE_HEAD, *_text_measures(own, "_holm")]
+    number = len(result["classes"])
+    return [
+        *lines,
+        "",
+        TABLE_HEAD,
+        _text_row(f"mean Dice, {number} classes", result["mean_dice"], _too_few(result, "dice")),
+        _text_wilcoxon("mean Dice", result["mean_dice"]["wilcoxon_p"], _too_few(result, "dice")),
+        f"p of the single classes are corrected for {number} classes (Holm), each measure by itself",
+    ]
+
+
+def _text_measures(result: Mapping[str, Any], corrected: str = "") -> list[str]:
+    """The rows of one class.
+
+    Args:
+        corrected: what the names of the p-values end in.
+    """
+    measures = result["measures"]
+    lines = [
+        _text_row(
+            NAMES[name],
+            row,
+            _too_few(result, name),
+            "no masks" if name == "dice" else "no lesions",
+            corrected,
+        )
+        for name, row in measures.items()
+    ]
+    p = measures["dice"][f"wilcoxon_p{corrected}"]
+    return [*lines, _text_wilcoxon("Dice", p, _too_few(result, "dice"))]
+
+
+def _text_row(
+    name: str, row: Mapping[str, Any], too_few: str, without: str = "no masks", corrected: str = ""
+) -> str:
+    if row["difference"] is None:
+        return f"{name:24}  {without}"
+    shown = f"{name:24}  {row['a']:6.3f}  {row['b']:6.3f}  {row['difference']:+7.3f}  "
+    if row["interval"] is None:
+        return f"{shown}no interval, no p: {too_few}"
+    low, high = row["interval"]
+    return f"{shown}{low:+.3f} to {high:+.3f}      {row[f'p{corrected}']:.3f}"
+
+
+def _text_wilcoxon(name: str, p: float | None, too_few: str) -> str:
+    shown = f"no p: {too_few}" if p is None else f"p = {p:.3f}"
+    return f"{name} by Wilcoxon's signed ranks: {shown}"
 
 
 def _too_few(result: Mapping[str, Any], name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.classes import LESION
 from voxelscale.console import warn
 from voxelscale.dataset import DataSet, Source
 from voxelscale.evaluate.bootstrap import RESAMPLES, percentile_interval, resampled_means
@@ -28,13 +29,14 @@ from voxelscale.evaluate.lesions import (
     pair_components,
 )
 from voxelscale.evaluate.nodules import TABLE, Nodule, by_trait, hits_on_nodules, read_nodules
-from voxelscale.evaluate.overlap import Overlap, common_box, overlap
+from voxelscale.evaluate.overlap import Overlap, overlap
+from voxelscale.evaluate.per_class import OneClass, each_class, mean_dice
 from voxelscale.evaluate.surface import TOLERANCES_MM, SurfaceScore, compare_surfaces
-from voxelscale.evaluate.truth import findings_in, truth_of
+from voxelscale.evaluate.truth import Truth, findings_in, labels_in, truth_of
 from voxelscale.files import write_atomic, write_csv
 from voxelscale.findings import Finding, lesions_of_mask
-from voxelscale.formats import check_same_place, read_label
-from voxelscale.geometry import Scan, reorient
+from voxelscale.formats import check_same_place
+from voxelscale.geometry import Grid, Scan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ def evaluate_case(
     nodules: Sequence[Nodule] = (),
     excluded: Sequence[Placed] = (),
 ) -> CaseResult:
-    """Score one case.
+    """Score one case of one class.
 
     Args:
         truth, prediction: masks on one lattice; not 0 is lesion.
@@ -85,17 +87,53 @@ def evaluate_case(
         nodules: synthetic ones in it.
         excluded: what is neither right nor wrong to find.
     """
-    box = common_box(truth.array, prediction.array)
-    true, predicted = truth.array[box] != 0, prediction.array[box] != 0
-    grid = truth.grid.window([axis.start for axis in box], true.shape)
-    lesions = lesions_of_mask(case, truth.array, truth.grid)
-    paired = pair_components(true, predicted, grid, findings, excluded)
+    (one,) = each_class(LESION, truth.array != 0, prediction.array != 0)
+    return _score(case, one, truth.grid, findings, nodules, excluded)
+
+
+def evaluate_classes(
+    truth: Truth, prediction: NDArray[Any], findings: Sequence[Finding], nodules: Sequence[Nodule] = ()
+) -> tuple[CaseResult, ...]:
+    """Score one case, class by class in the order of the truth's.
+
+    Args:
+        prediction: stored labels on the truth's lattice.
+        findings: of the same scan, LPS mm; those of the only class need not bear its name.
+        nodules: synthetic ones in it.
+    """
+    return tuple(
+        _score(
+            truth.case,
+            one,
+            truth.mask.grid,
+            [f for f in findings if f.label in ("", one.name)],
+            nodules,
+            truth.ignored,
+            truth.uncounted,
+        )
+        for one in truth.against(prediction)
+    )
+
+
+def _score(
+    case: str,
+    one: OneClass,
+    whole: Grid,
+    findings: Sequence[Finding],
+    nodules: Sequence[Nodule],
+    excluded: Sequence[Placed],
+    uncounted: Scan | None = None,
+) -> CaseResult:
+    true, predicted = one.truth, one.prediction
+    grid = whole.window(one.start, true.shape)
+    lesions = lesions_of_mask(case, true, whole, one.start)
+    paired = pair_components(true, predicted, grid, findings, excluded, uncounted)
     return CaseResult(
         case=case,
         overlap=overlap(true, predicted),
         surface=compare_surfaces(true, predicted, grid.spacing),
         lesions=tuple(lesions),
-        matches=match(lesions, findings, excluded),
+        matches=match(lesions, findings, excluded, uncounted),
         lesion_overlaps=tuple(lesion_overlaps(paired)),
         iou_matches=tuple(match_by_iou(paired, threshold) for threshold in IOU_THRESHOLDS),
         nodules=tuple(nodules),
@@ -119,49 +157,78 @@ def evaluate_folder(
         missing_is_empty: score a case without a prediction as if nothing had been found in it.
 
     Returns:
-        the content of ``evaluation.json``: `summarise`, ``failed``, and as ``coverage`` how many cases have
-        truth, how many are scored, and the names of the others (`voxelscale.evaluate.cases.Cases`).
+        the content of ``evaluation.json``: `summarise`, or `summarise_classes` where there are several;
+        ``failed``, and as ``coverage`` how many cases have truth, how many are scored, and the names of the
+        others (`voxelscale.evaluate.cases.Cases`).
 
     Raises:
         VoxelscaleError: no case has both a mask and a prediction that can be read.
     """
     cases = predicted_cases(predictions, data, missing_is_empty=missing_is_empty)
-    nodules = read_nodules(data.path)
+    # A table of nodules says nothing of other classes.
+    single = all(source.classes.single for source in cases.predicted)
+    nodules = read_nodules(data.path) if single else {}
 
-    def score(source: Source) -> CaseResult:
+    def score(source: Source) -> tuple[CaseResult, ...]:
         truth = truth_of(source, data.reading)
-        mask, findings = Scan(np.zeros_like(truth.mask.array), truth.mask.affine), list[Finding]()
+        labels, findings = np.zeros_like(truth.mask.array), list[Finding]()
         if not missing_is_empty or (predictions / source.case / MASK).is_file():
-            mask, findings = read_prediction(predictions / source.case, source, truth.mask)
-        return evaluate_case(
-            source.case, truth.mask, mask, findings, nodules.get(source.case, ()), truth.ignored
-        )
+            labels, findings = read_prediction(predictions / source.case, source, truth)
+        return evaluate_classes(truth, labels, findings, nodules.get(source.case, ()))
 
     results, unreadable = each_case("evaluate", cases.predicted, score)
     failed = [*cases.failed, *unreadable]
     if not results:
         raise cases.none_scored(failed)
-    cases.tell()
+    cases.warn()
     if nodules and not nodules.keys() & results.keys():
         warn(f"{data.path}: {TABLE} has no nodule of a scored case; no sensitivities by kind")
-    summary = {**summarise(list(results.values())), "coverage": cases.coverage(len(results))}
+    names = next(s.classes.names for s in cases.predicted if s.case in results)
+    by_class = dict(zip(names, zip(*results.values(), strict=True), strict=True))
+    figures = summarise(*by_class.values()) if single else summarise_classes(by_class)
+    summary = {**figures, "coverage": cases.coverage(len(results))}
     kept = {**summary, "failed": [failure.kept for failure in failed]}
     write_atomic(out / "evaluation.json", json.dumps(kept, indent=1))
     rows = summary["cases"]
     write_csv(out / "cases.csv", [rows[0].keys(), *(row.values() for row in rows)])
-    return {**summary, "failed": [failure.told for failure in failed]}
+    return {**summary, "failed": [failure.for_terminal for failure in failed]}
 
 
-def read_prediction(folder: Path, source: Source, truth: Scan) -> tuple[Scan, list[Finding]]:
-    """The mask (LPS order) and the findings that were predicted for a case.
+def read_prediction(folder: Path, source: Source, truth: Truth) -> tuple[NDArray[Any], list[Finding]]:
+    """The stored labels (z, y, x; LPS order) and the findings that were predicted for a case.
 
     Raises:
-        VoxelscaleError: they cannot be read, or do not lie on the truth.
+        VoxelscaleError: they cannot be read, do not lie on the truth, or are of other classes.
     """
     path = folder / MASK
-    mask = reorient(read_label(path))
-    check_same_place(path, mask, source.labels[0] if source.labels else source.image, truth)
-    return mask, findings_in(folder / FINDINGS, truth.grid)
+    mask = labels_in(path, truth.classes)
+    check_same_place(path, mask, source.labels[0] if source.labels else source.image, truth.mask)
+    return mask.array, findings_in(folder / FINDINGS, truth.mask.grid, truth.classes)
+
+
+def summarise_classes(results: Mapping[str, Sequence[CaseResult]]) -> dict[str, Any]:
+    """What a report of several classes shows, as plain values.
+
+    Args:
+        results: of each class by name, of the same cases in the same order.
+
+    Returns:
+        ``classes``, for each by name what `summarise` says; ``mean_dice``, the mean over classes
+        (`voxelscale.evaluate.per_class.mean_dice`); ``scans``; ``cases``, a row a case and class.
+    """
+    classes = {name: summarise(each) for name, each in results.items()}
+    dices = [[row["dice"] for row in summary["cases"]] for summary in classes.values()]
+    rows = zip(*(summary["cases"] for summary in classes.values()), strict=True)
+    return {
+        "classes": classes,
+        "mean_dice": mean_dice(dices),
+        "scans": len(next(iter(results.values()))),
+        "cases": [
+            {"case": row["case"], "class": name, **row}
+            for of_case in rows
+            for name, row in zip(classes, of_case, strict=True)
+        ],
+    }
 
 
 def summarise(results: Sequence[CaseResult]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.findings import Finding
+from voxelscale.geometry import Scan
 
 OPERATING_POINTS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """False positives per scan at which LUNA16 reads the sensitivity."""
@@ -110,7 +111,10 @@ class Placed(Protocol):
 
 
 def match(
-    lesions: Sequence[Finding], findings: Sequence[Finding], excluded: Sequence[Placed] = ()
+    lesions: Sequence[Finding],
+    findings: Sequence[Finding],
+    excluded: Sequence[Placed] = (),
+    uncounted: Scan | None = None,
 ) -> Matches:
     """Hold one scan's findings against the lesions of its true mask, all in LPS mm.
 
@@ -119,12 +123,10 @@ def match(
 
     Args:
         excluded: what is neither right nor wrong to find.
+        uncounted: where nothing is right or wrong to find, voxels that are not 0.
     """
-    return match_marks(
-        np.asarray([(f.x, f.y, f.z, f.probability) for f in findings]),
-        _spheres(lesions),
-        _spheres(excluded),
-    )
+    marks = np.asarray([(f.x, f.y, f.z, f.probability) for f in findings]).reshape(-1, 4)
+    return match_marks(marks, _spheres(lesions), _spheres(excluded), lies_in(marks[:, :3], uncounted))
 
 
 def _spheres(findings: Sequence[Placed]) -> NDArray[np.float64]:
@@ -132,7 +134,10 @@ def _spheres(findings: Sequence[Placed]) -> NDArray[np.float64]:
 
 
 def match_marks(
-    marks: NDArray[np.float64], lesions: NDArray[np.float64], excluded: NDArray[np.float64]
+    marks: NDArray[np.float64],
+    lesions: NDArray[np.float64],
+    excluded: NDArray[np.float64],
+    uncounted: NDArray[np.bool_] | None = None,
 ) -> Matches:
     """Hold one scan's marks against its lesions; a mark within two lesions finds both.
 
@@ -140,9 +145,12 @@ def match_marks(
         marks: (n, 4) x, y, z in mm and confidence; or empty, as the others.
         lesions: (m, 4) x, y, z and diameter in mm.
         excluded: (k, 4) in the same form, ignored in scoring.
+        uncounted: (n,) marks that are ignored, too, where they hit nothing.
     """
     marks = marks.reshape(-1, 4)
     hit, ignored = _within(marks, lesions), _within(marks, excluded).any(axis=0)
+    if uncounted is not None:
+        ignored = ignored | uncounted
     best = np.where(hit, marks[:, 3], -np.inf).max(axis=1, initial=-np.inf)
     missed, free = ~hit.any(axis=1), ~hit.any(axis=0)
     return Matches(
@@ -156,6 +164,17 @@ def match_marks(
 def inside_any(places: NDArray[np.float64], spheres: Sequence[Placed]) -> NDArray[np.bool_]:
     """(n,) which of the places (n, 3), LPS mm, lie within one of the spheres, by the rule of `match`."""
     return np.asarray(_within(places, _spheres(spheres)).any(axis=0))
+
+
+def lies_in(places: NDArray[np.float64], mask: Scan | None) -> NDArray[np.bool_]:
+    """(n,) which of the places (n, 3), LPS mm, lie in a voxel of the mask that is not 0; None: none."""
+    inside = np.zeros(len(places), np.bool_)
+    if mask is None or not len(places):
+        return inside
+    voxels = np.rint(mask.grid.mm_to_index(places)).astype(np.int64)
+    there = ((voxels >= 0) & (voxels < mask.array.shape)).all(axis=1)
+    inside[there] = mask.array[tuple(voxels[there].T)] != 0
+    return inside
 
 
 def _within(marks: NDArray[np.float64], spheres: NDArray[np.float64]) -> NDArray[np.bool_]:

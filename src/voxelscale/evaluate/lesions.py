@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.evaluate.froc import Matches, Placed, inside_any, pool
+from voxelscale.evaluate.froc import Matches, Placed, inside_any, lies_in, pool
 from voxelscale.findings import Finding, components
-from voxelscale.geometry import Grid, sphere_diameter
+from voxelscale.geometry import Grid, Scan, sphere_diameter
 
 SIZE_BINS_MM = ((0.0, 6.0), (6.0, 8.0), (8.0, 15.0), (15.0, 30.0), (30.0, math.inf))
 """Diameters at which guidelines change what is done: 6 and 8 mm (Fleischner Society, MacMahon et al. 2017),
@@ -73,6 +73,7 @@ def pair_components(
     grid: Grid,
     findings: Sequence[Finding],
     excluded: Sequence[Placed] = (),
+    uncounted: Scan | None = None,
 ) -> Components:
     """Both masks' components and what they share.
 
@@ -81,6 +82,7 @@ def pair_components(
         findings: of the prediction. A component is as confident as the finding whose centre lies nearest to
             its own, within the radius of either; where there is none, 0.
         excluded: what is neither right nor wrong to find; a component whose centre lies in it is ignored.
+        uncounted: voxels (not 0) where nothing is; a component whose centre lies in one is ignored, too.
     """
     true, predicted = components(truth > 0), components(prediction > 0)
     number = np.zeros(truth.shape, np.int32)
@@ -93,16 +95,20 @@ def pair_components(
         prediction=np.asarray([len(voxels) for voxels in predicted], np.int64),
         shared=np.asarray(shared, np.int64).reshape(len(true), len(predicted)),
         confidence=_confidences(predicted, grid, findings),
-        ignored=_ignored(predicted, grid, excluded),
+        ignored=_ignored(predicted, grid, excluded, uncounted),
     )
 
 
 def _ignored(
-    predicted: Sequence[NDArray[np.int64]], grid: Grid, excluded: Sequence[Placed]
+    predicted: Sequence[NDArray[np.int64]],
+    grid: Grid,
+    excluded: Sequence[Placed],
+    uncounted: Scan | None,
 ) -> NDArray[np.bool_]:
-    if not predicted or not excluded:
+    if not predicted or not (excluded or uncounted is not None):
         return np.zeros(len(predicted), np.bool_)
-    return inside_any(grid.index_to_mm([voxels.mean(axis=0) for voxels in predicted]), excluded)
+    centres = grid.index_to_mm([voxels.mean(axis=0) for voxels in predicted])
+    return inside_any(centres, excluded) | lies_in(centres, uncounted)
 
 
 def _confidences(

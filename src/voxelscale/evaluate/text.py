@@ -9,7 +9,9 @@ from voxelscale.console import count
 
 
 def text_summary(summary: Mapping[str, Any]) -> list[str]:
-    """What `voxelscale.evaluate.evaluate.summarise` returned, in lines for a person."""
+    """What `voxelscale.evaluate.evaluate.evaluate_folder` returned, in lines for a person."""
+    if "classes" in summary:
+        return _text_classes(summary)
     lines = [
         f"{count(summary['scans'], 'scan')}, {count(summary['lesion_count'], 'lesion')}"
         f"{_text_coverage(summary.get('coverage'))}",
@@ -24,6 +26,24 @@ def text_summary(summary: Mapping[str, Any]) -> list[str]:
             f"average precision {text_value(row['average_precision'])}"
         )
     return [*lines, *_text_tables(summary)]
+
+
+def _text_classes(summary: Mapping[str, Any]) -> list[str]:
+    """Of each class a heading and its lines, then the mean."""
+    lines = []
+    for name, own in summary["classes"].items():
+        lines += [f"class {name}", *(f"  {line}" for line in text_summary(own))]
+    return [*lines, f"{text_mean_dice(summary)}{_text_coverage(summary.get('coverage'))}"]
+
+
+def text_mean_dice(summary: Mapping[str, Any]) -> str:
+    """The mean Dice over classes of an evaluation of several."""
+    mean, there = summary["mean_dice"], len(summary["classes"])
+    if mean["mean"] is None:
+        return "mean Dice over classes: no value, as all masks are empty"
+    of = count(there, "class", "classes")
+    of = of if mean["classes"] == there else f"{mean['classes']} of {of}"
+    return f"mean Dice over {of} {mean['mean']:.3f} ({text_interval(mean['interval'], mean['cases'])})"
 
 
 def _text_coverage(row: Mapping[str, Any] | None) -> str:

@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,21 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic, write_csv
 from voxelscale.findings.calipers import Ends, axial_diameters
 from voxelscale.findings.depth import nearest_border
-from voxelscale.findings.regions import components, doubtful_regions, sure_regions
-from voxelscale.geometry import Grid, Scan, Triple, sphere_diameter
+from voxelscale.findings.regions import (
+    Voxels,
+    components,
+    doubtful_regions,
+    masked_regions,
+    sure_regions,
+)
+from voxelscale.geometry import Grid, IntTriple, Scan, Triple, sphere_diameter
 
 __all__ = [
     "LEAST_NODULE_MM3",
     "LUNA16_COLUMNS",
     "Finding",
     "components",
+    "find_in_class",
     "find_lesions",
     "lesions_of_mask",
     "ranked",
@@ -45,6 +53,8 @@ SOLID_HU = -300.0
 (Scholten et al., European Radiology 25, 2015)."""
 
 LUNA16_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "probability")
+CLASS_COLUMN = "class"
+"""Beside them, where there are several classes."""
 
 FORMAT = 2
 """Of ``findings.json``: an object with facts of the scan beside the findings; 1 was a list of findings."""
@@ -73,6 +83,7 @@ class Finding:
         pleura_mm: from its surface to the lungs' nearest border; 0 where it reaches it; None where no lungs
             were found or it lies outside.
         score: confidence before calibration; None for a true lesion, and in files that know none.
+        label: its class, where there are several; "" where there is one.
     """
 
     case: str
@@ -93,6 +104,7 @@ class Finding:
     solid_fraction: float | None = None
     pleura_mm: float | None = None
     score: float | None = None
+    label: str = ""
 
 
 def find_lesions(
@@ -148,18 +160,76 @@ def find_lesions(
         for voxels in itertools.compress(sure, map(operator.not_, kept)):
             mask[tuple(voxels.T)] = 0
         sure = list(itertools.compress(sure, kept))
+    about = partial(_found, case, grid, image=image, depth=depth)
+    return ranked(about(voxels, probability[tuple(voxels.T)]) for voxels in [*sure, *doubtful]), mask
+
+
+def find_in_class(
+    case: str,
+    label: str,
+    probability: NDArray[Any],
+    mask: NDArray[np.bool_],
+    start: IntTriple,
+    grid: Grid,
+    *,
+    candidates: float | None = None,
+    merge_mm: float = 0.0,
+    min_volume_mm3: float = 0.0,
+    image: NDArray[Any] | None = None,
+    depth: Scan | None = None,
+    keep: Callable[[NDArray[np.int64]], bool] | None = None,
+) -> tuple[list[Finding], NDArray[np.bool_]]:
+    """Findings of one class of several that exclude each other: the 26-connected components of its mask.
+
+    Further arguments, and a finding's confidence, are as of `find_lesions`.
+
+    Args:
+        label: the class's name.
+        probability: (z, y, x) in [0, 1], of a box of the scan.
+        mask: of the same box, where the class is the most probable one.
+        start: the box's first voxel.
+        grid: of the whole scan, as `image` is.
+        candidates: components at or above this probability without a voxel of the mask are findings, too.
+        min_volume_mm3: smaller components are no findings; they stay in the mask.
+
+    Returns:
+        findings; and the mask of the box without the components that `keep` left out.
+    """
+    least, first = min_volume_mm3 / grid.voxel_mm3, np.asarray(start)
+    parts = masked_regions(mask, grid, merge_mm=merge_mm, least=least if keep is None else 0)
+    if keep is not None:
+        mask = mask.copy()
+        kept = [keep(voxels + first) for voxels in parts]
+        for voxels in itertools.compress(parts, map(operator.not_, kept)):
+            mask[tuple(voxels.T)] = False
+        parts = [voxels for voxels in itertools.compress(parts, kept) if len(voxels) >= least]
+    if candidates is not None:
+        rules = {"candidates": candidates, "merge_mm": merge_mm, "least": least}
+        doubtful = doubtful_regions(probability, mask, grid, **rules)
+        parts += [voxels for voxels in doubtful if keep is None or keep(voxels + first)]
+    about = partial(_found, case, grid, image=image, depth=depth, label=label)
+    return ranked(about(voxels + first, probability[tuple(voxels.T)]) for voxels in parts), mask
+
+
+def _found(
+    case: str,
+    grid: Grid,
+    voxels: Voxels,
+    probability: NDArray[Any],
+    *,
+    image: NDArray[Any] | None,
+    depth: Scan | None,
+    label: str = "",
+) -> Finding:
+    """A finding of voxels (n, 3) with probabilities (n,)."""
     count = math.ceil(LEAST_NODULE_MM3 / grid.voxel_mm3)
-    findings = []
-    for voxels in [*sure, *doubtful]:
-        best = np.sort(probability[tuple(voxels.T)].astype(np.float64))[-count:]
-        score = float(best.sum() / count)
-        fields = _shape(case, voxels, grid)
-        if image is not None:
-            fields |= _density(image[tuple(voxels.T)])
-        if depth is not None:
-            fields["pleura_mm"] = nearest_border(voxels, grid, depth)
-        findings.append(Finding(**fields, probability=score, score=score))
-    return ranked(findings), mask
+    score = float(np.sort(probability.astype(np.float64))[-count:].sum() / count)
+    fields = _shape(case, voxels, grid)
+    if image is not None:
+        fields |= _density(image[tuple(voxels.T)])
+    if depth is not None:
+        fields["pleura_mm"] = nearest_border(voxels, grid, depth)
+    return Finding(**fields, probability=score, score=score, label=label)
 
 
 def ranked(findings: Iterable[Finding]) -> list[Finding]:
@@ -167,9 +237,15 @@ def ranked(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda f: (-f.probability, f.index))
 
 
-def lesions_of_mask(case: str, mask: NDArray[Any], grid: Grid) -> list[Finding]:
-    """The 26-connected components of a true mask (not 0 is lesion), each with probability 1."""
-    return [Finding(**_shape(case, voxels, grid)) for voxels in components(mask > 0)]
+def lesions_of_mask(
+    case: str, mask: NDArray[Any], grid: Grid, start: Sequence[int] = (0, 0, 0)
+) -> list[Finding]:
+    """The 26-connected components of a true mask (above 0 is lesion), each with probability 1.
+
+    Args:
+        start: the voxel of `grid` at which the mask begins.
+    """
+    return [Finding(**_shape(case, voxels + start, grid)) for voxels in components(mask > 0)]
 
 
 def _shape(case: str, voxels: NDArray[np.int64], grid: Grid) -> dict[str, Any]:
@@ -209,21 +285,32 @@ def write_findings(
     csv_path: Path,
     json_path: Path | None = None,
     facts: Mapping[str, Any] | None = None,
+    *,
+    labelled: bool = False,
 ) -> None:
     """LUNA16's CSV (``seriesuid,coordX,coordY,coordZ,probability``) and a JSON object with all fields.
 
-    LUNA16's coordinates are LPS mm, as ours.
+    LUNA16's coordinates are LPS mm, as ours. A label is written only where there is one.
 
     Args:
+        labelled: whether there are several classes: the CSV then has a sixth column ``class``.
         facts: what the JSON says of the scan and how it was predicted, beside ``findings``
             (`docs/measures.md`, "What predict writes").
     """
     # All digits of the probability: rounded ones could be equal, and the FROC another.
     rows = [[f.case, f"{f.x:.4f}", f"{f.y:.4f}", f"{f.z:.4f}", f"{f.probability!r}"] for f in findings]
-    write_csv(csv_path, [LUNA16_COLUMNS, *rows])
+    columns = list(LUNA16_COLUMNS)
+    if labelled:
+        columns.append(CLASS_COLUMN)
+        rows = [[*row, f.label] for row, f in zip(rows, findings, strict=True)]
+    write_csv(csv_path, [columns, *rows])
     if json_path is not None:
         listed = [
-            {"index_zyx" if name == "index" else name: value for name, value in asdict(f).items()}
+            {
+                "index_zyx" if name == "index" else name: value
+                for name, value in asdict(f).items()
+                if name != "label" or value
+            }
             for f in findings
         ]
         content = {"format": FORMAT, **(facts or {}), "findings": listed}
@@ -288,8 +375,10 @@ def _as_finding(row: Mapping[str, Any]) -> Finding:
     )
     if not isinstance(finding.case, str) or not finding.case.isprintable():
         raise ValueError(f"{finding.case!r} is no case's name")
+    if not isinstance(finding.label, str) or not finding.label.isprintable():
+        raise ValueError(f"{finding.label!r} is no class's name")
     for name, value in asdict(finding).items():
-        if name not in ("case", "index", "axial_ends", "short_axis_ends") and value is not None:
+        if name not in ("case", "label", "index", "axial_ends", "short_axis_ends") and value is not None:
             _finite([value])
     if any(getattr(finding, name) is None for name in _ALWAYS):
         raise ValueError("a number is missing")

@@ -20,19 +20,21 @@ def components(mask: NDArray[np.bool_], least: float = 0.0) -> list[Voxels]:
     """Voxels (n, 3) as (z, y, x) of each 26-connected component of at least `least` voxels."""
     import cc3d
 
-    around = _box_of(mask)
+    around = box_of(mask)
     labels, count = cc3d.connected_components(mask[around], connectivity=26, return_N=True)
-    boxes = cc3d.statistics(labels)["bounding_boxes"][1:] if count else []
+    if not count:
+        return []
+    facts = cc3d.statistics(labels, no_slice_conversion=True)
     start = np.asarray([axis.start for axis in around])
     found = []
-    for number, box in enumerate(boxes, start=1):
-        inside = np.argwhere(labels[box] == number)
-        if len(inside) >= least:
-            found.append(inside + [axis.start for axis in box] + start)
+    for number in 1 + np.flatnonzero(facts["voxel_counts"][1:] >= least):
+        low, high = facts["bounding_boxes"][number].reshape(3, 2).astype(np.int64).T
+        z, y, x = map(slice, low, high + 1)
+        found.append(np.argwhere(labels[z, y, x] == number) + low + start)
     return found
 
 
-def _box_of(mask: NDArray[np.bool_]) -> tuple[slice, slice, slice]:
+def box_of(mask: NDArray[np.bool_]) -> tuple[slice, slice, slice]:
     """The smallest box that holds all of a mask; of an empty one a box of no voxels."""
     # Axis by axis, on what is left: lesions fill little of a scan.
     box = [slice(0, n) for n in mask.shape]
@@ -55,15 +57,20 @@ def sure_regions(
     """The components at or above `low` that reach `threshold`, fragments joined, of at least `least`."""
     parts = [
         voxels
-        for voxels in components(probability >= low)
+        for voxels in components(probability >= low, least if merge_mm <= 0 else 0)
         if low == threshold or probability[tuple(voxels.T)].max() >= threshold
     ]
     return _joined(parts, grid, merge_mm, least)
 
 
+def masked_regions(mask: NDArray[np.bool_], grid: Grid, *, merge_mm: float, least: float) -> list[Voxels]:
+    """The components of a mask, fragments joined, of at least `least` voxels."""
+    return _joined(components(mask, 0 if merge_mm > 0 else least), grid, merge_mm, least)
+
+
 def doubtful_regions(
     probability: NDArray[np.floating],
-    taken: NDArray[np.uint8],
+    taken: NDArray[np.uint8] | NDArray[np.bool_],
     grid: Grid,
     *,
     candidates: float,
@@ -71,7 +78,11 @@ def doubtful_regions(
     least: float,
 ) -> list[Voxels]:
     """The components at or above `candidates` without a voxel of `taken`, joined among themselves."""
-    parts = [voxels for voxels in components(probability >= candidates) if not taken[tuple(voxels.T)].any()]
+    parts = [
+        voxels
+        for voxels in components(probability >= candidates, least if merge_mm <= 0 else 0)
+        if not taken[tuple(voxels.T)].any()
+    ]
     return _joined(parts, grid, merge_mm, least)
 
 

@@ -14,15 +14,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.console import warn
+from voxelscale.console import count, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import TO_WRITE, not_written, put_in_place
-from voxelscale.formats import dicom, meta, nifti, nrrd
-from voxelscale.formats._itk import told_of
-from voxelscale.formats._voxels import MOST_VOXELS, Opened, check_affine, not_finite
+from voxelscale.formats import dicom, meta, nifti, nrrd, picture
+from voxelscale.formats._itk import reported_as
+from voxelscale.formats._voxels import (
+    MOST_VOXELS,
+    WHOLE_VOLUME,
+    Opened,
+    check_affine,
+    not_finite,
+    several_volumes,
+)
 from voxelscale.geometry import Grid, IntTriple, Scan, crop_or_pad, to_itk
 
-FAMILIES = {"nifti": nifti, "metaimage": meta, "nrrd": nrrd, "dicom": dicom}
+# DICOM may begin as a TIFF.
+FAMILIES = {"nifti": nifti, "metaimage": meta, "nrrd": nrrd, "dicom": dicom, "picture": picture}
 
 WRITTEN = (".nii.gz", ".nii", ".mha", ".nrrd")
 """Extensions that `write_scan` knows."""
@@ -43,12 +51,12 @@ in decimal text lose up to a few hundredths of a millimetre over an oblique volu
 
 
 def detect_format(path: Path) -> str:
-    """``nifti``, ``metaimage``, ``nrrd`` or ``dicom``.
+    """``nifti``, ``metaimage``, ``nrrd``, ``dicom`` or ``picture``.
 
     Raises:
         VoxelscaleError: the path is missing, unreadable, empty, none of these, or Analyze 7.5.
     """
-    with _told(path):
+    with _reported(path):
         if not path.exists():
             raise VoxelscaleError(f"{path}: no such file or folder", "check the path")
         if path.is_dir():
@@ -69,6 +77,9 @@ def detect_format(path: Path) -> str:
         header = next((h for e in HEADERS if (h := path.with_name(_stem(path) + e)).is_file()), None)
         hint = f"name {header.name} instead" if header else f"put its {' or '.join(HEADERS[:3])} beside it"
         raise VoxelscaleError(f"{path}: voxels without their header", hint)
+    if head.startswith(picture.JPEG):
+        hint = "give the original as PNG or TIFF: JPEG blurs what is drawn and what is measured"
+        raise VoxelscaleError(f"{path}: a JPEG, which is not read", hint)
     hint = "give NIfTI, MetaImage, NRRD, or a folder with a DICOM series"
     raise VoxelscaleError(f"{path}: not a scan in a known format", hint)
 
@@ -79,27 +90,72 @@ def read_scan(
     fill_gaps: int = 0,
     files: Sequence[Path] = (),
     select: Sequence[str] = (),
+    volume: int | None = None,
 ) -> Scan:
-    """A CT scan: HU as int16 where nothing is lost by it, else float32.
+    """A scan: its values (HU of CT) as int16 where nothing is lost by it, else float32.
 
     Args:
         series: SeriesInstanceUID, for a DICOM folder that holds several.
         fill_gaps: how many slices in a row a DICOM series may lack; they are interpolated.
         files: those of the series, where they are known; else the folder's are opened to find them.
         select: ``attribute=value`` of the acquisition to take, where a DICOM series holds several.
+        volume: which one to take, from 0, of a file that holds several; None: it is to hold one.
 
     Raises:
         VoxelscaleError: it is not one whole, three-dimensional, finite scan.
     """
-    with _told(path):
+    if volume is not None:
+        return read_volumes(path, [volume])[0]
+    with _reported(path):
         opened = _open(path, series, fill_gaps, files, select)
+        _check_single(path, opened)
         if opened.segments is not None:
             raise VoxelscaleError(f"{path}: a segmentation, not a scan", "name the scan it was drawn on")
-        array = _as_hu(opened.load())
-        bad = int(array.size - np.isfinite(array).sum()) if array.dtype.kind == "f" else 0
-    if bad:
-        raise not_finite(path, bad)
+        array = _finite(path, _as_hu(opened.load()))
     return Scan(array, opened.grid.affine, opened.slices)
+
+
+def read_volumes(path: Path, wanted: Sequence[int]) -> list[Scan]:
+    """Volumes of a file that holds several (NIfTI of four axes, a picture in colours), numbered from 0.
+
+    Raises:
+        VoxelscaleError: as `read_scan`; or it holds fewer.
+    """
+    with _reported(path):
+        opened = _open(path, "", 0, ())
+        if opened.load_volumes is None or max(wanted, default=0) >= opened.volumes:
+            what = f"{path}: {count(opened.volumes, 'volume')}, not {max(wanted, default=0) + 1}"
+            raise VoxelscaleError(what, "name as many channels as it holds in reading.channels")
+        volumes = opened.load_volumes()
+        arrays = [_finite(path, np.array(_as_hu(volumes[number]))) for number in wanted]
+    return [Scan(array, opened.grid.affine) for array in arrays]
+
+
+def volumes_of(path: Path) -> int:
+    """How many volumes a file holds, by its header; 1 of what cannot be read, of which reading says why."""
+    try:
+        if not path.is_file() or (name := detect_format(path)) == "dicom":
+            return 1
+        opened: Opened = FAMILIES[name].open_scan(path)
+    except (VoxelscaleError, OSError):
+        return 1
+    return opened.volumes
+
+
+def _finite(path: Path, array: NDArray[Any]) -> NDArray[Any]:
+    if array.dtype.kind == "f" and (bad := int(array.size - np.isfinite(array).sum())):
+        raise not_finite(path, bad)
+    return array
+
+
+def _check_single(path: Path, opened: Opened) -> None:
+    """Raise a VoxelscaleError of a file that holds several volumes, of which none is chosen."""
+    if opened.volumes == 1:
+        return
+    if opened.load_classes is not None:
+        hint = "name its channels: reading.channels=[R, G, B]"
+        raise VoxelscaleError(f"{path}: a picture in colours, {opened.volumes} channels", hint)
+    raise several_volumes(path, opened.volumes)
 
 
 def read_grid(
@@ -108,30 +164,50 @@ def read_grid(
     fill_gaps: int = 0,
     files: Sequence[Path] = (),
     select: Sequence[str] = (),
+    volume: int | None = None,
 ) -> Grid:
     """The lattice that `read_scan` would give, from the headers alone.
 
     Raises:
         VoxelscaleError: as `read_scan`, but for what only the voxels show.
     """
-    with _told(path):
-        return _open(path, series, fill_gaps, files, select).grid
+    with _reported(path):
+        opened = _open(path, series, fill_gaps, files, select)
+    if volume is None:
+        _check_single(path, opened)
+    return opened.grid
 
 
 def _open(
-    path: Path, series: str, fill_gaps: int, files: Sequence[Path], select: Sequence[str] = ()
+    path: Path,
+    series: str,
+    fill_gaps: int,
+    files: Sequence[Path],
+    select: Sequence[str] = (),
+    *,
+    flat: bool = False,
 ) -> Opened:
+    """Open a file by its format.
+
+    Args:
+        flat: whether a volume of one slice will do, as the mask of a picture is.
+    """
     name = detect_format(path)
     if name == "dicom":
         opened = dicom.open_scan(path, series, fill_gaps, files, select)
     else:
         opened = FAMILIES[name].open_scan(path)
+    if name == "picture":  # which may be larger than a patient
+        return opened
     check_affine(path, opened.grid.shape, opened.grid.affine)
+    if min(opened.grid.shape) < 2 and not flat and name != "dicom":
+        shown = " x ".join(map(str, reversed(opened.grid.shape)))
+        raise VoxelscaleError(f"{path}: 2-D ({shown} voxels)", WHOLE_VOLUME)
     return opened
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _reported(path: Path) -> Iterator[None]:
     """A disk, or a memory, that does not give what is asked."""
     try:
         yield
@@ -156,8 +232,10 @@ def read_label(path: Path, values: Sequence[int] | None = None) -> Scan:
     Raises:
         VoxelscaleError: as `read_scan`; or values that are no whole numbers, or negative.
     """
-    with _told(path):
-        opened = _open(path, "", 0, ())
+    with _reported(path):
+        opened = _open(path, "", 0, (), flat=True)
+        if opened.load_classes is None:
+            _check_single(path, opened)
         if opened.segments is not None:
             array: NDArray[Any] = opened.segments.mask(values)
         else:
@@ -303,7 +381,7 @@ def write_scan(scan: Scan, path: Path) -> None:
     temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with told_of(path, "cannot be written", TO_WRITE):
+        with reported_as(path, "cannot be written", TO_WRITE):
             sitk.WriteImage(to_itk(scan), str(temporary), useCompression=True)
         _check_written(temporary, scan)
         put_in_place(temporary, path)

@@ -1,4 +1,4 @@
-"""SimpleITK with every fault of a file told as one line."""
+"""SimpleITK with every fault of a file reported as one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from voxelscale.errors import VoxelscaleError
 
 
 @contextmanager
-def told_of(path: Path, problem: str, hint: str) -> Iterator[None]:
+def reported_as(path: Path, problem: str, hint: str) -> Iterator[None]:
     """Within it ITK's exceptions become a VoxelscaleError, and what it prints on stderr is kept back."""
     import SimpleITK as sitk
 

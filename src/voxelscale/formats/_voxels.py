@@ -48,6 +48,7 @@ MOST_MEMBERS = 100_000
 GZIP = b"\x1f\x8b"
 TO_COPY = "copy or download it again"
 TO_REWRITE = "write its header anew"
+WHOLE_VOLUME = "give the whole volume, not one slice"
 
 Encoding = Literal["raw", "deflate", "bzip2", "text", "hex"]
 
@@ -91,6 +92,8 @@ class Opened:
         load_classes: of DICOM, reads them as class numbers, which are never mixed by resampling.
         files: that hold header and voxels, where these are known.
         segments: of a segmentation with layers, by which a mask is made of it.
+        volumes: how many it holds, along a fourth axis or as colours; `load` reads the only one.
+        load_volumes: of several, reads them, (volume, z, y, x).
     """
 
     grid: Grid
@@ -99,6 +102,8 @@ class Opened:
     load_classes: Callable[[], NDArray[Any]] | None = None
     files: tuple[Path, ...] = ()
     segments: Segments | None = None
+    volumes: int = 1
+    load_volumes: Callable[[], NDArray[Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +149,16 @@ def check_header(path: Path, size: Sequence[int], components: int) -> None:
     shown = " x ".join(map(str, size))[:80]
     if min(size, default=0) < 1:
         raise VoxelscaleError(f"{path}: claims {shown} voxels", TO_REWRITE)
-    if len(size) < 3 or min(size) < 2:
-        raise VoxelscaleError(f"{path}: 2-D ({shown} voxels)", "give the whole volume, not one slice")
+    if len(size) < 3:
+        raise VoxelscaleError(f"{path}: 2-D ({shown} voxels)", WHOLE_VOLUME)
     if math.prod(size) > MOST_VOXELS:
         raise VoxelscaleError(f"{path}: claims {shown} voxels, more than {MOST_VOXELS}", "crop it first")
+
+
+def several_volumes(path: Path, volumes: int) -> VoxelscaleError:
+    """What is said of a NIfTI of four axes where one volume is wanted."""
+    hint = "split it and give one volume, or name each in reading.channels"
+    return VoxelscaleError(f"{path}: 4-D, {volumes} volumes", hint)
 
 
 def check_affine(path: Path, shape: IntTriple, affine: NDArray[np.float64]) -> None:

@@ -18,6 +18,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.formats._voxels import (
     GZIP,
     MOST_SKIPPED,
+    MOST_VOXELS,
     TO_COPY,
     TO_REWRITE,
     Layout,
@@ -27,6 +28,7 @@ from voxelscale.formats._voxels import (
     data_file,
     plain_head,
     read_voxels,
+    several_volumes,
 )
 from voxelscale.geometry import Grid
 
@@ -82,9 +84,13 @@ def open_scan(path: Path) -> Opened:
     if not math.isfinite(start) or not 0 <= start <= MOST_SKIPPED:
         raise VoxelscaleError(f"{path}: its voxels begin at byte {start:g}", TO_REWRITE)
     dtype, offset = _dtype(path, header), int(start)
-    # Axes beyond the fourth, which is time, hold colours, vectors and the like.
-    check_header(path, dims[1 : min(dims[0], 4) + 1], math.prod(dims[5 : dims[0] + 1]))
+    # Axes beyond the fourth, which is time or channels, hold colours, vectors and the like.
+    volumes = dims[4] if dims[0] >= 4 else 1
+    size = dims[1 : min(dims[0], 4) + 1]
+    check_header(path, size[:3] if volumes > 1 else size, math.prod(dims[5 : dims[0] + 1]))
     x, y, z = dims[1:4]
+    if x * y * z * volumes > MOST_VOXELS:
+        raise several_volumes(path, volumes)
     affine = _affine(path, header)
     check_affine(path, (z, y, x), affine)
     file = _image_file(path) if paired else path
@@ -97,12 +103,18 @@ def open_scan(path: Path) -> Opened:
         offset=0 if zipped else offset,
         skip=offset if zipped else 0,
         dtype=dtype,
-        shape=(z, y, x),
+        shape=(volumes, z, y, x) if volumes > 1 else (z, y, x),
     )
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+
+    def load() -> NDArray[Any]:
+        return _scaled(path, read_voxels(path, layout), slope, intercept)
+
     return Opened(
         grid=Grid((z, y, x), affine),
-        load=lambda: _scaled(path, read_voxels(path, layout), slope, intercept),
+        load=load,
+        volumes=volumes,
+        load_volumes=load if volumes > 1 else None,
         files=(path, file) if paired else (path,),
     )
 

@@ -1,8 +1,9 @@
 """A whole volume through a network that takes patches.
 
 Windows lie on a lattice and go by rows along z, so only the slices that a row covers are being summed at
-any time: they are float32 on the network's device, and what no later row reaches is finished and kept
-in half the memory. The volume stays as it is (int16, in main memory); windows alone are normalised.
+any time: they are float32 on the network's device, and what no later row reaches is finished and handed
+out. Of many classes even these would be too large: the volume is then done in parts along y or x. The
+volume stays as it is (int16, in main memory); windows alone are normalised.
 """
 
 from __future__ import annotations
@@ -20,8 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from voxelscale.config import IntTriple
+from voxelscale.console import count, notice
+from voxelscale.errors import VoxelscaleError
 
 Place = tuple[int, ...]
+Box = tuple[slice, slice, slice]
+"""(z, y, x)."""
+
+LARGEST_SUMS = 2**32
+"""Bytes of sums that are held at a time: a quarter of a machine with 16 GB. 118 classes over 128 slices of
+512 x 512 voxels would be 15 GiB; in four parts, windows of 128 voxels that overlap by half are 1.4 times as
+many. Logits of windows that wait to be added are half as many bytes at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +89,8 @@ def predict_volume(
     (Isensee et al., "nnU-Net", 2021). The sums are the same whatever the batch and the threads.
 
     Args:
-        model: ``(batch, 1, z, y, x)`` to logits of the same shape.
-        volume: ``(z, y, x)``, any number type.
+        model: ``(batch, channel, z, y, x)`` to logits ``(batch, 1, z, y, x)``.
+        volume: ``(z, y, x)``, or ``(channel, z, y, x)``, any number type.
         prepare: makes float32 network input of a window's values; voxel by voxel, as a normalisation is.
         within: ``(z, y, x)`` bool; elsewhere the probability is 0, and windows that hold none of it are
             left out. What is within is as without it.
@@ -93,24 +103,132 @@ def predict_volume(
         ``(z, y, x)`` in [0, 1], where the volume is. Of several processes only that with part 0 has it;
         what the others return is not to be used.
     """
-    size = volume.shape
-    padded = _pad_to(volume, windows.patch)
-    low = [(whole - n) // 2 for whole, n in zip(padded.shape, size, strict=True)]
-    place = device or volume.device
-    starts = [
-        window_starts(n, p, windows.overlap) for n, p in zip(padded.shape, windows.patch, strict=True)
-    ]
-    places: Iterable[Place] = itertools.product(*starts)
-    if within is not None:
-        framed = _framed(within, padded.shape, low)
-        places = (p for p in places if _window(framed, p, windows.patch).any())
-    if share is not None:
-        places = itertools.islice(places, share.part, None, share.parts)
-    logits = _logits(model, padded, windows, prepare, place, places)
-    combine = None if share is None else share.combine
-    probability = _merge(logits, padded.shape, starts, windows.patch, place, volume.device, dtype, combine)
-    result = _window(probability, low, size)
+    result = torch.zeros(volume.shape[-3:], dtype=dtype, device=volume.device)
+    for box, probability in predict_boxes(
+        model, volume, windows, prepare=prepare, within=within, device=device, share=share
+    ):
+        result[box] = probability[0].to(volume.device, dtype)
     return result if within is None else result.masked_fill_(~within, 0)
+
+
+@torch.inference_mode()
+def predict_boxes(
+    model: nn.Module,
+    volume: Tensor,
+    windows: Windows,
+    outputs: int = 1,
+    finish: Callable[[Tensor], Tensor] = Tensor.sigmoid_,
+    *,
+    prepare: Callable[[Tensor], Tensor] = Tensor.float,
+    within: Tensor | None = None,
+    device: torch.device | None = None,
+    share: Share | None = None,
+    largest: int = LARGEST_SUMS,
+) -> Iterator[tuple[Box, Tensor]]:
+    """What is made of every voxel's averaged logits, box by box; arguments as of `predict_volume`.
+
+    Boxes are as wide as the volume and come by rising z, but where the sums would take more than `largest`
+    bytes: then the volume is done in parts along y or x, one after another, each with all windows that
+    reach it. So every voxel's sums, and their order, are those of the undivided volume; windows that reach
+    two parts go through the network twice. A part is at least one voxel wide.
+
+    Args:
+        outputs: channels of the network's logits.
+        finish: makes of logits (outputs, dz, dy, dx), which it may change, what is wanted, voxel by voxel.
+        within: where no window reaches the logits are 0.
+
+    Yields:
+        the box, and what `finish` made of its logits ``(outputs, dz, dy, dx)`` float32 on the network's
+        device; it holds until the next box is asked for.
+
+    Raises:
+        VoxelscaleError: the network has another number of outputs.
+    """
+    image = volume if volume.ndim == 4 else volume[None]
+    padded = _pad_to(image, windows.patch)
+    shape = padded.shape[1:]
+    low = [(whole - n) // 2 for whole, n in zip(shape, image.shape[1:], strict=True)]
+    place = device or volume.device
+    framed = None if within is None else _framed(within, shape, low)
+    starts = [window_starts(n, p, windows.overlap) for n, p in zip(shape, windows.patch, strict=True)]
+    profiles = [gaussian_profile(p).to(place) for p in windows.patch]
+    # The windows form a lattice and the weight is separable, so its sum over windows is too.
+    sums = [_profile_sum(n, s, p) for n, s, p in zip(shape, starts, profiles, strict=True)]
+    for part in _parts(shape, starts, windows.patch, outputs, largest):
+        reaching = [
+            [s for s in along if s < side.stop and s + p > side.start]
+            for along, p, side in zip(starts, windows.patch, part, strict=True)
+        ]
+        places: Iterable[Place] = itertools.product(*reaching)
+        if framed is not None:
+            places = (p for p in places if _window(framed, p, windows.patch).any())
+        if share is not None:
+            places = itertools.islice(places, share.part, None, share.parts)
+        logits = _logits(model, padded, windows, prepare, place, places, outputs, largest // 2)
+        combine = None if share is None else share.combine
+        for rows, complete in _merge(logits, starts[0], part, profiles, outputs, combine):
+            box = (rows, *part[1:])
+            z, y, x = (total[side] for total, side in zip(sums, box, strict=True))
+            finished = finish(complete.div_(z[:, None, None] * (y[:, None] * x)))
+            yield from _unpadded(box, finished, low, image.shape[1:])
+
+
+def _unpadded(
+    box: Box, finished: Tensor, low: Sequence[int], size: Sequence[int]
+) -> Iterator[tuple[Box, Tensor]]:
+    """A box of the padded volume as one of the volume; nothing where it is padding alone."""
+    inside = [
+        slice(max(0, side.start - first), min(n, side.stop - first))
+        for side, first, n in zip(box, low, size, strict=True)
+    ]
+    if all(side.stop > side.start for side in inside):
+        z, y, x = inside
+        cut = [
+            side.start + first - whole.start for side, first, whole in zip(inside, low, box, strict=True)
+        ]
+        yield (z, y, x), _window(finished, cut, [side.stop - side.start for side in inside])
+
+
+def _parts(
+    shape: Sequence[int], starts: Sequence[list[int]], patch: IntTriple, outputs: int, largest: int
+) -> list[Box]:
+    """The volume, or parts of it whose sums take at most so many bytes, along the axis that repeats the
+    fewest windows."""
+    whole = slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2])
+    plane = outputs * patch[0] * 4
+    if plane * shape[1] * shape[2] <= largest:
+        return [whole]
+    each: list[tuple[float, list[Box]]] = []
+    for axis in (1, 2):
+        most = max(1, largest // (plane * shape[3 - axis]))
+        sides = _cut(shape[axis], starts[axis], most)
+        done = sum(
+            1 for side in sides for s in starts[axis] if s < side.stop and s + patch[axis] > side.start
+        )
+        boxes: list[Box] = [
+            (whole[0], side, whole[2]) if axis == 1 else (whole[0], whole[1], side) for side in sides
+        ]
+        each.append((done / len(starts[axis]), boxes))
+    times, parts = min(each, key=lambda choice: choice[0])
+    notice(
+        f"the sums of {count(outputs, 'output')} are held for {len(parts)} parts of the volume in turn; "
+        f"{times:.1f} times as many windows",
+        level=2,
+    )
+    return parts
+
+
+def _cut(size: int, starts: Sequence[int], most: int) -> list[slice]:
+    """An axis in parts of at most so many voxels, cut where a window begins if that is possible: so the
+    fewest windows lie on both sides."""
+    sides, first = [], 0
+    while first < size:
+        end = min(size, first + most)
+        if end < size:
+            end = max((s for s in starts if first < s <= end), default=end)
+        sides.append(slice(first, end))
+        first = end
+    return sides
 
 
 def _logits(
@@ -120,22 +238,48 @@ def _logits(
     prepare: Callable[[Tensor], Tensor],
     device: torch.device,
     places: Iterable[Place],
+    outputs: int,
+    largest: int,
 ) -> Iterator[tuple[Place, Tensor]]:
-    """Every window's place and logits (z, y, x), in the order of `places`."""
+    """Every window's place and logits (outputs, z, y, x), in the order of `places`.
+
+    Args:
+        largest: bytes of logits of several outputs that wait at a time, unless a window has more.
+    """
     axes = flip_axes(windows.patch) if windows.flips else [()]
 
     def predict(batch: list[Place]) -> Tensor:
-        with torch.inference_mode():
-            cut = torch.stack([_window(volume, p, windows.patch) for p in batch])[:, None]
-            cut = prepare(cut.to(device)).contiguous(memory_format=torch.channels_last_3d)
-            return _forward(model, cut, axes, windows.precision)[:, 0]
+        try:
+            return forward(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                size = " x ".join(map(str, windows.patch))
+                problem = f"a window of {size} voxels needs more memory than {device} has"
+                raise VoxelscaleError(problem, "lower predict.patch_size") from None
+        # Here what the attempt held is free; a window's logits do not depend on its batch.
+        return torch.cat([predict(batch[: len(batch) // 2]), predict(batch[len(batch) // 2 :])])
 
-    batches = _batched(iter(places), windows.batch_size)
-    several = device.type == "cpu" and windows.threads > 1
-    for batch, logits in (
-        _in_threads(predict, batches, windows.threads) if several else _in_turn(predict, batches)
+    def forward(batch: list[Place]) -> Tensor:
+        with torch.inference_mode():
+            cut = torch.stack([_window(volume, p, windows.patch) for p in batch])
+            cut = prepare(cut.to(device)).contiguous(memory_format=torch.channels_last_3d)
+            logits = _forward(model, cut, axes, windows.precision)
+        if logits.shape[1] != outputs:
+            hint = "give predict a model whose network is as its classes say"
+            raise VoxelscaleError(f"the network has {logits.shape[1]} outputs instead of {outputs}", hint)
+        return logits
+
+    batch, threads = windows.batch_size, windows.threads if device.type == "cpu" else 1
+    if outputs > 1:
+        held = max(1, largest // (outputs * math.prod(windows.patch) * 4))
+        batch, threads = min(batch, held), min(threads, held)
+    batches = _batched(iter(places), batch)
+    for group, logits in (
+        _in_threads(predict, batches, threads, windows.threads // threads)
+        if threads > 1
+        else _in_turn(predict, batches)
     ):
-        yield from zip(batch, logits, strict=True)
+        yield from zip(group, logits, strict=True)
 
 
 def _in_turn(
@@ -146,13 +290,13 @@ def _in_turn(
 
 
 def _in_threads(
-    predict: Callable[[list[Place]], Tensor], batches: Iterator[list[Place]], threads: int
+    predict: Callable[[list[Place]], Tensor], batches: Iterator[list[Place]], threads: int, cores: int
 ) -> Iterator[tuple[list[Place], Tensor]]:
-    """Batches side by side, a core each: no core waits at the end of every layer for the others."""
+    """Batches side by side, so many cores each: no core waits at the end of every layer for the others."""
     before = torch.get_num_threads()
     waiting: deque[tuple[list[Place], Future[Tensor]]] = deque()
     try:
-        with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+        with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, cores)) as pool:
             for batch in batches:
                 waiting.append((batch, pool.submit(predict, batch)))
                 if len(waiting) > threads:
@@ -168,41 +312,47 @@ def _in_threads(
 
 def _merge(
     logits: Iterator[tuple[Place, Tensor]],
-    shape: Sequence[int],
-    starts: Sequence[list[int]],
-    patch: IntTriple,
-    device: torch.device,
-    home: torch.device,
-    dtype: torch.dtype,
+    rows: Sequence[int],
+    part: Box,
+    profiles: Sequence[Tensor],
+    outputs: int,
     combine: Callable[[Tensor], None] | None,
-) -> Tensor:
-    """Probabilities, on `home`, from the windows' logits, which come by rows along z.
+) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of a part, and their sums (outputs, dz, dy, dx), from windows that come by rows along z.
 
     While a row of windows is added, only the slices that it covers are held: a slab as thick as a window.
     Its slices before the next row's first are then complete, as no later window reaches them.
     """
-    profiles = [gaussian_profile(p).to(device) for p in patch]
     weight = _outer(profiles)
-    # The windows form a lattice and the weight is separable, so its sum over windows is too.
-    along_z, along_y, along_x = (
-        _profile_sum(n, s, p) for n, s, p in zip(shape, starts, profiles, strict=True)
-    )
-    plane = along_y[:, None] * along_x
-    result = torch.zeros(tuple(shape), dtype=dtype, device=home)
-    slab = torch.zeros((patch[0], *shape[1:]), device=device)
+    deep, _, _ = weight.shape
+    _, y, x = part
+    # By slices first, so that what is complete lies together.
+    slab = torch.zeros((deep, outputs, y.stop - y.start, x.stop - x.start), device=weight.device)
     following = next(logits, None)
-    for row, next_row in itertools.pairwise([*starts[0], shape[0]]):
+    for row, next_row in itertools.pairwise([*rows, part[0].stop]):
         while following is not None and following[0][0] == row:
-            place, part = following
-            _window(slab, (0, *place[1:]), patch).addcmul_(part, weight)
+            place, window = following
+            _add(slab.transpose(0, 1), part, place, window, weight)
             following = next(logits, None)
         complete = slab[: next_row - row]
         if combine is not None:
             combine(complete)
-        weights = along_z[row:next_row, None, None] * plane
-        result[row:next_row] = (complete / weights).sigmoid_().to(home, dtype)
-        slab = torch.cat([slab[len(complete) :], torch.zeros_like(complete)])
-    return result
+        yield slice(row, next_row), complete.transpose(0, 1)
+        rest = deep - len(complete)
+        for number in range(rest):  # slice by slice: both lie over each other
+            slab[number].copy_(slab[number + len(complete)])
+        slab[rest:].zero_()
+
+
+def _add(slab: Tensor, part: Box, place: Place, window: Tensor, weight: Tensor) -> None:
+    """Add a window's weighted logits to the slab of a part, as far as they lie in it."""
+    there: list[slice] = [slice(None), slice(None)]
+    own: list[slice] = [slice(None), slice(None)]
+    for side, first, n in zip(part[1:], place[1:], weight.shape[1:], strict=True):
+        start, stop = max(side.start, first), min(side.stop, first + n)
+        there.append(slice(start - side.start, stop - side.start))
+        own.append(slice(start - first, stop - first))
+    slab[tuple(there)].addcmul_(window[tuple(own)], weight[tuple(own[1:])])
 
 
 def window_starts(size: int, patch: int, overlap: float) -> list[int]:
@@ -230,22 +380,28 @@ def flip_axes(patch: Sequence[int]) -> list[tuple[int, ...]]:
 def _forward(
     model: nn.Module, windows: Tensor, axes: Sequence[tuple[int, ...]], precision: torch.dtype
 ) -> Tensor:
-    """The logits (batch, 1, z, y, x) float32, averaged over the mirrored copies."""
-    copies = []
+    """The logits (batch, output, z, y, x) float32, averaged over the mirrored copies."""
+    copies: list[Tensor] = []
     for flipped in axes:
         with torch.autocast(windows.device.type, torch.bfloat16, enabled=precision != torch.float32):
             logits = model(windows.flip(flipped) if flipped else windows).float()
-        copies.append(logits.flip(flipped) if flipped else logits)
+        logits = logits.flip(flipped) if flipped else logits
+        if copies and logits.shape[1] > 1:  # eight copies of many classes would not fit
+            copies[0] = copies[0] + logits
+        else:
+            copies.append(logits)
+    if len(copies) < len(axes):
+        return copies[0].div_(len(axes))
     return copies[0] if len(copies) == 1 else torch.stack(copies).mean(0)
 
 
 def _pad_to(volume: Tensor, patch: IntTriple) -> Tensor:
-    """Pad to at least the patch, evenly, with the volume's minimum (air)."""
-    missing = [max(0, p - n) for n, p in zip(volume.shape, patch, strict=True)]
+    """Pad (channel, z, y, x) to at least the patch, evenly, each channel with its minimum (air)."""
+    missing = [max(0, p - n) for n, p in zip(volume.shape[1:], patch, strict=True)]
     if not any(missing):
         return volume
     pad = [side for m in reversed(missing) for side in (m // 2, m - m // 2)]
-    return F.pad(volume, pad, value=volume.min().item())
+    return torch.stack([F.pad(channel, pad, value=channel.min().item()) for channel in volume])
 
 
 def _framed(within: Tensor, shape: Sequence[int], low: Sequence[int]) -> Tensor:
@@ -259,7 +415,7 @@ def _framed(within: Tensor, shape: Sequence[int], low: Sequence[int]) -> Tensor:
 
 def _window(volume: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
     z, y, x = (slice(s, s + n) for s, n in zip(start, size, strict=True))
-    return volume[z, y, x]
+    return volume[..., z, y, x]
 
 
 def _profile_sum(size: int, starts: Sequence[int], profile: Tensor) -> Tensor:

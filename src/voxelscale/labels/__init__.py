@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from voxelscale.classes import LESION, Classes
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Scan
 from voxelscale.labels.annotation import Labels
+from voxelscale.labels.stored import kind_of_stored, stored_in, union, warn_of_replaced
 from voxelscale.tables import is_table_of
 
 HEAD = 4096
@@ -29,6 +30,7 @@ def read_labels(
     image_path: Path | None = None,
     series: str = "",
     values: tuple[int, ...] | None = None,
+    classes: Classes = LESION,
     consensus: float = 0.5,
     thickness_mm: float | None = None,
     allow_empty: bool = False,
@@ -37,14 +39,17 @@ def read_labels(
 
     Args:
         paths: a mask in any format that scans have, a DICOM SEG or RTSTRUCT, LIDC's XML, or a CSV with
-            LUNA16's columns; or several of them: what any says is a lesion is one.
+            LUNA16's columns; or several of them: what any says is a lesion is one; where classes differ, a
+            later file's is taken.
         image: the scan that they belong to, as it was read: what was resampled or turned since no longer
             knows the slices that they were drawn on.
         image_path: where it came from, to be named in a fault.
         series: its SeriesInstanceUID, where it is known; it picks the rows of a CSV, and what names
             another one is refused.
-        values: what is the lesion: values of a mask, numbers of segments or of regions of interest;
-            None: all of a mask or a SEG, and of an RTSTRUCT what is named or typed as a tumour.
+        values: what is the lesion, all others being background: values of a mask, numbers of segments or of
+            regions of interest; None: as the classes say.
+        classes: what is distinguished. Of one class without values it is all of a mask or a SEG, and of an
+            RTSTRUCT what is named or typed as a tumour.
         consensus: of LIDC, the share of a nodule's readers who must have outlined a voxel.
         thickness_mm: of the scan's slices, by which LIDC's readings are grouped; None: as their distance.
         allow_empty: whether masks without a voxel of these values mean a healthy scan.
@@ -54,31 +59,31 @@ def read_labels(
     """
     from voxelscale.labels import lidc, rtstruct, seg, spheres
 
+    if values is not None:
+        classes = LESION
     of_kind: dict[str, list[Path]] = {}
     for path in [paths] if isinstance(paths, Path) else paths:
         of_kind.setdefault(kind_of(path), []).append(path)
+    if not classes.single and (alone := [*of_kind.get("LIDC", ()), *of_kind.get("spheres", ())]):
+        hint = "name one class in reading.labels"
+        raise VoxelscaleError(f"{alone[0]}: marks nodules, which are one class of several", hint)
     found: list[Labels] = []
     for kind, read in (("SEG", seg.read), ("RTSTRUCT", rtstruct.read)):
         if kind in of_kind:
-            found.append(Labels(mask=read(of_kind[kind], image, values, series)))
+            found.append(Labels(mask=read(of_kind[kind], image, values, series, classes)))
     for path in of_kind.get("LIDC", ()):
         found.append(lidc.read(path, image, consensus, series, thickness_mm, image_path))
     for path in of_kind.get("spheres", ()):
         found.append(spheres.read(path, image, series))
     if "mask" in of_kind:
-        found.append(Labels(mask=_read_masks(of_kind["mask"], image, image_path, values, allow_empty)))
-    return found[0] if len(found) == 1 else _merged(found)
-
-
-def _merged(found: Sequence[Labels]) -> Labels:
-    mask = np.logical_or.reduce([labels.mask.array > 0 for labels in found]).astype(np.uint8)
+        masks = _read_masks(of_kind["mask"], image, image_path, values, classes, allow_empty)
+        found.append(Labels(mask=masks))
+    kept = kind_of_stored(classes)
+    arrays = [labels.mask.array.astype(kept, copy=False) for labels in found]
+    merged, replaced = union(arrays, classes) if len(found) > 1 else (arrays[0], 0)
+    warn_of_replaced(", ".join(map(str, of_kind)), replaced)
     findings = tuple(finding for labels in found for finding in labels.findings)
-    return Labels(mask=Scan(mask, found[0].mask.affine), findings=findings)
-
-
-def lesion_in(mask: Scan, values: tuple[int, ...] | None) -> NDArray[np.bool_]:
-    """Where a mask has one of these values; None: any above 0."""
-    return np.asarray(mask.array > 0 if values is None else np.isin(mask.array, values))
+    return Labels(mask=Scan(merged, found[0].mask.affine), findings=findings)
 
 
 def kind_of(path: Path) -> Literal["SEG", "RTSTRUCT", "LIDC", "spheres", "mask"]:
@@ -110,17 +115,19 @@ def _read_masks(
     image: Scan,
     image_path: Path | None,
     values: tuple[int, ...] | None,
+    classes: Classes,
     allow_empty: bool,
 ) -> Scan:
-    """The union of masks on the image's voxels."""
+    """The union of masks on the image's voxels, as stored labels."""
     from voxelscale.formats import on_lattice, read_label
     from voxelscale.geometry import reorient, resample
 
     turned, masks, held = reorient(image), [], {}
     for path in paths:
-        mask = on_lattice(path, reorient(read_label(path, values)), image_path or path, turned.grid)
+        mask = reorient(read_label(path, values or classes.numbers or None))
+        mask = on_lattice(path, mask, image_path or path, turned.grid)
         # The same lattice, perhaps in another order of voxels: the nearest is the very voxel.
-        placed = Scan(lesion_in(mask, values).astype(np.uint8), turned.affine)
+        placed = Scan(stored_in(path, mask, values, classes).array, turned.affine)
         masks.append(resample(placed, image.grid, "nearest").array)
         held[path] = None if values is None or masks[-1].any() else np.unique(mask.array)[:10]
     if values is not None and not allow_empty and not any(mask.any() for mask in masks):
@@ -129,4 +136,6 @@ def _read_masks(
                 hint = "choose other reading.labels, or leave them out for all"
                 shown = ", ".join(map(str, numbers))
                 raise VoxelscaleError(f"{path}: no voxel of the values {values} (it holds {shown})", hint)
-    return Scan(np.maximum.reduce(masks), image.affine)
+    made, replaced = union(masks, classes) if len(masks) > 1 else (masks[0], 0)
+    warn_of_replaced(", ".join(map(str, paths)), replaced)
+    return Scan(made, image.affine)

@@ -31,7 +31,8 @@ class Labels:
     """The truth about a scan.
 
     Attributes:
-        mask: uint8, 0 or 1, on the scan's own voxels.
+        mask: stored labels (`voxelscale.classes`) on the scan's own voxels: uint8 of 0 and 1 of one class,
+            else int16.
         findings: empty where the source is only a mask.
     """
 

@@ -17,10 +17,12 @@ from voxelscale.formats.dicom.elements import (
     read_object,
 )
 from voxelscale.formats.dicom.header import frames_of_reference, refers_to
+from voxelscale.labels.stored import labels_by_number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from voxelscale.classes import Classes
     from voxelscale.geometry import Scan
 
 LARGEST = 2**31
@@ -129,3 +131,30 @@ def check_values(held: Mapping[Path, set[int]], noun: str, values: tuple[int, ..
         if len(without) == len(held):
             raise VoxelscaleError(what, "choose other reading.labels")
         notice(f"{what}, left out")
+
+
+def check_names(held: Mapping[Path, Mapping[int, Sequence[str]]], noun: str, classes: Classes) -> None:
+    """As `check_values`, of classes by name; a lacking class is reported where segments are left over.
+
+    Args:
+        held: what the segments or regions of each object are called, by their numbers.
+    """
+    for path, names in held.items():
+        labels = labels_by_number(names, classes)
+        shown = [
+            f"{number} {' / '.join(dict.fromkeys(filter(None, called)))}".strip()
+            for number, called in names.items()
+        ]
+        lacks = [
+            name
+            for at, name in enumerate(classes.names)
+            if not any(
+                label > 0 and (label >> at & 1 if classes.regions else label == at + 1)
+                for label in labels.values()
+            )
+        ]
+        what = f"{path}: no {noun} for {', '.join(lacks)} (it holds {', '.join(shown[:10]) or 'none'})"
+        if not any(labels_by_number(other, classes) for other in held.values()):
+            raise VoxelscaleError(what, "choose other reading.labels")
+        if lacks and len(labels) < len(names):
+            notice(what)

@@ -7,10 +7,12 @@ uneven steps, missing slices), they are read on those slices and brought to its 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.classes import IGNORED, Classes
 from voxelscale.console import count, warn
 from voxelscale.formats.dicom.voxels import onto_lattice
 from voxelscale.geometry import Grid, Scan, Slices
@@ -45,6 +47,45 @@ def on_scan(path: Path, drawn: NDArray[np.uint8], lattice: Lattice, image: Scan)
         what = "is smaller than half a voxel of the resampled scan and is lost"
         warn(f"{path}: {count(lost, 'part')} of the label {what}")
     return Scan(mask, image.affine)
+
+
+def labels_on_scan(
+    path: Path, drawn: NDArray[Any], lattice: Lattice, image: Scan, classes: Classes
+) -> NDArray[Any]:
+    """`on_scan` of an array of stored labels, class by class, where it was drawn on slices."""
+    if not isinstance(lattice, Slices):
+        return drawn
+    made = np.zeros(image.array.shape, drawn.dtype)
+    present = {int(value) for value in np.unique(drawn)} - {0}
+    parts = [(IGNORED, drawn == IGNORED)] if IGNORED in present else []
+    for at in range(len(classes.names)):
+        label = 1 << at if classes.regions else at + 1
+        if any(value > 0 and (value & label if classes.regions else value == label) for value in present):
+            parts.append((label, classes.where(drawn, at)))
+    for label, where in parts:
+        lay(made, on_scan(path, where.astype(np.uint8), lattice, image).array > 0, label, classes)
+    return made
+
+
+def lay(made: NDArray[Any], where: Any, label: int, classes: Classes) -> int:
+    """Set a stored label at some voxels; in how many of them another class was or is.
+
+    Of classes that overlap there the last in their order is kept, of regions all are; ignored is only what
+    no class has.
+
+    Args:
+        made: stored labels, changed in place.
+        where: index of the voxels.
+    """
+    old = made[where]
+    if label == IGNORED:
+        made[where] = np.where(old == 0, IGNORED, old)
+        return 0
+    if classes.regions:
+        made[where] = np.maximum(old, 0) | label
+        return 0
+    made[where] = np.maximum(old, label)
+    return int(np.count_nonzero((old > 0) & (old != label)))
 
 
 def _lost(drawn: NDArray[np.uint8], slices: Slices, mask: NDArray[np.uint8]) -> int:

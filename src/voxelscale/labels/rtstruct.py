@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.classes import LESION, Classes
 from voxelscale.console import notice, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats.dicom import tags
@@ -18,8 +19,9 @@ from voxelscale.formats.dicom.elements import DicomObject
 from voxelscale.formats.dicom.header import FARTHEST_MM
 from voxelscale.geometry import Scan
 from voxelscale.labels.contours import inside
-from voxelscale.labels.dicom import check_series, free_text, read_label_object
-from voxelscale.labels.drawn import Lattice, lattice_of, on_scan, warn_outside
+from voxelscale.labels.dicom import check_names, check_series, free_text, read_label_object
+from voxelscale.labels.drawn import Lattice, lattice_of, lay, on_scan, warn_outside
+from voxelscale.labels.stored import kind_of_stored, labels_by_number, warn_of_replaced
 
 TUMOUR = re.compile(r"gtv|nodul|lesion|tumou?r|metasta", re.IGNORECASE)
 """What regions of interest are called that are lesions."""
@@ -54,8 +56,14 @@ class Region:
 Regions = dict[int, Region]
 
 
-def read(paths: Sequence[Path], image: Scan, values: tuple[int, ...] | None, series: str = "") -> Scan:
-    """The regions of one or several objects as one mask: the pixels whose centre lies inside.
+def read(
+    paths: Sequence[Path],
+    image: Scan,
+    values: tuple[int, ...] | None,
+    series: str = "",
+    classes: Classes = LESION,
+) -> Scan:
+    """The regions of one or several objects as one mask of stored labels: pixels whose centre lies inside.
 
     A contour belongs to the nearest slice. Several contours of a region in one plane cut holes into each
     other (PS3.3 C.8.8.6.3: XOR).
@@ -65,11 +73,15 @@ def read(paths: Sequence[Path], image: Scan, values: tuple[int, ...] | None, ser
         values: numbers of regions, the same for every object; None: those that are named or typed as a
             tumour, or the only one.
         series: the image's SeriesInstanceUID, where it is known.
+        classes: by the numbers or the names of regions. Where two overlap, the later class is taken, with a
+            warning; classes that are themselves regions may overlap.
 
     Raises:
         VoxelscaleError: one is damaged, of another series, or drawn on other planes, or it is unclear which
             region is meant.
     """
+    if values is None and classes.values != ((),):
+        return _read_classes(paths, image, series, classes)
     sets = {path: _read_set(path, series, image) for path in paths}
     lattice = lattice_of(image)
     mask = np.zeros(image.array.shape, np.uint8)
@@ -82,21 +94,59 @@ def read(paths: Sequence[Path], image: Scan, values: tuple[int, ...] | None, ser
         outside = 0
         for number, region in sets[path].items():
             meant = region.tumour if values is None else number in values
-            if region.others and (meant or number in numbers):
-                kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(region.others.items()))
-                what = f"region {number} {region.name}".strip()
-                warn(f"{path}: {what} has contours that hold no area, left out: {kinds}")
+            if meant or number in numbers:
+                _warn_of_others(path, number, region)
         if values is None and not any(sets[path][number].tumour for number in numbers):
             only = sets[path][numbers[0]].name or numbers[0]
             notice(f"{path}: its only region, {only}, is taken as the lesion")
         for number in numbers:
             outside += _paint(path, sets[path][number].contours, lattice, drawn)
-        if outside == sum(len(sets[path][number].contours) for number in numbers) and not drawn.any():
-            hint = "check that the pair belongs together"
-            raise VoxelscaleError(f"{path}: it lies outside the scan", hint)
-        warn_outside(path, outside, "contour")
+        contours = sum(len(sets[path][number].contours) for number in numbers)
+        _check_inside(path, outside, contours, bool(drawn.any()))
         mask |= on_scan(path, drawn, lattice, image).array
     return Scan(mask, image.affine)
+
+
+def _read_classes(paths: Sequence[Path], image: Scan, series: str, classes: Classes) -> Scan:
+    """As `read`, of classes that are named."""
+    sets = {path: _read_set(path, series, image) for path in paths}
+    names = {
+        path: {number: (region.name,) for number, region in regions.items()}
+        for path, regions in sets.items()
+    }
+    check_names(names, "region", classes)
+    lattice, replaced = lattice_of(image), 0
+    made = np.zeros(image.array.shape, kind_of_stored(classes))
+    for path, regions in sets.items():
+        labels = labels_by_number(names[path], classes)
+        outside = contours = 0
+        drawn_any = False
+        for number, label in sorted(labels.items()):
+            region, drawn = regions[number], np.zeros(lattice.shape, np.uint8)
+            _warn_of_others(path, number, region)
+            if region.contours:
+                outside += _paint(path, region.contours, lattice, drawn)
+                contours += len(region.contours)
+                drawn_any |= bool(drawn.any())
+                replaced += lay(made, on_scan(path, drawn, lattice, image).array > 0, label, classes)
+        _check_inside(path, outside, contours, drawn_any)
+    warn_of_replaced(", ".join(map(str, paths)), replaced)
+    return Scan(made, image.affine)
+
+
+def _warn_of_others(path: Path, number: int, region: Region) -> None:
+    if region.others:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(region.others.items()))
+        what = f"region {number} {region.name}".strip()
+        warn(f"{path}: {what} has contours that hold no area, left out: {kinds}")
+
+
+def _check_inside(path: Path, outside: int, contours: int, drawn: bool) -> None:
+    """Raise a VoxelscaleError where a structure set lies outside the scan; warn where a part does."""
+    if contours and outside == contours and not drawn:
+        hint = "check that the pair belongs together"
+        raise VoxelscaleError(f"{path}: it lies outside the scan", hint)
+    warn_outside(path, outside, "contour")
 
 
 def _read_set(path: Path, series: str, image: Scan) -> Regions:
@@ -170,7 +220,7 @@ def _chosen(sets: dict[Path, Regions], values: tuple[int, ...] | None) -> dict[P
         named = (
             f"{n} {r.name}".strip() + " (no area)" * (not r.contours) for n, r in sorted(regions.items())
         )
-        hint = "say which regions are the lesion, as reading.labels=[1]"
+        hint = "say which regions are the lesion, as reading.labels=[1] or reading.labels={lesion: GTV}"
         held = ", ".join(named) or "none"
         raise VoxelscaleError(f"{path}: which of its regions is the lesion? It holds: {held}", hint)
     return chosen

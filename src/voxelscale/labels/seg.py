@@ -6,12 +6,14 @@ slice, whose values are the segments' numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.classes import LESION, Classes
 from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats.dicom import tags
@@ -19,8 +21,9 @@ from voxelscale.formats.dicom.elements import DicomObject, Elements, label_of
 from voxelscale.formats.dicom.header import FARTHEST_MM, NATIVE, pixels_of
 from voxelscale.formats.dicom.voxels import stored
 from voxelscale.geometry import Scan, Slices
-from voxelscale.labels.dicom import check_series, check_values, free_text, read_label_object
-from voxelscale.labels.drawn import Lattice, lattices_of, on_scan, warn_outside
+from voxelscale.labels.dicom import check_names, check_series, check_values, free_text, read_label_object
+from voxelscale.labels.drawn import Lattice, labels_on_scan, lattices_of, lay, warn_outside
+from voxelscale.labels.stored import kind_of_stored, labels_by_number, union, warn_of_replaced
 
 APART = 0.05
 """Of a voxel, that a frame's pixels may lie beside the image's: headers keep decimals."""
@@ -36,67 +39,107 @@ class _ElsewhereError(VoxelscaleError):
     """Frames that do not lie on the pixels of a lattice."""
 
 
-def read(paths: Sequence[Path], image: Scan, values: tuple[int, ...] | None, series: str = "") -> Scan:
-    """The segments of one or several objects as one mask; a fractional one from one half on.
+def read(
+    paths: Sequence[Path],
+    image: Scan,
+    values: tuple[int, ...] | None,
+    series: str = "",
+    classes: Classes = LESION,
+) -> Scan:
+    """The segments of one or several objects as one mask of stored labels; fractional ones from a half on.
+
+    Where segments of two classes overlap, the later class is taken, with a warning; regions may overlap.
 
     Args:
         image: the scan; where it was resampled, the frames may lie on its slices or on its voxels.
-        values: segment numbers, the same for every object; None: all.
+        values: segment numbers of the lesion, the same for every object; None: as the classes say.
         series: the image's SeriesInstanceUID, where it is known.
+        classes: by the numbers of segments, or by their labels or the meaning of their types; of one class
+            without values all segments.
 
     Raises:
         VoxelscaleError: one is damaged, of another series, or does not lie on the image's voxels; or none
             has such a segment.
     """
-    masks, held = [], {}
+    if values is not None:
+        classes = Classes(values=(values,))
+    masks, held, named = [], {}, {}
+    replaced = 0
     for path in paths:
         found = read_label_object(path)
         check_series(found, series, image)
         try:
-            mask, held[path] = _on_scan(found, image, values)
+            labels = labels_by_number(_names(found), classes)
+            mask, held[path], over = _on_scan(found, image, labels, classes)
+            named[path] = _names(found)
         except ValueError as error:
             raise VoxelscaleError(f"{path}: a damaged segmentation ({error})", "export it again") from None
         masks.append(mask)
-        if values is None:
+        replaced += over
+        if classes.values == ((),):
             _warn_of_kinds(found)
-    check_values(held, "segment", values)
-    for mask in masks[1:]:
-        masks[0] |= mask
-    return Scan(masks[0], image.affine)
+    if all(isinstance(value, int) for group in classes.values for value in group):
+        check_values(held, "segment", values if values is not None else classes.numbers or None)
+    else:
+        check_names(named, "segment", classes)
+    made, over = union(masks, classes)
+    warn_of_replaced(", ".join(map(str, paths)), replaced + over)
+    return Scan(made, image.affine)
 
 
 def _on_scan(
-    found: DicomObject, image: Scan, values: tuple[int, ...] | None
-) -> tuple[NDArray[np.uint8], set[int]]:
-    """The chosen segments of an object on the scan's voxels, and the numbers of all of its segments."""
-    *others, last = lattices_of(image)
-    for lattice in others:
+    found: DicomObject, image: Scan, labels: Mapping[int, int], classes: Classes
+) -> tuple[NDArray[Any], set[int], int]:
+    """The chosen segments of an object on the scan's voxels; the numbers of all of its segments; and in
+    how many voxels classes overlap.
+
+    Args:
+        labels: the stored label of each chosen segment, by its number.
+    """
+    *others, lattice = lattices_of(image)
+    for other in others:
         try:
-            mask, seen = _drawn(found, lattice, values)
+            mask, seen, replaced = _drawn(found, other, labels, classes)
         except _ElsewhereError:
             continue
-        return on_scan(found.path, mask, lattice, image).array, seen
-    mask, seen = _drawn(found, last, values)
-    return on_scan(found.path, mask, last, image).array, seen
+        return labels_on_scan(found.path, mask, other, image, classes), seen, replaced
+    mask, seen, replaced = _drawn(found, lattice, labels, classes)
+    return labels_on_scan(found.path, mask, lattice, image, classes), seen, replaced
 
 
 def _drawn(
-    found: DicomObject, lattice: Lattice, values: tuple[int, ...] | None
-) -> tuple[NDArray[np.uint8], set[int]]:
+    found: DicomObject, lattice: Lattice, labels: Mapping[int, int], classes: Classes
+) -> tuple[NDArray[Any], set[int], int]:
     """As `_on_scan`, on what the frames were drawn on."""
-    mask, seen, pixels, outside = np.zeros(lattice.shape, np.uint8), set(), 0, 0
+    mask = np.zeros(lattice.shape, kind_of_stored(classes))
+    seen, pixels, outside, replaced = set[int](), 0, 0, 0
     shared = found.data.items(tags.SHARED)[:1]
-    for own, numbers, frame in _frames(found, shared, values):
+    for own, numbers, parts in _frames(found, shared, labels):
         seen |= numbers
-        if frame is not None and frame.any():
-            corners = _corners(found.path, frame.shape, [own, *shared], lattice)
-            outside += _place(found.path, frame, corners, lattice, mask)
-            pixels += int(np.count_nonzero(frame))
+        for number, frame in parts:
+            if frame.any():
+                corners = _corners(found.path, frame.shape, [own, *shared], lattice)
+                index, left_out = _places(found.path, frame, corners, mask.shape)
+                replaced += lay(mask, index, labels[number], classes)
+                outside += left_out
+                pixels += int(np.count_nonzero(frame))
     if outside and outside == pixels:
         hint = "check that the pair belongs together"
         raise VoxelscaleError(f"{found.path}: it lies outside the scan", hint)
     warn_outside(found.path, outside, "pixel")
-    return mask, seen
+    return mask, seen, replaced
+
+
+def _names(found: DicomObject) -> dict[int, tuple[str, ...]]:
+    """What each segment is called, by its number: its label, and the meaning of its type's code."""
+    _kinds(found.data)  # which raises where two have one number
+    return {
+        s.integer(tags.SEGMENT_NUMBER): (
+            free_text(found, s, tags.SEGMENT_LABEL),
+            *(free_text(found, kind, tags.CODE_MEANING) for kind in s.items(tags.SEGMENT_TYPE)),
+        )
+        for s in found.data.items(tags.SEGMENTS)
+    }
 
 
 def _kinds(data: Elements) -> dict[int, str]:
@@ -126,13 +169,17 @@ def _warn_of_kinds(found: DicomObject) -> None:
             for s in found.data.items(tags.SEGMENTS)
         )
         what = "all of its segments are taken as the lesion"
-        warn(f"{found.path}: {what} ({held}); choose with reading.labels")
+        first = next(iter(kinds))
+        warn(
+            f"{found.path}: {what} ({held}); choose with reading.labels=[{first}], or make classes: "
+            f"reading.labels={{name: [{first}], ...}}"
+        )
 
 
 def _frames(
-    found: DicomObject, shared: Sequence[Elements], values: tuple[int, ...] | None
-) -> Iterator[tuple[Elements, set[int], NDArray[np.bool_] | None]]:
-    """Each frame's functional groups, the segments in it, and where the chosen ones are (None: nowhere)."""
+    found: DicomObject, shared: Sequence[Elements], wanted: Container[int]
+) -> Iterator[tuple[Elements, set[int], list[tuple[int, NDArray[np.bool_]]]]]:
+    """Each frame's functional groups, the segments in it, and where each wanted one of them is."""
     data, pixels = found.data, pixels_of(found)
     count, rows, columns = pixels.frames, pixels.rows, pixels.columns
     if count * rows * columns > LARGEST:
@@ -158,17 +205,16 @@ def _frames(
     for own, frame in zip(groups, stored(pixels, range(count)), strict=True):
         if how == "LABELMAP":
             numbers = {int(value) for value in np.unique(frame)} - backgrounds
-            chosen = numbers if values is None else numbers & set(values)
-            where = np.isin(frame, sorted(chosen)) if chosen else None
+            parts = [(number, frame == number) for number in sorted(numbers) if number in wanted]
         else:
             number = _group([own, *shared], tags.SEGMENT_OF_FRAME).integer(tags.SEGMENT_REFERENCE)
             numbers = {number}
-            where = frame >= least if values is None or number in values else None
+            parts = [(number, frame >= least)] if number in wanted else []
         if numbers - kinds.keys():
             raise ValueError(
                 f"a frame of segment {min(numbers - kinds.keys())}, which it does not describe"
             )
-        yield own, numbers, where
+        yield own, numbers, parts
 
 
 def _group(groups: Sequence[Elements], tag: int) -> Elements:
@@ -220,14 +266,10 @@ def _corners_of_source(
     return np.array([[number, 0, 0], [number, shape[0] - 1, 0], [number, 0, shape[1] - 1]], np.float64)
 
 
-def _place(
-    path: Path,
-    frame: NDArray[np.bool_],
-    corners: NDArray[np.float64],
-    lattice: Lattice,
-    mask: NDArray[np.uint8],
-) -> int:
-    """Set the voxels under a frame's pixels; how many of them lie outside."""
+def _places(
+    path: Path, frame: NDArray[np.bool_], corners: NDArray[np.float64], shape: tuple[int, ...]
+) -> tuple[tuple[NDArray[np.int_], ...], int]:
+    """The voxels under a frame's pixels, as an index, and how many pixels lie outside."""
     start, down, along = corners
     steps = [
         (end - start) / max(count - 1, 1) for end, count in zip((down, along), frame.shape, strict=True)
@@ -241,6 +283,5 @@ def _place(
         raise _ElsewhereError(f"{path}: its frames do not lie on the scan's voxels", hint)
     rows, columns = np.nonzero(frame)
     index = np.rint(start).astype(int)[:, None] + whole[0][:, None] * rows + whole[1][:, None] * columns
-    inside = ((index >= 0) & (index < np.asarray(mask.shape)[:, None])).all(axis=0)
-    mask[tuple(index[:, inside])] = 1
-    return int(np.count_nonzero(~inside))
+    inside = ((index >= 0) & (index < np.asarray(shape)[:, None])).all(axis=0)
+    return tuple(index[:, inside]), int(np.count_nonzero(~inside))

@@ -17,19 +17,22 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from voxelscale.channels import ONE_CT, Channel
+from voxelscale.classes import LESION, Classes
 from voxelscale.config import Config, IntTriple, Triple, from_dict, to_dict
 from voxelscale.device import to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import read_sealed, seal_of, write_sealed
 from voxelscale.model.build import build_model
-from voxelscale.model.judge import JudgeNet
+from voxelscale.model.false_positives import FalsePositiveNet
 from voxelscale.model.registry import check_name
 from voxelscale.model.unet import fold_batch_norms
 from voxelscale.samples.batch import Normalisation
 from voxelscale.store.plausible import TrainedOn
 
-FORMAT, FORMAT_OF_MORE = 1, 2
-"""Of a file with one network; with more, which a reader of the first kind would take for one."""
+FORMAT, FORMAT_OF_MORE, FORMAT_OF_ANY = 1, 2, 3
+"""Of a file with one network; with more, which a reader of the first kind would take for one; and of other
+images than one channel of CT, or other classes than one."""
 
 MOST_NETWORKS = 100
 
@@ -39,8 +42,19 @@ FINEST_MM, COARSEST_MM = 0.01, 100.0
 """Spacings of a scan of a person; a finer one would be a trap for memory."""
 
 MOST_PATCH = 2**28
-"""Voxels of a window; more is no model that anybody trained."""
+"""Voxels of a window, times its channels; more is no model that anybody trained."""
 
+MOST_LOGITS = 2**32
+"""The same times the network's outputs."""
+
+LONGEST_NAME = 200
+"""Characters of a class's or channel's name."""
+
+MOST_VALUES = 2**16
+"""Label values of all classes."""
+
+SUPERVISION = "supervision."
+"""Keys of weights that only a training needs."""
 
 MOST_KNOTS = 100_000
 
@@ -73,17 +87,20 @@ class Bundle:
 
     Attributes:
         config: of the training.
-        weights: the network's state.
+        weights: the network's state; what only deep supervision needs is left out.
         spacing: (z, y, x) mm that scans are resampled to.
-        normalisation: HU to network input.
+        normalisation: HU to network input, of the first channel of CT; not used where there is none.
         trained: facts for a person: samples seen, validation Dice, version, data set; ``data_set`` is what
             `voxelscale.store.plausible.TrainedOn` reads, and is not in older models.
         digest: of the file it was read from; "" where it was not.
         calibration: of the findings' confidence; None: none was made.
-        judge: weights of a `voxelscale.model.judge.JudgeNet` for false-positive reduction;
-            None: there is none.
+        false_positives: weights of a `FalsePositiveNet`; None: there is none.
         others: further networks whose probabilities are averaged with this one's, each a bundle of its own
             without others or calibration.
+        classes: what its outputs are.
+        channels: of its input.
+        normalisations: of each channel of CT, None of others, which are normalised by the case; (): all of
+            CT by `normalisation`.
     """
 
     config: Config
@@ -93,8 +110,32 @@ class Bundle:
     trained: dict[str, Any]
     digest: str = ""
     calibration: Calibration | None = None
-    judge: dict[str, Tensor] | None = None
+    false_positives: dict[str, Tensor] | None = None
     others: tuple[Bundle, ...] = ()
+    classes: Classes = LESION
+    channels: tuple[Channel, ...] = ONE_CT
+    normalisations: tuple[Normalisation | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        kept = {name: value for name, value in self.weights.items() if not name.startswith(SUPERVISION)}
+        if len(kept) < len(self.weights):
+            object.__setattr__(self, "weights", kept)
+
+    @property
+    def of_ct(self) -> bool:
+        """Whether its first channel is CT."""
+        return self.channels[0].scheme == "ct"
+
+    @property
+    def plain(self) -> bool:
+        """Whether it finds one class in one channel of CT; its file says neither name."""
+        return self.classes.plain and self.of_ct and len(self.channels) == 1
+
+    def normalisation_at(self, channel: int) -> Normalisation | None:
+        """Of a channel by its number, where it is CT."""
+        if self.channels[channel].scheme != "ct":
+            return None
+        return self.normalisations[channel] if self.normalisations else self.normalisation
 
     @property
     def networks(self) -> tuple[Bundle, ...]:
@@ -103,11 +144,15 @@ class Bundle:
 
     @cached_property
     def identity(self) -> str:
-        """Of what makes its scores: all weights, spacing and normalisation; not of its calibration."""
+        """Of what makes its scores: all weights, spacing, classes, channels and normalisation; not of its
+        calibration."""
         digest = hashlib.sha256()
         for one in self.networks:
             digest.update(repr((one.spacing, one.normalisation)).encode())
-            for weights in (one.weights, one.judge or {}):
+            if not one.plain:
+                each = [one.normalisation_at(number) for number in range(len(one.channels))]
+                digest.update(repr((one.classes, one.channels, each)).encode())
+            for weights in (one.weights, one.false_positives or {}):
                 for name, weight in sorted(weights.items()):
                     digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
                     plain = weight.detach().cpu().contiguous().flatten()
@@ -125,6 +170,11 @@ class Bundle:
         return any(facts is not None and facts.chest for facts in self.trained_on)
 
     @property
+    def looks_at_lungs(self) -> bool:
+        """Whether it predicts only in and around the lungs, where nothing else is said."""
+        return self.of_ct and self.classes.single and self.of_chests
+
+    @property
     def patch(self) -> IntTriple:
         """Voxels (z, y, x) of a window."""
         return self.config.predict.patch_size or self.config.data.patch_size
@@ -132,7 +182,7 @@ class Bundle:
     def network(self, device: torch.device) -> nn.Module:
         """The trained network, in evaluation mode, on a device."""
         # The poolings are planned from the training patch, whatever window is used now.
-        model = build_model(self.config.model, self.config.data.patch_size, self.spacing)
+        model = _built(self)
         try:
             model.load_state_dict(self.weights)
         except RuntimeError as error:
@@ -142,20 +192,33 @@ class Bundle:
             ) from None
         return to_channels_last(fold_batch_norms(model.eval()).to(device))
 
-    def judge_network(self, device: torch.device) -> nn.Module | None:
+    def false_positive_network(self, device: torch.device) -> nn.Module | None:
         """The second network, in evaluation mode, on a device; None where there is none."""
-        if self.judge is None:
+        if self.false_positives is None:
             return None
-        network = JudgeNet()
-        network.load_state_dict(self.judge)
+        network = FalsePositiveNet()
+        network.load_state_dict(self.false_positives)
         return to_channels_last(network.eval().to(device))
+
+
+def _built(bundle: Bundle) -> nn.Module:
+    """Its network, untrained and without deep supervision."""
+    config = replace(bundle.config.model, deep_supervision=False)
+    return build_model(
+        config,
+        bundle.config.data.patch_size,
+        bundle.spacing,
+        channels=len(bundle.channels),
+        outputs=bundle.classes.outputs,
+    )
 
 
 def write_bundle(path: Path, bundle: Bundle) -> None:
     """Write it, atomically and with a checksum."""
     buffer = io.BytesIO()
+    kind = FORMAT_OF_MORE if bundle.others or bundle.false_positives else FORMAT
     content = {
-        "format": FORMAT_OF_MORE if bundle.others or bundle.judge else FORMAT,
+        "format": kind if bundle.plain else FORMAT_OF_ANY,
         **_content(bundle),
         "calibration": None if bundle.calibration is None else asdict(bundle.calibration),
     }
@@ -167,14 +230,22 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
 
 def _content(bundle: Bundle) -> dict[str, Any]:
     """One network's part of a file."""
-    return {
+    content: dict[str, Any] = {
         "config": to_dict(bundle.config),
         "weights": {name: value.detach().cpu() for name, value in bundle.weights.items()},
         "spacing": list(bundle.spacing),
         "normalisation": asdict(bundle.normalisation),
         "trained": bundle.trained,
-        "judge": None if bundle.judge is None else {n: v.detach().cpu() for n, v in bundle.judge.items()},
+        "judge": None
+        if bundle.false_positives is None
+        else {n: v.detach().cpu() for n, v in bundle.false_positives.items()},
     }
+    if not bundle.plain:
+        each = [bundle.normalisation_at(number) for number in range(len(bundle.channels))]
+        content["classes"] = bundle.classes.to_dict()
+        content["channels"] = [channel.to_dict() for channel in bundle.channels]
+        content["normalisations"] = [None if one is None else asdict(one) for one in each]
+    return content
 
 
 def bundle_path(path: Path) -> Path:
@@ -199,25 +270,50 @@ def read_bundle(path: Path) -> Bundle:
     path = bundle_path(path)
     content = load_untrusted(path)
     try:
-        if content["format"] not in (FORMAT, FORMAT_OF_MORE):
-            raise VoxelscaleError(f"{path}: format {content['format']}, not {FORMAT}", "train again")
+        kind = content["format"]
+        if kind not in (FORMAT, FORMAT_OF_MORE, FORMAT_OF_ANY):
+            known = f"{FORMAT} to {FORMAT_OF_ANY}"
+            raise VoxelscaleError(f"{path}: format {kind}, not {known}", "train again")
         several = content.get("others", [])
         if not isinstance(several, list) or len(several) >= MOST_NETWORKS:
             raise ValueError("its networks are no list, or too many")
         bundle = replace(
-            _of_content(content, path),
+            _of_content(content, path, kind),
             digest=seal_of(path),
             calibration=_calibration(content.get("calibration")),
-            others=tuple(_of_content(one, path) for one in several),
+            others=tuple(_of_content(one, path, kind) for one in several),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if any(not same_task(bundle, other) for other in bundle.others):
+            raise ValueError("its networks have different classes or channels")
+        if bundle.calibration is not None and not bundle.classes.single:
+            raise ValueError("a calibration is of one class")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise VoxelscaleError(f"{path}: not a model bundle ({reason})", RETRAIN) from None
     return bundle
 
 
-def _of_content(content: Mapping[str, Any], path: Path) -> Bundle:
-    """What `_content` made; raise a KeyError, TypeError, ValueError or the like where it is none."""
+def same_task(one: Bundle, other: Bundle) -> bool:
+    """Whether two models have the same classes and channels."""
+    return (one.plain and other.plain) or (one.classes, one.channels) == (other.classes, other.channels)
+
+
+def one_class(bundle: Bundle, path: Path, what: str) -> None:
+    """Raise a VoxelscaleError where a model is of several classes."""
+    names = bundle.classes.names
+    if not bundle.classes.single:
+        raise VoxelscaleError(
+            f"{path}: {what} is only for one class; the model has {len(names)}",
+            "train on one class: list its values in reading.labels, and prepare the data set again",
+        )
+
+
+def _of_content(content: Mapping[str, Any], path: Path, kind: int) -> Bundle:
+    """What `_content` made; raise a KeyError, TypeError, ValueError or the like where it is none.
+
+    Args:
+        kind: the file's format.
+    """
     z, y, x = (float(step) for step in content["spacing"])
     bundle = Bundle(
         config=from_dict(content["config"], str(path)),
@@ -225,10 +321,29 @@ def _of_content(content: Mapping[str, Any], path: Path) -> Bundle:
         spacing=(z, y, x),
         normalisation=Normalisation(**content["normalisation"]),
         trained=content["trained"],
-        judge=content.get("judge"),
+        false_positives=content.get("judge"),
+        **(_task_of(content) if kind == FORMAT_OF_ANY else {}),
     )
     _check(bundle)
     return bundle
+
+
+def _task_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Classes and channels; raise a KeyError, TypeError or ValueError where they are none."""
+    if sum(map(len, content["classes"]["values"])) > MOST_VALUES:
+        raise ValueError("its classes have too many values")
+    classes = Classes.from_dict(content["classes"])
+    channels = tuple(Channel.from_dict(one) for one in content["channels"])
+    each = tuple(None if one is None else Normalisation(**one) for one in content["normalisations"])
+    if not channels or len(channels) != len(each):
+        raise ValueError(f"{len(channels)} channels with {len(each)} normalisations")
+    names = (*classes.names, *(channel.name for channel in channels))
+    if not all(0 < len(name) <= LONGEST_NAME for name in names):
+        raise ValueError("a class's or channel's name is empty or too long")
+    for channel, one in zip(channels, each, strict=True):
+        if (one is None) == (channel.scheme == "ct"):
+            raise ValueError(f"the channel {channel.name} has a normalisation too many or too few")
+    return {"classes": classes, "channels": channels, "normalisations": each}
 
 
 def _calibration(content: Any) -> Calibration | None:
@@ -251,24 +366,29 @@ def _check(bundle: Bundle) -> None:
 
     All of it is found before anything is made as large as the file says.
     """
-    normal = bundle.normalisation
-    numbers = [float(value) for value in asdict(normal).values()]
-    if not all(map(math.isfinite, numbers)) or normal.std <= 0 or normal.low > normal.high:
-        raise ValueError("its normalisation is not valid")
+    for normal in filter(None, (bundle.normalisation, *bundle.normalisations)):
+        numbers = list(asdict(normal).values())
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+            raise ValueError("its normalisation is not finite")
+        if normal.std <= 0 or normal.low > normal.high:
+            raise ValueError("its normalisation is not valid")
     if not all(FINEST_MM <= step <= COARSEST_MM for step in bundle.spacing):
         raise ValueError(f"a spacing of {bundle.spacing} mm")
-    if math.prod(bundle.patch) > MOST_PATCH:
+    voxels, outputs = math.prod(bundle.patch), bundle.classes.outputs
+    if voxels * len(bundle.channels) > MOST_PATCH or voxels * outputs > MOST_LOGITS:
         raise ValueError(f"a patch of {bundle.patch} voxels")
     if not isinstance(bundle.trained, dict):
         raise TypeError("its record of the training is no table")
     _check_plain(bundle.weights)
     _check_network(bundle)
     _check_finite(bundle.weights)
-    if bundle.judge is not None:
-        _check_plain(bundle.judge)
+    if bundle.false_positives is not None:
+        if not bundle.classes.single or not bundle.of_ct:
+            raise ValueError("false-positive reduction is of one class in CT")
+        _check_plain(bundle.false_positives)
         with torch.device("meta"):
-            _check_same(JudgeNet().state_dict(), bundle.judge)
-        _check_finite(bundle.judge)
+            _check_same(FalsePositiveNet().state_dict(), bundle.false_positives)
+        _check_finite(bundle.false_positives)
 
 
 def _check_plain(weights: dict[str, Tensor]) -> None:
@@ -293,10 +413,11 @@ def _check_network(bundle: Bundle) -> None:
         if config.name != "unet":  # what it is made of, only its package knows
             check_name(config.name)
             return
-        if config.depth > len(bundle.weights):
-            raise ValueError(f"{len(bundle.weights)} weights for {config.depth} levels")
+        levels = config.depth + sum(config.blocks)
+        if levels > len(bundle.weights):
+            raise ValueError(f"{len(bundle.weights)} weights for {levels} levels and blocks")
         with torch.device("meta"):
-            wanted = build_model(config, bundle.config.data.patch_size, bundle.spacing).state_dict()
+            wanted = _built(bundle).state_dict()
     except VoxelscaleError as error:
         raise ValueError(error.message) from None
     _check_same(wanted, bundle.weights)

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from voxelscale.model.resenc import ConvUnit, ResidualBlock
 from voxelscale.model.unet import ConvBlock, DecoderLevel
+
+LEVELS = ConvBlock | ConvUnit | ResidualBlock | DecoderLevel
 
 
 def checkpoint_activations(model: nn.Module) -> nn.Module:
@@ -22,14 +25,14 @@ def checkpoint_activations(model: nn.Module) -> nn.Module:
     works under DistributedDataParallel, static graph or not. The model is changed in place.
 
     Args:
-        model: holds `ConvBlock` and `DecoderLevel` modules, as `voxelscale.model.unet.UNet` does.
+        model: holds modules of `LEVELS`, as `voxelscale.model.unet.UNet` does.
 
     Returns:
         the same model.
     """
     inner = {id(m.level) for m in model.modules() if isinstance(m, DecoderLevel)}
     for module in model.modules():
-        level = isinstance(module, ConvBlock | DecoderLevel) and id(module) not in inner
+        level = isinstance(module, LEVELS) and id(module) not in inner
         if level and not isinstance(module.forward, partial):  # once is enough
             module.forward = partial(_recomputed, module, module.forward)
     return model

@@ -1,7 +1,8 @@
-"""The loss that a training minimises."""
+"""The loss that a training minimises, of one class or of regions; that of classes is in `softmax`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 AROUND = 9
 """Voxels along each axis within which `small_lesion_weight` sees how large a lesion is."""
+
+IGNORED_LOGIT = -1e4
+"""Where this is the logit and nothing is there, a voxel has no part in the loss: its probability is 0."""
+
+LEAST_SMOOTH = 1e-6
+"""Where there may be no voxel that takes part, so that Dice is not 0 / 0."""
 
 
 def soft_dice(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
@@ -44,6 +51,7 @@ def dice_cross_entropy(
     smooth: float = 1.0,
     small: float = 0.0,
     top_k: float = 1.0,
+    ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of (1 - soft Dice) and cross-entropy, mean over samples; and each sample's Dice.
 
@@ -54,15 +62,70 @@ def dice_cross_entropy(
         top_k: share of each sample's voxels, those of the largest cross-entropy, that make its mean (Wu,
             Shen and van den Hengel, "Bridging category-level and instance-level semantic image
             segmentation", 2016); 1: all.
+        ignored: ``(batch, 1, ...)`` bool, the voxels that take no part in anything; the target is 0 there.
 
     Returns:
         the loss, a scalar, and the soft Dice of each sample ``(batch,)``, detached.
     """
-    weight = _voxel_weight(logits.detach(), target, small, top_k)
+    if ignored is not None:
+        logits, smooth = logits.masked_fill(ignored, IGNORED_LOGIT), max(smooth, LEAST_SMOOTH)
+    weight = _voxel_weight(logits.detach(), target, small, top_k, ignored)
     fused = not torch.compiler.is_compiling()
     function = _DiceCrossEntropy.apply if fused else _dice_cross_entropy
     loss, overlap = function(logits, target, weight, dice, cross_entropy, smooth)
     return loss, overlap.detach()
+
+
+def regions_dice_cross_entropy(
+    logits: Tensor, target: Tensor, *, ignore: bool = False, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`dice_cross_entropy` of each region of each sample, mean over both; and each sample's mean Dice.
+
+    Args:
+        logits: ``(batch, regions, ...)``, any float type.
+        target: ``(batch, 1, ...)``: the k-th bit is 1 where the k-th region is.
+        ignore: whether voxels may be -1, which take no part in anything.
+        options: as `dice_cross_entropy`; `small` and `top_k` of each region for itself.
+    """
+    batch, count = logits.shape[:2]
+    places = torch.arange(count, dtype=torch.int16, device=target.device)
+    places = places.view(1, -1, *[1] * (target.dim() - 2))
+    masks = target.clamp_min(0).to(torch.int16) >> places & 1
+    ignored = (target < 0).expand_as(masks).flatten(0, 1).unsqueeze(1) if ignore else None
+    rows = logits.flatten(0, 1).unsqueeze(1), masks.float().flatten(0, 1).unsqueeze(1)
+    loss, dice = dice_cross_entropy(*rows, ignored=ignored, **options)
+    return loss, dice.view(batch, count).mean(1)
+
+
+def deeply_supervised(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    *,
+    loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """The loss of logits; of several, their mean, with half the weight from one resolution to the next.
+
+    As nnU-Net weighs its decoder's levels, with the target's nearest voxels.
+
+    Args:
+        logits: those of the target's size, or a list that begins with them.
+        loss: from logits and target to the loss and each sample's Dice.
+
+    Returns:
+        the loss, a scalar, and the Dice of each sample at full size.
+    """
+    if isinstance(logits, Tensor):
+        return loss(logits, target)
+    weights = [0.5**level for level in range(len(logits))]
+    results = [loss(part, _at_size(target, part.shape[2:])) for part in logits]
+    each = [value * (weight / sum(weights)) for (value, _), weight in zip(results, weights, strict=True)]
+    return torch.stack(each).sum(), results[0][1]
+
+
+def _at_size(target: Tensor, size: Sequence[int]) -> Tensor:
+    if target.shape[2:] == tuple(size):
+        return target
+    return F.interpolate(target.float(), tuple(size), mode="nearest-exact")
 
 
 def small_lesion_weight(target: Tensor, exponent: float) -> Tensor:
@@ -74,7 +137,7 @@ def small_lesion_weight(target: Tensor, exponent: float) -> Tensor:
     Args:
         target: ``(batch, 1, z, y, x)`` or ``(batch, 1, y, x)``, 0 or 1, float.
     """
-    if not _on_processor(target):
+    if not on_processor(target):
         return _small_lesion_weight(target, exponent)
     # Most of a patch is no lesion; what is computed is the box around those of each sample.
     weight = torch.ones_like(target)
@@ -87,8 +150,8 @@ def small_lesion_weight(target: Tensor, exponent: float) -> Tensor:
     return weight
 
 
-def _on_processor(x: Tensor) -> bool:
-    """Whether a processor's short cuts are for it: not while compiling, nor of fake tensors."""
+def on_processor(x: Tensor) -> bool:
+    """Whether a processor's shortcuts are for it: not while compiling, nor of fake tensors."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
@@ -106,31 +169,63 @@ def _small_lesion_weight(target: Tensor, exponent: float) -> Tensor:
     return torch.where(target > 0, weight, 1.0)
 
 
-def _voxel_weight(logits: Tensor, target: Tensor, small: float, top_k: float) -> Tensor | None:
+def _voxel_weight(
+    logits: Tensor, target: Tensor, small: float, top_k: float, ignored: Tensor | None
+) -> Tensor | None:
     """(batch, voxels) what each voxel's cross-entropy is multiplied by; None: 1 throughout."""
-    if small == 0 and top_k == 1:
+    if small == 0 and top_k == 1 and ignored is None:
         return None
     wide = torch.promote_types(logits.dtype, torch.float32)
     x, t = logits.to(wide), target.to(wide)
     weight = small_lesion_weight(t, small).flatten(1) if small else torch.ones_like(x).flatten(1)
+    entropy = None
     if top_k < 1:
         entropy = binary_cross_entropy_with_logits(x.flatten(1), t.flatten(1), reduction="none")
         entropy *= weight
+    return mean_weight(weight, entropy, top_k, None if ignored is None else ignored.flatten(1))
+
+
+def mean_weight(weight: Tensor, entropy: Tensor | None, top_k: float, ignored: Tensor | None) -> Tensor:
+    """What each voxel's cross-entropy is multiplied by, so that its mean is that of the chosen voxels.
+
+    Args:
+        weight: ``(batch, voxels)`` of each voxel.
+        entropy: ``(batch, voxels)`` cross-entropy times the weight, 0 where ignored; None: all are chosen.
+        top_k: share of each row's voxels that are chosen, those of the largest entropy.
+        ignored: ``(batch, voxels)`` bool: are not chosen, and not counted.
+
+    Returns:
+        ``(batch, voxels)``.
+    """
+    chosen = None if ignored is None else ~ignored
+    if entropy is not None:
         count = max(1, round(top_k * entropy.shape[1]))
-        least = _nth_largest(entropy, count)
-        # Their mean: each weighs what all of them weigh together, over how many they are.
-        chosen = entropy >= least
-        weight = weight * chosen * (entropy.shape[1] / chosen.sum(1, keepdim=True))
-    return weight
+        if chosen is None:
+            chosen = entropy >= _nth_largest(entropy, count)
+        else:
+            counts = (top_k * chosen.sum(1)).round().clamp_min(1).long()
+            chosen &= entropy >= _nth_largest_of_each(entropy, counts, count)
+    if chosen is None:
+        return weight
+    # Their mean: each weighs what all of them weigh together, over how many they are.
+    return weight * chosen * (weight.shape[1] / chosen.sum(1, keepdim=True).clamp_min(1))
 
 
 def _nth_largest(values: Tensor, count: int) -> Tensor:
     """(batch, 1) the `count`-th largest of each row."""
-    if not _on_processor(values):
+    if not on_processor(values):
         return values.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
     place = values.shape[1] - count
     # NumPy's selection is eight times faster than PyTorch's on processors with AVX-512.
     return torch.from_numpy(np.partition(values.numpy(), place, axis=1)[:, place : place + 1])
+
+
+def _nth_largest_of_each(values: Tensor, counts: Tensor, most: int) -> Tensor:
+    """(batch, 1) the largest of each row whose number ``(batch,)``, at most `most`, is its own."""
+    if on_processor(values):
+        rows = zip(values.chunk(len(values)), counts.tolist(), strict=True)
+        return torch.cat([_nth_largest(row, count) for row, count in rows])
+    return values.topk(most, dim=1).values.gather(1, counts[:, None] - 1)
 
 
 def _dice_cross_entropy(

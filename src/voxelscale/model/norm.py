@@ -18,6 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from voxelscale.model.fast.norm import leaky_relu_, rows_norm, takes_rows
 
+SLOPE = 0.01
+"""Of the networks' leaky ReLU below zero."""
+
 
 def make_norm(name: str, channels: int) -> nn.Module:
     """A norm over `channels` of a feature map; its forward takes the map and a slope.

@@ -8,8 +8,13 @@ A package registers one in its ``pyproject.toml``::
     def make_swin(config: ModelConfig, patch_size: Sequence[int], spacing: Sequence[float]) -> nn.Module
 
 The network takes ``(batch, 1, z, y, x)`` float32 and gives logits of the same shape; z is 1 where
-``config.dims`` is 2. ``model.name`` is then ``swin``, or ``my-package:swin`` where two packages have one
-of that name, or ``my-package`` where it has only one.
+``config.dims`` is 2. For images of several channels, or several classes or regions, the function is called
+with the keywords ``channels`` and ``outputs``, the network's channels in and out. With
+``config.deep_supervision`` the network may give a list of logits in training mode, those of the full size
+first; the names of weights that only these need begin with ``supervision.``.
+
+``model.name`` is then ``swin``, or ``my-package:swin`` where two packages have one of that name, or
+``my-package`` where it has only one.
 
 A name comes from files that others may have written, a config or a model bundle. It is only looked
 up among the names that installed packages have registered; no module is imported by it. What a hostile

@@ -11,19 +11,21 @@ Tensors are ``(batch, channel, z, y, x)`` in 3-D and ``(batch, channel, y, x)`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from voxelscale.model.fast.convolution import Conv2d, Conv3d, max_pool
+from voxelscale.model.fast.convolution import Conv2d, Conv3d, Kernel, convolution, max_pool
 from voxelscale.model.fast.join import Stride, join
 from voxelscale.model.fast.norm import leaky_relu_
-from voxelscale.model.norm import BatchNorm, NoNorm, make_norm
+from voxelscale.model.norm import SLOPE, BatchNorm, NoNorm, make_norm
+from voxelscale.model.resenc import ConvUnit, ResidualBlock, ResidualEncoder
 
-SLOPE = 0.01
-"""Of the leaky ReLU below zero."""
+SUPERVISION = "supervision."
+"""What the names of the auxiliary heads' weights begin with."""
 
 
 class UNet(nn.Module):
@@ -35,9 +37,16 @@ class UNet(nn.Module):
         classes: channels of the logits.
         depth: levels, the bottom included.
         filters: channels of the first level; each level below has twice as many, up to `max_filters`.
+        kernels: kernel of each level, one edge an axis; None: `kernel_size` throughout.
+        blocks: number of residual blocks of each level of a residual encoder (`voxelscale.model.resenc`);
+            (): the plain encoder.
         pools: strides between levels; None: 2 along every axis (see `plan_pooling`).
-        prior: lesion probability that the untrained network answers everywhere. Lesions are rare; a
-            start near their frequency spares the first updates (Lin et al., "Focal loss", 2017).
+        deep_supervision: whether, while it is trained, decoder levels below the first give logits, too
+            (Lee et al., "Deeply-supervised nets", 2015), all but the lowest, as in nnU-Net.
+        softmax: whether the logits are those of background and of classes that exclude each other.
+        prior: lesion probability that the untrained network answers everywhere, of classes that exclude
+            each other their sum. Lesions are rare; a start near their frequency spares the first updates
+            (Lin et al., "Focal loss", 2017).
     """
 
     def __init__(
@@ -50,9 +59,13 @@ class UNet(nn.Module):
         filters: int = 16,
         max_filters: int = 320,
         kernel_size: int = 3,
+        kernels: Sequence[Sequence[int]] | None = None,
         norm: str = "instance",
         residual: bool = False,
+        blocks: Sequence[int] = (),
         pools: Sequence[Stride] | None = None,
+        deep_supervision: bool = False,
+        softmax: bool = False,
         prior: float = 0.01,
     ) -> None:
         super().__init__()
@@ -63,22 +76,45 @@ class UNet(nn.Module):
             raise ValueError(
                 f"depth {depth} in {dims}-D needs {depth - 1} strides of {dims}, not {strides}"
             )
+        edges = [tuple(k) for k in kernels] if kernels is not None else [(kernel_size,) * dims] * depth
+        if len(edges) != depth or any(len(k) != dims for k in edges):
+            raise ValueError(f"depth {depth} in {dims}-D needs {depth} kernels of {dims}, not {edges}")
         channels = [min(filters * 2**level, max_filters) for level in range(depth)]
-        options = {"kernel_size": kernel_size, "norm": norm, "residual": residual}
-        self.dims = dims
-        self.encode = Encoder(in_channels, channels, strides, dims=dims, **options)
-        self.decode = Decoder(channels, strides, dims=dims, **options)
-        self.head = _conv(dims, channels[0], classes, 1, bias=True)
+        self.dims, self.deep_supervision = dims, deep_supervision
+        self.encode: nn.Module
+        if blocks:
+            self.encode = ResidualEncoder(
+                in_channels, channels, strides, edges, blocks, dims=dims, norm=norm
+            )
+            self.decode = Decoder(channels, strides, edges, dims=dims, norm=norm, block=ConvUnit)
+        else:
+            options: dict[str, Any] = {"dims": dims, "norm": norm, "residual": residual}
+            self.encode = Encoder(in_channels, channels, strides, edges, **options)
+            self.decode = Decoder(channels, strides, edges, **options)
+        self.head = convolution(dims, channels[0], classes, 1, bias=True)
         self.apply(_initialise)
-        if self.head.bias is not None:
-            nn.init.constant_(self.head.bias, math.log(prior / (1 - prior)))
+        # Drawn last: the other weights begin alike with them and without.
+        lower = channels[1 : depth - 2] if deep_supervision else []
+        self.supervision = nn.ModuleList(convolution(dims, n, classes, 1, bias=True) for n in lower)
+        self.supervision.apply(_initialise)
+        for head in (self.head, *self.supervision):
+            _start_from(head, prior, softmax)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(batch, in_channels, ...)`` to logits ``(batch, classes, ...)`` of the same size."""
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """``(batch, in_channels, ...)`` to logits ``(batch, classes, ...)`` of the same size.
+
+        In training mode with deep supervision: a list of logits, those of the full size first, then those
+        of each lower level of the decoder but the lowest.
+        """
         if self.dims == 2 and x.ndim == 5:
-            return self.forward(x.squeeze(2)).unsqueeze(2)
+            flat = self.forward(x.squeeze(2))
+            return [y.unsqueeze(2) for y in flat] if isinstance(flat, list) else flat.unsqueeze(2)
         *skips, bottom = self.encode(x)
-        return self.head(self.decode(bottom, skips))  # type: ignore[no-any-return]
+        if not (self.training and self.deep_supervision):
+            return self.head(self.decode(bottom, skips))  # type: ignore[no-any-return]
+        *lower, full = self.decode.levels_of(bottom, skips)
+        heads = zip(self.supervision, reversed(lower), strict=False)
+        return [self.head(full), *(head(features) for head, features in heads)]
 
 
 class Encoder(nn.Module):
@@ -88,6 +124,7 @@ class Encoder(nn.Module):
         in_channels: channels of the image.
         channels: channels of each level, first to bottom.
         pools: strides between the levels, one fewer than levels.
+        kernels: of each level.
         options: passed to every `ConvBlock`.
     """
 
@@ -96,14 +133,15 @@ class Encoder(nn.Module):
         in_channels: int,
         channels: Sequence[int],
         pools: Sequence[Stride],
+        kernels: Sequence[Kernel],
         *,
         dims: int,
         **options: object,
     ) -> None:
         super().__init__()
         self.levels = nn.ModuleList(
-            ConvBlock(i, o, dims=dims, **options)  # type: ignore[arg-type]
-            for i, o in pairwise([in_channels, *channels])
+            ConvBlock(i, o, dims=dims, kernel_size=kernel, **options)  # type: ignore[arg-type]
+            for (i, o), kernel in zip(pairwise([in_channels, *channels]), kernels, strict=True)
         )
         pool = nn.MaxPool2d if dims == 2 else nn.MaxPool3d
         # ceil_mode: a size that does not divide loses no border voxels.
@@ -118,16 +156,27 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The way up: each level upsamples, joins its skip and applies two convolutions."""
+    """The way up: each level upsamples, joins its skip and applies a block of convolutions.
+
+    Args:
+        channels, pools, kernels: as the encoder has them.
+        options: passed to every `DecoderLevel`.
+    """
 
     def __init__(
-        self, channels: Sequence[int], pools: Sequence[Stride], *, dims: int, **options: object
+        self,
+        channels: Sequence[int],
+        pools: Sequence[Stride],
+        kernels: Sequence[Kernel],
+        *,
+        dims: int,
+        **options: object,
     ) -> None:
         super().__init__()
-        steps = zip(pairwise(channels), pools, strict=True)
+        steps = zip(pairwise(channels), pools, kernels[:-1], strict=True)
         self.levels = nn.ModuleList(
-            DecoderLevel(low, high, pool, dims=dims, **options)  # type: ignore[arg-type]
-            for (high, low), pool in reversed(list(steps))
+            DecoderLevel(low, high, pool, dims=dims, kernel_size=kernel, **options)  # type: ignore[arg-type]
+            for (high, low), pool, kernel in reversed(list(steps))
         )
 
     def forward(self, bottom: Tensor, skips: Sequence[Tensor]) -> Tensor:
@@ -137,6 +186,13 @@ class Decoder(nn.Module):
             x = level(x, skip)
         return x
 
+    def levels_of(self, bottom: Tensor, skips: Sequence[Tensor]) -> list[Tensor]:
+        """The same with the features of the bottom and of every level above it, those at full size last."""
+        features = [bottom]
+        for level, skip in zip(self.levels, reversed(skips), strict=True):
+            features.append(level(features[-1], skip))
+        return features
+
 
 class ConvBlock(nn.Module):
     """Two convolutions, each followed by its norm and leaky ReLU.
@@ -145,7 +201,7 @@ class ConvBlock(nn.Module):
         in_channels: channels of the input.
         channels: channels of the output.
         dims: 2 or 3.
-        kernel_size: odd edge of the kernels; padding keeps the size.
+        kernel_size: odd edge of the kernels, or one an axis; padding keeps the size.
         norm: as `voxelscale.model.norm.make_norm`.
         residual: adds the input (through a 1-wide convolution where channels differ) before the
             last activation.
@@ -157,23 +213,21 @@ class ConvBlock(nn.Module):
         channels: int,
         *,
         dims: int = 3,
-        kernel_size: int = 3,
+        kernel_size: int | Kernel = 3,
         norm: str = "instance",
         residual: bool = False,
     ) -> None:
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, not {kernel_size}")
         # A bias before a norm has a gradient of exactly zero, which adaptive optimisers turn to noise.
         bias = norm == "none"
-        self.conv1 = _conv(dims, in_channels, channels, kernel_size, bias)
+        self.conv1 = convolution(dims, in_channels, channels, kernel_size, bias)
         self.norm1 = make_norm(norm, channels)
-        self.conv2 = _conv(dims, channels, channels, kernel_size, bias)
+        self.conv2 = convolution(dims, channels, channels, kernel_size, bias)
         self.norm2 = make_norm(norm, channels)
         self.bridge: nn.Module | None = None
         if residual:
             same = in_channels == channels
-            self.bridge = nn.Identity() if same else _conv(dims, in_channels, channels, 1, bias)
+            self.bridge = nn.Identity() if same else convolution(dims, in_channels, channels, 1, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, in_channels, ...)`` to ``(batch, channels, ...)`` of the same size."""
@@ -184,24 +238,30 @@ class ConvBlock(nn.Module):
 
 
 class DecoderLevel(nn.Module):
-    """Upsamples by `stride` (a transposed convolution), joins the skip, applies two convolutions."""
+    """Upsamples by `stride` (a transposed convolution), joins the skip, applies a block of convolutions.
+
+    Args:
+        block: makes it, from channels in and out and the options.
+    """
 
     def __init__(
-        self, in_channels: int, channels: int, stride: Stride, *, dims: int, norm: str, **options: object
+        self,
+        in_channels: int,
+        channels: int,
+        stride: Stride,
+        *,
+        dims: int,
+        block: Callable[..., nn.Module] = ConvBlock,
+        **options: object,
     ) -> None:
         super().__init__()
         self.stride = tuple(stride)
-        self.up = _conv(dims, in_channels, channels * math.prod(stride), 1, bias=True)
-        self.level = ConvBlock(2 * channels, channels, dims=dims, norm=norm, **options)  # type: ignore[arg-type]
+        self.up = convolution(dims, in_channels, channels * math.prod(stride), 1, bias=True)
+        self.level = block(2 * channels, channels, dims=dims, **options)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Coarse ``(batch, in_channels, ...)`` and skip ``(batch, channels, ...)`` to the skip's size."""
         return self.level(join(skip, self.up(x), self.stride))  # type: ignore[no-any-return]
-
-
-def _conv(dims: int, in_channels: int, channels: int, kernel_size: int, bias: bool) -> Conv2d | Conv3d:
-    make = Conv2d if dims == 2 else Conv3d
-    return make(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
 
 
 def _initialise(module: nn.Module) -> None:
@@ -209,6 +269,21 @@ def _initialise(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, a=SLOPE)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def _start_from(head: Conv2d | Conv3d, prior: float, softmax: bool) -> None:
+    """Let a head answer the prior everywhere, were the features 0."""
+    if head.bias is None:
+        return
+    head.bias.fill_(math.log(prior / (1 - prior)))
+    if softmax:  # background's share is 1 - prior, each class's prior / number of classes
+        head.bias[0] = math.log(len(head.bias) - 1)
+
+
+def without_supervision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network's weights but those of its auxiliary heads, which only a training needs."""
+    return {name: value for name, value in state.items() if not name.startswith(SUPERVISION)}
 
 
 def plan_pooling(
@@ -236,6 +311,27 @@ def plan_pooling(
     return tuple(strides)
 
 
+def plan_kernels(
+    pools: Sequence[Stride], spacing: Sequence[float], kernel_size: int = 3
+) -> tuple[Stride, ...]:
+    """Kernels of the levels: `kernel_size` along an axis, but 1 while it is coarse.
+
+    As nnU-Net plans: an axis is coarse until its spacing is below twice the finest axis's; the bottom's
+    kernel is full.
+
+    Args:
+        pools: strides between the levels.
+        spacing: mm along each axis, of the first level.
+        kernel_size: odd edge.
+    """
+    step, edges, kernels = list(spacing), [1] * len(spacing), []
+    for stride in pools:
+        edges = [kernel_size if s / min(step) < 2 else edge for s, edge in zip(step, edges, strict=True)]
+        step = [s * k for s, k in zip(step, stride, strict=True)]
+        kernels.append(tuple(edges))
+    return (*kernels, (kernel_size,) * len(edges))
+
+
 @torch.no_grad()
 def fold_batch_norms(model: nn.Module) -> nn.Module:
     """The same network for inference with each batch norm within the convolution before it.
@@ -244,11 +340,10 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     bias can hold. Other norms, which depend on the input, stay. The network is changed in place.
     """
     for level in model.modules():
-        if isinstance(level, ConvBlock):
-            for conv, name in ((level.conv1, "norm1"), (level.conv2, "norm2")):
-                norm = getattr(level, name)
+        if isinstance(level, ConvBlock | ConvUnit | ResidualBlock):
+            for name, norm in list(level.named_children()):
                 if isinstance(norm, BatchNorm) and norm.running_var is not None:
-                    _fold(conv, norm)
+                    _fold(getattr(level, name.replace("norm", "conv")), norm)
                     setattr(level, name, NoNorm())
     return model
 

@@ -31,8 +31,33 @@ COLOURS = {
 }
 """Colours of pages and charts by CSS variable, light and dark; ``s0`` to ``s5`` are those of lines."""
 
+CLASS_COLOURS = (
+    *("#78a5f0", "#b4961e", "#9600ff", "#b42d87", "#695ad2", "#f087a5"),
+    *("#00f0ff", "#00784b", "#96f000", "#d2e178", "#696900", "#87a55a"),
+)
+"""Of classes, over black: at least 24 apart (CIE 1976) for everyone, also as they are seen without one kind
+of cone (Machado, Oliveira and Fernandes, IEEE TVCG 15, 2009); the first ones farthest."""
+
 LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 """The colours of a light page."""
+
+
+def class_colour(at: int) -> str:
+    """The colour of class number `at`, from 0; after `CLASS_COLOURS` they begin again."""
+    return CLASS_COLOURS[at % len(CLASS_COLOURS)]
+
+
+def swatch(at: int) -> str:
+    """A small square in the colour of class number `at`, HTML."""
+    box = "display:inline-block;width:12px;height:12px;border-radius:3px;border:1px solid var(--rule)"
+    return f'<i style="{box};background:{class_colour(at)};margin-right:6px;vertical-align:-1px"></i>'
+
+
+def legend(names: Sequence[str]) -> str:
+    """The classes by colour, names in plain text."""
+    each = "".join(f"<span>{swatch(at)}{escape(name)}</span>" for at, name in enumerate(names))
+    style = "display:flex;flex-wrap:wrap;gap:2px 16px;margin-bottom:14px;font-size:13px"
+    return f'<div class="facts" style="{style}">{each}</div>'
 
 
 def palette(selector: str) -> str:

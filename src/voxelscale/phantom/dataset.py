@@ -15,6 +15,7 @@ from typing import Any
 
 from voxelscale.config import Config, PhantomConfig
 from voxelscale.dataset import DataSet, Source
+from voxelscale.dataset.classes import digested, settled
 from voxelscale.dataset.names import KEY_FILE
 from voxelscale.dataset.reading import read_case
 from voxelscale.dataset.stamps import label_stamp, source_stamp
@@ -101,8 +102,8 @@ def write_copies(
     if not patients:
         raise next(iter(failed.values()))
     count = _write_tables(config.phantom, out, patients)
-    told = tuple((name, failed[name].message, failed[name].hint) for name in sorted(failed))
-    return Copies(table=out / "dataset.csv", done=len(patients), nodules=count, failed=told)
+    listed = tuple((name, failed[name].message, failed[name].hint) for name in sorted(failed))
+    return Copies(table=out / "dataset.csv", done=len(patients), nodules=count, failed=listed)
 
 
 def sources_into(data_sets: Sequence[DataSet]) -> list[Source]:
@@ -159,6 +160,9 @@ def _write_phantom(config: PhantomConfig, out: Path, case: int) -> None:
 def _write_copy(config: Config, out: Path, job: tuple[Source, int]) -> None:
     source, number = job
     image, labels = read_case(source, config.reading, empty=True)
+    if not settled(source.classes, config.reading).plain or len(source.channels) > 1:
+        hint = "say which values are lesions, as reading.labels=[1], and give CT alone"
+        raise VoxelscaleError(f"{source.image}: has several classes or channels", hint)
     made = copy_with_nodules(source.case, image, labels.mask, config.phantom, number)
     _write_case(
         config.phantom,
@@ -238,5 +242,11 @@ def _stamp_of(out: Path, name: str) -> str:
 def _stamp(config: Config, source: Source, copy: int) -> str:
     """A digest of everything that a copy is made from."""
     rules = config.reading
-    reading = [rules.labels, rules.consensus, rules.fill_gaps, source.values, *rules.select]
+    reading = [
+        rules.labels,
+        rules.consensus,
+        rules.fill_gaps,
+        digested(source.classes, rules),
+        *rules.select,
+    ]
     return digest_of([source_stamp(source), label_stamp(source), reading, copy])[:16]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from voxelscale.config import PredictConfig, ReadingConfig
+from voxelscale.config import Config, PredictConfig, ReadingConfig
 from voxelscale.console import warn
-from voxelscale.dataset.listing import Source
+from voxelscale.dataset.listing import Source, detect_layout
 from voxelscale.device import default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import write_findings
@@ -29,8 +30,10 @@ def predict(
 
     ``<out>/<case>/mask.nii.gz`` lies voxel on voxel on the scan, ``<case>/findings.csv`` is LUNA16's
     table and ``findings.json`` has every field, and the warnings; ``<out>/findings.csv`` is the table of
-    all cases. Run again with the same arguments it keeps what is whole and unchanged. Started by torchrun,
-    the ranks share the scans out, and what remains of them by windows (`voxelscale.predict.ranks`).
+    all cases. Of several classes the mask has the data set's values, and the tables have a column ``class``
+    (`voxelscale.predict.classes.classes_by`). Run again with the same arguments it keeps what is whole and
+    unchanged. Started by torchrun, the ranks share the scans out, and what remains of them by windows
+    (`voxelscale.predict.ranks`).
 
     A scan that cannot be what the model is for (`voxelscale.store.plausible.against`) fails, unless
     `config.refuse_unusable` is false.
@@ -53,9 +56,21 @@ def predict(
     if not outcome.findings:
         case, message, hint = outcome.failed[0]
         raise VoxelscaleError(f"no scan could be predicted; {case}: {message}", hint)
-    write_findings([f for found in outcome.findings.values() for f in found], out / "findings.csv")
+    every = [f for found in outcome.findings.values() for f in found]
+    write_findings(every, out / "findings.csv", labelled=not bundle.classes.single)
     _warn_of(outcome)
     return outcome
+
+
+def with_channels_of(bundle: Bundle, config: Config, scans: Path) -> Config:
+    """The config with the names of a model's channels, for scans that no data set names them of.
+
+    So ``a_0000.nii.gz`` and ``a_0001.nii.gz`` in a folder are one case.
+    """
+    names = tuple(channel.name for channel in bundle.channels)
+    if len(names) == 1 or config.reading.channels or detect_layout(scans):
+        return config
+    return replace(config, reading=replace(config.reading, channels=names))
 
 
 def _warn_of(outcome: Predictions) -> None:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from voxelscale import __version__
+from voxelscale.channels import ONE_CT, Channel
+from voxelscale.classes import Classes
 from voxelscale.config import PredictConfig, ReadingConfig
 from voxelscale.config.renamed import with_first_names
 from voxelscale.console import Progress, count, duration, notice
 from voxelscale.dataset.listing import Source
-from voxelscale.dataset.reading import read_image
+from voxelscale.dataset.reading import read_image, read_more
 from voxelscale.dataset.stamps import source_stamp
 from voxelscale.device import choose_inference
 from voxelscale.errors import VoxelscaleError
@@ -29,7 +31,6 @@ from voxelscale.files import digest_of, write_atomic
 from voxelscale.findings import (
     FORMAT,
     Finding,
-    find_lesions,
     ranked,
     read_prediction,
     write_findings,
@@ -37,15 +38,19 @@ from voxelscale.findings import (
 from voxelscale.findings.depth import lung_depth, outside_mm
 from voxelscale.formats import write_scan
 from voxelscale.geometry import SAME_MM, Grid, IntTriple, Scan, Triple, reorient, resample
-from voxelscale.infer.sliding_window import Share, Windows, predict_volume
+from voxelscale.infer.sliding_window import Share, Windows, predict_boxes, predict_volume
 from voxelscale.lungs import Lungs, body_field, lung_field
 from voxelscale.model.bundle import Bundle
-from voxelscale.model.judge import crop_shape, crop_start
+from voxelscale.model.false_positives import crop_shape, crop_start
+from voxelscale.predict.classes import classes_by, least_kept, lesions_by
+from voxelscale.predict.maps import Maps
+from voxelscale.samples.batch import normalisation_of, prepared
 from voxelscale.store import AIR_HU, overlap_slices
+from voxelscale.store.channels import Kept
 from voxelscale.store.plausible import About, about, against
-from voxelscale.store.prepare import resample_hu
+from voxelscale.store.prepare import on_grid
 
-JUDGED_AT_ONCE = 64
+CROPS_AT_ONCE = 64
 """Findings in a batch of false-positive reduction."""
 
 CASE_FACTS = "case.json"
@@ -102,31 +107,63 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class _Region:
-    """A scan as a network takes it.
+    """A case as a network takes it.
 
     Attributes:
-        volume: all of it, at the network's spacing.
+        channels: (channel, z, y, x) int16, all of it, at the network's spacing.
+        grid: where its voxels lie.
+        kept: how each channel was kept.
         within: (z, y, x) bool, where it is predicted; None: everywhere.
     """
 
-    volume: Scan
+    channels: NDArray[np.int16]
+    grid: Grid
+    kept: tuple[Kept, ...]
     within: NDArray[np.bool_] | None
 
     @classmethod
-    def of(cls, image: Scan, spacing: Triple, *, lungs: bool, skip_air: bool) -> _Region:
-        """Resample the scan and bound the region to predict."""
-        volume = resample_hu(reorient(image), spacing)
-        within = body_field(volume) if skip_air else None
-        if lungs and (found := lung_field(volume)).ok:
-            box = np.zeros(volume.array.shape, bool)
-            box[found.slices] = True
-            within = box if within is None else within & box
-        return cls(volume=volume, within=within)
+    def of(
+        cls,
+        images: Sequence[Scan],
+        channels: Sequence[Channel],
+        spacing: Triple,
+        *,
+        lungs: bool,
+        skip_air: bool,
+    ) -> _Region:
+        """Resample the channels and bound the region to predict, by the first one where it is CT."""
+        upright = reorient(images[0])
+        grid = upright.grid.with_spacing(spacing)
+        stored, kept = on_grid([upright, *images[1:]], channels, grid)
+        del upright
+        volume, within = Scan(stored[0], grid.affine), None
+        if channels[0].scheme == "ct":
+            within = body_field(volume) if skip_air else None
+            if lungs and (found := lung_field(volume)).ok:
+                box = np.zeros(volume.array.shape, bool)
+                box[found.slices] = True
+                within = box if within is None else within & box
+        values = np.stack(stored) if len(stored) > 1 else volume.array[None]
+        return cls(channels=values, grid=grid, kept=kept, within=within)
+
+    @property
+    def volume(self) -> Scan:
+        """The first channel."""
+        return Scan(self.channels[0], self.grid.affine)
 
     @property
     def share(self) -> float:
         """Share of the scan that is predicted, 0 to 1."""
         return 1.0 if self.within is None else float(self.within.mean())
+
+
+def _probabilities(logits: Tensor, classes: Classes) -> Tensor:
+    """Of logits (output, dz, dy, dx), in place."""
+    if classes.regions or classes.single:
+        return logits.sigmoid_()
+    for z in range(logits.shape[1]):  # a copy of all would not fit
+        logits[:, z] = logits[:, z].softmax(0)
+    return logits
 
 
 class _Network:
@@ -135,26 +172,57 @@ class _Network:
     def __init__(
         self, bundle: Bundle, config: PredictConfig, device: torch.device, precision: torch.dtype | None
     ) -> None:
-        self._normalisation, self._device = bundle.normalisation, device
+        self._bundle, self._device = bundle, device
         self._network: nn.Module = bundle.network(device)
         self._patch = config.patch_size or bundle.patch
         self._config = config
         wanted = bundle.config.train.precision
-        shape = (1, 1, *self._patch)
+        shape = (1, len(bundle.channels), *self._patch)
         self.precision = precision or choose_inference(self._network, shape, device, wanted)
 
     def __call__(self, region: _Region, share: Share | None) -> NDArray[np.float32]:
-        """Lesion probability in [0, 1] at every voxel of the region; 0 where it is not predicted."""
+        """Probability in [0, 1] of the only class at every voxel of the region; 0 where it is not
+        predicted."""
         probability = predict_volume(
             self._network,
-            torch.from_numpy(region.volume.array),
+            torch.from_numpy(region.channels),
             self._windows,
-            prepare=self._normalisation,
+            prepare=self._prepare(region),
             within=None if region.within is None else torch.from_numpy(region.within),
             device=self._device,
             share=share,
         )
         return probability.numpy()
+
+    def maps(self, region: _Region, share: Share | None) -> Maps:
+        """Probabilities of all classes at every voxel of the region; background where it is not predicted.
+
+        Of several processes only that with part 0 has them.
+        """
+        classes = self._bundle.classes
+        maps = Maps(classes, region.grid, least_kept(self._config))
+        within = None if region.within is None else torch.from_numpy(region.within)
+        for box, probability in predict_boxes(
+            self._network,
+            torch.from_numpy(region.channels),
+            self._windows,
+            classes.outputs,
+            partial(_probabilities, classes=classes),
+            prepare=self._prepare(region),
+            within=within,
+            device=self._device,
+            share=share,
+        ):
+            if share is None or share.part == 0:
+                maps.add(box, probability, within)
+        return maps
+
+    def _prepare(self, region: _Region) -> Callable[[Tensor], Tensor]:
+        bundle = self._bundle
+        each = enumerate(zip(bundle.channels, region.kept, strict=True))
+        return prepared(
+            [normalisation_of(channel, kept, bundle.normalisation_at(at)) for at, (channel, kept) in each]
+        )
 
     @property
     def _windows(self) -> Windows:
@@ -179,6 +247,9 @@ class Predictor:
         config: windows and thresholds.
         device: where it computes.
         precision: float32 or bfloat16; None: what the training says, and the faster where it says nothing.
+
+    Raises:
+        VoxelscaleError: `config` asks for lungs in images that are no CT.
     """
 
     def __init__(
@@ -189,12 +260,18 @@ class Predictor:
         precision: torch.dtype | None = None,
     ) -> None:
         self._config, self._calibration = config, bundle.calibration
-        self._lungs = bundle.of_chests if config.lungs is None else config.lungs
+        self._classes, self._channels, self._of_ct = bundle.classes, bundle.channels, bundle.of_ct
+        self._lungs = bundle.looks_at_lungs if config.lungs is None else config.lungs
+        if self._lungs and not self._of_ct:
+            channel = bundle.channels[0].name
+            raise VoxelscaleError(
+                f"predict.lungs: lungs are found in CT, not in {channel}", "set predict.lungs=null"
+            )
         self._networks: dict[Triple, list[_Network]] = {}
-        self._judges = [
-            _Judge(network, one, device)
+        self._reductions = [
+            _FalsePositives(network, one, device)
             for one in bundle.networks
-            if (network := one.judge_network(device)) is not None
+            if (network := one.false_positive_network(device)) is not None
         ]
         for one in bundle.networks:
             same_spacing = self._networks.setdefault(one.spacing, [])
@@ -212,23 +289,54 @@ class Predictor:
             network.precision = precision
 
     def probability(
-        self, image: Scan, share: Share | None = None, lungs: Lungs | None = None
+        self,
+        image: Scan,
+        share: Share | None = None,
+        lungs: Lungs | None = None,
+        more: Sequence[Scan] = (),
     ) -> NDArray[np.float32]:
-        """Lesion probability in [0, 1] at every voxel of a scan in HU, on the scan's own grid.
+        """Probability in [0, 1] of the only class at every voxel of a scan, on the scan's own grid.
 
         Of several networks it is the mean. With a share, only the process with part 0 has it.
 
         Args:
+            image: the first channel.
             lungs: what `lung_field` found in the image turned to LPS; None: it is computed here.
+            more: the other channels.
+
+        Raises:
+            ValueError: there are several classes.
         """
-        return self._look(image, share, lungs or lung_field(reorient(image)))[0]
+        found, _ = self._look([image, *more], share, lungs)
+        if isinstance(found, list):
+            raise ValueError("each of several classes has a probability of its own")
+        return found
+
+    def assist(self, images: Sequence[Scan], share: Share, lungs: Lungs | None = None) -> None:
+        """Do this process's share of the work for the one with part 0, which calls `see`."""
+        self._look(images, share, lungs)
 
     def _look(
-        self, image: Scan, share: Share | None, lungs: Lungs
-    ) -> tuple[NDArray[np.float32], dict[Triple, _Region]]:
-        """The probability, and the scan as it was resampled to each spacing."""
-        rules = {"lungs": self._lungs and lungs.ok, "skip_air": self._config.skip_air}
-        regions = {spacing: _Region.of(image, spacing, **rules) for spacing in self._networks}
+        self, images: Sequence[Scan], share: Share | None, lungs: Lungs | None
+    ) -> tuple[NDArray[np.float32] | list[Maps], dict[Triple, _Region]]:
+        """The only class's probability, or each network's maps of all classes; and the case as it was
+        resampled to each spacing."""
+        rules = {"lungs": False, "skip_air": False}
+        if self._of_ct:
+            lungs = lungs or lung_field(reorient(images[0]))
+            rules = {"lungs": self._lungs and lungs.ok, "skip_air": self._config.skip_air}
+        regions = {
+            spacing: _Region.of(images, self._channels, spacing, **rules) for spacing in self._networks
+        }
+        if self._classes.single:
+            return self._mean(regions, share, images[0].grid), regions
+        each = ((regions[spacing], network) for spacing, of in self._networks.items() for network in of)
+        return [network.maps(region, share) for region, network in each], regions
+
+    def _mean(
+        self, regions: Mapping[Triple, _Region], share: Share | None, grid: Grid
+    ) -> NDArray[np.float32]:
+        """The only class's probability, on a lattice."""
         count = sum(map(len, self._networks.values()))
         total: NDArray[np.float32] | None = None
         for spacing, networks in self._networks.items():
@@ -237,34 +345,51 @@ class Predictor:
             for network in networks[1:]:
                 mean += network(region, share)
             mean *= 1 / count
-            mean = _on_grid(mean, region, image.grid)
+            mean = _on_grid(mean, region, grid)
             total = mean if total is None else np.add(total, mean, out=total)
         assert total is not None  # noqa: S101 (a bundle has a network)
-        return total, regions
+        return total
 
     def look(self, case: str, image: Scan, share: Share | None = None) -> tuple[list[Finding], Scan]:
         """The findings in a scan, most confident first, and their mask on the scan's own voxels."""
         seen = self.see(case, image, share)
         return seen.findings, seen.mask
 
-    def see(self, case: str, image: Scan, share: Share | None = None, lungs: Lungs | None = None) -> Seen:
+    def see(
+        self,
+        case: str,
+        image: Scan,
+        share: Share | None = None,
+        lungs: Lungs | None = None,
+        more: Sequence[Scan] = (),
+    ) -> Seen:
         """What there is in a scan.
 
         Args:
-            image: HU, axes in any order.
+            image: the first channel, HU of CT; axes in any order.
             share: this process's share of the work; None: all of it.
             lungs: what `lung_field` found in the image turned to LPS; None: it is computed here.
+            more: the other channels, each on its own lattice.
         """
-        lungs = lungs or lung_field(reorient(image))
-        probability, regions = self._look(image, share, lungs)
-        depth = lung_depth(image, lungs)
+        if self._of_ct:
+            lungs = lungs or lung_field(reorient(image))
+        found, regions = self._look([image, *more], share, lungs)
+        depth = lung_depth(image, lungs) if self._of_ct else None
         near = _Near(depth, image.grid) if self._lungs and depth is not None else None
-        findings, mask = lesions_by(
-            self._config, case, probability, image.grid, image=image.array, depth=depth, keep=near
-        )
-        if self._judges and findings:
-            verdicts = [judge(findings, regions[judge.spacing].volume) for judge in self._judges]
-            findings = _with_verdict(findings, np.mean(verdicts, axis=0))
+        rules: dict[str, Any] = {
+            "image": image.array if self._of_ct else None,
+            "depth": depth,
+            "keep": near,
+        }
+        mask: NDArray[Any]
+        if isinstance(found, list):
+            findings, mask = classes_by(self._config, case, self._classes, found, image.grid, **rules)
+            mask = self._classes.written(mask)
+        else:
+            findings, mask = lesions_by(self._config, case, found, image.grid, **rules)
+        if self._reductions and findings:
+            seconds = [second(findings, regions[second.spacing].volume) for second in self._reductions]
+            findings = _with_second_score(findings, np.mean(seconds, axis=0))
         if (calibration := self._calibration) is not None:
             findings = [
                 replace(f, probability=float(calibration(f.probability if f.score is None else f.score)))
@@ -297,33 +422,7 @@ class _Near:
         return len(self._far)
 
 
-def lesions_by(
-    config: PredictConfig,
-    case: str,
-    probability: NDArray[np.float32],
-    grid: Grid,
-    *,
-    image: NDArray[Any] | None = None,
-    depth: Scan | None = None,
-    keep: Callable[[NDArray[np.int64]], bool] | None = None,
-) -> tuple[list[Finding], NDArray[np.uint8]]:
-    """`find_lesions` with a config's thresholds."""
-    return find_lesions(
-        case,
-        probability,
-        grid,
-        threshold=config.threshold,
-        low=config.low_threshold,
-        candidates=config.candidates,
-        merge_mm=config.merge_mm,
-        min_volume_mm3=config.min_volume_mm3,
-        image=image,
-        depth=depth,
-        keep=keep,
-    )
-
-
-class _Judge:
+class _FalsePositives:
     """A network for false-positive reduction."""
 
     def __init__(self, network: nn.Module, bundle: Bundle, device: torch.device) -> None:
@@ -335,15 +434,15 @@ class _Judge:
         centres = volume.grid.mm_to_index([(f.x, f.y, f.z) for f in findings])
         shape = crop_shape(self.spacing)
         starts = [crop_start(centre, shape) for centre in centres]
-        verdicts = []
-        for first in range(0, len(starts), JUDGED_AT_ONCE):
-            crops = [_crop(volume.array, start, shape) for start in starts[first : first + JUDGED_AT_ONCE]]
+        seconds = []
+        for first in range(0, len(starts), CROPS_AT_ONCE):
+            crops = [_crop(volume.array, start, shape) for start in starts[first : first + CROPS_AT_ONCE]]
             batch = self._normalise(torch.from_numpy(np.stack(crops)[:, None]).to(self._device))
             batch = batch.contiguous(memory_format=torch.channels_last_3d)
             with torch.inference_mode():
                 looks = [self._network(batch.flip(axes)).sigmoid() for axes in ((), (2,), (3,), (4,))]
-            verdicts.append(torch.stack(looks).mean(0)[:, 0].double().cpu().numpy())
-        return np.concatenate(verdicts)
+            seconds.append(torch.stack(looks).mean(0)[:, 0].double().cpu().numpy())
+        return np.concatenate(seconds)
 
 
 def _crop(volume: NDArray[np.int16], start: IntTriple, shape: IntTriple) -> NDArray[np.int16]:
@@ -355,22 +454,21 @@ def _crop(volume: NDArray[np.int16], start: IntTriple, shape: IntTriple) -> NDAr
     return out
 
 
-def _with_verdict(findings: Sequence[Finding], verdicts: NDArray[np.float64]) -> list[Finding]:
+def _with_second_score(findings: Sequence[Finding], seconds: NDArray[np.float64]) -> list[Finding]:
     """Each finding's score becomes its geometric mean with the false-positive reduction network's; in the
     new order."""
-    judged = []
-    for finding, verdict in zip(findings, verdicts, strict=True):
-        score = math.sqrt(finding.probability * float(verdict))
-        judged.append(replace(finding, probability=score, score=score))
-    return ranked(judged)
+    rescored = []
+    for finding, second in zip(findings, seconds, strict=True):
+        score = math.sqrt(finding.probability * float(second))
+        rescored.append(replace(finding, probability=score, score=score))
+    return ranked(rescored)
 
 
 def _on_grid(probability: NDArray[np.float32], region: _Region, grid: Grid) -> NDArray[np.float32]:
     """A region's probabilities on a scan's own voxels."""
-    volume = region.volume
-    if volume.grid.same_as(grid, SAME_MM):
+    if region.grid.same_as(grid, SAME_MM):
         return probability
-    coarse = Scan(probability, volume.affine)
+    coarse = Scan(probability, region.grid.affine)
     return np.asarray(resample(coarse, grid, "linear", fill=0.0).array, np.float32)
 
 
@@ -436,26 +534,63 @@ class Work:
 
     def _look(self, source: Source, together: Together | None) -> tuple[list[Finding], dict[str, Any]]:
         started, stamp = time.monotonic(), _stamp(source)  # as the files are before they are read
-        image = self._read(source) if together is None else self._read_together(source, together)
-        upright = reorient(image)
-        lungs = lung_field(upright)
-        warnings = self._against(source, about(upright, lungs, source))
+        images = self._read(source) if together is None else self._read_together(source, together)
+        lungs, warnings = None, self._of_channels(source)
+        if self._bundle.of_ct:
+            upright = reorient(images[0])
+            lungs = lung_field(upright)
+            warnings += self._against(source, about(upright, lungs, source))
+            del upright
         if together is not None and together.part:
-            self.predictor.probability(image, together, lungs)
+            self.predictor.assist(images, together, lungs)
             return [], {}
         folder = self._out / source.case
         if _facts(folder).get("scan", stamp) != stamp:
             warnings.append("replaces the prediction of another scan, or of another state of this one")
-        seen = self.predictor.see(source.case, image, together, lungs)
-        facts = self._told(source.case, seen, warnings)
+        seen = self.predictor.see(source.case, images[0], together, lungs, images[1:])
+        facts = self._facts_of(source.case, seen, warnings)
         write_scan(seen.mask, folder / "mask.nii.gz")
-        write_findings(seen.findings, folder / "findings.csv", folder / "findings.json", facts)
+        paths = folder / "findings.csv", folder / "findings.json"
+        write_findings(seen.findings, *paths, facts, labelled=not self._bundle.classes.single)
         seconds = round(time.monotonic() - started, 2)
         notice(f"{source.case}: {count(len(seen.findings), 'finding')} in {duration(seconds)}", level=2)
-        made = {"key": self._key(stamp), "scan": stamp, "model": self._bundle.identity, "seconds": seconds}
+        made = {
+            "key": self._key(stamp),
+            "scan": stamp,
+            "model": self._bundle.identity,
+            "seconds": seconds,
+            **self._named,
+        }
         # Last, so that its being there says that the case is whole.
         write_atomic(folder / CASE_FACTS, json.dumps(made))
         return seen.findings, facts
+
+    @property
+    def _named(self) -> dict[str, Any]:
+        """What a case's facts say of the classes, where there are several."""
+        classes = self._bundle.classes
+        return {} if classes.single else {"classes": classes.to_dict()}
+
+    def _of_channels(self, source: Source) -> list[str]:
+        """The warnings of channels that may be others than the model's.
+
+        Raises:
+            VoxelscaleError: they are.
+        """
+        wanted, given = self._bundle.channels, source.channels
+        if self._bundle.plain and len(given) == 1:  # its file names none
+            of_ct = any(facts is not None and facts.ct for facts in self._bundle.trained_on)
+            other = of_ct and given[0].scheme != "ct"
+            return [f"its channel is {given[0].name}; it is taken for CT"] if other else []
+        names, known = ([channel.name for channel in each] for each in (given, wanted))
+        if [name.casefold() for name in names] == [name.casefold() for name in known]:
+            return []
+        if len(wanted) == 1 and given == ONE_CT:  # as of files of which nothing is said
+            return [f"its channel is not named; it is taken for {known[0]}"]
+        raise VoxelscaleError(
+            f"{source.image}: has the {_list('channel', names)}, the model the {_list('channel', known)}",
+            f"if they are the same, set reading.channels=[{', '.join(known)}]",
+        )
 
     def _against(self, source: Source, one: About) -> list[str]:
         """The warnings for a scan.
@@ -471,7 +606,7 @@ class Work:
             raise VoxelscaleError(f"{source.image}: not a scan for this model: {errors[0]}", hint)
         return [text for _, text in found]
 
-    def _told(self, case: str, seen: Seen, warnings: Sequence[str]) -> dict[str, Any]:
+    def _facts_of(self, case: str, seen: Seen, warnings: Sequence[str]) -> dict[str, Any]:
         """What ``findings.json`` says beside the findings (docs/measures.md, "What predict writes")."""
         lungs, config = seen.lungs, self._config
         return {
@@ -496,6 +631,7 @@ class Work:
             "select": list(self._reading.select),
             "model": self._bundle.identity,
             "voxelscale": __version__,
+            **self._named,
         }
 
     def _key(self, stamp: str) -> str:
@@ -504,19 +640,29 @@ class Work:
         rules = [stamp, self._bundle.digest, config, reading, FORMAT]
         return digest_of(rules)[:16]
 
-    def _read(self, source: Source) -> Scan:
-        return read_image(source, self._reading)
+    def _read(self, source: Source) -> list[Scan]:
+        """The channels."""
+        self._of_channels(source)
+        image = read_image(source, self._reading)
+        return (
+            [image, *read_more(source, self._reading, image.grid)] if len(source.channels) > 1 else [image]
+        )
 
-    def _read_together(self, source: Source, together: Together) -> Scan:
-        """The scan, where all could read it: a process that could not must not leave the others waiting."""
+    def _read_together(self, source: Source, together: Together) -> list[Scan]:
+        """The channels, where all could read them: a process that could not must not leave the others
+        waiting."""
         try:
-            image = self._read(source)
+            images = self._read(source)
         except VoxelscaleError:
             together.all_well(False)
             raise
         if not together.all_well(True):
             raise VoxelscaleError(f"{source.image}: another process could not read it", "run it again")
-        return image
+        return images
+
+
+def _list(what: str, names: Sequence[str]) -> str:
+    return f"{what if len(names) == 1 else f'{what}s'} {', '.join(names)}"
 
 
 def predicted_by(folder: Path) -> str:

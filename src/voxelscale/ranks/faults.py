@@ -17,6 +17,12 @@ FAULT_FILE = "fault.json"
 FAULTY, LOST = 2, 3
 """Exit codes of a rank: there is an error to fix; a peer was lost."""
 
+SIGNS_OF_LOSS = (
+    *("connect", "closed by peer", "reset by peer", "broken pipe", "timed out", "timeout"),
+    *("remote process", "network error", "communicator was aborted", "socket"),
+)
+"""In messages of Gloo and NCCL: a peer, or the way to it, is gone."""
+
 _PLACE = "VOXELSCALE_FAULT_FILE"
 
 
@@ -62,9 +68,15 @@ def restarts() -> int:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone, as Gloo, NCCL and the store put it."""
-    from torch.distributed import DistError
+    """Whether a collective failed because another rank is gone, as Gloo, NCCL and the store put it.
 
-    return isinstance(error, DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
-    )
+    Any other fault of theirs (two ranks on one GPU, a type that cannot be reduced) would come again after a
+    restart: it is reported instead.
+    """
+    from torch.distributed import DistBackendError, DistError
+
+    if isinstance(error, DistError) and not isinstance(error, DistBackendError):
+        return True  # the store or the network
+    words = str(error).lower()
+    ours = isinstance(error, DistBackendError) or (isinstance(error, RuntimeError) and "gloo" in words)
+    return ours and any(sign in words for sign in SIGNS_OF_LOSS)

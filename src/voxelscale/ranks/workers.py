@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,7 +22,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from voxelscale.console import count, notice
 from voxelscale.device import keep_freed_memory
+
+LONGEST_WAIT = timedelta(minutes=30)
+"""For a collective; a rank that validates large scans keeps the others waiting. NCCL's default is 10."""
 
 _groups = itertools.count()
 """Number of process groups that this process has made; the same on all ranks."""
@@ -57,8 +62,8 @@ class Workers:
 def join(virtual: int, threads: int) -> Iterator[Workers]:
     """Take part as the environment says: torchrun's variables, or alone.
 
-    NCCL with one GPU a rank where there are GPUs, else Gloo. A process group that is there already is
-    used, and left.
+    NCCL with one GPU a rank where there are as many GPUs as ranks, else Gloo: NCCL refuses two ranks on one
+    GPU. A process group that is there already is used, and left.
 
     Args:
         virtual: virtual workers per rank.
@@ -75,7 +80,18 @@ def join(virtual: int, threads: int) -> Iterator[Workers]:
     grouped = "RANK" in os.environ and ranks > 1 and not dist.is_initialized()
     if grouped:
         store = _store_of_restart() if locals_ == ranks else None
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
+        nccl = cuda and locals_ <= torch.cuda.device_count()
+        if cuda and not nccl and rank == 0:
+            gpus = count(torch.cuda.device_count(), "GPU")
+            notice(f"{locals_} ranks share {gpus}: gradients are averaged by Gloo, through main memory")
+        dist.init_process_group(
+            "nccl" if nccl else "gloo",
+            store=store,
+            rank=rank,
+            world_size=ranks,
+            timeout=LONGEST_WAIT,
+            device_id=device if nccl else None,
+        )
     try:
         yield Workers(rank=rank, ranks=ranks, virtual=virtual, device=device)
     finally:

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from voxelscale.classes import Classes
 from voxelscale.config import ReadingConfig
 from voxelscale.console import warn
 from voxelscale.dataset.reading import read_image, read_truth
 from voxelscale.dataset.source import Source
 from voxelscale.errors import VoxelscaleError
+from voxelscale.evaluate.truth import labels_in
 from voxelscale.findings import Finding
-from voxelscale.formats import check_same_place, read_label
+from voxelscale.formats import check_same_place
 from voxelscale.geometry import Scan, reorient
 from voxelscale.pages.page import plain_table
-from voxelscale.report.overlays import Place, overlay_views
+from voxelscale.report.overlays import Place, overlay_views, window_of
 
 LAYERS = {"truth": "#4dd964", "prediction": "#ff9f1c", "mark": "#4cc9f0"}
 """What is drawn over a slice, with its colour, as the page's styles have it."""
@@ -33,11 +35,18 @@ FINDING_COLUMNS = (
 MISSING = "–"
 
 
-def toggles(layers: Sequence[str]) -> str:
-    """Boxes that show or hide what is drawn over the slices."""
+def toggles(layers: Sequence[str], *, several: bool = False) -> str:
+    """Boxes that show or hide what is drawn over the slices.
+
+    Args:
+        several: whether classes have colours of their own: truth and prediction differ by their line.
+    """
+    styles = {name: f"background:{colour}" for name, colour in LAYERS.items()}
+    if several:
+        lines = (("truth", "solid"), ("prediction", "dashed"))
+        styles |= {name: f"height:0;border-top:2px {line} var(--ink)" for name, line in lines}
     boxes = "".join(
-        f'<label><input type="checkbox" name="{name}" checked>'
-        f'<i style="background:{LAYERS[name]}"></i>{name}</label>'
+        f'<label><input type="checkbox" name="{name}" checked><i style="{styles[name]}"></i>{name}</label>'
         for name in layers
     )
     return f'<div class="toggles" role="group" aria-label="Outlines">{boxes}</div>'
@@ -49,15 +58,20 @@ class CaseScans:
     Args:
         source: the case.
         mask: the predicted one's file.
-        config: what in the labels is the lesion.
+        reading: how the data set is read.
+        classes: what the predicted mask distinguishes; None: what the labels do.
 
     Raises:
         VoxelscaleError: one of them cannot be read, or they do not lie on each other.
     """
 
-    def __init__(self, source: Source, mask: Path, reading: ReadingConfig) -> None:
+    def __init__(
+        self, source: Source, mask: Path, reading: ReadingConfig, classes: Classes | None = None
+    ) -> None:
         self.image = reorient(read_image(source, reading))
-        self.prediction = reorient(read_label(mask))
+        self.classes = classes or source.classes
+        self.window = window_of(self.image.array, source.channels[0])
+        self.prediction = labels_in(mask, self.classes)
         check_same_place(mask, self.prediction, source.image, self.image)
         self.truth = Scan(0 * self.prediction.array, self.prediction.affine)
         if source.labels:
@@ -71,7 +85,7 @@ class CaseScans:
             title, note: plain text.
             place: where to look, with a ring around it; None: where the lesion is largest.
         """
-        views = overlay_views(self.image, self.truth, self.prediction, place)
+        views = overlay_views(self.image, self.truth, self.prediction, place, self.classes, self.window)
         style = "case at" if place else "case"
         drawn = "".join(f"<div>{svg}{escape(caption)}</div>" for caption, svg in views)
         return (
@@ -81,7 +95,11 @@ class CaseScans:
 
 
 def read_scans(
-    case: str, sources: dict[str, Source], predictions: Path, reading: ReadingConfig
+    case: str,
+    sources: dict[str, Source],
+    predictions: Path,
+    reading: ReadingConfig,
+    classes: Classes | None = None,
 ) -> CaseScans | None:
     """A case's scans; None, with a warning, where they cannot be shown."""
     source = sources.get(case)
@@ -89,7 +107,7 @@ def read_scans(
         warn(f"no picture of {case}: the scans have no such case")
         return None
     try:
-        return CaseScans(source, predictions / case / "mask.nii.gz", reading)
+        return CaseScans(source, predictions / case / "mask.nii.gz", reading, classes)
     except VoxelscaleError as error:
         warn(f"no picture of {case}: {error.message}")
         return None
@@ -122,7 +140,12 @@ def meter(share: float) -> str:
 def finding_table(findings: Sequence[Finding], most: int, label: str) -> str:
     """The findings, most confident first, at most so many; how many more there are stands below."""
     rows = [finding_cells(number, f) for number, f in enumerate(findings[:most], start=1)]
-    return plain_table(FINDING_COLUMNS, rows, label) + further(len(findings) - most, "findings.json")
+    columns = list(FINDING_COLUMNS)
+    if any(f.label for f in findings):
+        columns.insert(1, "Class")
+        for row, finding in zip(rows, findings, strict=False):
+            row.insert(1, escape(finding.label))
+    return plain_table(columns, rows, label) + further(len(findings) - most, "findings.json")
 
 
 def further(left: int, file: str) -> str:

@@ -15,10 +15,10 @@ from voxelscale.predict.work import predicted_by
 from voxelscale.report.overlays import WINDOW_NAME
 
 
-def head(title: str, parts: Iterable[str]) -> str:
+def head(title: str, parts: Iterable[str], window: str = WINDOW_NAME) -> str:
     """The page's heading with date, version and the window of the pictures."""
     now = datetime.now(tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
-    said = " · ".join([*parts, now, f"voxelscale {__version__}", f"pictures: {WINDOW_NAME}"])
+    said = " · ".join([*parts, now, f"voxelscale {__version__}", f"pictures: {window}"])
     return f'<h1>{escape(title)}</h1><p class="lead">{escape(said)}</p>'
 
 

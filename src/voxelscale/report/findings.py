@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
+from voxelscale.classes import Classes
 from voxelscale.config import ReadingConfig
 from voxelscale.console import count, warn
 from voxelscale.dataset import DataSet, Source
 from voxelscale.errors import VoxelscaleError
-from voxelscale.findings import Finding, read_findings
-from voxelscale.pages.page import cards, notes, write_page
+from voxelscale.findings import Finding, read_prediction
+from voxelscale.pages.page import cards, legend, notes, write_page
 from voxelscale.report.cases import finding_table, read_scans, toggles
 from voxelscale.report.facts import head, model_lines, model_section, models, warnings_of
-from voxelscale.report.overlays import Place
+from voxelscale.report.overlays import Place, window_name
 
 MOST_PICTURES = 3
 """Findings of a case that are shown; four pictures each, 100 kB in all."""
@@ -34,11 +37,13 @@ class Predicted:
         source: its scan.
         findings: most confident first.
         warnings: what `voxelscale predict` said of it.
+        classes: what its mask distinguishes.
     """
 
     source: Source
     findings: list[Finding]
     warnings: list[str]
+    classes: Classes
 
 
 def write_findings_page(
@@ -69,32 +74,49 @@ def write_findings_page(
     for source in predicted:
         folder = predictions / source.case
         try:
-            findings = read_findings(folder / "findings.json")
+            findings, content = read_prediction(folder / "findings.json")
         except VoxelscaleError as error:
             failed.append(f"{source.case}: {source.without_paths(error.message)}")
             continue
-        cases.append(Predicted(source=source, findings=findings, warnings=warnings_of(folder)))
+        classes = _classes_in(content) or source.classes
+        cases.append(
+            Predicted(source=source, findings=findings, warnings=warnings_of(folder), classes=classes)
+        )
     absent = [s.case for s in sources if s not in predicted]
     if absent:
         warn(f"{predictions}: no prediction of {count(len(absent), 'scan')}: {', '.join(absent[:5])}")
     by_name = {one.source.case: one.source for one in cases}
     shown = [_case(one, by_name, predictions, data.reading, number) for number, one in enumerate(cases)]
     found = sum(len(one.findings) for one in cases)
+    window = window_name(sources[0].channels[0])
+    names = list(
+        dict.fromkeys(name for one in cases if not one.classes.single for name in one.classes.names)
+    )
     sections = [
-        head("Voxelscale findings", [count(len(cases), "scan"), count(found, "finding")]),
+        head("Voxelscale findings", [count(len(cases), "scan"), count(found, "finding")], window),
         '<p class="lead">Nothing here was compared with a truth: a reader is to check each finding.</p>',
         _cards(cases),
         notes("Not predicted", absent),
         notes("Cannot be read", [line.replace(f"{predictions}/", "") for line in failed]),
         model_section(model_lines(models(predictions, by_name), run)),
         "<h2>Cases</h2>",
-        toggles(["prediction", "mark"]),
+        toggles(["prediction", "mark"], several=bool(names)),
+        *([legend(names)] if names else []),
         *shown,
         "<footer>Positions are LPS mm, as in findings.csv: x to the patient's left, y to the back, z to "
-        "the head. Diameter: of the sphere of the same volume. The orange line is the predicted mask; a "
+        "the head. Diameter: of the sphere of the same volume. "
+        f"The {'dashed' if names else 'orange'} line is the predicted mask; a "
         "finding below the threshold has none. The ring marks the finding.</footer>",
     ]
     write_page("Voxelscale findings", sections, out)
+
+
+def _classes_in(content: Mapping[str, Any]) -> Classes | None:
+    """What ``findings.json`` says that its model distinguishes; None where it does not."""
+    try:
+        return Classes.from_dict(content["classes"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _cards(cases: list[Predicted]) -> str:
@@ -123,12 +145,14 @@ def _case(
     if not one.findings:
         return "".join(parts)
     parts.append(finding_table(one.findings, MOST_ROWS, f"Findings of {case}"))
-    scans = read_scans(case, sources, predictions, reading) if number < MOST_CASES else None
+    shown = number < MOST_CASES
+    scans = read_scans(case, sources, predictions, reading, one.classes) if shown else None
     if number == MOST_CASES:
         parts.append(f'<p class="lead">Only the first {MOST_CASES} cases have pictures.</p>')
     for place, finding in enumerate(one.findings[:MOST_PICTURES] if scans else [], start=1):
         assert scans is not None  # noqa: S101 - there is something to show
-        title = f"Finding {place}: confidence {finding.probability:.3f}"
+        named = f", {finding.label}" if finding.label else ""
+        title = f"Finding {place}{named}: confidence {finding.probability:.3f}"
         where = f"({finding.x:.1f}, {finding.y:.1f}, {finding.z:.1f}) mm"
         note = f"diameter {finding.diameter_mm:.1f} mm at {where}"
         at = Place(centre=(finding.x, finding.y, finding.z), diameter_mm=finding.diameter_mm)

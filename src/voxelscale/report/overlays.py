@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.channels import Channel
+from voxelscale.classes import IGNORED, LESION, Classes
 from voxelscale.findings import components
 from voxelscale.geometry import Scan, Triple, reorient
+from voxelscale.pages.page import class_colour
 
 LUNG_WINDOW = (-1350.0, 150.0)
 """HU from black to white: level -600, width 1500."""
 
 WINDOW_NAME = "level -600 HU, width 1500 HU"
 """`LUNG_WINDOW` in words."""
+
+OTHER_WINDOW = (1.0, 99.5)
+"""Percentiles of an image that is no CT, from black to white."""
+
+OTHER_WINDOW_NAME = "1st to 99.5th percentile of the values"
+"""`OTHER_WINDOW` in words."""
 
 SMALLEST_RING_MM = 6.0
 """Radius of the ring around a place: a ring as small as its finding would hide it."""
@@ -34,9 +43,11 @@ class Slice:
 
     Attributes:
         pixels: HU (rows, columns).
-        truth, prediction: masks of the same shape.
+        truth, prediction: stored labels of the same shape.
         spacing: mm between rows, and between columns.
         ring: row, column (pixels, fractional) and radius (mm) of a place to be seen; None: there is none.
+        classes: what the labels distinguish; several have a colour each.
+        window: values from black to white.
     """
 
     pixels: NDArray[Any]
@@ -44,6 +55,8 @@ class Slice:
     prediction: NDArray[Any]
     spacing: tuple[float, float]
     ring: tuple[float, float, float] | None = None
+    classes: Classes = LESION
+    window: tuple[float, float] = LUNG_WINDOW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +73,12 @@ class Place:
 
 
 def overlay_views(
-    image: Scan, truth: Scan, prediction: Scan, place: Place | None = None
+    image: Scan,
+    truth: Scan,
+    prediction: Scan,
+    place: Place | None = None,
+    classes: Classes = LESION,
+    window: tuple[float, float] = LUNG_WINDOW,
 ) -> list[tuple[str, str]]:
     """Captions and SVGs of one case: a whole axial slice, and three close-ups around its centre.
 
@@ -68,26 +86,34 @@ def overlay_views(
     right on the left, the head on top.
 
     Args:
+        truth, prediction: stored labels.
         place: the centre, with a ring around it; None: the slice with the most lesion.
+        classes: what the labels distinguish.
+        window: values from black to white.
     """
     image, truth, prediction = reorient(image), reorient(truth), reorient(prediction)
     if place is None:
-        centre, exact = point_of_interest(truth.array, prediction.array), None
+        centre, exact = point_of_interest(truth.array > 0, prediction.array > 0), None
     else:
         exact = image.grid.mm_to_index([place.centre])[0]
         nearest = np.clip(np.rint(exact), 0, np.asarray(image.array.shape) - 1)
         z, y, x = (int(n) for n in nearest)
         centre = z, y, x
     radius = max(0.75 * place.diameter_mm, SMALLEST_RING_MM) if place else 0.0
+
+    def cut_along(axis: int) -> Slice:
+        cut = _cut(image, truth, prediction, axis, centre, exact, radius)
+        return replace(cut, classes=classes, window=window)
+
     zoomed = []
     for name, axis in AXES.items():
-        cut = _cut(image, truth, prediction, axis, centre, exact, radius)
+        cut = cut_along(axis)
         rows, columns = (i for i in range(3) if i != axis)
         middle = (centre[rows], centre[columns])
         if axis:  # seen from the front or the side, the head is on top
             middle = (image.array.shape[0] - 1 - middle[0], middle[1])
         zoomed.append((name, draw_slice(_zoom(cut, middle), 10, f"{name}, close-up")))
-    whole = _cut(image, truth, prediction, 0, centre, exact, radius)
+    whole = cut_along(0)
     height = float(image.grid.index_to_mm(centre)[2])
     caption = f"axial, slice {centre[0] + 1} of {image.array.shape[0]} from the feet, z {height:.1f} mm"
     return [(caption, draw_slice(whole, 50, caption)), *zoomed]
@@ -115,11 +141,7 @@ def draw_slice(cut: Slice, bar_mm: float, name: str = "a slice of the scan") -> 
         name: what it shows, for readers who do not see it.
     """
     height, width = (n * s for n, s in zip(cut.pixels.shape, cut.spacing, strict=True))
-    outlines = "".join(
-        f'<path class="{kind}" d="{_outline(mask, cut.spacing)}"/>'
-        for kind, mask in (("truth", cut.truth), ("prediction", cut.prediction))
-        if np.any(mask)
-    )
+    outlines = "".join(_outlines(cut))
     if cut.ring is not None:
         row, column, radius = cut.ring
         x, y = (column + 0.5) * cut.spacing[1], (row + 0.5) * cut.spacing[0]
@@ -129,7 +151,7 @@ def draw_slice(cut: Slice, bar_mm: float, name: str = "a slice of the scan") -> 
     return (
         f'<svg class="slice" viewBox="0 0 {width:.2f} {height:.2f}" role="img" aria-label="{escape(name)}">'
         f'<image width="{width:.2f}" height="{height:.2f}" preserveAspectRatio="none" '
-        f'href="{_png(cut.pixels)}"/>'
+        f'href="{_png(cut.pixels, cut.window)}"/>'
         # A dark line below the white one: it stays in sight on bright tissue.
         f'{outlines}<path class="bar back" {bar}/><path class="bar" {bar}/>'
         f'<text class="bar" x="{left:.2f}" y="{bottom - 0.02 * width:.2f}" '
@@ -167,7 +189,43 @@ def _zoom(cut: Slice, middle: tuple[int, int]) -> Slice:
     ring = cut.ring
     if ring is not None:
         ring = (ring[0] - windows[0].start, ring[1] - windows[1].start, ring[2])
-    return Slice(cut.pixels[box], cut.truth[box], cut.prediction[box], cut.spacing, ring)
+    return replace(
+        cut, pixels=cut.pixels[box], truth=cut.truth[box], prediction=cut.prediction[box], ring=ring
+    )
+
+
+def window_of(image: NDArray[Any], channel: Channel) -> tuple[float, float]:
+    """Values from black to white: `LUNG_WINDOW` of a CT, else `OTHER_WINDOW`."""
+    if channel.scheme == "ct":
+        return LUNG_WINDOW
+    flat = image.reshape(-1)
+    low, high = (float(v) for v in np.percentile(flat[:: -(-flat.size // 2**22)], OTHER_WINDOW))
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def window_name(channel: Channel) -> str:
+    """What `window_of` gives, in words."""
+    return WINDOW_NAME if channel.scheme == "ct" else OTHER_WINDOW_NAME
+
+
+def _outlines(cut: Slice) -> Iterator[str]:
+    """Paths around every class, in its colour where there are several, and around what is ignored."""
+    classes = cut.classes
+    for kind, stored in (("truth", cut.truth), ("prediction", cut.prediction)):
+        if classes.single:
+            if np.any(stored > 0):
+                yield f'<path class="{kind}" d="{_outline(stored > 0, cut.spacing)}"/>'
+            continue
+        values = np.unique(stored[stored > 0])
+        for at, name in enumerate(classes.names):
+            if classes.where(values, at).any():
+                line = _outline(classes.where(stored, at), cut.spacing)
+                style, title = f"stroke:{class_colour(at)}", escape(f"{name}, {kind}")
+                yield f'<path class="{kind}" style="{style}" d="{line}"><title>{title}</title></path>'
+    if classes.ignore and np.any(cut.truth == IGNORED):
+        line = _outline(cut.truth == IGNORED, cut.spacing)
+        style = "stroke:#b0b0b0;stroke-dasharray:1 3"
+        yield f'<path class="truth" style="{style}" d="{line}"><title>ignored</title></path>'
 
 
 def _outline(mask: NDArray[Any], spacing: tuple[float, float]) -> str:
@@ -183,10 +241,10 @@ def _outline(mask: NDArray[Any], spacing: tuple[float, float]) -> str:
     return path
 
 
-def _png(pixels: NDArray[Any]) -> str:
+def _png(pixels: NDArray[Any], window: tuple[float, float]) -> str:
     from PIL import Image
 
-    low, high = LUNG_WINDOW
+    low, high = window
     grey = np.clip((pixels.astype(np.float32) - low) / (high - low) * 255, 0, 255).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(grey).save(buffer, "PNG", optimize=True)

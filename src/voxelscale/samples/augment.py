@@ -20,8 +20,8 @@ from voxelscale.samples.transforms.gamma import Gamma
 from voxelscale.samples.transforms.low_resolution import LowResolution
 from voxelscale.samples.transforms.noise import Noise
 
-Transform = Callable[[Tensor], Tensor]
-"""A normalised image (z, y, x), which may be changed in place, to one of the same shape."""
+Transform = Callable[[Tensor, int], Tensor]
+"""A normalised channel (z, y, x), which may be changed in place, and its number, to one of that shape."""
 
 INTENSITY: list[Callable[[AugmentConfig, Draws], Transform | None]] = [
     Noise.draw,

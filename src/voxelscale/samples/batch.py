@@ -6,17 +6,24 @@ sample costs what it drew: nothing is computed over the batch that only some of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from voxelscale.channels import ONE_CT, Channel
 from voxelscale.config import IntTriple
 from voxelscale.samples.patches import Sample
-from voxelscale.samples.transforms.affine import warp, warp_mask
+from voxelscale.samples.transforms.affine import warp, warp_labels
 from voxelscale.samples.transforms.mirror import mirror
+from voxelscale.store import Store
+from voxelscale.store.channels import Kept
+
+LEAST_STD = 0.01
+"""Steps of stored values; a smaller standard deviation is that of a constant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,34 +59,99 @@ class Normalisation:
         return clipped.sub_(self.mean).div_(self.std)
 
 
+def normalisation_of(channel: Channel, kept: Kept, of_ct: Normalisation | None) -> Normalisation:
+    """How a case's channel becomes network input, in units of the stored values.
+
+    Args:
+        of_ct: of the training set's lesions, for channels of CT.
+
+    Raises:
+        ValueError: the channel is CT and `of_ct` is not there.
+    """
+    if channel.scheme == "ct":
+        if of_ct is None:
+            raise ValueError(f"no range of HU for the channel {channel.name}")
+        return of_ct
+    span = kept.high - kept.low
+    # A constant case, or one that is constant where it is not 0, must not be divided by nothing.
+    mean, std = {
+        "zscore": (kept.mean, kept.std if kept.std >= LEAST_STD * kept.scale else span),
+        "minmax": (kept.low, span),
+        "rgb": (0.0, 255.0),
+        "none": (0.0, 1.0),
+    }[channel.scheme]
+    return Normalisation(
+        low=-math.inf,
+        high=math.inf,
+        mean=(mean - kept.offset) / kept.scale,
+        std=std / kept.scale or 1.0,
+    )
+
+
+Normalisations = Callable[[str], Sequence[Normalisation]]
+"""A case's name to how each of its channels becomes network input."""
+
+
+def ct_normalisations(store: Store) -> tuple[Normalisation | None, ...]:
+    """Of each channel of a store that is CT; None of the others."""
+    first = store.fingerprint["lesion_hu"] if store.channels[0].scheme == "ct" else None
+    each = store.fingerprint.get("channel_hu", [first])
+    return tuple(Normalisation.of_fingerprint(hu) if hu else None for hu in each)
+
+
+def normalisations(store: Store) -> Normalisations:
+    """Of the cases of a store."""
+    of_ct = ct_normalisations(store)
+    usual = tuple(one for one in of_ct if one is not None) if store.channels == ONE_CT else ()
+    kept = {info.case: info.channels for info in store.cases}
+
+    def of_case(case: str) -> Sequence[Normalisation]:
+        return usual or [
+            normalisation_of(channel, one, ct)
+            for channel, one, ct in zip(store.channels, kept[case], of_ct, strict=True)
+        ]
+
+    return of_case
+
+
+def prepared(each: Sequence[Normalisation]) -> Callable[[Tensor], Tensor]:
+    """Stored values ``(batch, c, ...)`` to network input, float32, by the normalisation of each channel."""
+    if len(each) == 1:
+        return each[0]
+    return lambda stored: torch.stack([how(stored[:, at]) for at, how in enumerate(each)], dim=1)
+
+
 def make_batch(
-    samples: Sequence[Sample], patch: IntTriple, normalise: Normalisation, device: torch.device
+    samples: Sequence[Sample], patch: IntTriple, normalise: Normalisations, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Samples to the network's input and target.
 
     Returns:
-        images ``(batch, 1, z, y, x)`` float32 and masks ``(batch, 1, z, y, x)`` float32 of 0 and 1,
-        both on `device`.
+        images ``(batch, c, z, y, x)`` float32 and stored labels ``(batch, 1, z, y, x)`` float32, 0 and 1 of
+        one class; both on `device`.
     """
-    image = torch.empty((len(samples), 1, *patch), device=device)
-    mask = torch.zeros((len(samples), 1, *patch), device=device)
+    channels = len(samples[0].region) - 1
+    image = torch.empty((len(samples), channels, *patch), device=device)
+    target = torch.zeros((len(samples), 1, *patch), device=device)
     for row, sample in enumerate(samples):
-        plan = sample.augmentation
-        labels = sample.region[1] if sample.region[1].max() else None
-        hu = torch.from_numpy(sample.region[0]).to(device, non_blocking=True)
-        if plan.matrix is None:
-            values = image[row, 0].copy_(mirror(hu, plan.mirrored)).clamp_(normalise.low, normalise.high)
-            if labels is not None:
-                there = torch.from_numpy(labels).to(device, non_blocking=True)
-                mask[row, 0] = mirror(there, plan.mirrored)
+        plan, labels = sample.augmentation, sample.region[-1]
+        # Mirroring is a matter of signs for a patch that is resampled anyway.
+        matrix = None if plan.matrix is None else plan.matrix * np.where(plan.mirrored, -1.0, 1.0)
+        for channel, how in enumerate(normalise(sample.case)):
+            values = torch.from_numpy(sample.region[channel]).to(device, non_blocking=True)
+            if matrix is None:
+                out = image[row, channel].copy_(mirror(values, plan.mirrored)).clamp_(how.low, how.high)
+            else:
+                out = warp(values.float().clamp_(how.low, how.high), matrix, patch)
+            out = how.standardise(out)
+            for transform in plan.intensity:
+                out = transform(out, channel)
+            image[row, channel] = out
+        if not labels.any():
+            continue
+        if matrix is None:
+            there = torch.from_numpy(labels).to(device, non_blocking=True)
+            target[row, 0] = mirror(there, plan.mirrored)
         else:
-            # Mirroring is a matter of signs for a patch that is resampled anyway.
-            matrix = plan.matrix * np.where(plan.mirrored, -1.0, 1.0)
-            values = warp(hu.float().clamp_(normalise.low, normalise.high), matrix, patch)
-            if labels is not None:
-                warp_mask(labels, matrix, mask[row, 0])
-        values = normalise.standardise(values)
-        for transform in plan.intensity:
-            values = transform(values)
-        image[row, 0] = values
-    return image, mask
+            warp_labels(labels, matrix, target[row, 0])
+    return image, target

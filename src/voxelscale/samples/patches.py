@@ -43,8 +43,8 @@ class Sample:
         index: its global index.
         case: which scan.
         start: voxel (z, y, x) of the store at which `region` begins; may be negative.
-        region: (2, z, y, x) int16, HU and mask; larger than the patch where it will be rotated or
-            zoomed.
+        region: (c + 1, z, y, x) int16, channels and stored labels; larger than the patch where it will be
+            rotated or zoomed.
         augmentation: what the device will do to it.
     """
 
@@ -79,7 +79,7 @@ class PatchSource:
                 f"{store.path}: no training case", "give prepare.split a first share above 0"
             )
         self._with_lesions = _with_lesions(self.cases)
-        self._reader = Reader(store.path)
+        self._reader = Reader(store.path, store.fills)
         self._data, self._augment, self._seed, self._dims = data, augment, seed, dims
         self._spacing = store.spacing
 
@@ -118,9 +118,11 @@ class PatchSource:
             start, shape = info.lungs or ((0, 0, 0), info.shape)
             return info, start + random.integers(0, shape)
         info = with_lesions[int(pick * len(with_lesions))]
-        # By lesion first, so that a small one is seen as often as a large one.
-        lesions = self._reader.lesions(info.case)
-        voxels = lesions[int(lesion * len(lesions))]
+        # By class and by lesion first, so that a rare and a small one are seen as often as others.
+        lesions, by_class = self._reader.lesions(info.case), _by_class(info)
+        of_class = by_class[int(lesion * len(by_class))]
+        lesion = lesion * len(by_class) % 1
+        voxels = lesions[of_class[int(lesion * len(of_class))]]
         reach = np.asarray(self._data.patch_size) // 3
         jitter = random.integers(-reach, reach, endpoint=True)
         return info, voxels[int(voxel * len(voxels))].astype(np.int64) + jitter
@@ -128,6 +130,16 @@ class PatchSource:
 
 def _with_lesions(cases: Sequence[CaseInfo]) -> list[CaseInfo]:
     return [info for info in cases if info.lesion_volumes_mm3]
+
+
+def _by_class(info: CaseInfo) -> list[list[int]]:
+    """The numbers of a case's lesions, for each class that it has."""
+    if not info.lesion_classes:
+        return [list(range(len(info.lesion_volumes_mm3)))]
+    numbers: dict[int, list[int]] = {}
+    for number, at in enumerate(info.lesion_classes):
+        numbers.setdefault(at, []).append(number)
+    return [numbers[at] for at in sorted(numbers)]
 
 
 def place_window(

@@ -33,10 +33,11 @@ from voxelscale.ranks.workers import Workers, data_parallel, join
 from voxelscale.samples.patches import read_ahead, worker_indices
 from voxelscale.scale.cost import Budget, Interconnect, StepCost, UpdateTime, update_time
 from voxelscale.scale.links import Link, fit_link
-from voxelscale.store import Store, open_store
-from voxelscale.train.judges import validation_cases
+from voxelscale.store import Store
+from voxelscale.store.fingerprint import open_fold
 from voxelscale.train.loop import patch_task
 from voxelscale.train.optim import make_optimizer
+from voxelscale.train.validation_cases import validation_cases
 
 SIZES = tuple(4**power for power in range(1, 14))
 """Bytes of the all-reduces that `measure_link` times: 4 to 64 MiB."""
@@ -431,9 +432,9 @@ def _main(role: str, asked: Path, found: Path) -> None:
         else:
             settings = asked.with_name(f"config_{workers.rank}.yaml")
             settings.write_text(task["config"])
-            facts = _check_rank(
-                workers, load_stored(settings), open_store(Path(task["store"])), task["rounds"]
-            )
+            asked_for = load_stored(settings)
+            store = open_fold(Path(task["store"]), asked_for.data.fold)
+            facts = _check_rank(workers, asked_for, store, task["rounds"])
         if workers.rank == 0:
             found.write_text(json.dumps(facts))
         dist.barrier()

@@ -20,8 +20,9 @@ from voxelscale.scale.links import Link, parse_link
 from voxelscale.scale.report import CostedRow, write_results
 from voxelscale.scale.study import Row, Trial, plan, run_study
 from voxelscale.scale.trials import train_trial
-from voxelscale.store import Store, open_store
-from voxelscale.train.judges import require_validation
+from voxelscale.store import Store
+from voxelscale.store.fingerprint import open_fold
+from voxelscale.train.validation_cases import require_validation
 
 if TYPE_CHECKING:
     from voxelscale.scale.measure import ModelCheck
@@ -37,7 +38,7 @@ def scale(config: Config, store_path: Path, out: Path) -> list[CostedRow]:
             or `out` holds another study.
     """
     network, notes = _network(config)
-    store = open_store(store_path)
+    store = open_fold(store_path, config.data.fold)
     require_validation(store, config)
     trials = plan(config)
     jobs = config.scale.jobs or _devices()
@@ -82,18 +83,18 @@ def _network(config: Config) -> tuple[Interconnect, list[str]]:
     else:
         between = parse_link(scale.interconnect)
     compression = 0.5 if config.train.compress == "bf16" else 1.0
-    notes = [_told(between)]
+    notes = [_in_words(between)]
     if scale.node_devices == 1:
         return Interconnect(within=between, compression=compression), notes
     within = parse_link(scale.node_link)
-    notes.append(f"within a node of {scale.node_devices}: {_told(within)}")
+    notes.append(f"within a node of {scale.node_devices}: {_in_words(within)}")
     network = Interconnect(
         within=within, between=between, per_node=scale.node_devices, compression=compression
     )
     return network, notes
 
 
-def _told(link: Link) -> str:
+def _in_words(link: Link) -> str:
     alpha, beta = 1e6 * link.alpha_seconds, link.beta_bytes_per_second / 1e9
     return f"interconnect {link.name}: alpha {alpha:.1f} us, beta {beta:.2f} GB/s ({link.source})"
 

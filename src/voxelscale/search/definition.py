@@ -12,6 +12,7 @@ import optuna
 from optuna import Study
 from optuna.trial import TrialState, create_trial
 
+from voxelscale.classes import LESION, Classes
 from voxelscale.config import Config, SearchConfig, Triple, dump, load, load_stored, to_dict
 from voxelscale.config.renamed import with_first_names
 from voxelscale.console import count, notice
@@ -23,6 +24,7 @@ from voxelscale.search.sampling import make_pruner, make_sampler, rungs
 from voxelscale.search.space import SECTIONS, Space, read_space
 from voxelscale.search.storage import open_storage
 from voxelscale.store import open_store
+from voxelscale.store.fingerprint import open_fold
 
 DEFINITION = "search.yaml"
 STORAGE = "VOXELSCALE_STORAGE"
@@ -48,6 +50,8 @@ class Search:
         config: as defined; what is not searched is every trial's.
         space: what is searched.
         study: in the storage.
+        channels: of the store's images.
+        classes: of its labels.
     """
 
     out: Path
@@ -56,6 +60,8 @@ class Search:
     config: Config
     space: Space
     study: Study
+    channels: int = 1
+    classes: Classes = LESION
 
     @property
     def samples(self) -> int:
@@ -74,10 +80,19 @@ def begin(config: Config, store: Path, out: Path) -> Search:
         hint = f"use --devices-per-trial {ranks}, or set train.ranks=0"
         raise VoxelscaleError(f"config: train.ranks is {ranks}, but a trial has {each} devices", hint)
     space = read_space(config)
-    opened = open_store(store)
+    opened = open_fold(store, config.data.fold)
     _claim(config, out)
     study = _open_study(config, out, str(opened.fingerprint["digest"]))
-    search = Search(out=out, store=store, spacing=opened.spacing, config=config, space=space, study=study)
+    search = Search(
+        out=out,
+        store=store,
+        spacing=opened.spacing,
+        config=config,
+        space=space,
+        study=study,
+        channels=len(opened.channels),
+        classes=opened.classes,
+    )
     _queue_first(search, opened.fingerprint["digest"])
     return search
 
@@ -97,15 +112,19 @@ def reopen(out: Path, store: Path | None = None) -> Search:
     config = load_stored(path)
     url = os.environ.get(STORAGE) or config.search.storage
     config = replace(config, search=replace(config.search, storage=url))
-    spacing = open_store(store).spacing if store else (1.0, 1.0, 1.0)
-    return Search(
+    search = Search(
         out=out,
         store=store or Path(),
-        spacing=spacing,
+        spacing=(1.0, 1.0, 1.0),
         config=config,
         space=read_space(config),
         study=_open_study(config, out),
     )
+    if store is None:
+        return search
+    opened = open_store(store)
+    channels, classes = len(opened.channels), opened.classes
+    return replace(search, spacing=opened.spacing, channels=channels, classes=classes)
 
 
 def trial_config(search: Search, params: Mapping[str, Value], ranks: int) -> Config:

@@ -10,10 +10,11 @@ from functools import lru_cache
 
 import torch
 
+from voxelscale.classes import LESION, Classes
 from voxelscale.config import Config, DataConfig, LossConfig, OptimConfig, TrainConfig, Triple
 from voxelscale.device import choose_precision
 from voxelscale.model.unet import plan_pooling
-from voxelscale.train.memory import Played, needed, play_through, seen_at_once
+from voxelscale.train.memory import Simulation, needed, seen_at_once, simulate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,9 @@ class Cost:
     parameters: int
 
 
-def cost_of(config: Config, spacing: Triple, device: str) -> Cost:
+def cost_of(
+    config: Config, spacing: Triple, device: str, *, channels: int = 1, classes: Classes = LESION
+) -> Cost:
     """Memory, arithmetic and parameters of a training, without running it.
 
     It takes a second; configs that differ in nothing that counts (rate, seed, ...) share one answer. On a
@@ -41,6 +44,8 @@ def cost_of(config: Config, spacing: Triple, device: str) -> Cost:
     Args:
         spacing: of the store, mm (z, y, x), by which pooling is planned.
         device: ``cpu`` or ``cuda``.
+        channels: of the store's images.
+        classes: of its labels.
 
     Raises:
         VoxelscaleError: the patch is too small for the depth, or there is no such network.
@@ -49,12 +54,21 @@ def cost_of(config: Config, spacing: Triple, device: str) -> Cost:
     if precision == "auto":
         native = device != "cpu" or choose_precision("auto", torch.device("cpu")) == torch.bfloat16
         precision = "bf16" if native else "fp32"
-    step = _played(_what_counts(config), spacing, torch.bfloat16 if precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    step = _simulated(_what_counts(config), spacing, dtype, channels, classes)
     flop = step.flop / seen_at_once(config) * config.train.samples
     return Cost(memory=needed(step, device), flop=flop, parameters=step.parameters)
 
 
-def constraints(config: Config, spacing: Triple, device: str, available: int) -> dict[str, float]:
+def constraints(
+    config: Config,
+    spacing: Triple,
+    device: str,
+    available: int,
+    *,
+    channels: int = 1,
+    classes: Classes = LESION,
+) -> dict[str, float]:
     """How far a training is from what can run: feasible where every number is 0 or less.
 
     ``memory`` is needed / available - 1. ``pooling`` counts the levels whose pooling would halve no axis
@@ -62,7 +76,7 @@ def constraints(config: Config, spacing: Triple, device: str, available: int) ->
 
     Args:
         available: bytes on one device.
-        spacing, device: as for `cost_of`.
+        spacing, device, channels, classes: as for `cost_of`.
 
     Raises:
         VoxelscaleError: there is no such network.
@@ -71,14 +85,16 @@ def constraints(config: Config, spacing: Triple, device: str, available: int) ->
     pools = plan_pooling(config.data.patch_size[-dims:], spacing[-dims:], depth)
     # An idle pooling leaves everything as it is, so those below it are idle, too.
     idle = sum(max(stride) == 1 for stride in pools) if config.model.name == "unet" else 0
-    able = replace(config, model=replace(config.model, depth=depth - idle))
-    memory = cost_of(able, spacing, device).memory
+    able = replace(config, model=config.model.of_depth(depth - idle))
+    memory = cost_of(able, spacing, device, channels=channels, classes=classes).memory
     return {"memory": memory / max(1, available) - 1, "pooling": float(idle)}
 
 
 @lru_cache(maxsize=4096)
-def _played(config: Config, spacing: Triple, precision: torch.dtype) -> Played:
-    return play_through(config, spacing, precision)
+def _simulated(
+    config: Config, spacing: Triple, precision: torch.dtype, channels: int, classes: Classes
+) -> Simulation:
+    return simulate(config, spacing, precision, channels=channels, classes=classes)
 
 
 def _what_counts(config: Config) -> Config:

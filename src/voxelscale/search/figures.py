@@ -38,7 +38,7 @@ COLOURS = {
     "diverged": LIGHT["s4"],
     "failed": LIGHT["s1"],
 }
-"""Of trials by state; each can be told from a light and from a dark page."""
+"""Of trials by state; each can be seen on a light and on a dark page."""
 
 BEST = {"color": LIGHT["ink"], "width": 2.5}
 """Line of the best trial, or of the best so far."""

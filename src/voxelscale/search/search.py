@@ -21,8 +21,8 @@ from voxelscale.search.records import ENDED, MAXIMISED, UNFINISHED, counted, rea
 from voxelscale.search.report import write_report
 from voxelscale.search.results import SearchResults
 from voxelscale.search.storage import patiently
-from voxelscale.store import open_store
-from voxelscale.train.judges import require_validation
+from voxelscale.store.fingerprint import open_fold
+from voxelscale.train.validation_cases import require_validation
 
 LOOK = 2.0
 """Seconds between checks of the workers."""
@@ -41,7 +41,7 @@ def search(config: Config, store: Path, out: Path) -> SearchResults:
             given up.
         KeyboardInterrupt: after all trainings have saved and stopped.
     """
-    require_validation(open_store(store), config)
+    require_validation(open_fold(store, config.data.fold), config)
     begun = begin(config, store, out)
     places = plan_places(config.search)
     try:

@@ -125,7 +125,14 @@ class Worker:
             return
         try:
             config = trial_config(self.search, params, len(self.place.devices))
-            limits = constraints(config, self.search.spacing, self.place.kind, self.available)
+            limits = constraints(
+                config,
+                self.search.spacing,
+                self.place.kind,
+                self.available,
+                channels=self.search.channels,
+                classes=self.search.classes,
+            )
         except VoxelscaleError as error:
             config, limits, reason = None, dict.fromkeys(CONSTRAINTS, 1.0), error.message
         else:
@@ -158,7 +165,8 @@ class Worker:
         if trial.user_attrs.get(LOSSES, 0) >= MAX_LOSSES:
             attempt.record("failed", limits, f"its worker was lost {MAX_LOSSES} times")
             return
-        cost = cost_of(config, self.search.spacing, self.place.kind)
+        channels, classes = self.search.channels, self.search.classes
+        cost = cost_of(config, self.search.spacing, self.place.kind, channels=channels, classes=classes)
         trial.set_user_attr(COST, asdict(cost))
         with Lease(trial, self.settings.lease_seconds) as lease:
             result = attempt.train(config, self.place, lease, self.stopped, self.train)

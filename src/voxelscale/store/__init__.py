@@ -4,7 +4,10 @@
 
     store/
       dataset.json           fingerprint, split, preparation, one entry a case
-      cases/<case>.b2nd      Blosc2 NDArray (2, z, y, x) int16: HU, then mask 0/1
+      cases/<case>.b2nd      Blosc2 NDArray (channels + 1, z, y, x) int16: the channels, then stored labels
+
+A channel of CT holds HU; others are scaled (`voxelscale.store.channels`). Stored labels are those of
+`voxelscale.classes.Classes`: a mask of 0 and 1 where there is one class.
 
 A case's file also holds (as Blosc2 variable-length metadata) its entry of the table and, for each
 lesion, indices of its voxels, so that a sampler never reads a whole mask. ``benchmarks/store.py`` is
@@ -17,7 +20,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,16 +28,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.channels import AIR_HU, ONE_CT, Channel
+from voxelscale.classes import LESION, Classes
+from voxelscale.dataset.folds import Fold
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import not_written, put_in_place, write_atomic
 from voxelscale.geometry import Grid, IntTriple, Triple
+from voxelscale.store.channels import Kept, fill_of
+
+__all__ = [
+    "AIR_HU",
+    "PLAN_FILE",
+    "CaseInfo",
+    "Reader",
+    "Store",
+    "case_path",
+    "open_case",
+    "open_store",
+    "overlap_slices",
+    "read_info",
+    "write_case",
+    "write_table",
+]
 
 PLAN_FILE = "plan.yaml"
 """In a store: what to train with on it (`voxelscale.train.plan`)."""
 
-FORMAT = 1
-AIR_HU = -1024
-"""Value beyond the borders of a scan."""
+FORMAT, FORMAT_OF_ANY = 1, 2
+"""Of a store of one CT channel and one class, and of any other."""
 
 KEPT_BY_MODEL = (
     *("cases", "patients", "source_spacing", "extent_mm", "lesion_hu", "lesion_diameter_mm"),
@@ -57,7 +78,10 @@ class CaseInfo:
         shape: voxels (z, y, x) in the store.
         affine: 4 x 4 rows, store voxel (z, y, x, 1) to LPS mm.
         source_spacing: the scan's own spacing (z, y, x), mm.
-        lesion_volumes_mm3: one a lesion (26-connected component), largest first.
+        lesion_volumes_mm3: one a lesion (26-connected component of a class), largest first.
+        lesion_classes: the number of each lesion's class, from 0; () where there is one class.
+        channels: how each channel is kept; () of one CT channel.
+        channel_hu: of several channels, what `intensities` is of the first; {} of those that are no CT.
         intensities: moments of the lesions' HU: count, mean, std, and percentiles 0.5, 50, 99.5.
         key: changes when the source files or the preparation do.
         findings: of the labels (`voxelscale.labels.annotation.Annotation`); a mere mask has none.
@@ -85,6 +109,9 @@ class CaseInfo:
     merged: int = 0
     cut: int = 0
     scan: dict[str, Any] = field(default_factory=dict)
+    lesion_classes: tuple[int, ...] = ()
+    channels: tuple[Kept, ...] = ()
+    channel_hu: tuple[dict[str, float], ...] = ()
 
     @property
     def grid(self) -> Grid:
@@ -101,12 +128,18 @@ class Store:
         spacing: of every case, (z, y, x) in mm.
         fingerprint: of the data set; see `voxelscale.store.prepare.fingerprint`.
         cases: sorted by name.
+        classes: what its labels distinguish.
+        channels: of its images.
+        folds: train and validation cases of each; () where there are none.
     """
 
     path: Path
     spacing: Triple
     fingerprint: dict[str, Any]
     cases: tuple[CaseInfo, ...]
+    classes: Classes = LESION
+    channels: tuple[Channel, ...] = ONE_CT
+    folds: tuple[Fold, ...] = ()
 
     @property
     def kept_by_model(self) -> dict[str, Any]:
@@ -117,26 +150,45 @@ class Store:
         """The cases of ``train``, ``val`` or ``test``."""
         return tuple(info for info in self.cases if info.split == name)
 
-    def read(self, case: str) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-        """HU and mask of a whole case, (z, y, x)."""
+    def read(self, case: str) -> tuple[NDArray[np.int16], NDArray[Any]]:
+        """The first channel and the stored labels of a whole case, (z, y, x)."""
+        channels, labels = self.read_channels(case)
+        return channels[0], labels
+
+    def read_channels(self, case: str) -> tuple[NDArray[np.int16], NDArray[Any]]:
+        """Channels (c, z, y, x) and stored labels (z, y, x) of a whole case."""
         opened = open_case(self.path, case)
-        with _damage_told(case_path(self.path, case)):
+        with _damage_reported(case_path(self.path, case)):
             array = opened[:]
-        return array[0], array[1].astype(np.uint8)
+        labels = array[-1]
+        return array[:-1], labels.astype(np.uint8) if self.classes.plain else labels
+
+    @property
+    def fills(self) -> dict[str, tuple[int, ...]]:
+        """By case, the stored value of each channel beyond the scan; of CT `AIR_HU`."""
+        return {
+            info.case: tuple(map(fill_of, self.channels, info.channels or [None] * len(self.channels)))
+            for info in self.cases
+        }
 
 
 class Reader:
-    """Reads regions of cases; one open handle a case and thread, as Blosc2's are not thread-safe."""
+    """Reads regions of cases; one open handle a case and thread, as Blosc2's are not thread-safe.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: of a store.
+        fills: `Store.fills`; None: one channel of CT.
+    """
+
+    def __init__(self, path: Path, fills: Mapping[str, Sequence[int]] | None = None) -> None:
+        self._path, self._fills = path, fills or {}
         self._local = threading.local()
         self._lesions: dict[str, list[NDArray[np.int32]]] = {}
 
     def region(self, case: str, start: Sequence[int], shape: Sequence[int]) -> NDArray[np.int16]:
-        """``(2, *shape)`` int16, HU and mask, of the window that begins at voxel `start`.
+        """``(c + 1, *shape)`` int16, channels and labels, of the window that begins at voxel `start`.
 
-        Beyond the scan HU is `AIR_HU` and the mask 0; `start` may be negative.
+        Beyond the scan a channel has its fill, of CT `AIR_HU`, and the label is 0; `start` may be negative.
 
         Raises:
             VoxelscaleError: the case's file is missing or damaged.
@@ -147,12 +199,13 @@ class Reader:
         array = handles[case]
         inside, target = overlap_slices(start, shape, array.shape[1:])
         if all(side.stop - side.start == n for side, n in zip(inside, shape, strict=True)):
-            with _damage_told(case_path(self._path, case)):
+            with _damage_reported(case_path(self._path, case)):
                 return np.asarray(array[(slice(None), *inside)])
-        out = np.zeros((2, *shape), np.int16)
-        out[0] = AIR_HU
+        fills = np.asarray([*self._fills.get(case, (AIR_HU,)), 0], np.int16)
+        out = np.empty((len(fills), *shape), np.int16)
+        out[:] = fills[:, None, None, None]
         if all(side.stop > side.start for side in inside):
-            with _damage_told(case_path(self._path, case)):
+            with _damage_reported(case_path(self._path, case)):
                 out[(slice(None), *target)] = array[(slice(None), *inside)]
         return out
 
@@ -160,7 +213,7 @@ class Reader:
         """For each lesion of a case its indexed voxels, (n, 3) as (z, y, x)."""
         if case not in self._lesions:
             array = open_case(self._path, case)
-            with _damage_told(case_path(self._path, case)):
+            with _damage_reported(case_path(self._path, case)):
                 flat = array.schunk.vlmeta["lesions"]
             shape = array.shape[1:]
             self._lesions[case] = [
@@ -186,7 +239,7 @@ def overlap_slices(
 
 
 def open_case(store: Path, case: str) -> Any:
-    """The Blosc2 array of a case, (2, z, y, x) int16.
+    """The Blosc2 array of a case, (channels + 1, z, y, x) int16.
 
     Raises:
         VoxelscaleError: the file is missing or damaged.
@@ -195,14 +248,14 @@ def open_case(store: Path, case: str) -> Any:
 
     blosc2.set_nthreads(1)  # readers are parallel already; nested threads would fight the device's
     path = case_path(store, case)
-    with _damage_told(path):
+    with _damage_reported(path):
         # Not memory-mapped, though that reads a third faster: a file that is cut short later would end
         # the whole process by SIGBUS instead of raising.
         return blosc2.open(str(path), mode="r")
 
 
 @contextlib.contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _damage_reported(path: Path) -> Iterator[None]:
     """Blosc2 opens and reads; a file may turn unreadable at any time."""
     try:
         yield
@@ -222,15 +275,15 @@ def write_case(
     store: Path,
     info: CaseInfo,
     image: NDArray[np.int16],
-    mask: NDArray[np.uint8],
+    labels: NDArray[Any],
     lesions: Sequence[NDArray[np.int64]],
     chunk: int = 64,
 ) -> None:
     """Write a case's file, atomically; it gets its name once all of it has been read back.
 
     Args:
-        image: (z, y, x) HU.
-        mask: (z, y, x) 0 or 1.
+        image: (c, z, y, x), as `voxelscale.store.channels.keep` gives each; of one channel (z, y, x), too.
+        labels: (z, y, x) stored labels.
         lesions: for each, the flat (C-order) indices of voxels to sample from.
         chunk: edge of a chunk; a quarter of a chunk's voxels along each axis is one block, the unit
             that is decompressed.
@@ -243,7 +296,7 @@ def write_case(
     blosc2.set_nthreads(1)
     path = case_path(store, info.case)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part.b2nd")
-    chunks = (1, *(min(chunk, n) for n in image.shape))
+    chunks = (1, *(min(chunk, n) for n in labels.shape))
     blocks = (1, *(max(1, min(32, n)) for n in chunks[1:]))
     parameters = {
         # Read many thousands of times, written once: LZ4HC takes an eighth more space than ZSTD and is
@@ -253,7 +306,8 @@ def write_case(
         "filters": [blosc2.Filter.SHUFFLE],
         "nthreads": 1,
     }
-    voxels, entry = np.stack([image, mask.astype(np.int16)]), json.dumps(asdict(info))
+    voxels = np.concatenate([image.reshape(-1, *labels.shape), labels[None].astype(np.int16)])
+    entry = json.dumps(asdict(info))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         array = blosc2.asarray(
@@ -269,8 +323,8 @@ def write_case(
         del array
         # Blosc2 does not look whether the disk took what it wrote.
         again = blosc2.open(str(temporary), mode="r")
-        told = again.schunk.vlmeta
-        whole = told["info"] == entry and len(told["lesions"]) == len(lesions)
+        stored = again.schunk.vlmeta
+        whole = stored["info"] == entry and len(stored["lesions"]) == len(lesions)
         if not (whole and np.array_equal(again[:], voxels)):
             raise OSError("what was written reads differently")
         put_in_place(temporary, path)
@@ -292,17 +346,19 @@ def read_info(store: Path, case: str) -> CaseInfo | None:
         return None
 
 
-def write_table(
-    store: Path, spacing: Triple, fingerprint: dict[str, Any], cases: Sequence[CaseInfo]
-) -> None:
+def write_table(store: Store) -> None:
     """Write ``dataset.json``, atomically; from then on the store is whole."""
+    usual = store.classes.plain and store.channels == ONE_CT
     table = {
-        "format": FORMAT,
-        "spacing": list(spacing),
-        "fingerprint": fingerprint,
-        "cases": [asdict(info) for info in sorted(cases, key=lambda info: info.case)],
+        "format": FORMAT if usual else FORMAT_OF_ANY,
+        "spacing": list(store.spacing),
+        "fingerprint": store.fingerprint,
+        "classes": store.classes.to_dict(),
+        "channels": [channel.to_dict() for channel in store.channels],
+        "folds": [asdict(fold) for fold in store.folds],
+        "cases": [asdict(info) for info in sorted(store.cases, key=lambda info: info.case)],
     }
-    write_atomic(store / "dataset.json", json.dumps(table, indent=1))
+    write_atomic(store.path / "dataset.json", json.dumps(table, indent=1))
 
 
 def open_store(path: Path) -> Store:
@@ -314,20 +370,36 @@ def open_store(path: Path) -> Store:
     table_path = path / "dataset.json"
     try:
         table = json.loads(table_path.read_text(encoding="utf-8"))
-        if table["format"] != FORMAT:
+        if table["format"] not in (FORMAT, FORMAT_OF_ANY):
             hint = "prepare the data set again with this version"
-            raise VoxelscaleError(f"{table_path}: format {table['format']}, not {FORMAT}", hint)
+            raise VoxelscaleError(f"{table_path}: format {table['format']}, not {FORMAT_OF_ANY}", hint)
         z, y, x = (float(step) for step in table["spacing"])
         if not (min(z, y, x) > 0 and sum((z, y, x)) < float("inf")):
             raise ValueError(f"a spacing of {z}, {y}, {x} mm")
         if not isinstance(table["fingerprint"], dict):
             raise ValueError("no fingerprint")
         cases = tuple(_info(entry) for entry in table["cases"])
+        classes = Classes.from_dict(table["classes"]) if "classes" in table else LESION
+        channels = tuple(Channel.from_dict(one) for one in table.get("channels", ())) or ONE_CT
+        folds = tuple(_fold(one) for one in table.get("folds", ()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         hint = "name the folder that voxelscale prepare wrote"
         problem = "not there" if isinstance(error, FileNotFoundError) else f"not a store's table ({error})"
         raise VoxelscaleError(f"{table_path}: {problem}", hint) from None
-    return Store(path=path, spacing=(z, y, x), fingerprint=table["fingerprint"], cases=cases)
+    return Store(
+        path=path,
+        spacing=(z, y, x),
+        fingerprint=table["fingerprint"],
+        cases=cases,
+        classes=classes,
+        channels=channels,
+        folds=folds,
+    )
+
+
+def _fold(entry: dict[str, Any]) -> Fold:
+    train, val = (tuple(str(case) for case in entry[side]) for side in ("train", "val"))
+    return Fold(train=train, val=val)
 
 
 def _info(entry: dict[str, Any]) -> CaseInfo:
@@ -344,6 +416,9 @@ def _info(entry: dict[str, Any]) -> CaseInfo:
             "findings": tuple(entry.get("findings", ())),
             "lost": tuple(entry.get("lost", ())),
             "lungs": tuple(tuple(side) for side in box) if box else None,
+            "lesion_classes": tuple(entry.get("lesion_classes", ())),
+            "channels": tuple(Kept.from_dict(one) for one in entry.get("channels", ())),
+            "channel_hu": tuple(entry.get("channel_hu", ())),
         }
     )
     sizes = (*info.shape, *info.source_spacing)

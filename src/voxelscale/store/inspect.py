@@ -14,22 +14,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.channels import ONE_CT, Channel
+from voxelscale.classes import LESION, Classes
 from voxelscale.config import ReadingConfig
 from voxelscale.dataset import DataSet, Source
-from voxelscale.dataset.reading import labels_of, read_image
+from voxelscale.dataset.reading import labels_of, read_image, read_more
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import IntTriple, Scan, Triple, reorient, sphere_diameter
-from voxelscale.lungs import lung_field
+from voxelscale.lungs import lung_field, no_lungs
 from voxelscale.parallel import map_processes
 from voxelscale.store import CaseInfo, Store, open_store
+from voxelscale.store.channels import Kept
 from voxelscale.store.lesions import lesion_voxels
-from voxelscale.store.plausible import Remark, Severity, about, remarks
+from voxelscale.store.plausible import Remark, Severity, Values, about, remarks, spread
 from voxelscale.store.prepare import axis_codes
 from voxelscale.store.spacing import target_spacing
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 HU_EDGES = tuple(range(-1200, 1801, 50))
 """Of the histogram; what lies outside counts to the first and last bin."""
+BINS = 64
+"""Of the histogram of a channel that is no CT, from its minimum to its maximum."""
 THUMBNAIL = 224
 """Pixels along the longer edge, at most."""
 
@@ -55,14 +60,32 @@ class Thumbnail:
     """The axial slice that has most of the largest lesion, small.
 
     Attributes:
-        pixels: HU (rows, columns).
-        mask: uint8 of the same shape, every lesion in the slice.
+        pixels: HU (rows, columns), or the values of what is no CT.
+        mask: stored labels of the same shape, every lesion in the slice.
         spacing: mm between rows, and between columns.
+        window: values from black to white of what is no CT.
     """
 
-    pixels: NDArray[np.int16]
-    mask: NDArray[np.uint8]
+    pixels: NDArray[Any]
+    mask: NDArray[Any]
     spacing: tuple[float, float]
+    window: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelFacts:
+    """What one channel of a case is.
+
+    Attributes:
+        name, scheme: as of `voxelscale.channels.Channel`.
+        values: minimum, 1st percentile, median, 99th percentile and maximum, in its own unit.
+        histogram: counts in `BINS` equal bins from the minimum to the maximum.
+    """
+
+    name: str
+    scheme: str
+    values: Values
+    histogram: tuple[int, ...] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +96,18 @@ class Facts:
         case, patient: as the listing has them; the patient is for grouping only and shown nowhere.
         shape, spacing: voxels and mm (z, y, x), once turned to LPS.
         axes: where the file's own x, y and z axis point, as ``LPS``.
-        hu: minimum, 1st percentile, median, 99th percentile and maximum.
+        hu: minimum, 1st percentile, median, 99th percentile and maximum; of the first channel in its own
+            unit, where it is no CT.
         labelled: whether there is a mask.
-        lesions_mm3: volumes, largest first.
+        lesions_mm3: volumes, largest first; of several classes of every component of each.
         lungs_ml: volume of the lungs, or None where they were not found.
         digest: of the voxels' values, whatever the file or format.
-        histogram: counts between `HU_EDGES`.
+        histogram: counts between `HU_EDGES`; () where the first channel is no CT.
         problems: of this case alone.
         thumbnail: None where the case has no lesion.
+        classes: what its labels distinguish.
+        classes_mm3: of each of several classes the volumes of its components, largest first.
+        channels: of several channels each; of one that is no CT this one; () of one CT.
     """
 
     case: str
@@ -96,6 +123,14 @@ class Facts:
     histogram: tuple[int, ...] = field(repr=False)
     problems: tuple[Problem, ...]
     thumbnail: Thumbnail | None = field(repr=False, compare=False)
+    classes: Classes = LESION
+    classes_mm3: tuple[tuple[float, ...], ...] = ()
+    channels: tuple[ChannelFacts, ...] = ()
+
+    @property
+    def is_ct(self) -> bool:
+        """Whether the first channel holds HU."""
+        return not self.channels or self.channels[0].scheme == "ct"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +151,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without pictures and patients."""
-        hidden = ("patient", "thumbnail", "problems", "histogram")
-        cases = [{f: v for f, v in _plain(facts).items() if f not in hidden} for facts in self.cases]
+        cases = [_plain(facts) for facts in self.cases]
         unreadable = [{"case": problem.case, "error": problem.text} for problem in self.unreadable]
         problems = [asdict(problem) for problem in self.problems]
         return {"kind": self.kind, "cases": cases, "unreadable": unreadable, "problems": problems}
@@ -183,6 +217,8 @@ def _without_places(problems: Sequence[Problem], data: DataSet, sources: Sequenc
             places = {file: f"file {n} of {source.case}" for n, file in enumerate(source.files, start=1)}
             places[source.image] = source.case
             places |= {label: f"the label of {source.case}" for label in source.labels}
+            numbered = enumerate(source.more, start=2)
+            places |= {path: f"channel {number} of {source.case}" for number, path in numbered}
             for place in sorted(places, key=lambda path: -len(str(path))):  # one may begin another
                 text = text.replace(str(place), places[place])
         bare.append(replace(problem, text=text.replace(f"{data.path}/", "")))
@@ -197,7 +233,7 @@ def look_at(source: Source, reading: ReadingConfig) -> Facts:
     """
     raw = read_image(source, reading)
     image, problems = reorient(raw), []
-    mask = None
+    mask, more = None, list[Scan]()
     if not source.labels:
         problems.append(Problem(severity="note", case=source.case, text="has no mask"))
     else:
@@ -205,45 +241,85 @@ def look_at(source: Source, reading: ReadingConfig) -> Facts:
             mask = reorient(labels_of(source, raw, reading).mask).array
         except VoxelscaleError as error:
             problems.append(Problem(severity="error", case=source.case, text=error.message))
+    if len(source.channels) > 1:
+        try:
+            more = read_more(source, reading, raw.grid)
+        except VoxelscaleError as error:
+            problems.append(Problem(severity="error", case=source.case, text=error.message))
     names = (source.case, source.patient, axis_codes(raw.grid))
-    return describe(names, image, mask, problems, labelled=bool(source.labels))
+    return describe(
+        names,
+        image,
+        mask,
+        problems,
+        labelled=bool(source.labels),
+        classes=source.classes,
+        channels=source.channels,
+        more=[scan.array for scan in more],
+    )
 
 
 def look_at_stored(store: Store, info: CaseInfo) -> Facts:
     """Read one case of a store."""
-    hu, mask = store.read(info.case)
-    image = Scan(hu, info.grid.affine)
-    return describe((info.case, info.patient, axis_codes(info.grid)), image, mask, [], labelled=True)
+    stored, mask = store.read_channels(info.case)
+    kept = info.channels or [None] * len(stored)
+    first, *more = (_in_own_unit(array, how) for array, how in zip(stored, kept, strict=True))
+    return describe(
+        (info.case, info.patient, axis_codes(info.grid)),
+        Scan(first, info.grid.affine),
+        mask,
+        [],
+        labelled=True,
+        classes=store.classes,
+        channels=store.channels,
+        more=more,
+    )
+
+
+def _in_own_unit(stored: NDArray[np.int16], kept: Kept | None) -> NDArray[Any]:
+    """A channel as it was before it was kept; None: it holds HU."""
+    if kept is None or (kept.scale, kept.offset) == (1.0, 0.0):
+        return stored
+    return (stored * kept.scale + kept.offset).astype(np.float32)
 
 
 def describe(
     names: tuple[str, str, str],
     image: Scan,
-    mask: NDArray[np.uint8] | None,
+    mask: NDArray[Any] | None,
     problems: Iterable[Problem],
     *,
     labelled: bool,
+    classes: Classes = LESION,
+    channels: Sequence[Channel] = ONE_CT,
+    more: Sequence[NDArray[Any]] = (),
 ) -> Facts:
     """The facts of a case and what is wrong with it.
 
     Args:
         names: case, patient, and the axes' codes.
-        image: HU, turned to LPS.
-        mask: 0 and 1 on the image's voxels, or None.
+        image: the first channel, turned to LPS.
+        mask: stored labels on the image's voxels, or None.
         problems: known already.
+        classes: what the labels distinguish.
+        channels: what the image's are.
+        more: values of the channels after the first that could be read, on their own voxels.
     """
     case, patient, axes = names
-    lesions = lesion_voxels(mask) if mask is not None and mask.any() else []
+    of_class = class_voxels(classes, mask) if mask is not None else [[] for _ in classes.names]
+    lesions = sorted((one for own in of_class for one in own), key=lambda one: (-len(one), int(one[0])))
     voxel = image.grid.voxel_mm3
-    lungs = lung_field(image)
+    is_ct = channels[0].scheme == "ct"
+    lungs = lung_field(image) if is_ct else no_lungs(image.grid.shape, "not a CT")
     what = about(image, lungs)
-    found = [*remarks(what), *_of_mask(mask, lesions)]
-    if lungs.ok and lesions:
+    found = [*remarks(what, ct=is_ct), *_of_mask(mask, lesions, classes)]
+    if lungs.ok and lesions and classes.single:
         flat = lungs.mask.ravel()
         outside = sum(not flat[voxels].any() for voxels in lesions)
         if outside:
             found.append(("warning", f"{outside} of {len(lesions)} lesions lie outside the lungs"))
-    counts, _ = np.histogram(np.clip(image.array, HU_EDGES[0], HU_EDGES[-1]), HU_EDGES)
+    counts = _hu_histogram(image.array) if is_ct else ()
+    usual = len(channels) == 1 and is_ct
     return Facts(
         case=case,
         patient=patient,
@@ -252,22 +328,66 @@ def describe(
         axes=axes,
         hu=what.values,
         labelled=labelled,
-        lesions_mm3=tuple(round(len(voxels) * voxel, 3) for voxels in lesions),
+        lesions_mm3=_volumes(lesions, voxel),
         lungs_ml=round(lungs.volume_ml, 1) if lungs.ok else None,
-        digest=_digest(image.array),
-        histogram=tuple(int(n) for n in counts),
+        digest=_digest(image.array, *more),
+        histogram=counts,
         problems=(*problems, *(Problem(severity=s, case=case, text=t) for s, t in found)),
-        thumbnail=_thumbnail(image, mask, lesions[0]) if mask is not None and lesions else None,
+        thumbnail=_thumbnail(image, mask, lesions[0], what.values, is_ct=is_ct)
+        if mask is not None and lesions
+        else None,
+        classes=classes,
+        classes_mm3=() if classes.single else tuple(_volumes(own, voxel) for own in of_class),
+        channels=()
+        if usual
+        else tuple(channel_facts(*pair) for pair in zip(channels, [image.array, *more], strict=False)),
     )
 
 
-def _of_mask(mask: NDArray[np.uint8] | None, lesions: Sequence[NDArray[np.int64]]) -> list[Remark]:
+def class_voxels(classes: Classes, stored: NDArray[Any]) -> list[list[NDArray[np.int64]]]:
+    """Of each class flat (C-order) voxel indices of its 26-connected components, largest first."""
+    if classes.regions:
+        return [lesion_voxels(there.astype(np.uint8)) for _, there in classes.each(stored)]
+    groups: list[list[NDArray[np.int64]]] = [[] for _ in classes.names]
+    for voxels in lesion_voxels(stored) if (stored > 0).any() else []:
+        groups[int(stored.flat[voxels[0]]) - 1].append(voxels)
+    return groups
+
+
+def channel_facts(channel: Channel, values: NDArray[Any]) -> ChannelFacts:
+    """What one channel (z, y, x) of a case is, in its own unit."""
+    counts, _ = np.histogram(values, BINS)
+    return ChannelFacts(
+        name=channel.name,
+        scheme=channel.scheme,
+        values=spread(values),
+        histogram=tuple(int(n) for n in counts),
+    )
+
+
+def _hu_histogram(hu: NDArray[Any]) -> tuple[int, ...]:
+    counts, _ = np.histogram(np.clip(hu, HU_EDGES[0], HU_EDGES[-1]), HU_EDGES)
+    return tuple(int(n) for n in counts)
+
+
+def _volumes(lesions: Sequence[NDArray[np.int64]], voxel_mm3: float) -> tuple[float, ...]:
+    return tuple(round(len(voxels) * voxel_mm3, 3) for voxels in lesions)
+
+
+def _of_mask(
+    mask: NDArray[Any] | None, lesions: Sequence[NDArray[np.int64]], classes: Classes
+) -> list[Remark]:
     if mask is None:
         return []
     if not lesions:
-        return [("warning", "an empty mask: no voxel of a lesion")]
+        return [("warning", f"an empty mask: no voxel of a {_noun(classes)}")]
     single = sum(len(voxels) == 1 for voxels in lesions)
-    return [("warning", f"{single} of {len(lesions)} lesions are a single voxel")] if single else []
+    what = f"{single} of {len(lesions)} {_noun(classes, of_several='component')}s are a single voxel"
+    return [("warning", what)] if single else []
+
+
+def _noun(classes: Classes, of_several: str = "class") -> str:
+    return "lesion" if classes.single else of_several
 
 
 def duplicates(facts: Sequence[Facts]) -> list[Problem]:
@@ -321,28 +441,37 @@ def _vanishing(facts: Sequence[Facts]) -> list[Problem]:
     for one in facts:
         if small := sum(volume < 0.999 * voxel for volume in one.lesions_mm3):
             words = " x ".join(f"{s:g}" for s in spacing)
-            text = f"{small} lesions smaller than a voxel of {words} mm, the data set's planned spacing"
+            noun = _noun(one.classes, of_several="component")
+            text = f"{small} {noun}s smaller than a voxel of {words} mm, the data set's planned spacing"
             found.append(Problem(severity="warning", case=one.case, text=text))
     return found
 
 
-def _thumbnail(image: Scan, mask: NDArray[np.uint8], largest: NDArray[np.int64]) -> Thumbnail:
+def _thumbnail(
+    image: Scan, mask: NDArray[Any], largest: NDArray[np.int64], values: Values, *, is_ct: bool
+) -> Thumbnail:
     depth, rows, columns = image.array.shape
     z = int(np.argmax(np.bincount(largest // (rows * columns), minlength=depth)))
     step = max(1, -(-max(rows, columns) // THUMBNAIL))
     there = mask[z]
     missing = [(0, -n % step) for n in there.shape]
     blocks = np.pad(there, missing).reshape(-(-rows // step), step, -(-columns // step), step)
-    pixels = np.clip(image.array[z, ::step, ::step], -2000, 3000).astype(np.int16)
+    pixels = image.array[z, ::step, ::step]
+    pixels = np.clip(pixels, -2000, 3000).astype(np.int16) if is_ct else pixels.astype(np.float32)
+    _, low, _, high, _ = values
+    window = None if is_ct else (low, high if high > low else low + 1)
     # The maximum of a block: a lesion of one voxel must not get lost.
     spacing = (image.spacing[1] * step, image.spacing[2] * step)
-    return Thumbnail(pixels=pixels, mask=blocks.max(axis=(1, 3)), spacing=spacing)
+    return Thumbnail(pixels=pixels, mask=blocks.max(axis=(1, 3)), spacing=spacing, window=window)
 
 
-def _digest(array: NDArray[Any]) -> str:
-    """Of values and shape; the same for float32 and int16 where the values are."""
-    whole = np.ascontiguousarray(array, np.float32)
-    return hashlib.sha256(repr(whole.shape).encode() + whole.tobytes()).hexdigest()[:16]
+def _digest(*arrays: NDArray[Any]) -> str:
+    """Of values and shapes; the same for float32 and int16 where the values are."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        whole = np.ascontiguousarray(array, np.float32)
+        digest.update(repr(whole.shape).encode() + whole.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _gather(
@@ -353,5 +482,17 @@ def _gather(
 
 
 def _plain(facts: Facts) -> dict[str, Any]:
-    values = {name: getattr(facts, name) for name in Facts.__dataclass_fields__}
-    return values | {"diameters_mm": [round(sphere_diameter(v), 2) for v in facts.lesions_mm3]}
+    """A case as plain values; of one class and one CT channel there is nothing of either."""
+    hidden = ("patient", "thumbnail", "problems", "histogram", "classes", "classes_mm3", "channels")
+    names = ["values" if name == "hu" and not facts.is_ct else name for name in Facts.__dataclass_fields__]
+    values = {
+        name: getattr(facts, "hu" if name == "values" else name) for name in names if name not in hidden
+    }
+    values["diameters_mm"] = [round(sphere_diameter(v), 2) for v in facts.lesions_mm3]
+    if facts.classes_mm3:
+        values["classes"] = dict(zip(facts.classes.names, facts.classes_mm3, strict=True))
+    if facts.channels:
+        values["channels"] = [
+            {"name": one.name, "scheme": one.scheme, "values": one.values} for one in facts.channels
+        ]
+    return values

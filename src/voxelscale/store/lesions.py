@@ -1,4 +1,4 @@
-"""Lesions of a mask, and what becomes of them when the mask is resampled."""
+"""Lesions of a label map, and what becomes of them when it is resampled."""
 
 from __future__ import annotations
 
@@ -9,56 +9,113 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.classes import IGNORED, LESION, Classes
 from voxelscale.geometry import SAME_MM, Grid, Scan, resample, sphere_diameter
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Resampled:
-    """A mask on another lattice.
+    """Labels on another lattice.
 
     Attributes:
-        array: uint8, 0 or 1, (z, y, x).
-        lesions: flat (C-order) voxel indices of each 26-connected component of `array`, largest first.
+        array: stored labels (`voxelscale.classes.Classes`), (z, y, x); uint8 where they are plain.
+        lesions: flat (C-order) voxel indices of each class's 26-connected components in `array`, largest
+            first.
+        classes: the number of each lesion's class, from 0.
         lost: of each lesion of which no voxel was left before one was kept: ``volume_mm3``,
             ``diameter_mm`` (of the sphere of the same volume), ``centre`` (LPS mm, x, y, z).
-        merged: how many lesions share a component with another one.
+        merged: how many lesions share a component with another one of their class.
         cut: how many lie in several components.
     """
 
-    array: NDArray[np.uint8]
+    array: NDArray[Any]
     lesions: list[NDArray[np.int64]]
+    classes: list[int]
     lost: tuple[dict[str, Any], ...] = ()
     merged: int = 0
     cut: int = 0
 
 
-def resample_mask(mask: Scan, grid: Grid, keep_small: bool = False) -> Resampled:
-    """A mask of 0 and 1 at the voxels of `grid`, by nearest neighbour, so that it stays a mask.
+def resample_labels(
+    labels: Scan, grid: Grid, classes: Classes = LESION, *, keep_small: bool = False
+) -> Resampled:
+    """Stored labels at the voxels of `grid`, by nearest neighbour, so that none are mixed.
 
     Args:
         keep_small: whether a lesion that falls between the voxels keeps one: the one it fills most of.
     """
-    if mask.grid.same_as(grid, SAME_MM):
-        array = mask.array.astype(np.uint8)
-        return Resampled(array=array, lesions=lesion_voxels(array))
-    before = lesion_voxels(mask.array)
-    numbers = np.zeros(mask.array.shape, np.min_scalar_type(len(before)))
+    same = labels.grid.same_as(grid, SAME_MM)
+    array = (labels if same else resample(labels, grid, "nearest")).array.copy()
+    if classes.regions:
+        # Regions overlap: each has components of its own.
+        parts = [
+            _resampled(
+                Scan(classes.where(labels.array, at).astype(np.uint8), labels.affine), grid, keep_small
+            )
+            for at in range(len(classes.names))
+        ]
+        for at, part in enumerate(parts):
+            grown = (part.array > 0) & ~classes.where(array, at)
+            array[grown] = np.maximum(array[grown], 0) | 1 << at
+        return _joined(array, parts)
+    found = _resampled(labels, grid, keep_small)
+    if classes.plain:
+        return found
+    # What is ignored is no lesion, and gives way where one was kept.
+    array = np.where((array == IGNORED) & (found.array == 0), IGNORED, found.array).astype(np.int16)
+    values = [int(found.array.flat[flat[0]]) - 1 for flat in found.lesions]
+    return Resampled(
+        array=array,
+        lesions=found.lesions,
+        classes=values,
+        lost=found.lost,
+        merged=found.merged,
+        cut=found.cut,
+    )
+
+
+def _joined(array: NDArray[Any], parts: list[Resampled]) -> Resampled:
+    """The lesions of all regions, largest first."""
+    lesions = [(flat, at) for at, part in enumerate(parts) for flat in part.lesions]
+    lesions.sort(key=lambda one: (-len(one[0]), one[1], int(one[0][0])))
+    return Resampled(
+        array=array,
+        lesions=[flat for flat, _ in lesions],
+        classes=[at for _, at in lesions],
+        lost=tuple(one for part in parts for one in part.lost),
+        merged=sum(part.merged for part in parts),
+        cut=sum(part.cut for part in parts),
+    )
+
+
+def _resampled(labels: Scan, grid: Grid, keep_small: bool) -> Resampled:
+    """The same of labels of which 0 is none and each other one is a class; what is below 0 is left out."""
+    dtype = labels.array.dtype
+    if labels.grid.same_as(grid, SAME_MM):
+        array = np.maximum(labels.array, 0).astype(dtype)
+        lesions = lesion_voxels(array)
+        return Resampled(array=array, lesions=lesions, classes=[0] * len(lesions))
+    before = lesion_voxels(labels.array)
+    numbers = np.zeros(labels.array.shape, np.min_scalar_type(len(before)))
+    label_of = np.zeros(len(before) + 1, dtype)
     for number, flat in enumerate(before, start=1):
-        numbers.flat[flat] = number
-    after = resample(Scan(numbers, mask.affine), grid, "nearest").array
-    array = (after > 0).astype(np.uint8)
+        numbers.flat[flat], label_of[number] = number, labels.array.flat[flat[0]]
+    after = resample(Scan(numbers, labels.affine), grid, "nearest").array
     gone = sorted(set(range(1, len(before) + 1)) - set(np.unique(after).tolist()))
     places = {n: np.stack(np.unravel_index(before[n - 1], numbers.shape), axis=1) for n in gone}
     for number in gone if keep_small else ():
-        place = _fullest(mask.grid.index_to_mm(places[number]), grid)
-        array[place], after[place] = 1, after[place] or number
+        place = _fullest(labels.grid.index_to_mm(places[number]), grid)
+        if label_of[after[place]] != label_of[number]:  # another's of its class is as good
+            after[place] = number
+    array = label_of[after]
     lesions = lesion_voxels(array)
     owners = [set(after.flat[flat].tolist()) for flat in lesions]
     parts = Counter(number for owner in owners for number in owner)
     return Resampled(
         array=array,
         lesions=lesions,
-        lost=tuple(_facts(mask.grid, places[number]) for number in gone),
+        classes=[0] * len(lesions),
+        lost=tuple(_facts(labels.grid, places[number]) for number in gone),
         merged=sum(len(owner) for owner in owners if len(owner) > 1),
         cut=sum(count > 1 for count in parts.values()),
     )
@@ -80,11 +137,11 @@ def _facts(grid: Grid, voxels: NDArray[np.int64]) -> dict[str, Any]:
     }
 
 
-def lesion_voxels(mask: NDArray[np.uint8]) -> list[NDArray[np.int64]]:
-    """Flat (C-order) voxel indices of each 26-connected component, largest first."""
+def lesion_voxels(labels: NDArray[Any]) -> list[NDArray[np.int64]]:
+    """Flat (C-order) indices of each 26-connected component of equal labels above 0, largest first."""
     import cc3d
 
-    components = cc3d.connected_components(np.ascontiguousarray(mask), connectivity=26)
+    components = cc3d.connected_components(np.ascontiguousarray(np.maximum(labels, 0)), connectivity=26)
     flat = np.flatnonzero(components)
     owner = components.ravel()[flat]
     order = np.argsort(owner, kind="stable")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,30 +11,35 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.channels import AIR_HU, ONE_CT, Channel
 from voxelscale.config import PrepareConfig, ReadingConfig
+from voxelscale.config.renamed import with_first_names
 from voxelscale.console import count, notice, warn
+from voxelscale.dataset.classes import digested
+from voxelscale.dataset.folds import Fold, kfold
 from voxelscale.dataset.listing import Source
-from voxelscale.dataset.reading import read_case, read_image, read_lattice
+from voxelscale.dataset.reading import read_case, read_image, read_lattice, read_more
 from voxelscale.dataset.stamps import label_stamp, source_stamp
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_csv
-from voxelscale.geometry import SAME_MM, Grid, Scan, Triple, as_lps, resample, sphere_diameter
-from voxelscale.lungs import lung_field
+from voxelscale.geometry import SAME_MM, Grid, Scan, Triple, as_lps, resample
+from voxelscale.lungs import lung_field, no_lungs
 from voxelscale.parallel import map_processes
 from voxelscale.store import (
-    AIR_HU,
     VOXELS_PER_LESION,
     CaseInfo,
+    Store,
     read_info,
     write_case,
     write_table,
 )
-from voxelscale.store.lesions import resample_mask
-from voxelscale.store.plausible import about, summary
+from voxelscale.store.channels import Kept, keep
+from voxelscale.store.fingerprint import SPLITS, fingerprint
+from voxelscale.store.lesions import resample_labels
+from voxelscale.store.plausible import about
 from voxelscale.store.spacing import target_spacing
 
 Made = TypeVar("Made")
-SPLITS = ("train", "val", "test")
 READING = ReadingConfig()
 
 FINDINGS = "findings.csv"
@@ -63,7 +66,11 @@ class Preparation:
 
 
 def prepare(
-    sources: Sequence[Source], out: Path, config: PrepareConfig, reading: ReadingConfig = READING
+    sources: Sequence[Source],
+    out: Path,
+    config: PrepareConfig,
+    reading: ReadingConfig = READING,
+    folds: Sequence[Fold] = (),
 ) -> Preparation:
     """Read, check, resample and store every case; then the table, the split and the fingerprint.
 
@@ -73,10 +80,13 @@ def prepare(
         sources: the cases, as `voxelscale.dataset.DataSet` lists them.
         out: the store's folder, made where it is not there.
         reading: how the cases are read.
+        folds: of the data set itself; (): by `config.folds`.
 
     Raises:
-        VoxelscaleError: no case could be prepared at all.
+        VoxelscaleError: no case could be prepared at all, or the channels are not as many as
+            `config.normalisation` says.
     """
+    sources = [replace(source, channels=_channels(source, config)) for source in sources]
     failed: dict[str, tuple[str, str]] = {}
     surveyed = (
         [] if config.spacing else _each(sources, partial(survey, reading=reading), "survey", config, failed)
@@ -102,11 +112,65 @@ def prepare(
     failures = tuple((case, *failed[case]) for case in sorted(failed))
     if not infos:
         raise _none_prepared(failed)
-    infos = assign_splits(infos, config.split, config.seed, _order(sources))
-    _warn_of_empty_splits(infos, config.split)
+    infos, folds = divided(infos, sources, config, folds)
     write_csv(out / FINDINGS, _finding_rows(infos))
-    write_table(out, spacing, fingerprint(infos), infos)
+    write_table(
+        Store(
+            path=out,
+            spacing=spacing,
+            fingerprint=fingerprint(infos),
+            cases=tuple(infos),
+            classes=sources[0].classes,
+            channels=sources[0].channels,
+            folds=tuple(folds),
+        )
+    )
     return Preparation(done=tuple(infos), kept=len(kept), failed=failures)
+
+
+def divided(
+    infos: Sequence[CaseInfo], sources: Sequence[Source], config: PrepareConfig, folds: Sequence[Fold]
+) -> tuple[list[CaseInfo], list[Fold]]:
+    """The cases with their split, and the folds: as the data set says, or else as `config` does.
+
+    Args:
+        folds: of the data set. The store's own split is then that of the first, and what is in none of its
+            lists is for testing.
+    """
+    said, order = {source.case: source.split for source in sources}, _order(sources)
+    if any(said.values()):
+        infos = [replace(info, split=said[info.case]) for info in infos]
+        notice("split as the data set's table says")
+    elif folds:
+        of = dict.fromkeys(folds[0].train, "train") | dict.fromkeys(folds[0].val, "val")
+        infos = [replace(info, split=of.get(info.case, "test")) for info in infos]
+        notice(f"{count(len(folds), 'fold')} as the data set says; data.fold chooses one, null is fold 0")
+    else:
+        infos = assign_splits(infos, config.split, config.seed, order)
+        _warn_of_empty_splits(infos, config.split)
+    if not folds and config.folds:
+        patients = {info.case: info.patient for info in infos if info.split != "test"}
+        folds = kfold(patients, config.folds, config.seed, order)
+        notice(f"{count(len(folds), 'fold')} by patient; data.fold chooses one")
+    return list(infos), list(folds)
+
+
+def _channels(source: Source, config: PrepareConfig) -> tuple[Channel, ...]:
+    """The source's channels with the normalisation that is asked for.
+
+    Raises:
+        VoxelscaleError: it is asked for another number of channels.
+    """
+    wanted, channels = config.normalisation, source.channels
+    if not wanted:
+        return channels
+    if len(wanted) != len(channels):
+        names = ", ".join(channel.name for channel in channels)
+        raise VoxelscaleError(
+            f"config: prepare.normalisation has {len(wanted)} entries",
+            f"give one for each channel: {names}",
+        )
+    return tuple(replace(one, scheme=scheme) for one, scheme in zip(channels, wanted, strict=True))
 
 
 def _report_changed(info: CaseInfo, spacing: Triple, kept: bool) -> None:
@@ -200,21 +264,29 @@ def prepare_case(
     axes = axis_codes(as_is.grid)
     image, labels = read_case(source, reading, as_is)
     del as_is  # what was flipped is a copy
-    hu = resample_hu(image, spacing)
-    target = hu.grid
-    label = resample_mask(labels.mask, target, config.keep_small)
+    grid = image.grid.with_spacing(spacing)
+    stored, kept = on_grid([image, *read_more(source, reading)], source.channels, grid)
+    label = resample_labels(labels.mask, grid, source.classes, keep_small=config.keep_small)
     if label.lost and not label.lesions:
         raise VoxelscaleError(f"{source.label_names}: the mask vanishes at {spacing} mm", TO_KEEP)
     voxel = float(np.prod(spacing))
-    lungs = lung_field(hu)
+    is_ct = source.channels[0].scheme == "ct"
+    lungs = lung_field(Scan(stored[0], grid.affine)) if is_ct else no_lungs(grid.shape, "not a CT")
+    of_ct = [
+        _intensities(array[label.array > 0]) if channel.scheme == "ct" else {}
+        for array, channel in zip(stored, source.channels, strict=True)
+    ]
     info = CaseInfo(
         case=source.case,
         patient=source.patient,
-        shape=target.shape,
-        affine=tuple(tuple(row) for row in target.affine.tolist()),
+        shape=grid.shape,
+        affine=tuple(tuple(row) for row in grid.affine.tolist()),
         source_spacing=image.spacing,
         lesion_volumes_mm3=tuple(round(len(flat) * voxel, 3) for flat in label.lesions),
-        intensities=_intensities(hu.array[label.array > 0]),
+        lesion_classes=() if source.classes.single else tuple(label.classes),
+        intensities=of_ct[0],
+        channels=() if source.channels == ONE_CT else kept,
+        channel_hu=() if len(stored) == 1 else tuple(of_ct),
         key=key,
         lungs=lungs.box if config.lungs and lungs.ok else None,
         findings=tuple(asdict(finding) for finding in labels.findings),
@@ -225,21 +297,36 @@ def prepare_case(
         scan=about(image, lungs, source).kept(),
     )
     thinned = [_thin(flat) for flat in label.lesions]
-    write_case(out, info, hu.array, label.array, thinned, config.chunk)
+    write_case(out, info, np.stack(stored), label.array, thinned, config.chunk)
     return info
 
 
+def on_grid(
+    scans: Sequence[Scan], channels: Sequence[Channel], grid: Grid
+) -> tuple[list[NDArray[np.int16]], tuple[Kept, ...]]:
+    """The channels of a case as they are stored, at the voxels of a lattice: resampled linearly.
+
+    Args:
+        scans: one a channel, each on a lattice of its own; the first's is turned as `grid` is.
+    """
+    stored = [
+        keep(_values_on(scan, channel, grid), channel)
+        for scan, channel in zip(scans, channels, strict=True)
+    ]
+    return [array for array, _ in stored], tuple(kept for _, kept in stored)
+
+
+def _values_on(scan: Scan, channel: Channel, grid: Grid) -> NDArray[Any]:
+    if scan.grid.same_as(grid, SAME_MM):
+        return scan.array
+    fill = AIR_HU if channel.scheme == "ct" else float(scan.array.min())
+    return resample(scan, grid, "linear", fill=fill, as_float=True).array
+
+
 def resample_hu(image: Scan, spacing: Triple) -> Scan:
-    """A scan (LPS) as a network sees it: at `spacing` (z, y, x) mm, linearly, whole HU as int16."""
+    """A CT (LPS) as a network sees it: at `spacing` (z, y, x) mm, linearly, whole HU as int16."""
     grid = image.grid.with_spacing(spacing)
-    values = image.array
-    if not image.grid.same_as(grid, SAME_MM):
-        values = resample(image, grid, "linear", fill=AIR_HU, as_float=True).array
-    hu = np.empty(grid.shape, np.int16)
-    for plane, of_plane in zip(hu, values, strict=True):  # a scan's whole would be copied several times
-        # Padding outside the scanner's circle comes as -2048 or -3024: air, too.
-        plane[:] = np.clip(np.rint(of_plane), AIR_HU, 32767)
-    return Scan(hu, grid.affine)
+    return Scan(on_grid([image], ONE_CT, grid)[0][0], grid.affine)
 
 
 def _thin(flat: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -261,68 +348,6 @@ def _intensities(values: NDArray[np.int16]) -> dict[str, float]:
         "percentile_99_5": high,
     }
     return {name: round(float(value), 3) for name, value in numbers.items()}
-
-
-def fingerprint(cases: Sequence[CaseInfo]) -> dict[str, Any]:
-    """What a training needs to know of the data set, from its training cases (all, if there are none).
-
-    ``lesion_hu``: mean, std and percentiles of the lesions' HU, pooled over cases weighted by their
-    voxels (percentiles: the minimum and maximum over cases, so that none is clipped);
-    ``lesion_volume_mm3``: count and quartiles; ``lesion_diameter_mm`` (of the sphere of the same volume)
-    and ``lesions_per_case``: quartiles; ``source_spacing`` and ``extent_mm``: minimum, median and maximum
-    (z, y, x) of the scans as they came and of what they cover; ``orientations``: how many files have
-    which axes (`axis_codes`); ``scans``: what they are (`voxelscale.store.plausible.summary`); ``digest``:
-    of all cases' keys, by which a resumed run knows its data.
-    """
-    used = [c for c in cases if c.split == "train"] or list(cases)
-    volumes = [v for c in used for v in c.lesion_volumes_mm3]
-    spacings = np.asarray([c.source_spacing for c in used])
-    extents = np.asarray([np.multiply(c.shape, c.grid.spacing) for c in used])
-    digest = hashlib.sha256("\n".join(f"{c.case} {c.split} {c.key}" for c in cases).encode()).hexdigest()
-    return {
-        "cases": {name: sum(c.split == name for c in cases) for name in SPLITS},
-        "patients": len({c.patient for c in cases}),
-        "lesion_hu": _pooled([c.intensities for c in used if c.intensities]),
-        "lesion_volume_mm3": {
-            "count": len(volumes),
-            "quartiles": _quartiles(volumes),
-        },
-        "lesion_diameter_mm": _quartiles([sphere_diameter(volume) for volume in volumes]),
-        "lesions_per_case": _quartiles([len(c.lesion_volumes_mm3) for c in used]),
-        "orientations": dict(sorted(Counter(c.axes for c in used).items())),
-        "source_spacing": _range(spacings, 4),
-        "extent_mm": _range(extents, 1),
-        "scans": summary([c.scan for c in used]),
-        "digest": digest[:16],
-    }
-
-
-def _quartiles(values: Sequence[float]) -> list[float]:
-    """Minimum, quartiles and maximum; [] of nothing."""
-    return [round(float(q), 1) for q in np.percentile(values, [0, 25, 50, 75, 100])] if values else []
-
-
-def _range(values: NDArray[np.float64], digits: int) -> dict[str, list[float]]:
-    return {
-        name: [round(float(v), digits) for v in pick(values, axis=0)]
-        for name, pick in (("least", np.min), ("median", np.median), ("greatest", np.max))
-    }
-
-
-def _pooled(each: Sequence[dict[str, float]]) -> dict[str, float]:
-    if not each:
-        # A data set without lesions: lung to soft tissue, so that normalising is still defined.
-        return {"mean": -400.0, "std": 400.0, "percentile_00_5": -1000.0, "percentile_99_5": 400.0}
-    weights = np.asarray([e["count"] for e in each])
-    means, stds = (np.asarray([e[name] for e in each]) for name in ("mean", "std"))
-    mean = np.average(means, weights=weights)
-    variance = np.average(stds**2 + (means - mean) ** 2, weights=weights)
-    return {
-        "mean": round(float(mean), 3),
-        "std": round(max(float(np.sqrt(variance)), 1.0), 3),
-        "percentile_00_5": min(e["percentile_00_5"] for e in each),
-        "percentile_99_5": max(e["percentile_99_5"] for e in each),
-    }
 
 
 def assign_splits(
@@ -352,12 +377,18 @@ def assign_splits(
 
 def source_key(source: Source, config: PrepareConfig, reading: ReadingConfig, spacing: Triple) -> str:
     """A digest of what shapes a stored case: all files behind image and labels, and the preparation."""
-    shaping = asdict(replace(config, split=(1, 0, 0), seed=0, workers=0, plan=False, memory_gib=0))
-    shaping |= asdict(reading) | {"names": "", "name_key": ""}
+    undivided = replace(config, split=(1, 0, 0), seed=0, splits="", folds=0)
+    sections = {
+        "prepare": asdict(replace(undivided, workers=0, plan=False, memory_gib=0)),
+        "reading": asdict(reading) | {"names": "", "name_key": ""},
+    }
+    shaping = {key: value for keys in with_first_names(sections).values() for key, value in keys.items()}
     if not reading.select:
         del shaping["select"]  # of stores from before there was a choice
     files = [source_stamp(source), label_stamp(source)]
-    return digest_of([files, source.patient, source.series, source.values, list(spacing), shaping])[:16]
+    return digest_of(
+        [files, source.patient, source.series, digested(source.classes, reading), list(spacing), shaping]
+    )[:16]
 
 
 def _kept(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from voxelscale import __version__
+from voxelscale.channels import ONE_CT
 from voxelscale.config import Config
 from voxelscale.console import count, notice
 from voxelscale.device import Arithmetic, choose_arithmetic, choose_precision
@@ -27,17 +28,24 @@ from voxelscale.model.build import build_loss, build_model
 from voxelscale.model.bundle import Bundle, write_bundle
 from voxelscale.model.checkpointing import checkpoint_activations
 from voxelscale.ranks.workers import Workers, join
-from voxelscale.samples.batch import Normalisation, make_batch
+from voxelscale.samples.batch import (
+    Normalisation,
+    Normalisations,
+    ct_normalisations,
+    make_batch,
+    normalisations,
+)
 from voxelscale.samples.patches import PatchSource, Sample
-from voxelscale.store import Store, open_store
+from voxelscale.store import Store
+from voxelscale.store.fingerprint import open_fold
 from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.engine import Engine, Result
-from voxelscale.train.judges import validation_cases, warn_of_validation
 from voxelscale.train.log import note_out_of_memory
 from voxelscale.train.memory import TooLarge, ran_out, require_memory
 from voxelscale.train.recipes import resolve
 from voxelscale.train.task import Task
 from voxelscale.train.validate import ScanScoring
+from voxelscale.train.validation_cases import validation_cases, warn_of_validation
 
 
 def train(config: Config, store_path: Path, run: Path) -> Result:
@@ -56,9 +64,9 @@ def train(config: Config, store_path: Path, run: Path) -> Result:
     with (
         joined(config, config.model.norm == "sync_batch") as (workers, config, batch_size),
         alone_in(run) if workers.rank == 0 else nullcontext(),
-        stop_signals(tell=workers.ranks == 1) as asked,
+        stop_signals(announce=workers.ranks == 1) as asked,
     ):
-        store = open_store(store_path)
+        store = open_fold(store_path, config.data.fold)
         if workers.rank == 0:
             warn_of_validation(store, config)
         with _memory_errors(config, run, workers.device):
@@ -107,7 +115,14 @@ def check_memory(config: Config, store: Store, workers: Workers) -> None:
     if workers.rank:
         return
     sharers = 1 if workers.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    require_memory(config, store.spacing, workers.device, sharers=sharers)
+    require_memory(
+        config,
+        store.spacing,
+        workers.device,
+        sharers=sharers,
+        channels=len(store.channels),
+        classes=store.classes,
+    )
 
 
 @contextmanager
@@ -146,7 +161,7 @@ def _arithmetic(config: Config, store: Store, run: Path, device: torch.device) -
     batch = wanted.batch_size if device.type == "cuda" else 1
     way = choose_arithmetic(
         partial(_network, config, store),
-        (batch, 1, *config.data.patch_size),
+        (batch, len(store.channels), *config.data.patch_size),
         device,
         precision=wanted.precision,
         channels_last=channels_last,
@@ -158,13 +173,13 @@ def _arithmetic(config: Config, store: Store, run: Path, device: torch.device) -
 
 def patch_task(config: Config, store: Store, device: torch.device) -> Task:
     """The config's network, on patches of a store's training scans, validated on its validation scans."""
-    normalise = Normalisation.of_fingerprint(store.fingerprint["lesion_hu"])
+    normalise = normalisations(store)
     torch.manual_seed(config.train.seed)
     validated = validation_cases(store, config)
     source = PatchSource(store, config.data, config.augment, config.train.seed, config.model.dims)
     return Task(
         model=_network(config, store).to(device),
-        loss=build_loss(config.loss),
+        loss=build_loss(config.loss, store.classes),
         source=source,
         collate=partial(_collate, config=config, normalise=normalise, device=device),
         describe=lambda sample: f"sample {sample.index} ({sample.case})",
@@ -189,14 +204,21 @@ def _about(config: Config, store: Store, trained: int, validated: int) -> str:
 
 
 def _network(config: Config, store: Store) -> nn.Module:
-    model = build_model(config.model, config.data.patch_size, store.spacing)
+    model = build_model(
+        config.model,
+        config.data.patch_size,
+        store.spacing,
+        channels=len(store.channels),
+        outputs=store.classes.outputs,
+        regions=store.classes.regions,
+    )
     if config.train.checkpoint_activations:
         checkpoint_activations(model)
     return model
 
 
 def _collate(
-    samples: Sequence[Sample], config: Config, normalise: Normalisation, device: torch.device
+    samples: Sequence[Sample], config: Config, normalise: Normalisations, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     image, mask = make_batch(samples, config.data.patch_size, normalise, device)
     if config.train.formatted:
@@ -212,6 +234,9 @@ def _write_bundle(
         weights=model.state_dict(),
         spacing=store.spacing,
         normalisation=Normalisation.of_fingerprint(store.fingerprint["lesion_hu"]),
+        classes=store.classes,
+        channels=store.channels,
+        normalisations=() if store.channels == ONE_CT else ct_normalisations(store),
         trained={
             **facts,
             "voxelscale": __version__,
@@ -223,13 +248,13 @@ def _write_bundle(
 
 
 @contextmanager
-def stop_signals(tell: bool = True) -> Iterator[Callable[[], bool]]:
+def stop_signals(announce: bool = True) -> Iterator[Callable[[], bool]]:
     """Within it SIGINT and SIGTERM only set a flag; a second one stops at once.
 
     In other threads than the main one, which Python gives no signals, nothing is changed.
 
     Args:
-        tell: whether to print that; one of several ranks gets SIGTERM also when it is to be started again.
+        announce: whether to print that; one of several ranks gets SIGTERM also for a restart.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -241,7 +266,7 @@ def stop_signals(tell: bool = True) -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        if tell:
+        if announce:
             notice("\nstopping after this step; once more to stop at once")
 
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from voxelscale.classes import LESION, Classes
 from voxelscale.config import Config, Triple
 from voxelscale.device import choose_precision, keep_freed_memory, to_channels_last
 from voxelscale.errors import VoxelscaleError
@@ -39,11 +40,17 @@ holes in the C library's heap, and the convolutions' own copies. Chosen on 23 ne
 on 16 others the estimate was 0.87 to 1.15 of what was measured (`benchmarks/feasible.py`), with one thread.
 In bf16 oneDNN copies both maps for every thread: with 8 threads a small network took 1.3 times as much."""
 
-MOST_PLAYED = 3
+MOST_SIMULATED = 3
 """Maximum batch that is simulated directly."""
 
 MAPS = 60
 """Float32 maps of a level that a step keeps at most; the default network keeps about 30."""
+
+MAPS_OF_BLOCK = 10
+"""The same of each residual block of a level of a residual encoder."""
+
+MAPS_OF_LOGITS = 16
+"""Float32 maps of each output that a step keeps at most, of all resolutions, with their target and loss."""
 
 WIDEST_KERNELS = 6
 """All kernels of a network together have fewer weights than this many of its widest kernels."""
@@ -72,7 +79,14 @@ if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::batch_norm_update_s
     _LIBRARY.impl("batch_norm_update_stats", _shapes_of_statistics, "Meta")  # type: ignore[no-untyped-call]
 
 
-def estimate_memory(config: Config, spacing: Triple, device: torch.device) -> int:
+def estimate_memory(
+    config: Config,
+    spacing: Triple,
+    device: torch.device,
+    *,
+    channels: int = 1,
+    classes: Classes = LESION,
+) -> int:
     """Bytes at the peak of a training step of `config`, without running it.
 
     Counted are weights, gradients, the optimiser's state, the batch and every tensor of the forward and
@@ -84,13 +98,16 @@ def estimate_memory(config: Config, spacing: Triple, device: torch.device) -> in
             count.
         spacing: of the store, mm (z, y, x), by which pooling is planned.
         device: decides what the precision ``auto`` means.
+        channels: of the image.
+        classes: of the labels, by which there are outputs and a loss.
     """
     precision = choose_precision(config.train.precision, device)
-    return needed(play_through(config, spacing, precision), device.type)
+    step = simulate(config, spacing, precision, channels=channels, classes=classes)
+    return needed(step, device.type)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Played:
+class Simulation:
     """A training step that was simulated on tensors without contents.
 
     Attributes:
@@ -105,40 +122,56 @@ class Played:
     parameters: int
 
 
-def play_through(config: Config, spacing: Triple, precision: torch.dtype) -> Played:
+def simulate(
+    config: Config,
+    spacing: Triple,
+    precision: torch.dtype,
+    *,
+    channels: int = 1,
+    classes: Classes = LESION,
+) -> Simulation:
     """Simulate one training step; about a second, and no memory.
 
     Everything but weights is proportional to the batch. A large one is extrapolated from two small ones,
     because some operations are simulated sample by sample.
     """
-    if (batch := config.train.batch_size) > MOST_PLAYED:
+    if (batch := config.train.batch_size) > MOST_SIMULATED:
         two, three = (
-            play_through(_with_batch(config, n), spacing, precision) for n in (MOST_PLAYED - 1, MOST_PLAYED)
+            simulate(_with_batch(config, n), spacing, precision, channels=channels, classes=classes)
+            for n in (MOST_SIMULATED - 1, MOST_SIMULATED)
         )
-        more = batch - MOST_PLAYED
-        alive, flop = three.alive + more * (three.alive - two.alive), three.flop * batch / MOST_PLAYED
-        return Played(alive=alive, flop=flop, parameters=three.parameters)
+        more = batch - MOST_SIMULATED
+        alive, flop = three.alive + more * (three.alive - two.alive), three.flop * batch / MOST_SIMULATED
+        return Simulation(alive=alive, flop=flop, parameters=three.parameters)
     cpu = torch.device("cpu")
     with FakeTensorMode(), Storages() as storages:
-        model = make_network(config, spacing, cpu)
-        play(model, config, cpu, precision)
+        model = make_network(config, spacing, cpu, channels=channels, classes=classes)
+        forward_backward(model, config, cpu, precision, channels=channels, classes=classes)
         weights = [(p.numel(), p.element_size()) for p in model.parameters()]
     copies = _moments(config) + (config.optim.ema > 0)
     state = copies * sum(number * size for number, size in weights)
     parameters = sum(number for number, _ in weights)
-    return Played(alive=storages.peak + state, flop=storages.flop, parameters=parameters)
+    return Simulation(alive=storages.peak + state, flop=storages.flop, parameters=parameters)
 
 
 def _with_batch(config: Config, batch_size: int) -> Config:
     return replace(config, train=replace(config.train, batch_size=batch_size))
 
 
-def needed(step: Played, device: str) -> int:
+def needed(step: Simulation, device: str) -> int:
     """Bytes that a device of this type (``cpu``, ``cuda``) must have for it."""
     return int(RESIDENT * step.alive) + FIXED if device == "cpu" else step.alive
 
 
-def step_memory(config: Config, spacing: Triple, device: torch.device, *, steps: int = 2) -> int:
+def step_memory(
+    config: Config,
+    spacing: Triple,
+    device: torch.device,
+    *,
+    steps: int = 2,
+    channels: int = 1,
+    classes: Classes = LESION,
+) -> int:
     """Bytes that real training steps of `config` took at their peak, the memory of weights included.
 
     On a GPU by its allocator's own count; on CPUs as the growth of the resident memory of a process
@@ -152,7 +185,7 @@ def step_memory(config: Config, spacing: Triple, device: torch.device, *, steps:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         try:
-            _steps(config, spacing, device, steps)
+            _steps(config, spacing, device, steps, channels, classes)
             return torch.cuda.max_memory_allocated(device) - before
         except torch.OutOfMemoryError:
             raise too_much(config, None, available_memory(device)) from None
@@ -160,7 +193,7 @@ def step_memory(config: Config, spacing: Triple, device: torch.device, *, steps:
             torch.cuda.empty_cache()
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    arguments = (theirs, config, spacing, steps, torch.get_num_threads())
+    arguments = (theirs, config, spacing, steps, torch.get_num_threads(), channels, classes)
     child = context.Process(target=_measure, args=arguments, daemon=True)
     child.start()
     theirs.close()
@@ -185,11 +218,20 @@ def available_memory(device: torch.device) -> int:
     return max(0, min(bounds))
 
 
-def require_memory(config: Config, spacing: Triple, device: torch.device, *, sharers: int = 1) -> int:
+def require_memory(
+    config: Config,
+    spacing: Triple,
+    device: torch.device,
+    *,
+    sharers: int = 1,
+    channels: int = 1,
+    classes: Classes = LESION,
+) -> int:
     """Refuse, before the first step, a training that will not fit.
 
     Args:
         sharers: ranks that share the device's memory.
+        channels, classes: as for `estimate_memory`.
 
     Returns:
         bytes that a step needs; a bound above them where that is far below what there is.
@@ -198,10 +240,10 @@ def require_memory(config: Config, spacing: Triple, device: torch.device, *, sha
         TooLarge: more than there is; the message names both, the batch and the patch.
     """
     available = available_memory(device) // sharers
-    rough = _rough_bound(config)
+    rough = _rough_bound(config, channels, classes)
     if rough < available:
         return rough
-    step = estimate_memory(config, spacing, device)
+    step = estimate_memory(config, spacing, device, channels=channels, classes=classes)
     if step > available:
         raise too_much(config, step, available)
     return step
@@ -215,17 +257,19 @@ def ran_out(config: Config, device: torch.device) -> TooLarge:
     return too_much(config, None, available)
 
 
-def _rough_bound(config: Config) -> int:
+def _rough_bound(config: Config, channels: int, classes: Classes) -> int:
     """Bytes that a step surely does not need, so that a small training need not be simulated."""
-    model = config.model
+    model = config.model.settled
     voxels = seen_at_once(config) * math.prod(config.data.patch_size)
     # A level has twice the channels of the one above and 1 / 2^dims of its voxels: all levels' maps are
     # together at most this many of the first level's, the limit of a geometric series.
     levels = 2**model.dims / (2**model.dims - 1)
-    maps = MAPS * 4 * voxels * model.filters * levels
+    maps = (MAPS + MAPS_OF_BLOCK * max(model.blocks, default=0)) * 4 * voxels * model.filters * levels
+    more = MAPS_OF_LOGITS * 4 * voxels * (channels + classes.outputs - 2)
     widest = min(model.filters * 2 ** (model.depth - 1), model.max_filters)
-    kernels = WIDEST_KERNELS * model.kernel_size**model.dims * widest**2
-    return int(maps + BYTES_PER_WEIGHT * kernels) + OWN
+    edge = max((edge for kernel in model.kernels for edge in kernel), default=model.kernel_size)
+    kernels = (WIDEST_KERNELS + 2 * sum(model.blocks)) * edge**model.dims * widest**2
+    return int(maps + more + BYTES_PER_WEIGHT * kernels) + OWN
 
 
 class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -262,9 +306,17 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
-def make_network(config: Config, spacing: Triple, device: torch.device) -> nn.Module:
+def make_network(
+    config: Config,
+    spacing: Triple,
+    device: torch.device,
+    *,
+    channels: int = 1,
+    classes: Classes = LESION,
+) -> nn.Module:
     """The network as a training has it, in its memory format."""
-    model = build_model(config.model, config.data.patch_size, spacing)
+    patch, outputs = config.data.patch_size, classes.outputs
+    model = build_model(config.model, patch, spacing, channels, outputs, regions=classes.regions)
     if device.type != "cpu":
         model.to(device)
     if config.train.formatted:
@@ -278,40 +330,59 @@ def seen_at_once(config: Config) -> int:
     return config.train.batch_size * (config.train.virtual_workers if whole else 1)
 
 
-def play(model: nn.Module, config: Config, device: torch.device, precision: torch.dtype) -> None:
+def forward_backward(
+    model: nn.Module,
+    config: Config,
+    device: torch.device,
+    precision: torch.dtype,
+    *,
+    channels: int = 1,
+    classes: Classes = LESION,
+) -> None:
     """One forward and backward pass, with the configured loss, on an empty micro-batch."""
-    image = torch.zeros((seen_at_once(config), 1, *config.data.patch_size), device=device)
-    mask = torch.zeros_like(image)
+    image = torch.zeros((seen_at_once(config), channels, *config.data.patch_size), device=device)
+    target = torch.zeros_like(image[:, :1])
     if config.train.formatted:
         image = image.contiguous(memory_format=torch.channels_last_3d)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision != torch.float32):
         logits = model(image)
-    loss, _ = build_loss(config.loss)(logits, mask)
+    loss, _ = build_loss(config.loss, classes)(logits, target)
     del logits
     loss.backward()  # type: ignore[no-untyped-call]
 
 
-def _steps(config: Config, spacing: Triple, device: torch.device, steps: int = 2) -> None:
+def _steps(
+    config: Config, spacing: Triple, device: torch.device, steps: int, channels: int, classes: Classes
+) -> None:
     """Steps, two or more: the optimiser's state is there from the end of the first on."""
     precision = choose_precision(config.train.precision, device)
-    model = make_network(config, spacing, device)
+    model = make_network(config, spacing, device, channels=channels, classes=classes)
     optimizer = make_optimizer(model, config.optim)
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
-        play(model, config, device, precision)
+        forward_backward(model, config, device, precision, channels=channels, classes=classes)
         optimizer.step()
 
 
-def _measure(pipe: Any, config: Config, spacing: Triple, steps: int, threads: int) -> None:
+def _measure(
+    pipe: Any,
+    config: Config,
+    spacing: Triple,
+    steps: int,
+    threads: int,
+    channels: int,
+    classes: Classes,
+) -> None:
     """In a process of its own: send the growth of its peak resident memory over the steps."""
     keep_freed_memory()
     torch.set_num_threads(threads)
     # A first tiny step loads the library's parts, whose memory belongs to no patch.
     smallest = next(scaled_patches(config, spacing), config.data.patch_size)
-    _steps(with_patch(config, smallest), spacing, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    _steps(with_patch(config, smallest), spacing, cpu, 2, channels, classes)
     _give_back()
     before, _ = _resident()
-    _steps(config, spacing, torch.device("cpu"), steps)
+    _steps(config, spacing, cpu, steps, channels, classes)
     pipe.send(_resident()[1] - before)
 
 

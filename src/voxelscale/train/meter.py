@@ -34,7 +34,9 @@ class Meter:
     """Sums of a step over the ranks, and their signals, in one all-reduce that nobody waits for.
 
     It is read when the next step's is started, so that ranks and GPUs are never idle for it; one process on
-    a CPU, which has nothing to wait for, reads it at once.
+    a CPU, which has nothing to wait for, reads it at once. From a GPU the sums are copied into pinned
+    memory in the order of its own work, and an event says when they are there: reading them waits for the
+    step before, never for the one that was just queued.
     """
 
     def __init__(self, workers: Workers) -> None:
@@ -42,6 +44,7 @@ class Meter:
         self._delayed = workers.ranks > 1 or workers.device.type != "cpu"
         self._now = torch.zeros(5, device=workers.device)  # loss, measure, stop, save, ready
         self._pending: tuple[Tensor, Any] | None = None
+        self._cuda = workers.device.type == "cuda"
         self.signals = Signals()
         self._loss = self._measure = self.waited = 0.0
         self._steps = self._timed = 0
@@ -55,15 +58,26 @@ class Meter:
         self, samples: int, *, stop: bool = False, save: bool = False, ready: bool = False
     ) -> Signals:
         """Start the all-reduce of this step's sums, over `samples` samples, and of this rank's signals."""
-        self._now[2:] = torch.tensor([float(stop), float(save), float(ready)])
+        flags = torch.tensor([float(stop), float(save), float(ready)], pin_memory=self._cuda)
+        self._now[2:].copy_(flags, non_blocking=True)
         self.land()
         work = dist.all_reduce(self._now, async_op=True) if self._workers.ranks > 1 else None
-        self._pending = (self._now, work)
+        self._pending = self._on_the_way(work) if self._cuda else (self._now, work)
         self._now = torch.zeros_like(self._now)
         self._timed += samples
         if not self._delayed:
             self.land()
         return self.signals
+
+    def _on_the_way(self, work: Any) -> tuple[Tensor, Any]:
+        """The sums in pinned memory, and the event after which they are there."""
+        if work is not None:
+            work.wait()  # of NCCL the stream waits, not this thread
+        landed = torch.empty(self._now.shape, pin_memory=True)
+        landed.copy_(self._now, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return landed, event
 
     def land(self) -> Signals:
         """Wait for the pending sums: none may be when a process group ends or a model is kept."""
@@ -72,7 +86,7 @@ class Meter:
         sums, work = self._pending
         self._pending = None
         if work is not None:
-            work.wait()
+            work.synchronize() if self._cuda else work.wait()
         loss, measure, stop, save, ready = sums.tolist()
         loss, measure = loss / self._workers.ranks, measure / self._workers.ranks
         finite = loss == loss and abs(loss) != float("inf")

@@ -54,7 +54,11 @@ def scaled_patches(
 
 
 def isotropic_patches(
-    shape: Sequence[float], spacing: Triple, dims: int
+    shape: Sequence[float],
+    spacing: Triple,
+    dims: int,
+    deepest: int = DEEPEST,
+    most_voxels: int = MOST_VOXELS,
 ) -> Iterator[tuple[IntTriple, int]]:
     """Patches with their depths, as long in mm along every axis as scans of `shape` voxels allow."""
     finest = min(spacing[-dims:])
@@ -62,10 +66,10 @@ def isotropic_patches(
     for count in range(8, 513, 4):
         aim = [min(count * finest / s, float(n)) for s, n in zip(spacing, shape, strict=True)]
         sizes = [1 if dims == 2 else max(1, round(aim[0])), *(max(1, round(n)) for n in aim[1:])]
-        divisors, depth = _pooled(sizes, spacing, dims, DEEPEST)
+        divisors, depth = _pooled(sizes, spacing, dims, deepest)
         z, y, x = (max(1, n // k) * k for n, k in zip(sizes, divisors, strict=True))
         voxels = z * y * x
-        if voxels > largest and (not largest or voxels <= MOST_VOXELS):
+        if voxels > largest and (not largest or voxels <= most_voxels):
             largest = voxels
             yield (z, y, x), depth
 

@@ -11,26 +11,34 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import yaml
 
+from voxelscale.classes import LESION, Classes
 from voxelscale.config import Config, ModelConfig
 from voxelscale.console import notice
 from voxelscale.device import default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.geometry import IntTriple, Triple
+from voxelscale.model.unet import plan_kernels, plan_pooling
 from voxelscale.store import PLAN_FILE, Store, open_store
+from voxelscale.store.fingerprint import open_fold
 from voxelscale.train.memory import available_memory, estimate_memory, gib, step_memory, too_much
 from voxelscale.train.patch_sizes import isotropic_patches, scaled_patches, with_patch
 
 MOST_BATCH = 16
 DATA_SHARE = 0.05
 """A batch covers at most this share of the training voxels."""
+PRESET_GIB = {"resenc_m": 8, "resenc_l": 24, "resenc_xl": 40}
+"""Memory that the presets' patches are planned for (``gpu_memory_target_in_gb`` of nnU-Net's planners)."""
+PRESET_DEEPEST, PRESET_VOXELS = 9, 512**3
+"""Levels of a preset's network and voxels of its patch at most: nnU-Net bounds them by the memory alone."""
 HEADROOM = 0.1
 """Share of the memory that no step is planned to use: allocators do not fill it to the last."""
 
@@ -44,6 +52,7 @@ class Plan:
     Attributes:
         patch_size: voxels (z, y, x), multiples of their poolings.
         depth: levels of the U-Net.
+        kernels: kernel of each level; () where they are all the configured one.
         batch_size: patches a worker and step.
         memory: bytes that a step then needs.
         reasons: one sentence a choice.
@@ -51,6 +60,7 @@ class Plan:
 
     patch_size: IntTriple
     depth: int
+    kernels: tuple[IntTriple, ...] = ()
     batch_size: int
     memory: int
     reasons: tuple[str, ...]
@@ -70,38 +80,60 @@ def make_plan(config: Config, store: Store, measure: Callable[[Config], int], bu
     cases = store.split("train") or store.cases
     shape = np.median(np.asarray([info.shape for info in cases], np.float64), axis=0)
     usable = budget * (1 - HEADROOM)
-    ladder = list(isotropic_patches(shape.tolist(), store.spacing, config.model.dims))
-    fitting = _fitting(ladder, lambda choice: measure(_with(config, *choice, 2)) <= usable)
+    bounds = (PRESET_DEEPEST, PRESET_VOXELS) if config.model.preset in PRESET_GIB else ()
+    ladder = list(isotropic_patches(shape.tolist(), store.spacing, config.model.dims, *bounds))
+
+    def planned(patch: IntTriple, depth: int, batch: int) -> Config:
+        return _with(config, store.spacing, patch, depth, batch)
+
+    fitting = _fitting(ladder, lambda choice: measure(planned(*choice, 2)) <= usable)
     if not fitting:
         smallest = " x ".join(map(str, ladder[0][0]))
-        hint = "raise prepare.memory_gib, or lower model.filters"
+        narrower = "" if config.model.preset in PRESET_GIB else ", or lower model.filters"
+        hint = f"raise prepare.memory_gib{narrower}"
         raise VoxelscaleError(f"plan: no patch fits into {gib(budget)}, not even {smallest}", hint)
     patch, depth = fitting[-1]
-    batch = _batch(config, patch, depth, measure, usable, sum(math.prod(c.shape) for c in cases))
-    memory = measure(_with(config, patch, depth, batch))
+    voxels = sum(math.prod(c.shape) for c in cases)
+    batch = _batch(patch, lambda n: measure(planned(patch, depth, n)), usable, voxels)
+    chosen = planned(patch, depth, batch)
+    memory = measure(chosen)
     bound = (
         "of the memory" if len(fitting) < len(ladder) else "it holds the median scan or all that is useful"
     )
-    reasons = _reasons(store, config, shape, (patch, depth, batch), (memory, budget), bound)
-    return Plan(patch_size=patch, depth=depth, batch_size=batch, memory=memory, reasons=reasons)
+    return Plan(
+        patch_size=patch,
+        depth=depth,
+        kernels=chosen.model.kernels,
+        batch_size=batch,
+        memory=memory,
+        reasons=_reasons(store, chosen, shape, (memory, budget), bound),
+    )
 
 
 def plan_store(config: Config, store: Store) -> Plan:
     """Plan for the memory that `config.prepare.memory_gib` says, and write the store's ``plan.yaml``.
 
-    What is planned for is the device that a training here would use.
+    Where that is 0, it is the preset's, or else what the device has that a training here would use.
 
     Raises:
         VoxelscaleError: not even the smallest patch fits, or the file cannot be written.
     """
     device = default_device()
-    budget = int(config.prepare.memory_gib * 2**30) or available_memory(device)
-    plan = make_plan(config, store, lambda c: estimate_memory(c, store.spacing, device), budget)
+    given = config.prepare.memory_gib or PRESET_GIB.get(config.model.preset, 0)
+    budget = int(given * 2**30) or available_memory(device)
+    measure = partial(
+        estimate_memory,
+        spacing=store.spacing,
+        device=device,
+        channels=len(store.channels),
+        classes=store.classes,
+    )
+    plan = make_plan(config, store, measure, budget)
     write_atomic(store.path / PLAN_FILE, plan_text(plan, config))
     return plan
 
 
-def tell_plan(config: Config, store: Path) -> None:
+def report_plan(config: Config, store: Path) -> None:
     """Plan for a store that was just prepared and report it; where that fails, it is only a warning."""
     try:
         plan = plan_store(config, open_store(store))
@@ -125,11 +157,19 @@ def fit_to_memory(config: Config, store: Path) -> Config:
             "--fit-memory: cannot be found by several processes at once",
             "find it with one process, then give torchrun --set data.patch_size=...",
         )
-    opened, device = open_store(store), default_device()
+    opened, device = open_fold(store, config.data.fold), default_device()
     shapes = np.asarray([info.shape for info in opened.split("train")])
     limit = [round(float(n)) for n in np.median(shapes, axis=0)]
     sharers = 1 if device.type == "cuda" else max(1, config.train.ranks)
-    patch = fit_patch(config, opened.spacing, device, sharers=sharers, limit=limit)
+    patch = fit_patch(
+        config,
+        opened.spacing,
+        device,
+        sharers=sharers,
+        limit=limit,
+        channels=len(opened.channels),
+        classes=opened.classes,
+    )
     notice(f"the largest patch that fits: {' x '.join(map(str, patch))} voxels")
     return with_patch(config, patch)
 
@@ -143,6 +183,8 @@ def fit_patch(
     limit: Sequence[int] | None = None,
     available: int | None = None,
     verify: bool = True,
+    channels: int = 1,
+    classes: Classes = LESION,
 ) -> IntTriple:
     """The largest patch, of the configured one's proportions, whose training step fits in the memory.
 
@@ -153,19 +195,22 @@ def fit_patch(
         limit: voxels (z, y, x) beyond which no axis is to grow, as the scans' shape.
         available: bytes; None: `available_memory`.
         verify: whether to run real steps and to shrink until they fit.
+        channels: of the images.
+        classes: of the labels.
 
     Raises:
         VoxelscaleError: not even the smallest patch fits.
     """
     share = (available_memory(device) if available is None else available) // sharers
     budget = int(share * (1 - HEADROOM))
+    kind: dict[str, Any] = {"channels": channels, "classes": classes}
 
     def estimated(patch: IntTriple) -> bool:
-        return estimate_memory(with_patch(config, patch), spacing, device) <= budget
+        return estimate_memory(with_patch(config, patch), spacing, device, **kind) <= budget
 
     def tried(patch: IntTriple) -> bool:
         try:
-            return step_memory(with_patch(config, patch), spacing, device) <= share
+            return step_memory(with_patch(config, patch), spacing, device, **kind) <= share
         except VoxelscaleError:
             return False
 
@@ -174,7 +219,7 @@ def fit_patch(
         if not verify or tried(patch):
             return patch
     smallest = with_patch(config, ladder[0]) if ladder else config
-    raise too_much(smallest, estimate_memory(smallest, spacing, device), share)
+    raise too_much(smallest, estimate_memory(smallest, spacing, device, **kind), share)
 
 
 def _fitting(ladder: Sequence[Choice], fits: Callable[[Choice], bool]) -> Sequence[Choice]:
@@ -197,6 +242,9 @@ def plan_text(plan: Plan, config: Config) -> str:
     default = ModelConfig()
     model = {f.name: getattr(config.model, f.name) for f in fields(ModelConfig)}
     model = {name: value for name, value in model.items() if value != getattr(default, name)}
+    levels = config.model.of_depth(plan.depth)
+    lists = {"kernels": [list(kernel) for kernel in plan.kernels], "blocks": list(levels.blocks)}
+    model |= {name: value for name, value in lists.items() if value or name in model}
     tree = {
         "data": {"patch_size": list(plan.patch_size)},
         "model": {**model, "depth": plan.depth},
@@ -206,51 +254,55 @@ def plan_text(plan: Plan, config: Config) -> str:
     return comments + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
 
 
-def _batch(
-    config: Config,
-    patch: IntTriple,
-    depth: int,
-    measure: Callable[[Config], int],
-    usable: float,
-    voxels: int,
-) -> int:
+def _batch(patch: IntTriple, measure: Callable[[int], int], usable: float, voxels: int) -> int:
     """Two patches at least; more where memory is left and the data set is large enough for them."""
     most = int(min(MOST_BATCH, max(2, DATA_SHARE * voxels / math.prod(patch))))
     if most == 2:
         return 2
-    two, three = (measure(_with(config, patch, depth, n)) for n in (2, 3))
+    two, three = measure(2), measure(3)
     # Everything but weights is proportional to the batch.
     return max(2, min(most, 2 + int((usable - two) / max(1, three - two))))
 
 
-def _with(config: Config, patch: IntTriple, depth: int, batch: int) -> Config:
+def _with(config: Config, spacing: Triple, patch: IntTriple, depth: int, batch: int) -> Config:
+    model = config.model.of_depth(depth)
     return replace(
         config,
         data=replace(config.data, patch_size=patch),
-        model=replace(config.model, depth=depth),
+        model=replace(model, kernels=_kernels(config.model, spacing, patch, depth)),
         train=replace(config.train, batch_size=batch),
     )
 
 
+def _kernels(model: ModelConfig, spacing: Triple, patch: IntTriple, depth: int) -> tuple[IntTriple, ...]:
+    """Kernel (z, y, x) of each level; () where they are all the configured one."""
+    dims, edge = model.dims, model.kernel_size
+    pools = plan_pooling(patch[-dims:], spacing[-dims:], depth)
+    kernels = plan_kernels(pools, spacing[-dims:], edge)
+    if all(kernel == (edge,) * dims for kernel in kernels):
+        return ()
+    return tuple((edge, *kernel) if dims == 2 else kernel for kernel in kernels)  # type: ignore[misc]
+
+
 def _reasons(
-    store: Store,
-    config: Config,
-    shape: np.ndarray,
-    chosen: tuple[IntTriple, int, int],
-    memory: tuple[int, int],
-    bound: str,
+    store: Store, chosen: Config, shape: np.ndarray, memory: tuple[int, int], bound: str
 ) -> tuple[str, ...]:
-    patch, depth, batch = chosen
+    patch, model, batch = chosen.data.patch_size, chosen.model, chosen.train.batch_size
     mm = " x ".join(f"{n * s:.0f}" for n, s in zip(patch, store.spacing, strict=True))
     whole = " x ".join(f"{n:.0f}" for n in shape)
     shortest = min(n for n in patch if n > 1)
+    coarse = [" x ".join(map(str, kernel)) for kernel in model.kernels]
+    flat = (
+        f"Kernels {', '.join(coarse)}: 1 along an axis until it is less than twice as coarse as the finest."
+    )
     return (
         f"Spacing {' x '.join(f'{s:g}' for s in store.spacing)} mm (z, y, x): as the store has it.",
         f"Patch {' x '.join(map(str, patch))} voxels = {mm} mm: as long in mm along every axis as scans of "
         f"{whole} voxels (median) allow; not larger because {bound}.",
-        f"Depth {depth}: pooled while every level still halves an axis to 4 voxels or more, coarse axes "
-        f"later (shortest edge {shortest}).",
+        f"Depth {model.depth}: pooled while every level still halves an axis to 4 voxels or more, coarse "
+        f"axes later (shortest edge {shortest}).",
+        *([flat] if coarse else []),
         f"Batch {batch}: patch before batch; at least 2, at most {DATA_SHARE:.0%} of the training voxels.",
-        f"Memory: a step needs {gib(memory[0])} of {gib(memory[1])}, with {config.model.filters} filters "
-        f"and {config.optim.name}.",
+        f"Memory: a step needs {gib(memory[0])} of {gib(memory[1])}, with {model.settled.filters} "
+        f"filters and {chosen.optim.name}.",
     )

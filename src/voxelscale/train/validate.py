@@ -8,19 +8,22 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import nn
 
+from voxelscale.classes import IGNORED
 from voxelscale.config import Config
-from voxelscale.infer.sliding_window import Windows, predict_volume
+from voxelscale.infer.labels import predict_labels
+from voxelscale.infer.sliding_window import Windows
 from voxelscale.ranks.workers import Workers, sum_over_ranks
-from voxelscale.samples.batch import Normalisation
+from voxelscale.samples.batch import Normalisations, prepared
 from voxelscale.store import CaseInfo, Store
 from voxelscale.train.checkpoint import State
-from voxelscale.train.judges import has_lesions
 from voxelscale.train.snapshot import recalibrate
 from voxelscale.train.task import Scoring, Table, Task
+from voxelscale.train.validation_cases import has_lesions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,8 @@ def start_validation(
             raise CancelledError
 
     def work() -> tuple[Table, float]:
+        if workers.device.type == "cuda":
+            torch.cuda.set_device(workers.device)  # of this thread: it begins with the first one
         started = time.monotonic()
         hook = model.register_forward_pre_hook(stop_if_unwanted)
         recalibrate(model, task.source, task.collate, samples, precision)
@@ -91,32 +96,33 @@ class ScanScoring:
     """Dice on whole scans by sliding window.
 
     Dice = 2|A∩B| / (|A| + |B|), 1 where both are empty. The counts are summed as whole numbers, so the
-    figures are exact and do not depend on the number of ranks.
+    figures are exact and do not depend on the number of ranks. Of several classes it is the mean over
+    classes, each the mean over the cases that have it, in truth or prediction. Ignored voxels do not count.
 
     Attributes:
         store, cases: what is predicted.
         config: windows and threshold.
-        normalise: HU to network input.
+        normalise: stored values to network input.
         device, precision: of the arithmetic.
     """
 
     store: Store
     cases: Sequence[CaseInfo]
     config: Config
-    normalise: Normalisation
+    normalise: Normalisations
     device: torch.device
     precision: torch.dtype
     metric: str = "dice"
 
     def score(self, model: nn.Module, rank: int, ranks: int) -> Table:
-        """Rows (|A∩B|, |A| + |B|), a row a case."""
-        rows: Table = [[0, 0] for _ in self.cases]
+        """Rows (|A∩B|, |A| + |B|, the same of the next class, ...), a row a case."""
+        rows: Table = [[0, 0] * len(self.store.classes.names) for _ in self.cases]
         for number in range(rank, len(self.cases), ranks):
             rows[number] = self._case(model, self.cases[number].case)
         return rows
 
     def _case(self, model: nn.Module, case: str) -> list[float]:
-        image, mask = self.store.read(case)
+        image, labels = self.store.read_channels(case)
         predict, data = self.config.predict, self.config.data
         windows = Windows(
             patch=predict.patch_size or data.patch_size,
@@ -124,18 +130,35 @@ class ScanScoring:
             batch_size=predict.batch_size,
             precision=self.precision,
         )
-        hu = torch.from_numpy(image).to(self.device)
-        probability = predict_volume(model, hu, windows, prepare=self.normalise)
-        predicted = probability >= predict.threshold
-        truth = torch.from_numpy(mask).to(self.device) > 0
-        return [int((predicted & truth).sum()), int(predicted.sum()) + int(truth.sum())]
+        volume = torch.from_numpy(image).to(self.device)
+        truth = torch.from_numpy(labels).to(self.device)
+        prepare, classes = prepared(self.normalise(case)), self.store.classes
+        predicted = predict_labels(model, volume, windows, classes, predict.threshold, prepare=prepare)
+        predicted[truth == IGNORED] = 0
+        counts: list[float] = []
+        for at in range(len(classes.names)):
+            here, true = classes.where(predicted, at), classes.where(truth, at)
+            counts += [int((here & true).sum()), int(here.sum()) + int(true.sum())]
+        return counts
 
     def summary(self, table: Table) -> dict[str, float]:
         """Mean Dice over cases, and Dice pooled over all their voxels; NaN where no case has a lesion."""
+        names = self.store.classes.names
         if not has_lesions(tuple(self.cases)):
             return {"dice": math.nan, "dice_pooled": math.nan}
-        mean, pooled = dice_of_counts(table)
-        return {"dice": mean, "dice_pooled": pooled}
+        if len(names) == 1:
+            mean, pooled = dice_of_counts(table)
+            return {"dice": mean, "dice_pooled": pooled}
+        each = {}
+        for at, name in enumerate(names):
+            rows = [row[2 * at : 2 * at + 2] for row in table]
+            if there := [row for row in rows if row[1]]:
+                each[name] = dice_of_counts(there)
+        return {
+            "dice": fmean(mean for mean, _ in each.values()),
+            "dice_pooled": fmean(pooled for _, pooled in each.values()),
+            **{f"dice_{name}": mean for name, (mean, _) in each.items()},
+        }
 
 
 def dice_of_counts(counts: Sequence[Sequence[float]]) -> tuple[float, float]:

@@ -20,11 +20,18 @@ from voxelscale.console import count, warn
 from voxelscale.dataset import DataSet, Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.cases import FINDINGS, each_case, predicted_cases
-from voxelscale.evaluate.froc import Placed, match
+from voxelscale.evaluate.froc import Placed, lies_in, match
 from voxelscale.evaluate.truth import findings_in, truth_of
 from voxelscale.files import write_atomic
 from voxelscale.findings import Finding
-from voxelscale.model.bundle import Bundle, Calibration, bundle_path, read_bundle, write_bundle
+from voxelscale.model.bundle import (
+    Bundle,
+    Calibration,
+    bundle_path,
+    one_class,
+    read_bundle,
+    write_bundle,
+)
 from voxelscale.predict.record import read_record
 from voxelscale.predict.work import predicted_by
 from voxelscale.tune.reliability import BINS, calibration_error, reliability, reliability_figure
@@ -47,7 +54,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class ScoredFindings:
     """Findings held against the truth.
 
     Attributes:
@@ -79,11 +86,12 @@ def calibrate_run(
         the content of ``calibration.json``; and ``failed``, the cases that could not be read.
 
     Raises:
-        VoxelscaleError: there is no model or no prediction, another model made one of them, or there are
-            too few findings or scans to fit on.
+        VoxelscaleError: there is no model or no prediction, another model made one of them, the model is of
+            several classes, or there are too few findings or scans to fit on.
     """
     model = bundle_path(run)
     bundle = read_bundle(model)
+    one_class(bundle, model, "a calibration")
     cases = predicted_cases(predictions, data, needs=(FINDINGS,))
     _require_own(bundle, run, predictions, cases.predicted)
     read, unreadable = each_case(
@@ -96,19 +104,19 @@ def calibrate_run(
         raise cases.none_scored(failed)
     held = list(read.values())
     try:
-        judged = judge([each[:2] for each in held], [each[2] for each in held])
-        calibration, summary = calibrate(judged)
+        known = score_findings([each[:2] for each in held], [each[2] for each in held])
+        calibration, summary = calibrate(known)
     except ValueError as error:
         hint = "predict more scans that the model was not trained on, for example --split val"
         raise VoxelscaleError(f"{predictions}: {error}", hint) from None
-    cases.tell()
+    cases.warn()
     _warn_of_origin(bundle, run, predictions, list(read))
     _warn_of_few(summary)
     write_bundle(model, replace(bundle, calibration=calibration))
     # Beside the model, where others see it, stays nothing of paths.
     write_atomic(model.with_name("calibration.json"), json.dumps(summary, indent=1))
     write_atomic(model.with_name("calibration.svg"), reliability_figure(summary))
-    return {**summary, "failed": [failure.told for failure in failed]}
+    return {**summary, "failed": [failure.for_terminal for failure in failed]}
 
 
 def _warn_of_few(summary: Mapping[str, Any]) -> None:
@@ -156,13 +164,17 @@ def _read_case(
 ) -> tuple[Sequence[Finding], Sequence[Finding], Sequence[Placed]]:
     """A case's lesions, its findings, and what is neither right nor wrong to find."""
     truth = truth_of(source, reading)
-    return truth.lesions, findings_in(prediction / FINDINGS, truth.mask.grid), truth.ignored
+    findings = findings_in(prediction / FINDINGS, truth.mask.grid)
+    places = np.asarray([(f.x, f.y, f.z) for f in findings]).reshape(-1, 3)
+    ignored = lies_in(places, truth.uncounted)
+    counted = [f for f, out in zip(findings, ignored, strict=True) if not out]
+    return truth.lesions, counted, truth.ignored
 
 
-def judge(
+def score_findings(
     cases: Sequence[tuple[Sequence[Finding], Sequence[Finding]]],
     excluded: Sequence[Sequence[Placed]] | None = None,
-) -> Judged:
+) -> ScoredFindings:
     """Which findings are lesions, by `voxelscale.evaluate.froc.match`.
 
     Of several hits on a lesion the most confident counts; the others are ignored, as for the FROC.
@@ -178,14 +190,14 @@ def judge(
         rows += [(score, True, scan) for score in matches.hits if not np.isnan(score)]
         rows += [(score, False, scan) for score in matches.false_positives]
     score, hit, scan_of = zip(*rows, strict=True) if rows else ((), (), ())
-    return Judged(
+    return ScoredFindings(
         score=np.asarray(score, np.float64),
         hit=np.asarray(hit, np.bool_),
         scan=np.asarray(scan_of, np.int64),
     )
 
 
-def calibrate(judged: Judged) -> tuple[Calibration, dict[str, Any]]:
+def calibrate(known: ScoredFindings) -> tuple[Calibration, dict[str, Any]]:
     """The better of two maps by cross-validated log loss, and the figures with and without it.
 
     ``ece_before`` and ``ece_after`` are expected calibration errors, ``bins_before`` and ``bins_after`` the
@@ -194,48 +206,48 @@ def calibrate(judged: Judged) -> tuple[Calibration, dict[str, Any]]:
     Raises:
         ValueError: there are too few findings, hits, false findings or scans.
     """
-    number, hits = len(judged.hit), int(judged.hit.sum())
+    number, hits = len(known.hit), int(known.hit.sum())
     if number < LEAST_FINDINGS:
         raise ValueError(f"{number} findings are too few to calibrate on; {LEAST_FINDINGS} are needed")
     if hits in (0, number):
         raise ValueError(f"{'all' if hits else 'none'} of the {number} findings are lesions")
-    if len(np.unique(judged.scan)) < 2:
+    if len(np.unique(known.scan)) < 2:
         raise ValueError(f"all findings are of one scan; {FOLDS} are needed")
     if min(hits, number - hits) < MIN_OF_EACH:
         what = f"{hits} of the findings are lesions, {number - hits} are not"
         raise ValueError(f"{what}; {MIN_OF_EACH} of each are needed")
-    if (scans := len(np.unique(judged.scan))) < FOLDS:
+    if (scans := len(np.unique(known.scan))) < FOLDS:
         raise ValueError(f"all findings are of {scans} scans; {FOLDS} are needed")
-    folded = {name: cross_validated(fit, judged) for name, fit in FITS.items()}
-    losses = {name: _log_loss(probability, judged.hit) for name, probability in folded.items()}
+    folded = {name: cross_validated(fit, known) for name, fit in FITS.items()}
+    losses = {name: _log_loss(probability, known.hit) for name, probability in folded.items()}
     method = min(losses, key=lambda name: losses[name])
-    calibration = FITS[method](judged.score, judged.hit)
+    calibration = FITS[method](known.score, known.hit)
     summary = {
         "method": method,
         "findings": number,
         "hits": hits,
-        "scans": len(np.unique(judged.scan)),
-        "ece_before": calibration_error(judged.score, judged.hit),
-        "ece_after": calibration_error(folded[method], judged.hit),
-        "log_loss": {"before": _log_loss(judged.score, judged.hit), **losses},
+        "scans": len(np.unique(known.scan)),
+        "ece_before": calibration_error(known.score, known.hit),
+        "ece_after": calibration_error(folded[method], known.hit),
+        "log_loss": {"before": _log_loss(known.score, known.hit), **losses},
         "bins": BINS,
-        "bins_before": reliability(judged.score, judged.hit),
-        "bins_after": reliability(folded[method], judged.hit),
+        "bins_before": reliability(known.score, known.hit),
+        "bins_after": reliability(folded[method], known.hit),
         "scores": list(calibration.scores),
         "probabilities": list(calibration.probabilities),
     }
     return calibration, summary
 
 
-def cross_validated(fit: Callable[[Array, NDArray[np.bool_]], Calibration], judged: Judged) -> Array:
+def cross_validated(fit: Callable[[Array, NDArray[np.bool_]], Calibration], known: ScoredFindings) -> Array:
     """(n,) probabilities, each by a map fitted without any finding of its scan's fold."""
-    scans, number = np.unique(judged.scan, return_inverse=True)
+    scans, number = np.unique(known.scan, return_inverse=True)
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(scans))
     fold = (order % min(FOLDS, len(scans)))[number]
-    probability = np.empty(len(judged.score))
+    probability = np.empty(len(known.score))
     for part in np.unique(fold):
         held = fold == part
-        probability[held] = fit(judged.score[~held], judged.hit[~held])(judged.score[held])
+        probability[held] = fit(known.score[~held], known.hit[~held])(known.score[held])
     return probability
 
 

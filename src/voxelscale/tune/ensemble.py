@@ -7,7 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.model.bundle import MOST_NETWORKS, Bundle, read_bundle, write_bundle
+from voxelscale.model.bundle import MOST_NETWORKS, Bundle, read_bundle, same_task, write_bundle
+
+MOST_NAMED = 5
+"""Classes that a message names."""
 
 
 def ensemble(models: Sequence[Path], out: Path) -> Bundle:
@@ -21,8 +24,8 @@ def ensemble(models: Sequence[Path], out: Path) -> Bundle:
         out: the file to write, ``*.vxs``.
 
     Raises:
-        VoxelscaleError: a model cannot be read or comes twice, there is only one, or `out` is no name for
-            a model file.
+        VoxelscaleError: a model cannot be read, comes twice, or has other classes or channels than the
+            first; there is only one; or `out` is no name for a model file.
     """
     if out.suffix != ".vxs" or out.is_dir():
         raise VoxelscaleError(f"{out}: no name for a model file", "name a file that ends in .vxs")
@@ -34,6 +37,12 @@ def ensemble(models: Sequence[Path], out: Path) -> Bundle:
                 raise VoxelscaleError(
                     f"{path}: holds the same weights as {known[identity]}", "name each model once"
                 )
+            if networks and not same_task(networks[0], network):
+                before = known[networks[0].identity]
+                hint = "combine models that were trained on one data set"
+                raise VoxelscaleError(
+                    f"{path}: finds {_task(network)}; {before}: {_task(networks[0])}", hint
+                )
             known[identity] = path
             networks.append(network)
     if not 2 <= len(networks) <= MOST_NETWORKS:
@@ -44,3 +53,11 @@ def ensemble(models: Sequence[Path], out: Path) -> Bundle:
     bundle = replace(first, others=tuple(others))
     write_bundle(out, bundle)
     return bundle
+
+
+def _task(bundle: Bundle) -> str:
+    """What a model finds in what, for a message."""
+    channels = ", ".join(channel.name for channel in bundle.channels)
+    named, more = bundle.classes.names[:MOST_NAMED], len(bundle.classes.names) - MOST_NAMED
+    kind = "regions" if bundle.classes.regions else "classes" if len(bundle.classes.names) > 1 else "class"
+    return f"the {kind} {', '.join(named)}{f' and {more} more' if more > 0 else ''} in {channels}"

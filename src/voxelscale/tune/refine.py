@@ -26,12 +26,14 @@ from voxelscale.evaluate.froc import match
 from voxelscale.files import digest_of, not_written, read_json_lines
 from voxelscale.findings import lesions_of_mask
 from voxelscale.geometry import Scan, Triple
-from voxelscale.model.bundle import Bundle, bundle_path, read_bundle, write_bundle
-from voxelscale.model.judge import JudgeNet, crop_shape, crop_start
-from voxelscale.predict.work import Predictor, lesions_by
+from voxelscale.model.bundle import Bundle, bundle_path, one_class, read_bundle, write_bundle
+from voxelscale.model.false_positives import FalsePositiveNet, crop_shape, crop_start
+from voxelscale.predict.classes import lesions_by
+from voxelscale.predict.work import Predictor
 from voxelscale.randomness import generator
 from voxelscale.samples.batch import Normalisation
-from voxelscale.store import CaseInfo, Reader, Store, open_store
+from voxelscale.store import CaseInfo, Reader, Store
+from voxelscale.store.fingerprint import open_fold
 from voxelscale.train.fitting import fit
 
 FOLDER = "refine"
@@ -68,12 +70,14 @@ def refine(run: Path, store_path: Path, config: Config) -> Candidates | None:
         what it was trained on; None after Ctrl-C, which saves.
 
     Raises:
-        VoxelscaleError: the model is of another store, or an ensemble; too few candidates.
+        VoxelscaleError: the model is of another store, an ensemble, of several classes or of no CT; too few
+            candidates.
     """
     path = bundle_path(run)
-    bundle, store = read_bundle(path), open_store(store_path)
+    bundle = read_bundle(path)
+    store = open_fold(store_path, bundle.config.data.fold)
     _check(bundle, store, path)
-    before, bundle = bundle, replace(bundle, judge=None, calibration=None)
+    before, bundle = bundle, replace(bundle, false_positives=None, calibration=None)
     folder = path.parent / FOLDER
     candidates = find_candidates(bundle, store, config, folder)
     for there, what in ((candidates.lesions, "lesions"), (candidates.others, "candidates that are none")):
@@ -83,7 +87,7 @@ def refine(run: Path, store_path: Path, config: Config) -> Candidates | None:
                 "lower refine.candidates, or train on more scans",
             )
     torch.manual_seed(config.train.seed)
-    network = JudgeNet()
+    network = FalsePositiveNet()
     crops = Crops(candidates, store, bundle.normalisation, config.train.seed)
     training, loss = training_of(config), F.binary_cross_entropy_with_logits
     key = digest_of([bundle.identity, asdict(config.refine), config.train.seed])[:16]
@@ -93,7 +97,7 @@ def refine(run: Path, store_path: Path, config: Config) -> Candidates | None:
     weights = {name: value.detach().cpu() for name, value in network.state_dict().items()}
     lowered = min(bundle.config.predict.candidates, config.refine.candidates)
     predict = replace(bundle.config.predict, candidates=lowered)
-    refined = replace(bundle, judge=weights, config=replace(bundle.config, predict=predict))
+    refined = replace(bundle, false_positives=weights, config=replace(bundle.config, predict=predict))
     if refined.identity != before.identity:  # else it is there, and perhaps calibrated
         write_bundle(path, refined)
     return candidates
@@ -102,6 +106,13 @@ def refine(run: Path, store_path: Path, config: Config) -> Candidates | None:
 def _check(bundle: Bundle, store: Store, path: Path) -> None:
     if "RANK" in os.environ:
         raise VoxelscaleError("refine runs in one process", "start it without torchrun")
+    one_class(bundle, path, "false-positive reduction")
+    if not (bundle.of_ct and len(bundle.channels) == 1):
+        names = ", ".join(channel.name for channel in bundle.channels)
+        raise VoxelscaleError(
+            f"{path}: false-positive reduction is only for one channel of CT, not {names}",
+            "go on without it: it is not needed to predict",
+        )
     if bundle.others:
         raise VoxelscaleError(
             f"{path}: is an ensemble", "refine each of its models, then voxelscale ensemble again"

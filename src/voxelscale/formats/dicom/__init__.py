@@ -97,7 +97,7 @@ def find_series(folder: Path) -> list[Series]:
         left_out.update(header.left_out for header in group if header.left_out)
         if volume := _volume(group, left_out):
             found.append(replace(_series(volume), doubtful=tuple(_doubtful(volume, broken))))
-    _tell(folder, left_out, ())
+    _report(folder, left_out, ())
     return sorted(found, key=lambda series: min(series.files))
 
 
@@ -138,7 +138,7 @@ def open_scan(
     left_out = Counter("damaged or empty file" for _ in broken)
     group = _chosen(path, headers, series, left_out)
     _check_whole(group, broken)
-    frames, told = _with_orientations([frame for header in group for frame in header.frames])
+    frames, notes = _with_orientations([frame for header in group for frame in header.frames])
     check_claims([frame.pixels for frame in frames])
     ct = group[0].modality in ("CT", "")
     frames, doubled = _one_scan(path, frames, select, ct)
@@ -151,7 +151,7 @@ def open_scan(
         array = read_voxels(plan, ct=ct)
         _warn_of(path, frames, lost)
         # A file is asked for by name: what lies beside it is not news.
-        _tell(path, left_out if path.is_dir() else Counter(), (*told, *doubled, *plan.told))
+        _report(path, left_out if path.is_dir() else Counter(), (*notes, *doubled, *plan.notes))
         return array
 
     def load_classes() -> NDArray[Any]:
@@ -304,7 +304,7 @@ def _volume(group: Sequence[Header], left_out: Counter[str]) -> list[Header]:
 
 
 def _with_orientations(frames: list[Frame]) -> tuple[list[Frame], list[str]]:
-    """The slices, those without an orientation with that of the others; and what is to be told.
+    """The slices, those without an orientation with that of the others; and what is to be reported.
 
     Raises:
         VoxelscaleError: none has one, or the others' differ.
@@ -324,15 +324,15 @@ def _with_orientations(frames: list[Frame]) -> tuple[list[Frame], list[str]]:
 def _one_scan(
     path: Path, frames: list[Frame], select: Sequence[str], ct: bool
 ) -> tuple[list[Frame], list[str]]:
-    """The slices of the one scan that is meant, one a place; and what is to be told.
+    """The slices of the one scan that is meant, one a place; and what is to be reported.
 
     Raises:
         VoxelscaleError: the series holds several and none is chosen, or slices at one place differ.
     """
     parts = separate(frames)
-    told = []
+    notes = []
     if len(parts) > 1 and (part := choose(path, parts, select, None if path.is_dir() else path)):
-        frames, told, parts = (
+        frames, notes, parts = (
             list(part.frames),
             [f"one of {len(parts)} in the series taken: {part}"],
             [part],
@@ -345,7 +345,7 @@ def _one_scan(
         hint = "two reconstructions or time points in one series: give each a folder of its own"
         raise VoxelscaleError(f"{path}: {contradiction}", hint)
     doubled = len(frames) - len(kept)
-    return kept, [*told, *([f"{doubled} doubled slice{'s' * (doubled > 1)} dropped"] if doubled else [])]
+    return kept, [*notes, *([f"{doubled} doubled slice{'s' * (doubled > 1)} dropped"] if doubled else [])]
 
 
 def _warn_of(path: Path, frames: Sequence[Frame], lost: Sequence[Header]) -> None:
@@ -468,8 +468,8 @@ def _both(first: Frame, other: Frame) -> str:
     return f"{names} (they differ in {', '.join(differ)})" if differ else names
 
 
-def _tell(path: Path, left_out: Counter[str], told: Sequence[str]) -> None:
+def _report(path: Path, left_out: Counter[str], notes: Sequence[str]) -> None:
     counts = [f"{n} {what}{'s' * (n > 1)}" for what, n in sorted(left_out.items())]
-    parts = [*([f"left out: {', '.join(counts)}"] if counts else []), *told]
+    parts = [*([f"left out: {', '.join(counts)}"] if counts else []), *notes]
     if parts:
         notice(f"{path}: {'; '.join(parts)}")

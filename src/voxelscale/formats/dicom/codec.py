@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats._itk import told_of
+from voxelscale.formats._itk import reported_as
 from voxelscale.formats.dicom.header import Pixels
 
 RLE, JPEG_2000 = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.9"
@@ -165,7 +165,7 @@ def _decode(pixels: Pixels, path: Path) -> NDArray[Any]:
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO("GDCMImageIO")
-    with told_of(pixels.path, PROBLEM, COPY):
+    with reported_as(pixels.path, PROBLEM, COPY):
         decoded: NDArray[Any] = sitk.GetArrayFromImage(reader.Execute())
     size = pixels.rows * pixels.columns
     if decoded.size != size or decoded.dtype.itemsize * 8 != pixels.allocated:

@@ -53,14 +53,14 @@ class Stack:
         grid: the lattice of the whole scan.
         levels: (n,) where on the lattice's z axis each slice lies, in voxels; whole where it is regular.
         shifts: (n, 2) where on the lattice's (y, x) axes each slice's first voxel lies, in voxels.
-        told: what had to be done to them.
+        notes: what had to be done to them.
     """
 
     frames: tuple[Frame, ...]
     grid: Grid
     levels: NDArray[np.float64]
     shifts: NDArray[np.float64]
-    told: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def slices(self) -> Slices:
@@ -110,7 +110,7 @@ def stack(path: Path, frames: Sequence[Frame], fill_gaps: int = 0) -> Stack:
     order = np.argsort(heights, kind="stable")
     frames, heights = [frames[i] for i in order], heights[order]
     positions = _positions(frames)
-    step, levels, told = _levels(path, frames, heights, positions, fill_gaps)
+    step, levels, notes = _levels(path, frames, heights, positions, fill_gaps)
     sideways = (positions - positions[0]) @ np.stack([down, right], axis=1)
     shifts, origin, shape = np.zeros((len(frames), 2)), positions[0], (rows, columns)
     if np.abs(sideways - np.median(sideways, axis=0)).max() > OFF_MM:
@@ -123,13 +123,13 @@ def stack(path: Path, frames: Sequence[Frame], fill_gaps: int = 0) -> Stack:
         shifts = (sideways - least) / spacing
         extra = np.ceil(shifts.max(axis=0) - 1e-3)
         shape = (int(rows + extra[0]), int(columns + extra[1]))
-        told.append(_tilt(heights, sideways))
+        notes.append(_tilt(heights, sideways))
     affine = np.eye(4)
     affine[:3] = np.stack([normal * step, down * spacing[0], right * spacing[1], origin], axis=1)
     size = (round(float(levels[-1])) + 1, *shape)
     check_header(path, size[::-1], 1)
     return Stack(
-        frames=tuple(frames), grid=Grid(size, affine), levels=levels, shifts=shifts, told=tuple(told)
+        frames=tuple(frames), grid=Grid(size, affine), levels=levels, shifts=shifts, notes=tuple(notes)
     )
 
 
@@ -197,27 +197,27 @@ def _levels(
     positions: NDArray[np.float64],
     fill_gaps: int,
 ) -> tuple[float, NDArray[np.float64], list[str]]:
-    """The lattice's step in mm, each slice's level in voxels, and what is to be told."""
+    """The lattice's step in mm, each slice's level in voxels, and what is to be reported."""
     steps = np.diff(heights)
     usual = _usual(steps)
     if usual > MOST_STEP_MM:
         raise _too_far(path, steps)
     gaps = (steps > GAP * usual) & ~_by_design(frames, steps, usual)
     missing = np.where(gaps, np.maximum(np.rint(steps / usual) - 1, 1), 0).astype(np.int64)
-    told = []
+    notes = []
     if missing.any():
         if missing.max() > fill_gaps or steps.max() > MOST_STEP_MM:
             raise _are_missing(path, positions, missing, steps, usual)
         total = int(missing.sum())
-        told.append(f"{total} missing slice{'s' * (total > 1)} interpolated")
+        notes.append(f"{total} missing slice{'s' * (total > 1)} interpolated")
     counts = np.concatenate([[0], np.cumsum(1 + missing)])
     span = float(heights[-1] - heights[0])
     step = span / int(counts[-1])
     off = np.abs(heights - heights[0] - counts * step).max()
     if off <= min(OFF_MM, 0.2 * step):
-        return step, counts.astype(np.float64), told
-    told.append(f"slices {steps.min():.3f} to {steps.max():.3f} mm apart, resampled to {usual:.3f} mm")
-    return usual, (heights - heights[0]) / usual, told
+        return step, counts.astype(np.float64), notes
+    notes.append(f"slices {steps.min():.3f} to {steps.max():.3f} mm apart, resampled to {usual:.3f} mm")
+    return usual, (heights - heights[0]) / usual, notes
 
 
 def _usual(steps: NDArray[np.float64]) -> float:

@@ -3,21 +3,50 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Kernel = tuple[int, ...]
 
 SLOW_BELOW = 20480
 """PyTorch leaves oneDNN for one sample where all sizes but the last multiply to at most this, a rule made
 for 2-D. In 3-D oneDNN is several times faster."""
 
 
+def convolution(
+    dims: int,
+    in_channels: int,
+    channels: int,
+    kernel: int | Kernel,
+    bias: bool,
+    stride: int | Kernel = 1,
+) -> Conv2d | Conv3d:
+    """A convolution whose padding keeps the size, but for its stride.
+
+    Args:
+        dims: 2 or 3.
+        kernel: odd edge, or one an axis.
+
+    Raises:
+        ValueError: an edge is even.
+    """
+    edges = (kernel,) * dims if isinstance(kernel, int) else tuple(kernel)
+    if any(edge % 2 == 0 for edge in edges):
+        raise ValueError(f"a kernel's edges must be odd, not {edges}")
+    make: Any = Conv2d if dims == 2 else Conv3d
+    padding = tuple(edge // 2 for edge in edges)
+    conv: Conv2d | Conv3d = make(in_channels, channels, edges, stride, padding=padding, bias=bias)
+    return conv
+
+
 class Conv2d(nn.Conv2d):
     """PyTorch's convolution, kept on its fast ways (see `_convolve`)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(batch, in_channels, y, x)`` to ``(batch, channels, y, x)`` of the same size."""
+        """``(batch, in_channels, y, x)`` to ``(batch, channels, y, x)``."""
         return _convolve(self, input)
 
 
@@ -25,13 +54,13 @@ class Conv3d(nn.Conv3d):
     """PyTorch's convolution, kept on its fast ways (see `_convolve`)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(batch, in_channels, z, y, x)`` to ``(batch, channels, z, y, x)`` of the same size."""
+        """``(batch, in_channels, z, y, x)`` to ``(batch, channels, z, y, x)``."""
         return _convolve(self, input)
 
 
 def _convolve(conv: Conv2d | Conv3d, x: Tensor) -> Tensor:
-    """The padded convolution of stride 1, by the way that is fast for its shape and memory format."""
-    if max(conv.kernel_size) == 1 and x.movedim(1, -1).is_contiguous():
+    """The padded convolution by the way that is fast for its shape and memory format."""
+    if max(*conv.kernel_size, *conv.stride) == 1 and x.movedim(1, -1).is_contiguous():
         rows: Tensor = F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias)
         return rows.movedim(-1, 1)
     if _takes_the_slow_way(conv, x):
@@ -55,11 +84,14 @@ def _takes_the_slow_way(conv: Conv2d | Conv3d, x: Tensor) -> bool:
 
 def _in_halves(conv: Conv2d | Conv3d, x: Tensor) -> Tensor:
     """The convolution of one sample as that of two, its overlapping halves along z."""
-    pad, size = conv.kernel_size[0] // 2, x.shape[2]
+    kernel, step, pad = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+    assert isinstance(pad, int)  # noqa: S101 (only PyTorch's "same" is none)
+    size = (x.shape[2] + 2 * pad - kernel) // step + 1
     half = -(-size // 2)
-    framed = F.pad(x, [0, 0, 0, 0, pad, 2 * half - size + pad])
-    both = torch.cat([framed.narrow(2, start, half + 2 * pad) for start in (0, half)])
-    y = F.conv3d(both, conv.weight, conv.bias, padding=(0, pad, pad))
+    reach = (half - 1) * step + kernel
+    framed = F.pad(x, [0, 0, 0, 0, pad, half * step + reach - x.shape[2] - pad])
+    both = torch.cat([framed.narrow(2, start, reach) for start in (0, half * step)])
+    y = F.conv3d(both, conv.weight, conv.bias, conv.stride, (0, *conv.padding[1:]))
     # Where batch and z lie next to each other in memory, this is a view.
     return y.movedim(1, -1).flatten(0, 1).unsqueeze(0).narrow(1, 0, size).movedim(-1, 1)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 Stride = tuple[int, ...]
 
@@ -61,6 +62,23 @@ class _Join(torch.autograd.Function):
         rows = gradient.movedim(1, -1)
         packed = _blocks(rows[..., ctx.channels :], ctx.stride).flatten(1 + len(ctx.stride)).movedim(-1, 1)
         return rows[..., : ctx.channels].movedim(-1, 1), packed, None
+
+
+def mean_pool(x: Tensor, stride: Stride) -> Tensor:
+    """Means of blocks of `stride` voxels, in the map's own precision and memory format.
+
+    PyTorch's mean-pooling of volumes gives channels first on processors, and float32 under autocast. What
+    remains at a border is a smaller block.
+    """
+    if max(stride) == 1:
+        return x
+    rows = x.movedim(1, -1)
+    whole = all(n % step == 0 for n, step in zip(x.shape[2:], stride, strict=True))
+    if whole and rows.is_contiguous():
+        dims = len(stride)
+        return _blocks(rows, stride).mean(tuple(range(1 + dims, 1 + 2 * dims))).movedim(-1, 1)
+    pool = F.avg_pool2d if len(stride) == 2 else F.avg_pool3d
+    return pool(x, stride, ceil_mode=True).to(x.dtype)
 
 
 def _blocks(rows: Tensor, stride: Stride) -> Tensor:

@@ -85,21 +85,46 @@ def warp(region: Tensor, matrix: Matrix, patch: Sequence[int], box: Box | None =
     return sample(region, lines, matrix)
 
 
-def warp_mask(region: NDArray[np.int16], matrix: Matrix, out: Tensor) -> None:
-    """Write the transformed mask (1 where its trilinear value is at least one half) into `out`, all zeros.
+def warp_labels(region: NDArray[np.int16], matrix: Matrix, out: Tensor) -> None:
+    """Write the transformed labels into `out`, all zeros.
 
-    Lesions are small: only the box of the patch that their box in the region can reach is computed.
+    A voxel gets the label, 0 among them, of which the trilinear interpolation has the largest share; of one
+    label that is where its share is at least one half. Lesions are small: only the box of the patch that a
+    label's box in the region can reach is computed.
     """
+    values = np.unique(region)
+    values = values[values != 0]
+    if len(values) == 1:
+        _warp_mask(region != 0, matrix, out, float(values[0]))
+        return
+    # Where two labels meet neither may have a half.
+    best, background = torch.zeros_like(out), torch.ones_like(out)
+    for value in values:
+        there = region == value
+        reached = _reach(there, matrix, out.shape)
+        if any(side.start >= side.stop for side in reached):
+            continue
+        mask = torch.from_numpy(there).to(out.device, non_blocking=True).float()
+        share = warp(mask, matrix, out.shape, reached)
+        background[reached] -= share
+        larger = share > best[reached]
+        out[reached] = torch.where(larger, float(value), out[reached])
+        best[reached] = torch.maximum(best[reached], share)
+    out[background > best] = 0
+
+
+def _warp_mask(region: NDArray[np.bool_], matrix: Matrix, out: Tensor, value: float) -> None:
+    """Write `value` where the transformed mask's trilinear value is at least one half."""
     reached = _reach(region, matrix, out.shape)
     if any(side.start >= side.stop for side in reached):
         return
     labels = torch.from_numpy(region).to(out.device, non_blocking=True).float()
-    out[reached] = (warp(labels, matrix, out.shape, reached) >= 0.5).float()
+    out[reached] = (warp(labels, matrix, out.shape, reached) >= 0.5).float() * value
 
 
-def _reach(region: NDArray[np.int16], matrix: Matrix, patch: Sequence[int]) -> Box:
+def _reach(region: NDArray[np.bool_], matrix: Matrix, patch: Sequence[int]) -> Box:
     """The box of the patch outside which a transformed mask is 0."""
-    rows = np.bitwise_or.reduce(region, axis=2)
+    rows = np.asarray(region.any(axis=2))
     zs, ys = np.flatnonzero(rows.any(axis=1)), np.flatnonzero(rows.any(axis=0))
     xs = np.flatnonzero(region[zs[0] : zs[-1] + 1, ys[0] : ys[-1] + 1].any(axis=(0, 1)))
     middle = (np.asarray(region.shape) - 1) / 2

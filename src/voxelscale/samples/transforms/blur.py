@@ -32,7 +32,7 @@ class Blur:
         taken = draws.coins[COIN] < config.strength * config.p_blur and sigma
         return cls(sigma=sigma) if taken else None
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, channel: int = 0) -> Tensor:
         """(z, y, x) blurred; the outermost voxels are repeated beyond the border."""
         return along_axes(image, self.matrix)
 

@@ -28,6 +28,6 @@ class Brightness:
         factor = between(config.brightness, draws.amounts[FACTOR])
         return cls(factor=factor, shift=0.4 * draws.amounts[SHIFT] - 0.2)
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, channel: int = 0) -> Tensor:
         """In place."""
         return image.mul_(self.factor).add_(self.shift)

@@ -26,7 +26,7 @@ class Gamma:
         taken = draws.coins[COIN] < config.strength * config.p_gamma and exponent != 1
         return cls(exponent=exponent) if taken else None
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, channel: int = 0) -> Tensor:
         """In place."""
         low, high = image.aminmax()
         extent = (high - low).clamp_min(1e-6)

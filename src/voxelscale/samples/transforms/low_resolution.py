@@ -33,7 +33,7 @@ class LowResolution:
         taken = draws.coins[COIN] < config.strength * config.p_low_resolution and resolution < 1
         return cls(resolution=resolution) if taken else None
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, channel: int = 0) -> Tensor:
         """(z, y, x) of the same size."""
         return along_axes(image, self.matrix)
 

@@ -34,8 +34,8 @@ class Noise:
             return None
         return cls(std=std, seed=int(draws.stream(Stream.NOISE).integers(2**63)))
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """Added to (z, y, x) in place."""
-        source = torch.Generator(image.device).manual_seed(self.seed)
+    def __call__(self, image: Tensor, channel: int = 0) -> Tensor:
+        """Added to (z, y, x) in place; of each channel another."""
+        source = torch.Generator(image.device).manual_seed((self.seed + channel) % 2**63)
         noise = torch.randn(image.shape, generator=source, device=image.device)
         return image.add_(noise, alpha=self.std)

@@ -15,7 +15,7 @@ EDGE_MM = 48.0
 """About the edge of a crop: a nodule (up to 30 mm) and what it hangs on."""
 
 
-class JudgeNet(nn.Module):
+class FalsePositiveNet(nn.Module):
     """Crop to the logit of its middle being a lesion: three levels of two convolutions, then a mean.
 
     False-positive reduction by a second network on crops is the field's way since LUNA16 (Setio et al.,

@@ -1,0 +1,145 @@
+"""Class by class: where each is in truth and prediction, and means over classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelscale.classes import Classes
+from voxelscale.evaluate.bootstrap import RESAMPLES, percentile_interval, resampled_means
+from voxelscale.evaluate.overlap import common_box
+
+Box = tuple[slice, slice, slice]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OneClass:
+    """A class in one case.
+
+    Attributes:
+        name: the class's.
+        box: the smallest (z, y, x) that holds it in truth and prediction; one voxel where it is in neither.
+        truth, prediction: bool, within the box.
+    """
+
+    name: str
+    box: Box
+    truth: NDArray[np.bool_]
+    prediction: NDArray[np.bool_]
+
+    @property
+    def start(self) -> tuple[int, int, int]:
+        """The voxel at which the box begins."""
+        z, y, x = (axis.start for axis in self.box)
+        return z, y, x
+
+
+def each_class(
+    classes: Classes,
+    truth: NDArray[Any],
+    prediction: NDArray[Any],
+    uncounted: NDArray[np.bool_] | None = None,
+) -> Iterator[OneClass]:
+    """One class after the other, so that one mask is in memory at a time.
+
+    Args:
+        truth, prediction: stored labels (z, y, x) of one shape.
+        uncounted: voxels of which nothing counts: what is predicted there is taken away.
+    """
+    if uncounted is not None:
+        prediction = np.where(uncounted, 0, prediction)
+    boxes = _boxes(classes, truth, prediction)
+    for at, (name, box) in enumerate(zip(classes.names, boxes, strict=True)):
+        yield OneClass(
+            name=name,
+            box=box,
+            truth=classes.where(truth[box], at),
+            prediction=classes.where(prediction[box], at),
+        )
+
+
+def _boxes(classes: Classes, truth: NDArray[Any], prediction: NDArray[Any]) -> Iterator[Box]:
+    if classes.single or classes.regions:
+        for at in range(len(classes.names)):
+            yield common_box(classes.where(truth, at), classes.where(prediction, at))
+        return
+    from scipy.ndimage import find_objects
+
+    # All classes in one pass: a whole scan is not searched a hundred times.
+    if truth.shape != prediction.shape:
+        raise ValueError(f"labels of {truth.shape} and {prediction.shape} are not on the same grid")
+    found = (find_objects(labels, max_label=len(classes.names)) for labels in (truth, prediction))
+    for pair in zip(*found, strict=True):
+        yield _around([box for box in pair if box is not None])
+
+
+def _around(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all; one voxel where there is none."""
+    if not boxes:
+        return slice(0, 1), slice(0, 1), slice(0, 1)
+    z, y, x = (
+        slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*boxes, strict=True)
+    )
+    return z, y, x
+
+
+def mean_over_classes(dices: NDArray[np.float64]) -> float | None:
+    """Mean over classes of each class's mean over cases; what has no Dice (NaN) is left out.
+
+    Args:
+        dices: (classes, cases).
+
+    Returns:
+        None where no class has a Dice in any case.
+    """
+    means = [float(row[~np.isnan(row)].mean()) for row in dices if not np.isnan(row).all()]
+    return float(np.mean(means)) if means else None
+
+
+def resampled_mean_over_classes(
+    dices: NDArray[np.float64], resamples: int = RESAMPLES, seed: int = 0
+) -> NDArray[np.float64]:
+    """`mean_over_classes` of bootstrap samples of cases.
+
+    Args:
+        dices: (..., classes, cases); NaN where a case has no Dice.
+
+    Returns:
+        (..., resamples); NaN where a sample has no Dice.
+    """
+    there = ~np.isnan(dices)
+    sums, counts = (
+        resampled_means(values, resamples, seed)
+        for values in (np.nan_to_num(dices), there.astype(np.float64))
+    )
+    of_class = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+    classes = (counts > 0).sum(axis=-2)
+    total = of_class.sum(axis=-2)
+    means = np.full(total.shape, np.nan)
+    np.divide(total, classes, out=means, where=classes > 0)
+    return means
+
+
+def mean_dice(dices: Sequence[Sequence[float | None]]) -> dict[str, Any]:
+    """The mean Dice over classes, as plain values.
+
+    Args:
+        dices: of each class, of each case; None where neither mask has a voxel.
+
+    Returns:
+        ``mean``, its 95 % ``interval`` by bootstrap over cases, and of how many ``classes`` and ``cases``
+        it is; those without a Dice do not count.
+    """
+    table = np.asarray([[np.nan if d is None else d for d in row] for row in dices], np.float64)
+    known = table[:, ~np.isnan(table).all(axis=0)]
+    cases = known.shape[1]
+    return {
+        "mean": mean_over_classes(table),
+        "interval": percentile_interval(resampled_mean_over_classes(known), cases) if cases else None,
+        "classes": int((~np.isnan(table)).any(axis=1).sum()),
+        "cases": cases,
+    }

@@ -1,0 +1,109 @@
+"""Label values as stored labels, and several labels of one scan as one (`voxelscale.classes`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelscale.classes import IGNORED, Classes, UnknownValues
+from voxelscale.console import count, warn
+from voxelscale.errors import VoxelscaleError
+from voxelscale.geometry import Scan
+
+MOST_SHOWN = 10
+"""Values that a message names at most."""
+
+
+def kind_of_stored(classes: Classes) -> type[np.uint8] | type[np.int16]:
+    """The type of an array of stored labels."""
+    return np.uint8 if classes.plain else np.int16
+
+
+def lesion_in(mask: Scan, values: tuple[int, ...] | None) -> NDArray[np.bool_]:
+    """Where a mask has one of these values; None: any above 0."""
+    return np.asarray(mask.array > 0 if values is None else np.isin(mask.array, values))
+
+
+def stored_in(path: Path, mask: Scan, values: tuple[int, ...] | None, classes: Classes) -> Scan:
+    """The stored labels of a mask.
+
+    Args:
+        path: of the mask, for messages.
+        values: of the lesion, every other one being background; None: as the classes say.
+
+    Raises:
+        VoxelscaleError: it holds a value that no class has.
+    """
+    if values is not None:
+        return Scan(lesion_in(mask, values).astype(np.uint8), mask.affine)
+    try:
+        return Scan(classes.stored(mask.array), mask.affine)
+    except UnknownValues as error:
+        shown = ", ".join(map(str, error.values[:MOST_SHOWN]))
+        more = f" and {len(error.values) - MOST_SHOWN} more" if len(error.values) > MOST_SHOWN else ""
+        what = f"holds the value{'s' * (len(error.values) > 1)} {shown}{more}, which no class has"
+        raise VoxelscaleError(f"{path}: {what}", _to_name(classes, error.values)) from None
+
+
+def _to_name(classes: Classes, values: Sequence[int]) -> str:
+    """How to say what values are."""
+    named = ", ".join(
+        f"{name}: [{', '.join(map(str, group))}]"
+        for name, group in zip(classes.names[:3], classes.values, strict=False)
+    )
+    named += ", ..." * (len(classes.names) > 3)
+    rest = f"[{', '.join(map(str, values[:MOST_SHOWN]))}]"
+    return f"name it in dataset.json, or say so: reading.labels={{{named}, background: {rest}}}"
+
+
+def labels_by_number(names: Mapping[int, Sequence[str]], classes: Classes) -> dict[int, int]:
+    """The stored label of each segment or region of interest that is of a class, or ignored, by its number.
+
+    Args:
+        names: what each is called, by its number; capitals do not count.
+    """
+    labels: dict[int, int] = {}
+    for number, called in names.items():
+        keys = {number, *(name.strip().casefold() for name in called if name.strip())}
+        of = [
+            at
+            for at, group in enumerate(classes.values)
+            if not group or keys & {v.casefold() if isinstance(v, str) else v for v in group}
+        ]
+        if of:
+            labels[number] = sum(1 << at for at in of) if classes.regions else of[-1] + 1
+        elif number in classes.ignore:
+            labels[number] = IGNORED
+    return labels
+
+
+def union(masks: Sequence[NDArray[Any]], classes: Classes) -> tuple[NDArray[Any], int]:
+    """Several arrays of stored labels as one, and in how many voxels a later one replaced another class.
+
+    Regions may overlap: there a voxel belongs to all that any array says. The first array is changed.
+    """
+    made, replaced = masks[0], 0
+    for mask in masks[1:]:
+        differ = (made != 0) & (mask != 0) & (made != mask)
+        if classes.regions:
+            both = differ & (made != IGNORED) & (mask != IGNORED)
+            made[both] |= mask[both]
+            differ &= ~both
+        replaced += int(np.count_nonzero(differ))
+        new = (mask != 0) & (differ | (made == 0))
+        made[new] = mask[new]
+    return made, replaced
+
+
+def warn_of_replaced(what: object, replaced: int) -> None:
+    """Say in how many voxels classes overlap.
+
+    Args:
+        what: the file or the files.
+    """
+    if replaced:
+        warn(f"{what}: classes overlap in {count(replaced, 'voxel')}: the later class is taken there")

@@ -1,0 +1,149 @@
+"""From probability maps to stored labels and findings, for any classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelscale.classes import Classes
+from voxelscale.config import PredictConfig
+from voxelscale.findings import Finding, find_in_class, find_lesions, ranked
+from voxelscale.geometry import Grid, Scan
+from voxelscale.infer.sliding_window import Box
+from voxelscale.predict.maps import Maps, on_grid
+
+MOST_LEAST, LEAST_LEAST = 0.025, 1 / 256
+"""Smaller probabilities are not kept (`Maps`), whatever is asked for; larger ones always are."""
+
+Keep = Callable[[NDArray[np.int64]], bool]
+
+
+def least_kept(config: PredictConfig) -> float:
+    """The least probability that maps of several classes keep: half of what findings go by, as a voxel
+    between two others has a part of each."""
+    asked = min(config.candidates, config.threshold, config.low_threshold or 1.0) / 2
+    return min(max(asked, LEAST_LEAST), MOST_LEAST)
+
+
+def lesions_by(
+    config: PredictConfig,
+    case: str,
+    probability: NDArray[np.float32],
+    grid: Grid,
+    *,
+    image: NDArray[Any] | None = None,
+    depth: Scan | None = None,
+    keep: Keep | None = None,
+) -> tuple[list[Finding], NDArray[np.uint8]]:
+    """`find_lesions` with a config's thresholds."""
+    return find_lesions(
+        case,
+        probability,
+        grid,
+        threshold=config.threshold,
+        low=config.low_threshold,
+        candidates=config.candidates,
+        merge_mm=config.merge_mm,
+        min_volume_mm3=config.min_volume_mm3,
+        image=image,
+        depth=depth,
+        keep=keep,
+    )
+
+
+def classes_by(
+    config: PredictConfig,
+    case: str,
+    classes: Classes,
+    maps: list[Maps],
+    grid: Grid,
+    *,
+    image: NDArray[Any] | None = None,
+    depth: Scan | None = None,
+    keep: Keep | None = None,
+) -> tuple[list[Finding], NDArray[np.int16]]:
+    """Findings of all classes, most confident first, and the stored labels, on the scan's own voxels.
+
+    The maps are interpolated linearly, class by class, each in the box that holds it.
+
+    Of classes that exclude each other a voxel is of the most probable one, background included, and of the
+    first of several that are equally probable. A class's findings are the components of this mask that
+    have at least `predict.min_volume_mm3`; the mask keeps the smaller ones, too. Where `predict.candidates`
+    is below `predict.threshold`, components of at least that probability that hold no voxel of the class's
+    mask are findings as well; the thresholds mean nothing else here.
+
+    Regions may overlap: each is what `find_lesions` finds by the thresholds, as one class would be.
+
+    Args:
+        maps: of each network.
+        grid: of the scan.
+        image: HU of the scan, for the density; None: it is no CT.
+        depth, keep: as of `find_lesions`; what `keep` leaves out is in no mask.
+    """
+    rules: dict[str, Any] = {"image": image, "depth": depth, "keep": keep}
+    if classes.regions:
+        return _regions(config, case, classes, maps, grid, rules)
+    stored = _most_probable(maps, classes.outputs, grid)
+    findings: list[Finding] = []
+    for at, name in enumerate(classes.names, start=1):
+        there = on_grid(maps, at, grid)
+        if there is None:
+            continue
+        box, probability = there
+        mask = stored[box] == at
+        candidates = config.candidates if config.candidates < config.threshold else None
+        if not mask.any() and (candidates is None or probability.max() < candidates):
+            continue
+        found, kept = find_in_class(
+            case,
+            name,
+            probability,
+            mask,
+            _start(box),
+            grid,
+            candidates=candidates,
+            merge_mm=config.merge_mm,
+            min_volume_mm3=config.min_volume_mm3,
+            **rules,
+        )
+        findings += found
+        stored[box][mask & ~kept] = 0
+    return ranked(findings), stored
+
+
+def _start(box: Box) -> tuple[int, int, int]:
+    z, y, x = box
+    return z.start, y.start, x.start
+
+
+def _most_probable(maps: list[Maps], outputs: int, grid: Grid) -> NDArray[np.int16]:
+    """Where which output is the largest; 0, background, is the first."""
+    stored = np.zeros(grid.shape, np.int16)
+    best = np.zeros(grid.shape, np.float32)
+    for at in range(outputs):
+        there = on_grid(maps, at, grid)
+        if there is not None:
+            box, probability = there
+            better = probability > best[box]
+            stored[box][better] = at
+            np.maximum(best[box], probability, out=best[box])
+    return stored
+
+
+def _regions(
+    config: PredictConfig, case: str, classes: Classes, maps: list[Maps], grid: Grid, rules: dict[str, Any]
+) -> tuple[list[Finding], NDArray[np.int16]]:
+    stored = np.zeros(grid.shape, np.int16)
+    findings: list[Finding] = []
+    for at, name in enumerate(classes.names):
+        probability = np.zeros(grid.shape, np.float32)
+        if (there := on_grid(maps, at, grid)) is not None:
+            probability[there[0]] = there[1]
+        found, mask = lesions_by(config, case, probability, grid, **rules)
+        findings += [replace(finding, label=name) for finding in found]
+        stored |= mask.astype(np.int16) << at
+    return ranked(findings), stored

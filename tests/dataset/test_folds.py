@@ -1,0 +1,184 @@
+"""Folds that a data set or its user gives, folds by patient, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.conftest import SHARED
+from tests.dataset.test_layouts import decathlon, image, mask, nnunet
+
+from voxelscale.config import ReadingConfig
+from voxelscale.dataset import DataSet
+from voxelscale.dataset.folds import Fold, kfold
+from voxelscale.errors import VoxelscaleError
+from voxelscale.formats import write_scan
+
+TWO = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]
+
+
+def with_splits(folder: Path, content: Any) -> DataSet:
+    nnunet(folder)
+    (folder / "splits_final.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return DataSet(path=folder)
+
+
+def test_the_file_beside_a_data_set(tmp_path: Path) -> None:
+    data = with_splits(tmp_path, TWO)
+    assert data.folds == (Fold(train=("a",), val=("b",)), Fold(train=("b",), val=("a",)))
+    (tmp_path / "splits_final.json").rename(tmp_path / "mine.json")
+    assert DataSet(path=tmp_path).folds == ()
+    assert DataSet(path=tmp_path, splits=str(tmp_path / "mine.json")).folds == data.folds
+    with pytest.raises(VoxelscaleError, match=r"none\.json: no such file"):
+        _ = DataSet(path=tmp_path, splits=str(tmp_path / "none.json")).folds
+
+
+def test_folds_name_cases_as_files_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the cases are called here."""
+    monkeypatch.setenv("VOXELSCALE_NAME_KEY", "a key for tests")
+    decathlon(tmp_path)
+    for kind in ("imagesTr", "labelsTr"):
+        (tmp_path / kind / "lung_001.nii.gz").rename(tmp_path / kind / "lung 001.nii.gz")
+    text = (tmp_path / "dataset.json").read_text().replace("lung_001", "lung 001")
+    (tmp_path / "dataset.json").write_text(text)
+    content = [{"train": ["lung 001"], "val": ["lung_002"]}]
+    (tmp_path / "splits_final.json").write_text(json.dumps(content))
+    assert DataSet(path=tmp_path).folds == (Fold(train=("lung_001",), val=("lung_002",)),)
+    hashed = DataSet(path=tmp_path, reading=ReadingConfig(names="hash"))
+    one, two = (source.case for source in hashed.cases)
+    assert one.startswith("case-")
+    assert hashed.folds == (Fold(train=(one,), val=(two,)),)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([{"train": ["a"], "val": ["c"]}], "fold 0 names c, which the data set does not list"),
+        ([*TWO, {"train": ["x", "y"], "val": ["b"]}], r"fold 2 names x \(and 1 more\)"),
+        ([{"train": ["a", "b"], "val": ["b"]}], "fold 0 has b in both train and val"),
+        ([{"train": ["a"]}], "fold 0 has no list 'val'"),
+        ([{"train": "ab", "val": ["b"]}], "fold 0 has no list 'train'"),
+        ([{"train": ["a"], "val": [1]}], "fold 0 has no list 'val'"),
+        ([{"train": ["a"], "val": []}], "fold 0 has no case in 'val'"),
+        ([["a"], ["b"]], "fold 0 has no list 'train'"),
+        ({"train": ["a"], "val": ["b"]}, "no list of 1 to 1000 folds"),
+        ([], "no list of 1 to 1000 folds"),
+        ([TWO[0]] * 1001, "no list of 1 to 1000 folds"),
+        ("[{", "not readable as JSON"),
+        ("[" * 100_000, "not readable as JSON"),
+    ],
+)
+def test_folds_that_cannot_be_are_one_line(tmp_path: Path, content: Any, words: str) -> None:
+    data = with_splits(tmp_path, content)
+    assert len(data.cases) == 2, "the data set itself can be read"
+    with pytest.raises(VoxelscaleError, match=words) as caught:
+        _ = data.folds
+    assert "splits_final.json: " in caught.value.message
+    assert "\n" not in caught.value.message
+    assert caught.value.hint
+
+
+def table(folder: Path, header: str, *rows: str) -> DataSet:
+    write_scan(image(), folder / "i.nii.gz")
+    write_scan(mask(), folder / "m.nii.gz")
+    lines = [f"case,image,label,{header}", *(f"c{n},i.nii.gz,m.nii.gz,{row}" for n, row in enumerate(rows))]
+    (folder / "cases.csv").write_text("\n".join(lines) + "\n")
+    return DataSet(path=folder / "cases.csv")
+
+
+def test_a_column_split(tmp_path: Path) -> None:
+    data = table(tmp_path, "split", "train", "VAL", "test", "training")
+    assert [source.split for source in data.cases] == ["train", "val", "test", "train"]
+    assert data.folds == ()
+    assert all(source.split == "" for source in data.scans), "of scans to predict nothing is asked"
+
+
+def test_a_column_fold(tmp_path: Path) -> None:
+    data = table(tmp_path, "patient,fold", "p,2", "p,2", "q,0", "r,0", "s,1", "t,")
+    assert data.folds == (
+        Fold(train=("c0", "c1", "c4"), val=("c2", "c3")),
+        Fold(train=("c0", "c1", "c2", "c3"), val=("c4",)),
+        Fold(train=("c2", "c3", "c4"), val=("c0", "c1")),
+    )
+    tested = table(tmp_path, "split,fold", "train,0", "train,1", "test,1")
+    assert tested.folds == (Fold(train=("c1",), val=("c0",)), Fold(train=("c0",), val=("c1",)))
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "words"),
+    [
+        ("split", ("train", "tain"), "line 3: split is 'tain'"),
+        ("split", ("train", ""), "line 3: split is ''"),
+        ("patient,split", ("p,train", "p,val"), r"c0 \(train\) and c1 \(val\) are of one patient"),
+        ("patient,split", ("p,train", "p,test"), r"c0 \(train\) and c1 \(test\) are of one patient"),
+        ("fold", ("0", "1.5"), "line 3: fold is '1.5'"),
+        ("fold", ("0", "-1"), "line 3: fold is '-1'"),
+        ("fold", ("3", "3"), "one number only"),
+    ],
+)
+def test_columns_that_cannot_be(tmp_path: Path, header: str, rows: tuple[str, ...], words: str) -> None:
+    with pytest.raises(VoxelscaleError, match=words) as caught:
+        _ = table(tmp_path, header, *rows).cases
+    assert "cases.csv" in caught.value.message
+
+
+def test_a_patient_on_both_sides_of_a_fold(tmp_path: Path) -> None:
+    data = table(tmp_path, "patient,fold", "p,0", "p,1", "q,1")
+    with pytest.raises(
+        VoxelscaleError, match=r"column fold: fold 0: c1 \(train\) and c0 \(val\) are of one"
+    ):
+        _ = data.folds
+    (tmp_path / "mine.json").write_text(json.dumps([{"train": ["c0"], "val": ["c1"]}]))
+    mine = DataSet(path=tmp_path / "cases.csv", splits=str(tmp_path / "mine.json"))
+    with pytest.raises(VoxelscaleError, match=r"mine\.json: fold 0: c0 \(train\) and c1 \(val\)"):
+        _ = mine.folds
+
+
+@given(
+    patients=st.dictionaries(
+        st.text("abc", min_size=1, max_size=4), st.sampled_from("pqrstuvw"), min_size=1
+    ),
+    k=st.integers(2, 6),
+    seed=st.integers(0, 2**32),
+)
+def test_folds_by_patient(patients: dict[str, str], k: int, seed: int) -> None:
+    every = set(patients.values())
+    if len(every) < k:
+        with pytest.raises(VoxelscaleError, match=f"{k} folds of {len(every)} patients"):
+            kfold(patients, k, seed)
+        return
+    folds = kfold(patients, k, seed)
+    assert len(folds) == k
+    held = []
+    for fold in folds:
+        assert not {patients[case] for case in fold.train} & {patients[case] for case in fold.val}
+        assert sorted([*fold.train, *fold.val]) == sorted(patients)
+        held.append({patients[case] for case in fold.val})
+    assert set.union(*held) == every
+    assert sum(map(len, held)) == len(every), "each patient validates once"
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+    assert kfold(dict(reversed(patients.items())), k, seed)[0].val == tuple(
+        case for case in reversed(patients) if case in folds[0].val
+    )
+
+
+def test_folds_do_not_depend_on_what_patients_are_called(tmp_path: Path) -> None:
+    patients = {f"c{n}": f"p{n // 2}" for n in range(20)}
+    renamed = {case: f"x{hash((patient, 7))}" for case, patient in patients.items()}
+    order = {renamed[case]: patient for case, patient in patients.items()}
+    assert kfold(patients, 5, 3) == kfold(renamed, 5, 3, order)
+    assert kfold(patients, 5, 3) != kfold(patients, 5, 4)
+
+
+@pytest.mark.skipif(not (SHARED / "msd_hippocampus").is_dir(), reason="the data set is not here")
+def test_the_folds_of_the_hippocampus() -> None:
+    data = DataSet(path=SHARED / "msd_hippocampus")
+    assert data.classes.names == ("Anterior", "Posterior")
+    assert [channel.scheme for channel in data.channels] == ["zscore"]
+    given_folds = json.loads((SHARED / "msd_hippocampus" / "splits_final.json").read_text())
+    assert [list(fold.val) for fold in data.folds] == [fold["val"] for fold in given_folds]
+    assert [list(fold.train) for fold in data.folds] == [fold["train"] for fold in given_folds]

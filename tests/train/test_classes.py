@@ -1,0 +1,52 @@
+"""Training on several channels and classes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from tests.regions import write_regions
+from tests.train.runs import apart, final_weights, with_train
+from voxelscale.config import Config, PrepareConfig, ReadingConfig
+from voxelscale.dataset import DataSet
+from voxelscale.store import Store, open_store
+from voxelscale.store.prepare import prepare
+from voxelscale.train.launch import start
+
+STEPS, BATCH = 6, 4
+
+CLASSES = {"rest": 1, "core": 2, "enhancing": 3, "ignore": 4}
+"""The regions' values as classes that exclude each other."""
+
+
+@pytest.fixture(scope="module", params=["regions", "classes"])
+def any_store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    data = write_regions(tmp_path_factory.mktemp("data") / "data", cases=5)
+    reading = ReadingConfig(labels=CLASSES if request.param == "classes" else None)
+    out = tmp_path_factory.mktemp("store")
+    prepare(DataSet(path=data, reading=reading).cases, out, PrepareConfig(workers=1), reading)
+    return open_store(out)
+
+
+def test_workers_are_equal_with_deep_supervision(tiny: Config, any_store: Store, tmp_path: Path) -> None:
+    # The lowest level of the decoder has no head: of four levels there is one.
+    model = replace(tiny.model, deep_supervision=True, depth=4)
+    data = replace(tiny.data, patch_size=(32, 32, 32))
+    # Which voxels are the hardest is a step function: a rounding apart may choose another one.
+    config = replace(tiny, model=model, data=data, loss=replace(tiny.loss, top_k=1.0))
+
+    def weights(name: str, **how: Any) -> dict[str, Tensor]:
+        settings: dict[str, Any] = {"samples": STEPS * BATCH, "checkpoint_every": STEPS * BATCH, **how}
+        assert start(with_train(config, **settings), any_store.path, tmp_path / name)
+        return final_weights(tmp_path / name)
+
+    one = weights("one", ranks=1, batch_size=4)
+    assert any(name.startswith("supervision.") for name in one)
+    ranks = weights("ranks", ranks=2, batch_size=2)
+    mixed = weights("mixed", ranks=1, virtual_workers=2, batch_size=2)
+    assert apart(ranks, one) <= 1e-4
+    assert apart(mixed, one) <= 1e-4
