@@ -27,6 +27,11 @@ class Fold:
     train: tuple[str, ...]
     val: tuple[str, ...]
 
+    @property
+    def split_of(self) -> dict[str, str]:
+        """``train`` or ``val`` of each of its cases."""
+        return dict.fromkeys(self.train, "train") | dict.fromkeys(self.val, "val")
+
 
 def folds_of(where: str, content: Any, called: Callable[[str], str | None]) -> tuple[Fold, ...]:
     """The folds of a ``splits_final.json``.

@@ -29,15 +29,7 @@ def read_image(source: Source, reading: ReadingConfig) -> Scan:
     """
     from voxelscale.formats import read_scan
 
-    _check_volumes(source)
-    return read_scan(
-        source.image,
-        _series_of(source),
-        reading.fill_gaps,
-        source.files,
-        reading.select,
-        0 if source.volumes > 1 else None,
-    )
+    return read_scan(*_choice(source, reading))
 
 
 def read_lattice(source: Source, reading: ReadingConfig) -> Grid:
@@ -48,15 +40,7 @@ def read_lattice(source: Source, reading: ReadingConfig) -> Grid:
     """
     from voxelscale.formats import read_grid
 
-    _check_volumes(source)
-    return read_grid(
-        source.image,
-        _series_of(source),
-        reading.fill_gaps,
-        source.files,
-        reading.select,
-        0 if source.volumes > 1 else None,
-    )
+    return read_grid(*_choice(source, reading))
 
 
 def read_more(source: Source, reading: ReadingConfig, first: Grid | None = None) -> list[Scan]:
@@ -138,6 +122,16 @@ def _check_volumes(source: Source) -> None:
             names = ", ".join(channel.name for channel in source.channels)
             what = f"holds {count(held, 'channel')}, but {source.volumes} are named ({names})"
             raise VoxelscaleError(f"{source.image}: {what}", "correct dataset.json or reading.channels")
+
+
+def _choice(
+    source: Source, reading: ReadingConfig
+) -> tuple[Path, str, int, tuple[Path, ...], tuple[str, ...], int | None]:
+    """Which image of a case's files is read: the arguments of `read_scan` and `read_grid`."""
+    _check_volumes(source)
+    volume = 0 if source.volumes > 1 else None
+    series = _series_of(source)
+    return source.image, series, reading.fill_gaps, source.files, reading.select, volume
 
 
 def _series_of(source: Source) -> str:

@@ -62,7 +62,7 @@ class Source:
         channels: what they are.
         classes: what its labels distinguish.
         fault: why the case cannot be used, where that is known before it is read.
-        remedy: how to mend that, if not by keeping one of several files.
+        remedy: how to fix that, if not by keeping one of several files.
         surveyed: whether the table of spheres speaks of every scan, so that one without a row is healthy.
         split: train, val or test, where its table says so.
     """

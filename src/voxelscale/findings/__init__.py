@@ -156,10 +156,7 @@ def find_lesions(
         )
     if keep is not None:
         doubtful = [voxels for voxels in doubtful if keep(voxels)]
-        kept = [keep(voxels) for voxels in sure]
-        for voxels in itertools.compress(sure, map(operator.not_, kept)):
-            mask[tuple(voxels.T)] = 0
-        sure = list(itertools.compress(sure, kept))
+        sure = _kept(sure, keep, mask)
     about = partial(_found, case, grid, image=image, depth=depth)
     return ranked(about(voxels, probability[tuple(voxels.T)]) for voxels in [*sure, *doubtful]), mask
 
@@ -199,16 +196,22 @@ def find_in_class(
     parts = masked_regions(mask, grid, merge_mm=merge_mm, least=least if keep is None else 0)
     if keep is not None:
         mask = mask.copy()
-        kept = [keep(voxels + first) for voxels in parts]
-        for voxels in itertools.compress(parts, map(operator.not_, kept)):
-            mask[tuple(voxels.T)] = False
-        parts = [voxels for voxels in itertools.compress(parts, kept) if len(voxels) >= least]
+        kept = _kept(parts, lambda voxels: keep(voxels + first), mask)
+        parts = [voxels for voxels in kept if len(voxels) >= least]
     if candidates is not None:
         rules = {"candidates": candidates, "merge_mm": merge_mm, "least": least}
         doubtful = doubtful_regions(probability, mask, grid, **rules)
         parts += [voxels for voxels in doubtful if keep is None or keep(voxels + first)]
     about = partial(_found, case, grid, image=image, depth=depth, label=label)
     return ranked(about(voxels + first, probability[tuple(voxels.T)]) for voxels in parts), mask
+
+
+def _kept(parts: Sequence[Voxels], keep: Callable[[Voxels], bool], mask: NDArray[Any]) -> list[Voxels]:
+    """The parts that `keep` keeps; the others are taken out of the mask."""
+    chosen = [keep(voxels) for voxels in parts]
+    for voxels in itertools.compress(parts, map(operator.not_, chosen)):
+        mask[tuple(voxels.T)] = 0
+    return list(itertools.compress(parts, chosen))
 
 
 def _found(

@@ -26,7 +26,7 @@ from voxelscale.files import read_sealed, seal_of, write_sealed
 from voxelscale.model.build import build_model
 from voxelscale.model.false_positives import FalsePositiveNet
 from voxelscale.model.registry import check_name
-from voxelscale.model.unet import fold_batch_norms
+from voxelscale.model.unet import fold_batch_norms, without_supervision
 from voxelscale.samples.batch import Normalisation
 from voxelscale.store.plausible import TrainedOn
 
@@ -52,9 +52,6 @@ LONGEST_NAME = 200
 
 MOST_VALUES = 2**16
 """Label values of all classes."""
-
-SUPERVISION = "supervision."
-"""Keys of weights that only a training needs."""
 
 MOST_KNOTS = 100_000
 
@@ -117,9 +114,7 @@ class Bundle:
     normalisations: tuple[Normalisation | None, ...] = ()
 
     def __post_init__(self) -> None:
-        kept = {name: value for name, value in self.weights.items() if not name.startswith(SUPERVISION)}
-        if len(kept) < len(self.weights):
-            object.__setattr__(self, "weights", kept)
+        object.__setattr__(self, "weights", without_supervision(self.weights))
 
     @property
     def of_ct(self) -> bool:

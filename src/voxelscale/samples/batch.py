@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from voxelscale.channels import ONE_CT, Channel
+from voxelscale.channels import Channel
 from voxelscale.config import IntTriple
 from voxelscale.samples.patches import Sample
 from voxelscale.samples.transforms.affine import warp, warp_labels
@@ -59,19 +59,22 @@ class Normalisation:
         return clipped.sub_(self.mean).div_(self.std)
 
 
-def normalisation_of(channel: Channel, kept: Kept, of_ct: Normalisation | None) -> Normalisation:
+def normalisation_of(channel: Channel, kept: Kept | None, of_ct: Normalisation | None) -> Normalisation:
     """How a case's channel becomes network input, in units of the stored values.
 
     Args:
+        kept: for channels that are no CT.
         of_ct: of the training set's lesions, for channels of CT.
 
     Raises:
-        ValueError: the channel is CT and `of_ct` is not there.
+        ValueError: what the channel needs is not there.
     """
     if channel.scheme == "ct":
         if of_ct is None:
             raise ValueError(f"no range of HU for the channel {channel.name}")
         return of_ct
+    if kept is None:
+        raise ValueError(f"no range of values for the channel {channel.name}")
     span = kept.high - kept.low
     # A constant case, or one that is constant where it is not 0, must not be divided by nothing.
     mean, std = {
@@ -101,17 +104,12 @@ def ct_normalisations(store: Store) -> tuple[Normalisation | None, ...]:
 
 def normalisations(store: Store) -> Normalisations:
     """Of the cases of a store."""
-    of_ct = ct_normalisations(store)
-    usual = tuple(one for one in of_ct if one is not None) if store.channels == ONE_CT else ()
-    kept = {info.case: info.channels for info in store.cases}
-
-    def of_case(case: str) -> Sequence[Normalisation]:
-        return usual or [
-            normalisation_of(channel, one, ct)
-            for channel, one, ct in zip(store.channels, kept[case], of_ct, strict=True)
-        ]
-
-    return of_case
+    of_ct, count = ct_normalisations(store), len(store.channels)
+    each = {
+        info.case: tuple(map(normalisation_of, store.channels, info.channels or [None] * count, of_ct))
+        for info in store.cases
+    }
+    return each.__getitem__
 
 
 def prepared(each: Sequence[Normalisation]) -> Callable[[Tensor], Tensor]:

@@ -79,6 +79,7 @@ class PatchSource:
                 f"{store.path}: no training case", "give prepare.split a first share above 0"
             )
         self._with_lesions = _with_lesions(self.cases)
+        self._by_class = {info.case: _by_class(info) for info in self.cases}
         self._reader = Reader(store.path, store.fills)
         self._data, self._augment, self._seed, self._dims = data, augment, seed, dims
         self._spacing = store.spacing
@@ -119,7 +120,7 @@ class PatchSource:
             return info, start + random.integers(0, shape)
         info = with_lesions[int(pick * len(with_lesions))]
         # By class and by lesion first, so that a rare and a small one are seen as often as others.
-        lesions, by_class = self._reader.lesions(info.case), _by_class(info)
+        lesions, by_class = self._reader.lesions(info.case), self._by_class[info.case]
         of_class = by_class[int(lesion * len(by_class))]
         lesion = lesion * len(by_class) % 1
         voxels = lesions[of_class[int(lesion * len(of_class))]]

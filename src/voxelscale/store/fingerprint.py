@@ -117,8 +117,7 @@ def in_fold(store: Store, fold: int | None) -> Store:
         has = f"folds 0 to {len(store.folds) - 1}" if store.folds else "no folds"
         hint = "choose another data.fold" if store.folds else "prepare with prepare.folds or prepare.splits"
         raise VoxelscaleError(f"{store.path}: data.fold is {fold}, but the store has {has}", hint)
-    chosen = store.folds[fold]
-    of = dict.fromkeys(chosen.train, "train") | dict.fromkeys(chosen.val, "val")
+    of = store.folds[fold].split_of
     cases = tuple(
         replace(info, split=of.get(info.case, "test" if info.split == "test" else ""))
         for info in store.cases

@@ -142,7 +142,7 @@ def divided(
         infos = [replace(info, split=said[info.case]) for info in infos]
         notice("split as the data set's table says")
     elif folds:
-        of = dict.fromkeys(folds[0].train, "train") | dict.fromkeys(folds[0].val, "val")
+        of = folds[0].split_of
         infos = [replace(info, split=of.get(info.case, "test")) for info in infos]
         notice(f"{count(len(folds), 'fold')} as the data set says; data.fold chooses one, null is fold 0")
     else:
