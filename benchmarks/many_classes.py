@@ -43,7 +43,7 @@ CONFIG = {
 
 
 def write_model(path: Path, count: int, sharp: float) -> None:
-    """A network of so many classes that was never trained."""
+    """Write an untrained network of `count` classes."""
     classes = Classes(
         names=tuple(f"class {number}" for number in range(1, count + 1)),
         values=tuple((number,) for number in range(1, count + 1)),

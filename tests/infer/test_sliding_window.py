@@ -350,7 +350,7 @@ def test_a_network_of_other_outputs_is_refused() -> None:
 
 
 class Small(nn.Module):
-    """A network on a device without memory for more than so many windows."""
+    """A network on a device with memory for at most `most` windows at a time."""
 
     def __init__(self, most: int) -> None:
         super().__init__()

@@ -192,8 +192,10 @@ def _unpadded(
 def _parts(
     shape: Sequence[int], starts: Sequence[list[int]], patch: IntTriple, outputs: int, largest: int
 ) -> list[Box]:
-    """The volume, or parts of it whose sums take at most so many bytes, along the axis that repeats the
-    fewest windows."""
+    """The volume, or parts of it whose sums take at most `largest` bytes.
+
+    It is cut along the axis where the fewest windows reach two parts.
+    """
     whole = slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2])
     plane = outputs * patch[0] * 4
     if plane * shape[1] * shape[2] <= largest:
@@ -219,8 +221,10 @@ def _parts(
 
 
 def _cut(size: int, starts: Sequence[int], most: int) -> list[slice]:
-    """An axis in parts of at most so many voxels, cut where a window begins if that is possible: so the
-    fewest windows lie on both sides."""
+    """An axis in parts of at most `most` voxels.
+
+    It is cut where a window begins, if that is possible: the fewest windows then lie on both sides.
+    """
     sides, first = [], 0
     while first < size:
         end = min(size, first + most)
@@ -292,7 +296,7 @@ def _in_turn(
 def _in_threads(
     predict: Callable[[list[Place]], Tensor], batches: Iterator[list[Place]], threads: int, cores: int
 ) -> Iterator[tuple[list[Place], Tensor]]:
-    """Batches side by side, so many cores each: no core waits at the end of every layer for the others."""
+    """Batches side by side, each on cores of its own: no core waits at the end of every layer for the others."""
     before = torch.get_num_threads()
     waiting: deque[tuple[list[Place], Future[Tensor]]] = deque()
     try:

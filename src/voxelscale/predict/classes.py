@@ -23,8 +23,10 @@ Keep = Callable[[NDArray[np.int64]], bool]
 
 
 def least_kept(config: PredictConfig) -> float:
-    """The least probability that maps of several classes keep: half of what findings go by, as a voxel
-    between two others has a part of each."""
+    """The minimum probability that maps of several classes keep.
+
+    It is half the lowest threshold of findings: a voxel interpolated between two others has a part of each.
+    """
     asked = min(config.candidates, config.threshold, config.low_threshold or 1.0) / 2
     return min(max(asked, LEAST_LEAST), MOST_LEAST)
 
