@@ -296,7 +296,7 @@ def _in_turn(
 def _in_threads(
     predict: Callable[[list[Place]], Tensor], batches: Iterator[list[Place]], threads: int, cores: int
 ) -> Iterator[tuple[list[Place], Tensor]]:
-    """Batches side by side, each on cores of its own: no core waits at the end of every layer for the others."""
+    """Batches side by side, on cores of their own: none waits at the end of every layer for the others."""
     before = torch.get_num_threads()
     waiting: deque[tuple[list[Place], Future[Tensor]]] = deque()
     try:
