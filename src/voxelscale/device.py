@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -38,6 +38,24 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
         cpu = torch.cpu
         native = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
     return torch.bfloat16 if wanted == "bf16" or (wanted == "auto" and native) else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
+    """Within it a network computes in this precision, float32 or bfloat16; float32 is any device's own."""
+    if precision == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, precision)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor in main memory as one on a device; a GPU's copy is queued, and nobody waits for it.
+
+    A copy from ordinary memory would be waited for. From page-locked memory it is not, and PyTorch reuses
+    that memory only once the copy is done.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def to_channels_last(model: nn.Module) -> nn.Module:
@@ -161,7 +179,7 @@ def choose_inference(
     image = torch.zeros(*shape).movedim(1, -1).contiguous().movedim(-1, 1)
 
     def step(dtype: torch.dtype) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast(device, dtype):
             model(image)
 
     passes = {dtype: partial(step, dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -207,7 +225,7 @@ def _no_tf32() -> Iterator[None]:
 def _pass(model: nn.Module, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A network's output and gradients, float32."""
     model.zero_grad(set_to_none=True)
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=dtype != torch.float32):
+    with autocast(image.device, dtype):
         outputs = _listed(model(image))
     _energy(outputs).backward()  # type: ignore[no-untyped-call]
     grads = [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
@@ -269,7 +287,7 @@ def _trial(
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=way.precision == "bf16"):
+        with autocast(device, way.dtype):
             outputs = _listed(model(image))
         _energy(outputs).backward()  # type: ignore[no-untyped-call]
 

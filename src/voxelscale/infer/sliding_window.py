@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from voxelscale.config import IntTriple
 from voxelscale.console import count, notice
+from voxelscale.device import autocast
 from voxelscale.errors import VoxelscaleError
 
 Place = tuple[int, ...]
@@ -387,7 +388,7 @@ def _forward(
     """The logits (batch, output, z, y, x) float32, averaged over the mirrored copies."""
     copies: list[Tensor] = []
     for flipped in axes:
-        with torch.autocast(windows.device.type, torch.bfloat16, enabled=precision != torch.float32):
+        with autocast(windows.device, precision):
             logits = model(windows.flip(flipped) if flipped else windows).float()
         logits = logits.flip(flipped) if flipped else logits
         if copies and logits.shape[1] > 1:  # eight copies of many classes would not fit

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from voxelscale.config import Config, dump, load_stored
-from voxelscale.device import choose_precision, default_device, to_channels_last
+from voxelscale.device import autocast, choose_precision, default_device, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.norm import SyncBatchNorm
 from voxelscale.ranks.workers import Workers, data_parallel, join
@@ -215,7 +215,7 @@ class _Worker:
         marks = [_mark(device)]
         image, mask = self.task.collate(samples)
         marks.append(_mark(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision != torch.float32):
+        with autocast(device, self.precision):
             logits = net(image)
         loss, *_ = self.task.loss(logits, mask)
         marks.append(_mark(device))

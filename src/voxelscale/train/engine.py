@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from voxelscale.config import Config
 from voxelscale.config.renamed import with_first_names
 from voxelscale.console import Progress, count, duration, notice, warn
-from voxelscale.device import choose_precision, to_channels_last
+from voxelscale.device import autocast, choose_precision, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.randomness import generator
@@ -242,8 +242,7 @@ class Engine:
     def _forward(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """The loss of one worker's micro-batch and the figure shown beside it."""
         inputs, target = self.task.collate(batch)
-        device = self.workers.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.precision != torch.float32):
+        with autocast(self.workers.device, self.precision):
             output = self.wrapped(inputs)
         value = self.task.loss(output, target)
         loss, measure = value if isinstance(value, tuple) else (value, torch.full_like(value, math.nan))

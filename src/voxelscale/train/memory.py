@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from voxelscale.classes import LESION, Classes
 from voxelscale.config import Config, Triple
-from voxelscale.device import choose_precision, keep_freed_memory, to_channels_last
+from voxelscale.device import autocast, choose_precision, keep_freed_memory, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_loss, build_model
 from voxelscale.model.checkpointing import checkpoint_activations
@@ -344,7 +344,7 @@ def forward_backward(
     target = torch.zeros_like(image[:, :1])
     if config.train.formatted:
         image = image.contiguous(memory_format=torch.channels_last_3d)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision != torch.float32):
+    with autocast(device, precision):
         logits = model(image)
     loss, _ = build_loss(config.loss, classes)(logits, target)
     del logits

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from voxelscale.device import autocast
 from voxelscale.model.norm import SyncBatchNorm
 from voxelscale.ranks.workers import Workers, average_buffers
 from voxelscale.train.checkpoint import Trained
@@ -51,7 +52,7 @@ def recalibrate(
     with _gathering(norms), torch.no_grad():
         for first in range(0, samples, _BATCH):
             batch = [source[index] for index in range(first, min(first + _BATCH, samples))]
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision != torch.float32):
+            with autocast(device, precision):
                 model(collate(batch)[0])
 
 
