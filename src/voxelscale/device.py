@@ -1,19 +1,19 @@
-"""What arithmetic the device does well."""
+"""The device: what arithmetic it does well, and how it is made to do it."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
 
 Way = TypeVar("Way")
@@ -78,11 +78,15 @@ class Arithmetic:
         precision: ``fp32`` or ``bf16``, of the forward and backward pass.
         channels_last: memory format of activations and weights.
         compile: whether the network goes through torch.compile.
+        graph: whether a GPU replays the forward and backward pass as one CUDA graph.
+        deterministic: whether a GPU uses algorithms alone that give the same bits each time.
     """
 
     precision: str
     channels_last: bool
     compile: bool
+    graph: bool = False
+    deterministic: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,60 +108,38 @@ class Arithmetic:
             found = Arithmetic(**record)
         except TypeError as error:
             raise VoxelscaleError(f"recorded arithmetic: {error}", "begin a new run") from error
-        flags = isinstance(found.channels_last, bool) and isinstance(found.compile, bool)
+        flags = all(isinstance(value, bool) for name, value in asdict(found).items() if name != "precision")
         if found.precision not in ("fp32", "bf16") or not flags:
             raise VoxelscaleError(f"recorded arithmetic: {dict(record)} is unknown", "begin a new run")
         return found
 
 
-def choose_arithmetic(
-    make_model: Callable[[], nn.Module],
-    shape: Sequence[int],
-    device: torch.device,
-    *,
-    precision: str = "auto",
-    channels_last: bool | None = None,
-    compile: bool | None = False,
-    rounds: int = 2,
-) -> Arithmetic:
-    """The way to compute that is right on this device and, of those left open, the fastest.
+@contextmanager
+def policy(device: torch.device, deterministic: bool = False) -> Iterator[None]:
+    """Within it a GPU's libraries compute as a run says; nothing changes for a processor.
 
-    bfloat16 is taken only if it agrees with float32 here (see `bf16_agrees`); otherwise a notice says
-    so and float32 is taken. What is None is decided by timing forward and backward passes in turns.
-    The answer depends on the moment: ask once a run, in one rank, and record it. The global random
-    state is left as it was.
-
-    Args:
-        make_model: gives a network to try on; it is not used further.
-        shape: of an input, ``(batch, channel, ...)``.
-        precision: ``auto``, ``fp32`` or ``bf16``.
-        channels_last, compile: True or False where the user has decided.
-        rounds: timed passes of each way, after one that is not timed.
-
-    Raises:
-        VoxelscaleError: bf16 is asked of a GPU that has none.
+    float32 is float32: without TF32, which keeps 10 of its 23 bits and is PyTorch's default for
+    convolutions. cuDNN tries its algorithms on each new shape and takes the fastest (``benchmark``); that
+    choice, and some of the algorithms, differ from run to run. Deterministic, it does not try, and an
+    operation that has no deterministic algorithm is an error.
     """
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(0)
-        name: Literal["fp32", "bf16"] = (
-            "bf16" if choose_precision(precision, device) == torch.bfloat16 else "fp32"
-        )
-        if name == "bf16" and not bf16_agrees(make_model, shape, device):
-            notice(f"{device}: bfloat16 disagrees with float32 here; computing in float32")
-            name = "fp32"
-        # A processor may have bfloat16 and yet be slower in it; GPUs never are.
-        open_still = name == "bf16" and precision == "auto" and device.type == "cpu"
-        names: list[Literal["fp32", "bf16"]] = ["bf16", "fp32"] if open_still else [name]
-        formats = [True, False] if channels_last is None else [channels_last]
-        compiles = [False, True] if compile is None else [compile]
-        ways = [
-            Arithmetic(precision=p, channels_last=f, compile=c)
-            for p in names
-            for f in formats
-            for c in compiles
-        ]
-        return ways[0] if len(ways) == 1 else _fastest(ways, make_model, shape, device, rounds)
+    if device.type != "cuda":
+        yield
+        return
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    strict = torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        # cuBLAS needs work space of a fixed size to be deterministic; PyTorch refuses without the setting.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
+        torch.use_deterministic_algorithms(strict)
 
 
 @torch.inference_mode()
@@ -185,123 +167,16 @@ def choose_inference(
     passes = {dtype: partial(step, dtype) for dtype in (torch.float32, torch.bfloat16)}
     for warm in passes.values():
         warm()
-    return _quickest(passes, device, rounds=2)
+    return quickest(passes, device, rounds=2)
 
 
-def bf16_agrees(make_model: Callable[[], nn.Module], shape: Sequence[int], device: torch.device) -> bool:
-    """Whether a network's outputs and gradients in bfloat16 are those of float32, but for rounding.
-
-    Some library versions compute bf16 3-D convolutions wrongly (cuDNN before 9.15: PyTorch issues 163539,
-    166122 and 166643); this sees it on the device at hand. It looks at one sample in both memory formats,
-    as each has kernels of its own, against float32 without TF32. Outputs may differ by a quarter of their
-    own spread, gradients must point the same way (cosine above 0.9); wrong kernels give outputs and
-    gradients that have nothing to do with the right ones. Where even one sample does not fit, the training
-    will say so.
-    """
-    image = torch.randn(1, *shape[1:], device=device)
-    model = make_model().to(device)
-    try:
-        with _no_tf32():
-            right = _pass(model, image, torch.float32)
-        contiguous = _pass(model, image, torch.bfloat16)
-        channels_last = image.movedim(1, -1).contiguous().movedim(-1, 1)
-        others = [contiguous, _pass(to_channels_last(model), channels_last, torch.bfloat16)]
-    except torch.OutOfMemoryError:
-        return True
-    return all(_alike(right, other) for other in others)
-
-
-@contextmanager
-def _no_tf32() -> Iterator[None]:
-    """Within it float32 is computed as float32, also where a GPU's default is TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def _pass(model: nn.Module, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A network's output and gradients, float32."""
-    model.zero_grad(set_to_none=True)
-    with autocast(image.device, dtype):
-        outputs = _listed(model(image))
-    _energy(outputs).backward()  # type: ignore[no-untyped-call]
-    grads = [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
-    return outputs[0].detach().float(), torch.cat(grads)
-
-
-def _alike(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
-    """Whether outputs and gradients are the same but for the rounding of bfloat16."""
-    (right, slope), (logits, gradient) = one, other
-    if not (torch.isfinite(logits).all() and torch.isfinite(gradient).all()):
-        return False
-    error = (logits - right).square().mean().sqrt()
-    alike = torch.nn.functional.cosine_similarity(slope, gradient, dim=0)
-    return bool(error <= 0.25 * right.std() + 1e-6) and bool(alike > 0.9)
-
-
-def _fastest(
-    ways: Sequence[Arithmetic],
-    make_model: Callable[[], nn.Module],
-    shape: Sequence[int],
-    device: torch.device,
-    rounds: int,
-) -> Arithmetic:
-    """The way whose fastest pass is the fastest; one that fails (no compiler, say) is out."""
-    passes: dict[Arithmetic, Callable[[], None]] = {}
-    for way in ways:
-        step = _trial(way, make_model, shape, device)
-        try:
-            step()
-        except Exception as error:  # whatever a compiler or a kernel raises, the others remain
-            notice(f"{device}: {way} does not work here: {type(error).__name__}", level=2)
-        else:
-            passes[way] = step
-    if not passes:
-        return ways[0]
-    return _quickest(passes, device, rounds)
-
-
-def _quickest(passes: Mapping[Way, Callable[[], None]], device: torch.device, rounds: int) -> Way:
+def quickest(passes: Mapping[Way, Callable[[], None]], device: torch.device, rounds: int) -> Way:
     """The way whose fastest pass is the fastest, timed in turns."""
     times: dict[Way, list[float]] = {way: [] for way in passes}
     for _ in range(rounds):
         for way, step in passes.items():
             times[way].append(seconds_of(step, device))
     return min(times, key=lambda way: min(times[way]))
-
-
-def _trial(
-    way: Arithmetic, make_model: Callable[[], nn.Module], shape: Sequence[int], device: torch.device
-) -> Callable[[], None]:
-    """A forward and backward pass computed this way."""
-    model = make_model().to(device)
-    image = torch.randn(*shape, device=device)
-    if way.channels_last:
-        to_channels_last(model)
-        image = image.movedim(1, -1).contiguous().movedim(-1, 1)
-    if way.compile:
-        model.compile()
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        with autocast(device, way.dtype):
-            outputs = _listed(model(image))
-        _energy(outputs).backward()  # type: ignore[no-untyped-call]
-
-    return step
-
-
-def _listed(output: Tensor | list[Tensor]) -> list[Tensor]:
-    """A network's logits; with deep supervision there are several."""
-    return output if isinstance(output, list) else [output]
-
-
-def _energy(outputs: Sequence[Tensor]) -> Tensor:
-    """A scalar whose gradient reaches every weight."""
-    return torch.stack([logits.float().square().mean() for logits in outputs]).sum()
 
 
 def seconds_of(step: Callable[[], object], device: torch.device) -> float:

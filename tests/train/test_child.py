@@ -169,12 +169,12 @@ import sys, torch
 from voxelscale import cli
 from voxelscale.train import engine
 
-def too_large(self, batch):
+def too_large(self, now, stream):
     if self.state.seen >= 8 and self.workers.rank == self.workers.ranks - 1:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-    return forward(self, batch)
+    return step(self, now, stream)
 
-forward, engine.Engine._forward = engine.Engine._forward, too_large
+step, engine.Engine._step = engine.Engine._step, too_large
 """
 
 

@@ -36,8 +36,10 @@ def test_workers_are_equal_with_deep_supervision(tiny: Config, any_store: Store,
     # The lowest level of the decoder has no head: of four levels there is one.
     model = replace(tiny.model, deep_supervision=True, depth=4)
     data = replace(tiny.data, patch_size=(32, 32, 32))
-    # Which voxels are the hardest is a step function: a rounding apart may choose another one.
-    config = replace(tiny, model=model, data=data, loss=replace(tiny.loss, top_k=1.0))
+    # Which voxels are the hardest is a step function: a rounding apart may choose another one. AdamW divides
+    # a gradient by its size: where that is no more than rounding, it moves a weight as far as any other.
+    optim = replace(tiny.optim, name="sgd", lr=0.01, momentum=0.9)
+    config = replace(tiny, model=model, data=data, optim=optim, loss=replace(tiny.loss, top_k=1.0))
 
     def weights(name: str, **how: Any) -> dict[str, Tensor]:
         settings: dict[str, Any] = {"samples": STEPS * BATCH, "checkpoint_every": STEPS * BATCH, **how}
@@ -48,5 +50,6 @@ def test_workers_are_equal_with_deep_supervision(tiny: Config, any_store: Store,
     assert any(name.startswith("supervision.") for name in one)
     ranks = weights("ranks", ranks=2, batch_size=2)
     mixed = weights("mixed", ranks=1, virtual_workers=2, batch_size=2)
-    assert apart(ranks, one) <= 1e-4
-    assert apart(mixed, one) <= 1e-4
+    moved = apart(one, weights("first", ranks=1, batch_size=4, samples=BATCH))  # since the first update
+    assert apart(ranks, one) <= 1e-3 * moved
+    assert apart(mixed, one) <= 1e-3 * moved

@@ -35,6 +35,8 @@ ADDED: dict[str, object] = {
     "model.blocks": (),
     "model.preset": "none",
     "model.deep_supervision": False,
+    "train.cuda_graph": None,
+    "train.deterministic": False,
 }
 """Keys that came after the first digests were made, and the defaults with which they are left out."""
 

@@ -31,6 +31,12 @@ class TrainConfig(Section):
     """Memory format of activations and weights; null: by a short trial on GPUs, true on CPUs."""
     compile: bool | None = False
     """Whether to compile the network with torch.compile; null: if a short trial finds it faster."""
+    cuda_graph: bool | None = None
+    """Whether one process with one GPU replays the forward and backward pass as a CUDA graph; null: if a
+    short trial finds it faster. It has no effect on CPUs and on several ranks."""
+    deterministic: bool = False
+    """Whether a GPU computes the same bits each time; the start of the training says what it costs. CPUs
+    always do, with the same number of threads."""
     checkpoint_activations: bool = False
     """Activation checkpointing: recompute the activations within a level in the backward pass. A quarter
     more time for an eighth less memory on CPUs (docs/benchmarks.md)."""

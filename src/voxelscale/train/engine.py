@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from voxelscale.config import Config
 from voxelscale.config.renamed import with_first_names
 from voxelscale.console import Progress, count, duration, notice, warn
-from voxelscale.device import autocast, choose_precision, to_channels_last
+from voxelscale.device import choose_precision, policy, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.randomness import generator
 from voxelscale.ranks.workers import WorkerBuffers, Workers, average_buffers, data_parallel, held_back
+from voxelscale.samples.ahead import on_device
 from voxelscale.samples.draws import Stream
 from voxelscale.samples.patches import read_ahead
 from voxelscale.train.checkpoint import State, Trained, Writer, load_newest
@@ -35,9 +36,12 @@ from voxelscale.train.clock import Clock, Step
 from voxelscale.train.log import STOP_FILE, RunLog, environment, note_out_of_memory
 from voxelscale.train.meter import Meter, Signals
 from voxelscale.train.optim import AveragedWeights, learning_rate, make_optimizer, set_learning_rate
+from voxelscale.train.passes import TrainingPass
 from voxelscale.train.snapshot import snapshot
 from voxelscale.train.task import Task
 from voxelscale.train.validate import Validation, start_validation
+
+Batch = TypeVar("Batch")
 
 LOG_LINES = 200
 """Training events a run writes to ``metrics.jsonl``, about."""
@@ -104,6 +108,8 @@ class Engine:
         self.wrapped = data_parallel(self.model, workers, config.train.compress)
         if config.train.compile:
             self.wrapped.compile()
+        graph = config.train.cuda_graph is True and workers.device.type == "cuda" and workers.ranks == 1
+        self.training_pass = TrainingPass(self.wrapped, task.loss, self.precision, workers.device, graph)
         self.meter = Meter(workers)
         self.validation: Validation | None = None
         self.log: RunLog | None = None
@@ -123,7 +129,8 @@ class Engine:
             if self.state.seen < self.clock.end or self._validation_missed():
                 self._check_update()
                 self.log = self._open_log()
-                self._all_steps(steps, asked)
+                with policy(self.workers.device, self.config.train.deterministic):
+                    self._all_steps(steps, asked)
         except torch.OutOfMemoryError:
             if self.run is not None:
                 note_out_of_memory(self.run, self.state.seen)
@@ -137,7 +144,7 @@ class Engine:
                 self.log.close()
             # It must go before its process group: as the group's last holder it would end it with the
             # interpreter locked, which Gloo's threads may be waiting for.
-            del self.wrapped
+            del self.wrapped, self.training_pass
         return Result(
             seen=self.state.seen, finished=self.state.seen >= self.clock.end, best=self.state.best
         )
@@ -165,7 +172,7 @@ class Engine:
 
     def _all_steps(self, steps: Iterator[Step], asked: Callable[[], bool]) -> None:
         began, total = time.monotonic() - self.state.seconds, self.clock.end
-        stream = self._read_ahead()
+        stream = self._micro_batches()
         if self._validation_missed():
             self._begin_validation()
         quiet = contextlib.nullcontext()
@@ -173,7 +180,7 @@ class Engine:
             Progress("train", total, done=self.state.seen, rate=False) if self.chief else quiet as progress
         ):
             for step in steps:
-                self._step(step, self._batches(step, stream))
+                self._step(step, stream)
                 self.state = replace(self.state, seen=step.end, seconds=time.monotonic() - began)
                 signals = self._end_step(step.global_batch, asked)
                 self._report(step, progress, step.end >= total)
@@ -197,38 +204,46 @@ class Engine:
         if self.log and self.run:
             (self.run / STOP_FILE).unlink(missing_ok=True)
 
-    def _read_ahead(self) -> Iterator[list[Any]]:
-        """The samples of every micro-batch that is left to this rank, in order."""
+    def _micro_batches(self) -> Iterator[tuple[list[Any], tuple[Any, Any]]]:
+        """The micro-batches that are left to this rank, in order: samples, and input and target of them."""
         left = self.clock.steps(self.state.seen)
         indices = (indices for step in left for indices, _ in step.share(self.workers.mine))
-        data = self.config.data
-        return read_ahead(self.task.source, indices, data.readers, data.prefetch)
+        data, device = self.config.data, self.workers.device
+        samples = read_ahead(self.task.source, indices, data.readers, data.prefetch)
+        if device.type == "cpu":  # which makes them itself: that is arithmetic, not waiting
+            return on_device(self._timed(samples), self.task.collate, device)
+        return self._timed(on_device(samples, self.task.collate, device))
 
-    def _batches(self, step: Step, stream: Iterator[list[Any]]) -> list[tuple[int, list[Any], float]]:
-        """This rank's micro-batches of an update: first index, samples, weight."""
-        started = time.monotonic()
-        share = step.share(self.workers.mine)
-        batches = [(indices[0], next(stream), weight) for indices, weight in share]
-        self.meter.waited += time.monotonic() - started
-        return batches
+    def _timed(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """The same; the time until the next is there counts as waiting for input."""
+        while True:
+            started = time.monotonic()
+            try:
+                batch = next(stream)
+            except StopIteration:
+                return
+            finally:
+                self.meter.waited += time.monotonic() - started
+            yield batch
 
-    def _step(self, step: Step, batches: Sequence[tuple[int, Sequence[Any], float]]) -> None:
+    def _step(self, step: Step, stream: Iterator[tuple[list[Any], tuple[Any, Any]]]) -> None:
         """One update: every worker's gradients, averaged, then the optimiser."""
         optim, budget = self.config.optim, self.config.train.samples
         rate = learning_rate(optim, step.first, budget, step.global_batch)
         set_learning_rate(self.trained.optimizer, rate)
-        self.trained.optimizer.zero_grad(set_to_none=True)
+        self.training_pass.clear_gradients()
         self.buffers.begin_step()
-        losses = []
-        for number, (first, batch, weight) in enumerate(batches, start=1):
+        share = step.share(self.workers.mine)
+        losses: list[tuple[Sequence[Any], Tensor]] = []
+        for number, (indices, weight) in enumerate(share, start=1):
+            samples, (inputs, target) = next(stream)
             self.buffers.begin_worker()
-            _seed_layers(self.config.train.seed, first)
-            with held_back(self.wrapped, number < len(batches)):
-                loss, measure = self._forward(batch)
-                (loss * weight).backward()  # type: ignore[no-untyped-call]
+            _seed_layers(self.config.train.seed, indices[0])
+            with held_back(self.wrapped, number < len(share)):
+                loss, measure = self.training_pass(inputs, target, weight)
             self.buffers.end_worker(weight)
-            losses.append((batch, loss.detach()))
-            self.meter.add(loss.detach() * weight, measure * weight)
+            losses.append((samples, loss))
+            self.meter.add(loss * weight, measure * weight)
         self._recent.append(losses)
         if self._gradients_sound():
             self.buffers.end_step()
@@ -238,15 +253,6 @@ class Engine:
             self._report_skipped(step)
         if self.trained.average:
             self.trained.average.update(self.model, step.end, step.global_batch, budget)
-
-    def _forward(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """The loss of one worker's micro-batch and the figure shown beside it."""
-        inputs, target = self.task.collate(batch)
-        with autocast(self.workers.device, self.precision):
-            output = self.wrapped(inputs)
-        value = self.task.loss(output, target)
-        loss, measure = value if isinstance(value, tuple) else (value, torch.full_like(value, math.nan))
-        return loss, measure.detach().mean()
 
     def _gradients_sound(self) -> bool:
         """Clip the gradients' norm; False where they are not finite and that is to be skipped.

@@ -21,7 +21,7 @@ from voxelscale import __version__
 from voxelscale.channels import ONE_CT
 from voxelscale.config import Config
 from voxelscale.console import count, notice
-from voxelscale.device import Arithmetic, choose_arithmetic, choose_precision
+from voxelscale.device import Arithmetic, choose_precision
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.model.build import build_loss, build_model
@@ -38,6 +38,7 @@ from voxelscale.samples.batch import (
 from voxelscale.samples.patches import PatchSource, Sample
 from voxelscale.store import Store
 from voxelscale.store.fingerprint import open_fold
+from voxelscale.train.arithmetic import Trial, Wanted, choose_arithmetic
 from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.engine import Engine, Result
 from voxelscale.train.log import note_out_of_memory
@@ -136,39 +137,68 @@ def _memory_errors(config: Config, run: Path, device: torch.device) -> Iterator[
 
 
 def settle_arithmetic(config: Config, store: Store, run: Path, workers: Workers) -> Config:
-    """The config with precision, memory format and compiling decided, as at the start of the run.
+    """The config with precision, memory format, compiling and CUDA graph decided, as the run began.
 
-    Rank 0 decides by trial (`voxelscale.device.choose_arithmetic`) and notes it in ``arithmetic.json``:
-    a resumed run must compute as it began.
+    Rank 0 decides by trial (`trial_arithmetic`) and notes it in ``arithmetic.json``: a resumed run must
+    compute as it began.
     """
     found: list[dict[str, Any]] = [{}]
     if workers.rank == 0:
-        found = [_arithmetic(config, store, run, workers.device).to_dict()]
+        path = run / "arithmetic.json"
+        if path.is_file():
+            way = Arithmetic.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            way = trial_arithmetic(config, store, workers.device, workers.ranks)
+            write_atomic(path, json.dumps(way.to_dict()))
+        found = [way.to_dict()]
     if workers.ranks > 1:
         dist.broadcast_object_list(found, src=0)
-    way = Arithmetic.from_dict(found[0])
-    precision: Literal["fp32", "bf16"] = "bf16" if way.dtype == torch.bfloat16 else "fp32"
-    train = replace(config.train, precision=precision, channels_last=way.channels_last, compile=way.compile)
-    return replace(config, train=train)
+    return with_arithmetic(config, Arithmetic.from_dict(found[0]))
 
 
-def _arithmetic(config: Config, store: Store, run: Path, device: torch.device) -> Arithmetic:
-    path, wanted = run / "arithmetic.json", config.train
-    if path.is_file():
-        return Arithmetic.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    channels_last = True if wanted.channels_last is None and device.type == "cpu" else wanted.channels_last
-    # On CPUs one sample is as informative, in half the time or less.
-    batch = wanted.batch_size if device.type == "cuda" else 1
-    way = choose_arithmetic(
-        partial(_network, config, store),
-        (batch, len(store.channels), *config.data.patch_size),
-        device,
-        precision=wanted.precision,
-        channels_last=channels_last,
-        compile=wanted.compile,
+def trial_arithmetic(config: Config, store: Store, device: torch.device, ranks: int = 1) -> Arithmetic:
+    """What a new training of `config` on this device would compute with; some steps, if it must be tried.
+
+    Args:
+        ranks: of the training. A CUDA graph holds no communication, so it is for one.
+    """
+    wanted = config.train
+    trial = Trial(
+        make_model=partial(_network, config, store),
+        loss=build_loss(config.loss, store.classes),
+        # On CPUs one sample is as informative, in half the time or less.
+        shape=(
+            wanted.batch_size if device.type == "cuda" else 1,
+            len(store.channels),
+            *config.data.patch_size,
+        ),
+        device=device,
+        optim=config.optim,
     )
-    write_atomic(path, json.dumps(way.to_dict()))
-    return way
+    return choose_arithmetic(
+        trial,
+        Wanted(
+            precision=wanted.precision,
+            channels_last=wanted.formatted if device.type == "cpu" else wanted.channels_last,
+            compile=wanted.compile,
+            graph=wanted.cuda_graph if ranks == 1 else False,
+            deterministic=wanted.deterministic,
+        ),
+    )
+
+
+def with_arithmetic(config: Config, way: Arithmetic) -> Config:
+    """The config with what a trial has found in place of what it left open."""
+    precision: Literal["fp32", "bf16"] = "bf16" if way.dtype == torch.bfloat16 else "fp32"
+    train = replace(
+        config.train,
+        precision=precision,
+        channels_last=way.channels_last,
+        compile=way.compile,
+        cuda_graph=way.graph,
+        deterministic=way.deterministic,
+    )
+    return replace(config, train=train)
 
 
 def patch_task(config: Config, store: Store, device: torch.device) -> Task:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,11 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 
 class _Rule(Optimizer):
-    """What the rules below share with PyTorch's: called with nothing, or with a closure."""
+    """What the rules below share with PyTorch's: called with nothing, or with a closure.
+
+    All parameters of a group are updated by few operations on lists of tensors: one by one they would be
+    over a thousand kernels a step on a GPU.
+    """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -48,13 +52,43 @@ class _Rule(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, self.state[parameter], group)
+            if parameters := [p for p in group["params"] if p.grad is not None]:
+                self._update(parameters, [p.grad for p in parameters], group)
         return loss
 
-    def _update(self, p: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         raise NotImplementedError
+
+    def _kept(self, parameters: Sequence[Tensor], name: str) -> list[Tensor]:
+        """A tensor of each parameter's state, of zeros at first."""
+        for p in parameters:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros_like(p)
+        return [self.state[p][name] for p in parameters]
+
+    def _adam_direction(
+        self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]
+    ) -> list[Tensor]:
+        """``m' / (sqrt(v') + eps)`` of Kingma and Ba 2015, with the bias corrected."""
+        one, two = group["betas"]
+        means, squares = self._kept(parameters, "mean"), self._kept(parameters, "square")
+        for p in parameters:
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+        steps = [self.state[p]["step"] for p in parameters]
+        torch._foreach_lerp_(means, gradients, 1 - one)
+        torch._foreach_mul_(squares, two)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - two)
+        roots = torch._foreach_div(squares, [1 - two**step for step in steps])
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, group["eps"])
+        directions = torch._foreach_div(means, [1 - one**step for step in steps])
+        torch._foreach_div_(directions, roots)
+        return list(directions)
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """(number of tensors,) their L2 norms."""
+    return torch.stack(list(torch._foreach_norm(tensors)))
 
 
 class Lars(_Rule):
@@ -67,16 +101,20 @@ class Lars(_Rule):
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, momentum: float, trust: float) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust})
 
-    def _update(self, p: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         decay = group["weight_decay"]
-        rate = torch.full((), group["lr"], device=p.device)
+        steps = torch._foreach_add(gradients, torch._foreach_mul(parameters, decay))
         if group["adapt"]:
-            size, slope = p.norm(), gradient.norm()
-            ratio = group["trust"] * size / (slope + decay * size)
-            rate = rate * torch.where((size > 0) & (slope > 0), ratio, torch.ones_like(ratio))
-        velocity = state.setdefault("momentum", torch.zeros_like(p))
-        velocity.mul_(group["momentum"]).add_((gradient + decay * p) * rate)
-        p.sub_(velocity)
+            sizes, slopes = _norms(parameters), _norms(gradients)
+            ratios = group["trust"] * sizes / (slopes + decay * sizes)
+            ratios = torch.where((sizes > 0) & (slopes > 0), ratios, torch.ones_like(ratios))
+            torch._foreach_mul_(steps, list((group["lr"] * ratios).unbind()))
+        else:
+            torch._foreach_mul_(steps, group["lr"])
+        velocities = self._kept(parameters, "momentum")
+        torch._foreach_mul_(velocities, group["momentum"])
+        torch._foreach_add_(velocities, steps)
+        torch._foreach_sub_(parameters, velocities)
 
 
 class Lamb(_Rule):
@@ -91,13 +129,14 @@ class Lamb(_Rule):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps})
 
-    def _update(self, p: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        update = _adam_direction(p, gradient, state, group) + group["weight_decay"] * p
+    def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        updates = self._adam_direction(parameters, gradients, group)
+        torch._foreach_add_(updates, torch._foreach_mul(parameters, group["weight_decay"]))
         if group["adapt"]:
-            size, length = p.norm(), update.norm()
-            ratio = torch.where((size > 0) & (length > 0), size / length, torch.ones_like(size))
-            update = update * ratio
-        p.add_(update, alpha=-group["lr"])
+            sizes, lengths = _norms(parameters), _norms(updates)
+            ratios = torch.where((sizes > 0) & (lengths > 0), sizes / lengths, torch.ones_like(sizes))
+            torch._foreach_mul_(updates, list(ratios.unbind()))
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
 
 class Muon(_Rule):
@@ -120,16 +159,44 @@ class Muon(_Rule):
     ) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "betas": tuple(betas), "eps": eps})
 
-    def _update(self, p: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        if group["adapt"] and min(p.shape[:2]) > 1:
-            velocity = state.setdefault("momentum", torch.zeros_like(p))
-            velocity.mul_(group["momentum"]).add_(gradient)
-            nesterov = gradient + group["momentum"] * velocity
-            matrix = nesterov.reshape(len(p), -1)
-            update = orthogonalise(matrix).view(p.shape) * (0.2 * math.sqrt(max(matrix.shape)))
-        else:
-            update = _adam_direction(p, gradient, state, group)
-        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+    def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        turned: list[tuple[Tensor, Tensor]] = []
+        others: list[tuple[Tensor, Tensor]] = []
+        for p, gradient in zip(parameters, gradients, strict=True):
+            (turned if group["adapt"] and min(p.shape[:2]) > 1 else others).append((p, gradient))
+        for pairs, direction in ((turned, self._orthogonal), (others, self._adam_direction)):
+            if pairs:
+                chosen, slopes = (list(each) for each in zip(*pairs, strict=True))
+                updates = direction(chosen, slopes, group)
+                torch._foreach_mul_(chosen, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(chosen, updates, alpha=-group["lr"])
+
+    def _orthogonal(
+        self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]
+    ) -> list[Tensor]:
+        velocities = self._kept(parameters, "momentum")
+        torch._foreach_mul_(velocities, group["momentum"])
+        torch._foreach_add_(velocities, gradients)
+        nesterov = torch._foreach_add(gradients, torch._foreach_mul(velocities, group["momentum"]))
+        matrices = [kernel.reshape(len(kernel), -1) for kernel in nesterov]
+        return [
+            turned.view(p.shape) * (0.2 * math.sqrt(max(turned.shape)))
+            for p, turned in zip(parameters, orthogonalise_all(matrices), strict=True)
+        ]
+
+
+def orthogonalise_all(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """`orthogonalise` of each matrix; on a GPU those of one shape together."""
+    if matrices[0].device.type == "cpu":
+        return [orthogonalise(matrix) for matrix in matrices]
+    alike: dict[torch.Size, list[int]] = {}
+    for number, matrix in enumerate(matrices):
+        alike.setdefault(matrix.shape, []).append(number)
+    found: dict[int, Tensor] = {}
+    for numbers in alike.values():
+        together = orthogonalise(torch.stack([matrices[number] for number in numbers]))
+        found |= dict(zip(numbers, together.unbind(), strict=True))
+    return [found[number] for number in range(len(matrices))]
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -137,10 +204,14 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
     The quintic iteration of Newton and Schulz with Jordan's coefficients (2024), which needs no
     decomposition; float32.
+
+    Args:
+        matrix: ``(rows, columns)``, or several, ``(batch, rows, columns)``.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.float() / (matrix.float().norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
+    wide = matrix.float()
+    x = wide / (torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     for _ in range(steps):
@@ -148,20 +219,6 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
         x = a * x + (b * square + c * square @ square) @ x
     flat: Tensor = x.mT if tall else x
     return flat
-
-
-def _adam_direction(p: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """``m' / (sqrt(v') + eps)`` of Kingma and Ba 2015, with the bias corrected."""
-    if not state:
-        state["step"] = 0
-        state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
-    state["step"] += 1
-    (one, two), step = group["betas"], state["step"]
-    state["mean"].lerp_(gradient, 1 - one)
-    state["square"].mul_(two).addcmul_(gradient, gradient, value=1 - two)
-    root = (state["square"] / (1 - two**step)).sqrt_().add_(group["eps"])
-    direction: Tensor = state["mean"] / (1 - one**step) / root
-    return direction
 
 
 def peak_rate(config: OptimConfig, global_batch: int) -> float:
