@@ -24,6 +24,13 @@ def default_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def visible_gpus() -> list[str]:
+    """Names for ``CUDA_VISIBLE_DEVICES`` of the GPUs that this process may use."""
+    count = torch.cuda.device_count()
+    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return given[:count] if given else [str(device) for device in range(count)]
+
+
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     """float32 or bfloat16; ``auto`` takes bfloat16 where the device computes in it natively.
 

@@ -25,7 +25,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.experiments.once import Ending
 from voxelscale.scale import study as study_module
 from voxelscale.scale.study import Stop, Trial, TrialScore, plan, run_study, t_interval
-from voxelscale.scale.trials import real_ranks, train_trial
+from voxelscale.scale.trials import Share, real_ranks, share_devices, train_trial
 from voxelscale.store import Store
 from voxelscale.train.log import read_events
 from voxelscale.train.optim import peak_rate
@@ -154,7 +154,7 @@ def test_progress_counts_the_samples_of_running_trainings(
 
 @pytest.mark.parametrize(("workers", "wanted", "ranks"), [(64, 8, 8), (12, 8, 6), (7, 4, 1), (1, 8, 1)])
 def test_real_ranks_divide_the_workers(workers: int, wanted: int, ranks: int) -> None:
-    assert real_ranks(workers, wanted, 1) == ranks
+    assert real_ranks(workers, wanted) == ranks
 
 
 def test_a_trial_that_fails_lets_the_others_save_and_stop(tmp_path: Path) -> None:
@@ -218,11 +218,41 @@ def test_a_trial_is_trained_by_as_many_real_ranks_as_divide_its_workers(tmp_path
     (trial,) = plan(config("scale.recipes=[unchanged]", "scale.workers=[12]", "scale.seeds=[3]"))
     trial = replace(trial, config=replace(trial.config, train=replace(trial.config.train, ranks=8)))
     train = Emulated(dice=lambda _: 0.7)
-    score = train_trial(trial, tmp_path / "run", Stop(), store=tmp_path, jobs=1, train=train)
+    score = train_trial(
+        trial, tmp_path / "run", Stop(), store=tmp_path, shares=share_devices(1), train=train
+    )
     assert score == TrialScore(dice=0.7, curve=((640, 0.7),))
     (trained,) = train.trained
     assert (trained.config.train.ranks, trained.config.train.virtual_workers) == (6, 2)
     assert trained.config.train.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("jobs", "gpus", "shares"),
+    [
+        (2, ["0", "1", "2", "3"], [("0", "1"), ("2", "3")]),
+        (3, ["4", "5", "6", "7"], [("4",), ("5",), ("6",)]),
+        (3, ["0", "1"], [("0",), ("1",), ("0",)]),
+        (2, [], [(), ()]),
+    ],
+)
+def test_trainings_at_a_time_have_gpus_of_their_own(
+    jobs: int, gpus: list[str], shares: list[tuple[str, ...]]
+) -> None:
+    queue = share_devices(jobs, gpus)
+    assert [queue.get() for _ in range(jobs)] == [Share(gpus=each, sharers=jobs) for each in shares]
+    assert queue.empty()
+
+
+def test_a_training_sees_the_gpus_of_its_share_alone(tmp_path: Path) -> None:
+    (trial,) = plan(config("scale.recipes=[unchanged]", "scale.workers=[12]", "scale.seeds=[3]"))
+    trial = replace(trial, config=replace(trial.config, train=replace(trial.config.train, ranks=0)))
+    shares, train = share_devices(2, ["0", "1", "5", "7"]), Emulated(dice=lambda _: 0.7)
+    for run in ("one", "other", "third"):
+        train_trial(trial, tmp_path / run, Stop(), store=tmp_path, shares=shares, train=train)
+    seen = [one.environment["CUDA_VISIBLE_DEVICES"] for one in train.trained]
+    assert seen == ["0,1", "5,7", "0,1"]
+    assert {one.config.train.ranks for one in train.trained} == {2}
 
 
 def test_how_a_training_ends_decides_its_score(tmp_path: Path) -> None:
@@ -230,7 +260,9 @@ def test_how_a_training_ends_decides_its_score(tmp_path: Path) -> None:
 
     def score(ending: Ending, stop: Stop = Stop()) -> TrialScore:  # noqa: B008
         train = Emulated(ending=lambda _: ending)
-        return train_trial(trial, tmp_path / "run", stop, store=tmp_path, jobs=1, train=train)
+        return train_trial(
+            trial, tmp_path / "run", stop, store=tmp_path, shares=share_devices(1), train=train
+        )
 
     assert score("diverged") == TrialScore(dice=0.0, diverged=True)
     with pytest.raises(VoxelscaleError, match="made up"):
@@ -244,7 +276,13 @@ def test_how_a_training_ends_decides_its_score(tmp_path: Path) -> None:
 def test_a_trial_that_is_to_stop_at_once(tiny: Config, store: Store, tmp_path: Path) -> None:
     (trial, *_) = plan(replace(tiny, train=replace(tiny.train, samples=10**6)))
     with pytest.raises(KeyboardInterrupt):
-        train_trial(trial, tmp_path / "run", Stop(asked=True, at_once=True), store=store.path, jobs=1)
+        train_trial(
+            trial,
+            tmp_path / "run",
+            Stop(asked=True, at_once=True),
+            store=store.path,
+            shares=share_devices(1),
+        )
     assert not [words for _, words in processes() if str(tmp_path) in words]
 
 

@@ -36,8 +36,8 @@ def test_workers_are_equal_with_deep_supervision(tiny: Config, any_store: Store,
     # The lowest level of the decoder has no head: of four levels there is one.
     model = replace(tiny.model, deep_supervision=True, depth=4)
     data = replace(tiny.data, patch_size=(32, 32, 32))
-    # Which voxels are the hardest is a step function: a rounding apart may choose another one. AdamW divides
-    # a gradient by its size: where that is no more than rounding, it moves a weight as far as any other.
+    # Which voxels are the hardest is a step function: a rounding apart may choose another one. AdamW
+    # divides a gradient by its size: where that is all rounding, it moves a weight as far as any other.
     optim = replace(tiny.optim, name="sgd", lr=0.01, momentum=0.9)
     config = replace(tiny, model=model, data=data, optim=optim, loss=replace(tiny.loss, top_k=1.0))
 

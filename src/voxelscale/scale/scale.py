@@ -19,7 +19,7 @@ from voxelscale.scale.cost import Interconnect, StepCost, TrainingTime, compare,
 from voxelscale.scale.links import Link, parse_link
 from voxelscale.scale.report import CostedRow, write_results
 from voxelscale.scale.study import Row, Trial, plan, run_study
-from voxelscale.scale.trials import train_trial
+from voxelscale.scale.trials import share_devices, train_trial
 from voxelscale.store import Store
 from voxelscale.store.fingerprint import open_fold
 from voxelscale.train.validation_cases import require_validation
@@ -42,7 +42,7 @@ def scale(config: Config, store_path: Path, out: Path) -> list[CostedRow]:
     require_validation(store, config)
     trials = plan(config)
     jobs = config.scale.jobs or _devices()
-    train_one = partial(train_trial, store=store_path, jobs=jobs)
+    train_one = partial(train_trial, store=store_path, shares=share_devices(jobs))
     # The parts of a step are timed first, while nothing else runs.
     kinds = {(trial.recipe, trial.workers): trial for trial in trials}  # whatever the seed
     times = {kind: _time(trial, store, network, out) for kind, trial in kinds.items()}
@@ -114,7 +114,8 @@ def _step(config: Config, store: Store, out: Path) -> StepCost:
     # What a step costs does not depend on rates and schedules.
     what = {key: tree[key] for key in ("data", "augment", "model", "loss")}
     what["optim"] = tree["optim"]["name"]
-    what["train"] = [tree["train"][key] for key in ("batch_size", "precision", "channels_last", "compile")]
+    how = ("batch_size", "precision", "channels_last", "compile", "deterministic")
+    what["train"] = [tree["train"].get(key) for key in how]
     path = out / "steps" / f"{digest_of(what)[:8]}.json"
     from voxelscale.scale.measure import measure_step, step_from_dict
 

@@ -1,44 +1,99 @@
-"""One trial of the study: which real ranks train it, and what came of it."""
+"""One trial of the study: which devices and real ranks train it, and what came of it."""
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 
 from voxelscale.errors import VoxelscaleError
 from voxelscale.experiments.once import Order, Training, TrainOnce, train_once
 from voxelscale.scale.study import Stop, Trial, TrialScore
 
 
-def train_trial(
-    trial: Trial, run: Path, stop: Stop, *, store: Path, jobs: int, train: TrainOnce = train_once
-) -> TrialScore:
-    """Train it in `run`, resuming if it was stopped.
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One training's part of this machine.
 
-    Real ranks as far as devices go, each emulating its share of the workers.
+    Attributes:
+        gpus: names for ``CUDA_VISIBLE_DEVICES``; () where there are none.
+        sharers: trainings that share the cores.
+    """
+
+    gpus: tuple[str, ...] = ()
+    sharers: int = 1
+
+
+def share_devices(jobs: int, gpus: Sequence[str] | None = None) -> SimpleQueue[Share]:
+    """The shares of as many trainings at a time; each takes one and puts it back.
+
+    Args:
+        gpus: names of those to share out; None: those that this process may use. Where there are fewer than
+            trainings, several use the same.
+    """
+    if gpus is None:
+        from voxelscale.device import visible_gpus
+
+        gpus = visible_gpus()
+    each = max(1, len(gpus) // jobs)
+    shares: SimpleQueue[Share] = SimpleQueue()
+    for job in range(jobs):
+        first = job * each % len(gpus) if gpus else 0
+        shares.put(Share(gpus=tuple(gpus[first : first + each]), sharers=jobs))
+    return shares
+
+
+def train_trial(
+    trial: Trial,
+    run: Path,
+    stop: Stop,
+    *,
+    store: Path,
+    shares: SimpleQueue[Share],
+    train: TrainOnce = train_once,
+) -> TrialScore:
+    """Train it in `run`, resuming if it was stopped, on a share of the machine of its own.
+
+    Real ranks as far as devices go, each emulating its part of the workers.
 
     Args:
         stop: whether it is to save and stop.
-        jobs: trainings that share this machine.
+        shares: one for each training at a time.
         train: trains once.
 
     Raises:
         KeyboardInterrupt: it was stopped.
         VoxelscaleError: the training failed for another reason than that it diverged.
     """
-    ranks = real_ranks(trial.workers, trial.config.train.ranks, jobs)
-    threads = max(1, (os.cpu_count() or 1) // (jobs * ranks))
+    share = shares.get()
+    try:
+        return _train(trial, run, stop, store, share, train)
+    finally:
+        shares.put(share)
+
+
+def _train(trial: Trial, run: Path, stop: Stop, store: Path, share: Share, train: TrainOnce) -> TrialScore:
+    ranks = real_ranks(trial.workers, trial.config.train.ranks or len(share.gpus))
+    threads = max(1, (os.cpu_count() or 1) // (share.sharers * ranks))
     virtual = trial.workers // ranks
     how = replace(trial.config.train, ranks=ranks, virtual_workers=virtual, threads=threads)
-    config = replace(trial.config, train=how)
+    training = Training(
+        config=replace(trial.config, train=how),
+        store=store,
+        run=run,
+        threads=threads,
+        environment={"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)} if share.gpus else {},
+        # However long its last step takes: it is stopped at once only where that is asked for.
+        grace=math.inf,
+    )
 
     def order() -> Order:
         return "kill" if stop.at_once else "stop" if stop.asked else "go on"
 
-    # However long its last step takes: it is stopped at once only where that is asked for.
-    result = train(Training(config=config, store=store, run=run, threads=threads, grace=math.inf), order)
+    result = train(training, order)
     if result.ending in ("stopped", "killed"):
         raise KeyboardInterrupt
     if result.ending == "diverged":
@@ -48,15 +103,6 @@ def train_trial(
     return TrialScore(dice=result.dice, curve=result.curve)
 
 
-def real_ranks(workers: int, wanted: int, jobs: int) -> int:
-    """The largest number of processes that divides `workers` and for which there are devices.
-
-    Args:
-        wanted: ``train.ranks``; 0: one a GPU, or one on CPUs, where a rank computes on all cores.
-        jobs: trainings that share the devices.
-    """
-    if not wanted:
-        import torch
-
-        wanted = max(1, torch.cuda.device_count() // jobs)
-    return max(n for n in range(1, min(wanted, workers) + 1) if workers % n == 0)
+def real_ranks(workers: int, wanted: int) -> int:
+    """The largest number of processes up to `wanted`, at least one, that divides `workers`."""
+    return max(n for n in range(1, min(max(1, wanted), workers) + 1) if workers % n == 0)

@@ -72,7 +72,9 @@ def plan_places(search: SearchConfig) -> list[Place]:
     Raises:
         VoxelscaleError: there are fewer GPUs than one trial needs.
     """
-    gpus, each = _gpus(), search.devices_per_trial
+    from voxelscale.device import visible_gpus
+
+    gpus, each = visible_gpus(), search.devices_per_trial
     if not gpus:
         count = search.workers or 1
         devices = tuple(str(device) for device in range(each))
@@ -85,12 +87,3 @@ def plan_places(search: SearchConfig) -> list[Place]:
         )
     groups = [tuple(gpus[place * each : (place + 1) * each]) for place in range(count)]
     return [Place(devices=group, cuda=True, sharers=count) for group in groups]
-
-
-def _gpus() -> list[str]:
-    """Names for ``CUDA_VISIBLE_DEVICES`` of the GPUs that this process may use."""
-    import torch
-
-    count = torch.cuda.device_count()
-    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return given[:count] if given else [str(device) for device in range(count)]
