@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from voxelscale.errors import VoxelscaleError
 from voxelscale.ranks.faults import lost_peer
-from voxelscale.ranks.workers import join
+from voxelscale.ranks.workers import join, local_rank
 
 LOST = [
     dist.DistNetworkError("The client socket has failed to connect"),
@@ -58,3 +59,34 @@ def test_ranks_that_share_a_gpu_take_gloo(
         assert workers.device == torch.device("cuda", 1 % gpus)
     assert asked["name"] == backend
     assert asked["device_id"] == (workers.device if backend == "nccl" else None)
+
+
+VARIABLES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID")
+
+
+@pytest.mark.parametrize(
+    ("said", "ranks", "gpus", "place"),
+    [
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "SLURM_LOCALID": "0"}, 8, 4, (3, 4)),
+        ({"SLURM_LOCALID": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1"}, 8, 4, (2, 4)),
+        ({"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "3"}, 7, 2, (0, 1)),
+        ({"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "4"}, 1, 4, (0, 1)),  # within sbatch, alone
+        ({}, 2, 1, (0, 1)),  # one GPU is shown to each
+        ({}, 1, 8, (0, 1)),
+    ],
+)
+def test_a_rank_s_place_on_its_machine(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str], ranks: int, gpus: int, place: tuple[int, int]
+) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert local_rank(ranks, gpus) == place
+
+
+def test_a_rank_that_cannot_know_its_gpu_does_not_take_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(VoxelscaleError, match="which of 4 GPUs"):
+        local_rank(8, 4)

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from voxelscale.console import count, notice
 from voxelscale.device import keep_freed_memory
+from voxelscale.errors import VoxelscaleError
 
 LONGEST_WAIT = timedelta(minutes=30)
 """For a collective; a rank that validates large scans keeps the others waiting. NCCL's default is 10."""
@@ -70,8 +71,8 @@ def join(virtual: int, threads: int) -> Iterator[Workers]:
         threads: CPU threads of this rank; 0: the cores shared out over the ranks of this machine.
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local, locals_ = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
+    local, locals_ = local_rank(ranks, torch.cuda.device_count())
     device = torch.device("cuda", local % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -97,6 +98,39 @@ def join(virtual: int, threads: int) -> Iterator[Workers]:
     finally:
         if grouped:
             dist.destroy_process_group()
+
+
+def local_rank(ranks: int, gpus: int) -> tuple[int, int]:
+    """This rank's number among those of its machine, and how many they are.
+
+    torchrun's variables, else Slurm's, which srun sets without them.
+
+    Args:
+        ranks: of the process group.
+        gpus: that this process sees; where it sees one alone, as with ``srun --gpus-per-task=1``, it needs
+            no number.
+
+    Raises:
+        VoxelscaleError: nothing says which of several GPUs is this rank's.
+    """
+    given = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID") if ranks > 1 else "0")
+    if given is None and gpus > 1:
+        hint = "start it with torchrun, or set LOCAL_RANK and LOCAL_WORLD_SIZE in each rank"
+        raise VoxelscaleError(f"nothing says which of {gpus} GPUs is that of this rank", hint)
+    here = os.environ.get("LOCAL_WORLD_SIZE")
+    if here is None and ranks > 1:
+        return int(given or 0), _slurm_tasks_here(os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return int(given or 0), int(here or 1)
+
+
+def _slurm_tasks_here(tasks: str) -> int:
+    """Number of tasks on this node, of Slurm's list for all nodes, as ``2(x3),1``; 1 without one."""
+    each: list[int] = []
+    for part in filter(None, tasks.split(",")):
+        number, _, times = part.partition("(x")
+        each += [int(number)] * int(times.rstrip(")") or 1)
+    node = int(os.environ.get("SLURM_NODEID", 0))
+    return each[node] if node < len(each) else 1
 
 
 def _store_of_restart() -> Any:

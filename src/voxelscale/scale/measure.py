@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from voxelscale.config import Config, dump, load_stored
-from voxelscale.device import autocast, choose_precision, default_device, to_channels_last
+from voxelscale.device import autocast, choose_precision, default_device, policy, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.norm import SyncBatchNorm
 from voxelscale.ranks.workers import Workers, data_parallel, join
@@ -35,7 +35,7 @@ from voxelscale.scale.cost import Budget, Interconnect, StepCost, UpdateTime, up
 from voxelscale.scale.links import Link, fit_link
 from voxelscale.store import Store
 from voxelscale.store.fingerprint import open_fold
-from voxelscale.train.loop import patch_task
+from voxelscale.train.loop import patch_task, trial_arithmetic, with_arithmetic
 from voxelscale.train.optim import make_optimizer
 from voxelscale.train.validation_cases import validation_cases
 
@@ -82,8 +82,9 @@ def measure_step(
         threads: CPU threads of the worker, as many as it will have.
         validation: whether to time the validation of one scan, which may take longer than the rest.
     """
-    with _threads(threads):
-        worker = _Worker(config, store, default_device())
+    device = default_device()
+    with _threads(threads), policy(device, config.train.deterministic):
+        worker = _Worker(_settled(config, store, device), store, device)
         step = _step_cost(worker, worker.rounds(rounds))
         return replace(
             step,
@@ -121,6 +122,7 @@ def validate_model(config: Config, store: Store, *, rounds: int = 8) -> ModelChe
     """
     if config.model.norm == "sync_batch":
         config = replace(config, model=replace(config.model, norm="batch"))
+    config = _settled(config, store, default_device())
     facts = _run_ranks(
         2, "check", {"config": dump(config), "store": str(store.path.absolute()), "rounds": rounds}
     )
@@ -149,6 +151,11 @@ def describe(check: ModelCheck) -> str:
         f"link: {fit}, residual {100 * link.residual:.0f} %; one rank alone {1e3 * check.alone:.1f} ms, "
         f"both without communication {1e3 * check.together:.1f} ms"
     )
+
+
+def _settled(config: Config, store: Store, device: torch.device) -> Config:
+    """With the arithmetic that a training on several ranks would choose here."""
+    return with_arithmetic(config, trial_arithmetic(config, store, device, ranks=2))
 
 
 def budget_of(config: Config, store: Store) -> Budget:
@@ -197,6 +204,8 @@ class _Worker:
         self.task = patch_task(config, store, device)
         self.cases = len(validation_cases(store, config))
         self.model = to_channels_last(self.task.model) if config.train.formatted else self.task.model
+        if config.train.compile:
+            self.model.compile()
         self.optimizer = make_optimizer(self.model, config.optim)
         self._read = 0
 
@@ -434,7 +443,8 @@ def _main(role: str, asked: Path, found: Path) -> None:
             settings.write_text(task["config"])
             asked_for = load_stored(settings)
             store = open_fold(Path(task["store"]), asked_for.data.fold)
-            facts = _check_rank(workers, asked_for, store, task["rounds"])
+            with policy(workers.device, asked_for.train.deterministic):
+                facts = _check_rank(workers, asked_for, store, task["rounds"])
         if workers.rank == 0:
             found.write_text(json.dumps(facts))
         dist.barrier()
