@@ -362,6 +362,22 @@ def test_too_large_a_step_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatc
     assert "checkpointing" in raised.value.hint
 
 
+def test_a_gpu_is_refused_what_its_tensors_alone_exceed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans leave memory for the input, a validation and the allocator, of which no GPU was measured yet."""
+    config, cuda = small(), torch.device("cuda", 0)
+    alive = memory.simulate(config, CUBIC, torch.float32).alive
+    planned = estimate_memory(config, CUBIC, cuda)
+    # Three micro-batches of two images and labels, in float32, are there beside the step.
+    assert planned > alive + 3 * 2 * 2 * 4 * 16**3
+    wider = replace(config, predict=replace(config.predict, batch_size=2 * config.predict.batch_size))
+    assert estimate_memory(wider, CUBIC, cuda) > planned
+    monkeypatch.setattr(memory, "available_memory", lambda _: (alive + planned) // 2)
+    assert require_memory(config, CUBIC, cuda) == alive
+    monkeypatch.setattr(memory, "available_memory", lambda _: alive - 1)
+    with pytest.raises(VoxelscaleError, match="does not fit|needs"):
+        require_memory(config, CUBIC, cuda)
+
+
 # The patch that fits
 
 

@@ -57,7 +57,7 @@ def cost_of(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     step = _simulated(_what_counts(config), spacing, dtype, channels, classes)
     flop = step.flop / seen_at_once(config) * config.train.samples
-    return Cost(memory=needed(step, device), flop=flop, parameters=step.parameters)
+    return Cost(memory=needed(step, device, config, channels), flop=flop, parameters=step.parameters)
 
 
 def constraints(

@@ -40,6 +40,20 @@ holes in the C library's heap, and the convolutions' own copies. Chosen on 23 ne
 on 16 others the estimate was 0.87 to 1.15 of what was measured (`benchmarks/feasible.py`), with one thread.
 In bf16 oneDNN copies both maps for every thread: with 8 threads a small network took 1.3 times as much."""
 
+RESERVED = 1.15
+"""What a GPU's allocator takes over the tensors that are alive at the peak: holes between them, and cuDNN's
+work spaces. A guess that no GPU has been measured for yet; `benchmarks/gpu.py` measures it."""
+
+MAPS_OF_WINDOW = 6
+"""Float32 maps of the first level that the prediction of a window holds at most: its skip, the decoder's map,
+both joined, and what two convolutions give."""
+
+REGION = 3
+"""Times the patch's voxels in the region that is read for a patch that is rotated and zoomed, at most."""
+
+MADE_AHEAD = 3
+"""Micro-batches that are on a GPU at a time: the one trained on and those made ahead."""
+
 MOST_SIMULATED = 3
 """Maximum batch that is simulated directly."""
 
@@ -90,8 +104,7 @@ def estimate_memory(
     """Bytes at the peak of a training step of `config`, without running it.
 
     Counted are weights, gradients, the optimiser's state, the batch and every tensor of the forward and
-    backward pass. On a GPU the allocator holds about that, beside cuDNN's work space; on CPUs a process
-    grows by more (`RESIDENT`).
+    backward pass. A device takes more (`needed`).
 
     Args:
         config: its patch size, micro-batch, model, loss, optimiser, precision and activation checkpointing
@@ -103,7 +116,7 @@ def estimate_memory(
     """
     precision = choose_precision(config.train.precision, device)
     step = simulate(config, spacing, precision, channels=channels, classes=classes)
-    return needed(step, device.type)
+    return needed(step, device.type, config, channels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +171,20 @@ def _with_batch(config: Config, batch_size: int) -> Config:
     return replace(config, train=replace(config.train, batch_size=batch_size))
 
 
-def needed(step: Simulation, device: str) -> int:
-    """Bytes that a device of this type (``cpu``, ``cuda``) must have for it."""
-    return int(RESIDENT * step.alive) + FIXED if device == "cpu" else step.alive
+def needed(step: Simulation, device: str, config: Config, channels: int = 1) -> int:
+    """Bytes that a device of this type (``cpu``, ``cuda``) must have for it.
+
+    On a GPU the batches that are made ahead and a validation beside the training are there, too. What a
+    processor needs for those is small beside a step.
+    """
+    if device == "cpu":
+        return int(RESIDENT * step.alive) + FIXED
+    voxels, predict = math.prod(config.data.patch_size), config.predict
+    window = math.prod(predict.patch_size or config.data.patch_size)
+    ahead = MADE_AHEAD * config.train.batch_size * (channels + 1) * 4 * voxels
+    region = REGION * (channels + 1) * (2 + 4) * voxels  # of one sample at a time, int16 and float32
+    validation = predict.batch_size * MAPS_OF_WINDOW * config.model.settled.filters * 4 * window
+    return int(RESERVED * step.alive) + ahead + region + validation
 
 
 def step_memory(
@@ -237,16 +261,19 @@ def require_memory(
         bytes that a step needs; a bound above them where that is far below what there is.
 
     Raises:
-        TooLarge: more than there is; the message names both, the batch and the patch.
+        TooLarge: more than there is; the message names both, the batch and the patch. On a GPU only where
+            the tensors alone are more: a step that then does not fit ends with the same message.
     """
     available = available_memory(device) // sharers
     rough = _rough_bound(config, channels, classes)
     if rough < available:
         return rough
-    step = estimate_memory(config, spacing, device, channels=channels, classes=classes)
-    if step > available:
-        raise too_much(config, step, available)
-    return step
+    precision = choose_precision(config.train.precision, device)
+    step = simulate(config, spacing, precision, channels=channels, classes=classes)
+    least = needed(step, "cpu", config, channels) if device.type == "cpu" else step.alive
+    if least > available:
+        raise too_much(config, least, available)
+    return least
 
 
 def ran_out(config: Config, device: torch.device) -> TooLarge:
