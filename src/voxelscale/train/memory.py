@@ -45,8 +45,8 @@ RESERVED = 1.15
 work spaces. A guess that no GPU has been measured for yet; `benchmarks/gpu.py` measures it."""
 
 MAPS_OF_WINDOW = 6
-"""Float32 maps of the first level that the prediction of a window holds at most: its skip, the decoder's map,
-both joined, and what two convolutions give."""
+"""Float32 maps of the first level that the prediction of a window holds at most: its skip, the decoder's
+map, both joined, and what two convolutions give."""
 
 REGION = 3
 """Times the patch's voxels in the region that is read for a patch that is rotated and zoomed, at most."""
@@ -181,7 +181,7 @@ def needed(step: Simulation, device: str, config: Config, channels: int = 1) -> 
         return int(RESIDENT * step.alive) + FIXED
     voxels, predict = math.prod(config.data.patch_size), config.predict
     window = math.prod(predict.patch_size or config.data.patch_size)
-    ahead = MADE_AHEAD * config.train.batch_size * (channels + 1) * 4 * voxels
+    ahead = MADE_AHEAD * seen_at_once(config) * (channels + 1) * 4 * voxels
     region = REGION * (channels + 1) * (2 + 4) * voxels  # of one sample at a time, int16 and float32
     validation = predict.batch_size * MAPS_OF_WINDOW * config.model.settled.filters * 4 * window
     return int(RESERVED * step.alive) + ahead + region + validation
