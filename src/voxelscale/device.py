@@ -60,7 +60,7 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     A copy from ordinary memory would be waited for. From page-locked memory it is not, and PyTorch reuses
     that memory only once the copy is done.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or values.device.type != "cpu":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 

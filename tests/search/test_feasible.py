@@ -17,8 +17,8 @@ from voxelscale.train.memory import (
     forward_backward,
     make_network,
     seen_at_once,
-    step_memory,
     simulate,
+    step_memory,
 )
 
 CPU = torch.device("cpu")

@@ -212,7 +212,7 @@ def test_a_training_says_what_it_does_and_where_it_goes_on(
     said = capsys.readouterr().err.splitlines()
     events = read_events(run)
     scores = {e["samples"]: e["dice"] for e in events if e["event"] == "validation"}
-    assert said[0].startswith("train: CPU, 1 thread, float32; ")
+    assert said[0].startswith("train: CPU, 1 thread, float32, channels last; ")
     assert said[0].endswith(" parameters")
     assert said[1].startswith(
         "train: 3 cases to train on, 1 to validate on; patches of 16 x 16 x 16 voxels"

@@ -108,8 +108,11 @@ class Engine:
         self.wrapped = data_parallel(self.model, workers, config.train.compress)
         if config.train.compile:
             self.wrapped.compile()
-        graph = config.train.cuda_graph is True and workers.device.type == "cuda" and workers.ranks == 1
-        self.training_pass = TrainingPass(self.wrapped, task.loss, self.precision, workers.device, graph)
+        cuda = workers.device.type == "cuda"
+        self.graph = cuda and workers.ranks == 1 and config.train.cuda_graph is True
+        self.training_pass = TrainingPass(
+            self.wrapped, task.loss, self.precision, workers.device, self.graph
+        )
         self.meter = Meter(workers)
         self.validation: Validation | None = None
         self.log: RunLog | None = None
@@ -438,7 +441,12 @@ class Engine:
         where, seen, end = self.workers, self.state.seen, self.clock.end
         parameters = sum(p.numel() for p in self.model.parameters())
         threads = f", {count(facts['threads_per_rank'], 'thread')}" if where.device.type == "cpu" else ""
-        notice(f"train: {facts['device']}{threads}, {facts['precision']}; {parameters:,} parameters")
+        ways = {"channels last": self.config.train.formatted, "compiled": bool(self.config.train.compile)}
+        if where.device.type == "cuda":
+            ways["as a CUDA graph"] = self.graph
+            ways["deterministic"] = self.config.train.deterministic
+        how = ", ".join([facts["precision"], *(words for words, used in ways.items() if used)])
+        notice(f"train: {facts['device']}{threads}, {how}; {parameters:,} parameters")
         if self.task.about:
             notice(f"train: {self.task.about}")
         virtual = f" x {count(where.virtual, 'virtual worker')}" * (where.virtual > 1)

@@ -20,6 +20,7 @@ from torch.utils.data import IterableDataset, default_collate
 from voxelscale import __version__
 from voxelscale.config import Config
 from voxelscale.console import notice
+from voxelscale.device import upload
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_sealed
 from voxelscale.model.bundle import load_untrusted
@@ -268,7 +269,7 @@ def _collated(
 
 
 def _placed(tensor: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    tensor = tensor.to(device, non_blocking=True)
+    tensor = upload(tensor, device)
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if channels_last and tensor.ndim in formats:
         return tensor.contiguous(memory_format=formats[tensor.ndim])

@@ -106,12 +106,14 @@ def environment(device: torch.device, ranks: int, virtual: int, precision: str) 
     """What a person needs to compare or repeat a run; no host or user names."""
     import torch
 
+    cuda = device.type == "cuda"
     return {
         "voxelscale": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": torch.cuda.get_device_name(device) if cuda else "CPU",
+        **({"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if cuda else {}),  # type: ignore[no-untyped-call]
         "cores": os.cpu_count(),
         "threads_per_rank": torch.get_num_threads(),
         "ranks": ranks,
