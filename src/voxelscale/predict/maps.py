@@ -13,6 +13,7 @@ from voxelscale.classes import Classes
 from voxelscale.findings.regions import box_of
 from voxelscale.geometry import SAME_MM, Grid, IntTriple, Scan, resample
 from voxelscale.infer.sliding_window import Box
+from voxelscale.infer.transfer import put
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +66,15 @@ class Maps:
         Args:
             within: of the whole lattice, bool; elsewhere all is background.
         """
-        classes, outside = self._classes, None if within is None else ~within[box].to(probability.device)
+        classes = self._classes
+        outside = None if within is None else put(~within[box], probability.device)
         # Slice by slice: across 100 classes torch copies all of what it looks at.
         first = None
         if not classes.regions:
             planes = [probability[:, z].argmax(0).to(torch.int16) for z in range(probability.shape[1])]
             first = torch.stack(planes)
-        for at, pieces in enumerate(self._pieces):
+
+        def kept(at: int) -> tuple[Tensor, Tensor]:
             values = probability[at]
             there = values >= self._least
             if first is not None:
@@ -80,8 +83,13 @@ class Maps:
                 there = there & ~outside
                 if at == 0 and not classes.regions:  # background
                     values, there = torch.where(outside, 1.0, values), there | outside
-            if there.any():
-                pieces.append(_piece(box, values, there))
+            return values, there
+
+        # All at once, as a GPU is waited for; then once more of those that are there, as all would not fit.
+        found = torch.stack([kept(at)[1].any() for at in range(classes.outputs)]).tolist()
+        for at, pieces in enumerate(self._pieces):
+            if found[at]:
+                pieces.append(_piece(box, *kept(at)))
 
     @property
     def nbytes(self) -> int:

@@ -25,7 +25,7 @@ from voxelscale.console import Progress, count, duration, notice
 from voxelscale.dataset.listing import Source
 from voxelscale.dataset.reading import read_image, read_more
 from voxelscale.dataset.stamps import source_stamp
-from voxelscale.device import choose_inference
+from voxelscale.device import choose_inference, upload
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.findings import (
@@ -233,6 +233,7 @@ class _Network:
             overlap=config.overlap,
             # Threads have a window each at a time: together they are a batch.
             batch_size=config.batch_size if threads == 1 else 1,
+            grow=True,
             flips=config.test_time_augmentation,
             precision=self.precision,
             threads=threads,
@@ -437,7 +438,7 @@ class _FalsePositives:
         seconds = []
         for first in range(0, len(starts), CROPS_AT_ONCE):
             crops = [_crop(volume.array, start, shape) for start in starts[first : first + CROPS_AT_ONCE]]
-            batch = self._normalise(torch.from_numpy(np.stack(crops)[:, None]).to(self._device))
+            batch = self._normalise(upload(torch.from_numpy(np.stack(crops)[:, None]), self._device))
             batch = batch.contiguous(memory_format=torch.channels_last_3d)
             with torch.inference_mode():
                 looks = [self._network(batch.flip(axes)).sigmoid() for axes in ((), (2,), (3,), (4,))]

@@ -40,7 +40,8 @@ class Side(Protocol):
 class CudaSide:
     """A stream of its own on a GPU; nobody but the GPU ever waits for it.
 
-    Its small kernels go before those of the training, which would otherwise wait for them.
+    Its few small kernels go before those of the training, which will need what they make: a lower number is
+    a higher priority.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -69,7 +70,7 @@ class CudaSide:
 @lru_cache
 def _stream_of(device: torch.device) -> torch.cuda.Stream:
     """The same for every training of a process: PyTorch keeps the memory that a stream has freed for it."""
-    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device, priority=-2)  # type: ignore[no-untyped-call]
 
 
 def on_device(
