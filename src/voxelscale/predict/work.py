@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -484,6 +485,10 @@ class Together(Share):
     all_well: Callable[[bool], bool]
 
 
+_Read = tuple[str, list[Scan]]
+"""The stamp of a scan's files, and its channels."""
+
+
 class Work:
     """Scans to predict with a model, and what is written of each.
 
@@ -517,15 +522,17 @@ class Work:
         facts: dict[str, dict[str, Any]] = {}
         failed: list[tuple[str, str, str]] = []
         kept = 0
-        with Progress("predict", len(sources)) as progress:
+        with Progress("predict", len(sources)) as progress, ThreadPoolExecutor(1) as reader:
+            following: Future[_Read] | None = None
             for done, source in enumerate(sources, start=1):
-                case = source.case
+                case, read = source.case, following
+                following = self._ahead(sources[done:], reader) if together is None else None
                 try:
                     if together is None and self.is_done(source):
                         findings[case], facts[case] = read_prediction(self._out / case / "findings.json")
                         kept += 1
                     else:
-                        findings[case], facts[case] = self._look(source, together)
+                        findings[case], facts[case] = self._look(source, together, read)
                 except VoxelscaleError as error:
                     failed.append((case, error.message, error.hint))
                 progress.update(done, case)
@@ -533,9 +540,16 @@ class Work:
             return Predictions(findings={}, kept=0, failed=())
         return Predictions(findings=findings, kept=kept, failed=tuple(failed), facts=facts)
 
-    def _look(self, source: Source, together: Together | None) -> tuple[list[Finding], dict[str, Any]]:
-        started, stamp = time.monotonic(), _stamp(source)  # as the files are before they are read
-        images = self._read(source) if together is None else self._read_together(source, together)
+    def _look(
+        self, source: Source, together: Together | None, read: Future[_Read] | None
+    ) -> tuple[list[Finding], dict[str, Any]]:
+        started = time.monotonic()
+        if read is not None:
+            stamp, images = read.result()
+        elif together is None:
+            stamp, images = self._stamped(source)
+        else:
+            stamp, images = _stamp(source), self._read_together(source, together)
         lungs, warnings = None, self._of_channels(source)
         if self._bundle.of_ct:
             upright = reorient(images[0])
@@ -640,6 +654,16 @@ class Work:
         config = with_first_names({"predict": asdict(self._config)})["predict"]
         rules = [stamp, self._bundle.digest, config, reading, FORMAT]
         return digest_of(rules)[:16]
+
+    def _ahead(self, left: Sequence[Source], reader: ThreadPoolExecutor) -> Future[_Read] | None:
+        """Begin to read the next scan, if it is to be predicted and a GPU would wait for it."""
+        if self._device.type == "cpu" or not left or self.is_done(left[0]):
+            return None
+        return reader.submit(self._stamped, left[0])
+
+    def _stamped(self, source: Source) -> _Read:
+        """The stamp of a scan's files, as they are before they are read, and its channels."""
+        return _stamp(source), self._read(source)
 
     def _read(self, source: Source) -> list[Scan]:
         """The channels."""
