@@ -12,6 +12,7 @@ from tests.uploads import META
 
 from voxelscale.config import Config, ReadingConfig
 from voxelscale.dataset.listing import Source, list_sources
+from voxelscale.dataset.reading import read_image
 from voxelscale.geometry import Scan
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle
@@ -37,12 +38,11 @@ def test_the_next_scan_is_read_meanwhile(
     sources[2] = replace(sources[2], image=tmp_path / "none.mhd")
     config = replace(bundle.config.predict, refuse_unusable=False)
     read: dict[str, threading.Thread] = {}
-    own = predict_work.__dict__["read_image"]
 
     def spy(source: Source, reading: ReadingConfig) -> Scan:
         assert source.case not in read, "read twice"
         read[source.case] = threading.current_thread()
-        return own(source, reading)
+        return read_image(source, reading)
 
     def work(name: str, device: torch.device) -> Work:
         found = Work(bundle, config, tmp_path / name, device, ReadingConfig())

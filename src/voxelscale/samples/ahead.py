@@ -63,7 +63,7 @@ class CudaSide:
         current = torch.cuda.current_stream(self._device)
         current.wait_event(mark)
         for leaf in tree_leaves(made):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.is_cuda:
                 leaf.record_stream(current)
 
 
