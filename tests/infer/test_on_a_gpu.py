@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from voxelscale.classes import LESION
 from voxelscale.infer import sliding_window, transfer
 from voxelscale.infer.labels import predict_labels
-from voxelscale.infer.memory import MOST_WINDOWS, PassSize
+from voxelscale.infer.memory import PassSize
 from voxelscale.infer.sliding_window import Windows, predict_boxes, predict_volume
 from voxelscale.infer.transfer import landed, to_host
 from voxelscale.model.unet import UNet
@@ -136,7 +136,7 @@ class Counting(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(("free", "following"), [(0, 4), (2 * 7 * 1000, 7), (2**40, MOST_WINDOWS)])
+@pytest.mark.parametrize(("free", "following"), [(0, 4), (2 * 7 * 1000, 7), (2**40, 11)])
 def test_so_many_windows_follow_as_half_of_what_is_free_holds(
     monkeypatch: pytest.MonkeyPatch, free: int, following: int
 ) -> None:
@@ -144,6 +144,7 @@ def test_so_many_windows_follow_as_half_of_what_is_free_holds(
         return work(), 4 * 1000
 
     with_free(monkeypatch, free)
+    monkeypatch.setattr(sliding_window, "MOST_VOXELS", 4**3 * 11 + 7)
     monkeypatch.setattr(sliding_window, "with_peak", measured)
     monkeypatch.setattr(transfer, "to_host", lambda values, dtype: lambda: torch.zeros(values.shape))
     for grow in (True, False):

@@ -10,8 +10,10 @@ import torch
 
 Result = TypeVar("Result")
 
-MOST_WINDOWS = 32
-"""At a time, where a GPU has room for more than was asked for: so many of 64^3 voxels are one of 203^3."""
+MOST_VOXELS = 2**23
+"""Of the windows that go at a time, where a GPU has room for more than was asked for: 32 of 64^3 voxels, or
+4 of 128^3. That keeps it busy, and a map of up to 255 channels has fewer elements than 32 bits count, beyond
+which libraries have been wrong."""
 
 
 @dataclass

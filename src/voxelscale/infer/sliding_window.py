@@ -24,7 +24,7 @@ from voxelscale.config import IntTriple
 from voxelscale.console import count, notice
 from voxelscale.device import autocast, upload
 from voxelscale.errors import VoxelscaleError
-from voxelscale.infer.memory import MOST_WINDOWS, PassSize, free_memory, with_peak
+from voxelscale.infer.memory import MOST_VOXELS, PassSize, free_memory, with_peak
 from voxelscale.infer.transfer import landed, put, resident
 
 Place = tuple[int, ...]
@@ -49,7 +49,7 @@ class Windows:
         patch: voxels (z, y, x) of a window.
         overlap: share of a window that the next one covers again, in [0, 1).
         batch_size: windows per forward pass; fewer go from the first pass on that they do not fit.
-        grow: whether on a GPU more go after the first pass, up to `MOST_WINDOWS`, where there is room; what
+        grow: whether on a GPU more go after the first pass, up to `MOST_VOXELS`, where there is room; what
             else computes on the GPU is taken for part of a window.
         flips: average over the eight mirrored copies (four in 2-D).
         precision: float32 or bfloat16 autocast.
@@ -312,9 +312,11 @@ def _at_a_time(windows: Windows, outputs: int, largest: int, device: torch.devic
         largest: bytes of logits of several outputs that wait at a time, unless a window has more.
     """
     batch, threads = windows.batch_size, windows.threads if device.type == "cpu" else 1
-    most = max(batch, MOST_WINDOWS) if windows.grow and device.type != "cpu" else batch
+    most, voxels = batch, math.prod(windows.patch)
+    if windows.grow and device.type != "cpu":
+        most = max(batch, MOST_VOXELS // voxels)
     if outputs > 1:
-        held = max(1, largest // (outputs * math.prod(windows.patch) * 4))
+        held = max(1, largest // (outputs * voxels * 4))
         batch, most, threads = min(batch, held), min(most, held), min(threads, held)
     return PassSize(now=batch, most=most), threads
 
