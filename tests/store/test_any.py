@@ -19,7 +19,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Scan
 from voxelscale.samples.batch import make_batch, normalisations
 from voxelscale.samples.patches import PatchSource
-from voxelscale.samples.transforms.affine import warp_labels
+from voxelscale.samples.transforms.affine import reaching, warp_labels
 from voxelscale.store import Store, open_store
 from voxelscale.store.fingerprint import in_fold, open_fold
 from voxelscale.store.lesions import resample_labels
@@ -138,7 +138,7 @@ def test_turned_labels_go_to_the_largest_share() -> None:
     angle = 0.4
     matrix = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
     out = torch.zeros((12, 12, 12))
-    warp_labels(region, matrix, out)
+    warp_labels(torch.from_numpy(region), reaching(region, matrix, (12, 12, 12)), matrix, out)
     offset = (np.array(region.shape) - 1) / 2 - matrix @ ((np.array(out.shape) - 1) / 2)
     shares = np.stack(
         [

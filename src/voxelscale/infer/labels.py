@@ -19,17 +19,18 @@ def predict_labels(
     threshold: float,
     *,
     prepare: Callable[[Tensor], Tensor] = Tensor.float,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Stored labels (`voxelscale.classes.Classes`), (z, y, x) int16, where the volume is.
+    """Stored labels (`voxelscale.classes.Classes`), (z, y, x) int16, where the network is.
 
     Args:
         model: ``(batch, channel, z, y, x)`` to logits ``(batch, classes.outputs, z, y, x)``.
         volume: ``(channel, z, y, x)``, any number type.
         threshold: probability from which on one class, or a region, is there. Of classes that exclude each
             other the most probable one is, background among them.
-        prepare: as `voxelscale.infer.sliding_window.predict_volume` takes it.
+        prepare, device: as `voxelscale.infer.sliding_window.predict_volume` takes them.
     """
-    found = torch.zeros(volume.shape[1:], dtype=torch.int16, device=volume.device)
+    found = torch.zeros(volume.shape[1:], dtype=torch.int16, device=device or volume.device)
 
     def decide(logits: Tensor) -> Tensor:
         if not (classes.single or classes.regions):
@@ -38,8 +39,15 @@ def predict_labels(
         bits = torch.arange(len(there), dtype=torch.int16, device=there.device)
         return (there << bits[:, None, None, None]).sum(0)
 
-    for box, labels in predict_boxes(
-        model, volume, windows, classes.outputs, finish=lambda logits: decide(logits)[None], prepare=prepare
-    ):
-        found[box] = labels[0].to(found.device, torch.int16)
+    boxes = predict_boxes(
+        model,
+        volume,
+        windows,
+        classes.outputs,
+        finish=lambda logits: decide(logits)[None],
+        prepare=prepare,
+        device=device,
+    )
+    for box, labels in boxes:
+        found[box] = labels[0].to(torch.int16)
     return found

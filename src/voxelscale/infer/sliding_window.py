@@ -3,7 +3,8 @@
 Windows lie on a lattice and go by rows along z, so only the slices that a row covers are being summed at
 any time: they are float32 on the network's device, and what no later row reaches is finished and handed
 out. Of many classes even these would be too large: the volume is then done in parts along y or x. The
-volume stays as it is (int16, in main memory); windows alone are normalised.
+volume stays as it is (int16, on a GPU if that has room); windows alone are normalised. A GPU is waited for
+only where a box of results must be there, and then it computes the next one.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from voxelscale.config import IntTriple
 from voxelscale.console import count, notice
-from voxelscale.device import autocast
+from voxelscale.device import autocast, upload
 from voxelscale.errors import VoxelscaleError
+from voxelscale.infer.memory import MOST_VOXELS, PassSize, free_memory, with_peak
+from voxelscale.infer.transfer import landed, put, resident
 
 Place = tuple[int, ...]
 Box = tuple[slice, slice, slice]
@@ -35,6 +37,10 @@ LARGEST_SUMS = 2**32
 many. Logits of windows that wait to be added are half as many bytes at most."""
 
 
+class WindowTooLarge(VoxelscaleError):
+    """A single window needs more memory than there is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Windows:
     """How a volume is cut and how its windows go through the network.
@@ -42,7 +48,9 @@ class Windows:
     Attributes:
         patch: voxels (z, y, x) of a window.
         overlap: share of a window that the next one covers again, in [0, 1).
-        batch_size: windows per forward pass.
+        batch_size: windows per forward pass; fewer go from the first pass on that they do not fit.
+        grow: whether on a GPU more go after the first pass, up to `MOST_VOXELS`, where there is room; what
+            else computes on the GPU is taken for part of a window.
         flips: average over the eight mirrored copies (four in 2-D).
         precision: float32 or bfloat16 autocast.
         threads: batches that go through the network at a time, one thread each, on a CPU; 1: one batch
@@ -52,6 +60,7 @@ class Windows:
     patch: IntTriple
     overlap: float = 0.5
     batch_size: int = 4
+    grow: bool = False
     flips: bool = False
     precision: torch.dtype = torch.float32
     threads: int = 1
@@ -105,10 +114,13 @@ def predict_volume(
         what the others return is not to be used.
     """
     result = torch.zeros(volume.shape[-3:], dtype=dtype, device=volume.device)
-    for box, probability in predict_boxes(
+    boxes = predict_boxes(
         model, volume, windows, prepare=prepare, within=within, device=device, share=share
-    ):
-        result[box] = probability[0].to(volume.device, dtype)
+    )
+    if device is not None and device.type != volume.device.type:
+        boxes = landed(boxes, dtype)
+    for box, probability in boxes:
+        result[box] = probability[0].to(dtype)
     return result if within is None else result.masked_fill_(~within, 0)
 
 
@@ -144,17 +156,21 @@ def predict_boxes(
 
     Raises:
         VoxelscaleError: the network has another number of outputs.
+        WindowTooLarge: a single window does not fit in memory.
     """
     image = volume if volume.ndim == 4 else volume[None]
     padded = _pad_to(image, windows.patch)
     shape = padded.shape[1:]
     low = [(whole - n) // 2 for whole, n in zip(shape, image.shape[1:], strict=True)]
     place = device or volume.device
-    framed = None if within is None else _framed(within, shape, low)
+    padded = resident(padded, place)
+    framed = None if within is None else _framed(within.cpu(), shape, low)
     starts = [window_starts(n, p, windows.overlap) for n, p in zip(shape, windows.patch, strict=True)]
-    profiles = [gaussian_profile(p).to(place) for p in windows.patch]
+    lines = [gaussian_profile(p) for p in windows.patch]
     # The windows form a lattice and the weight is separable, so its sum over windows is too.
-    sums = [_profile_sum(n, s, p) for n, s, p in zip(shape, starts, profiles, strict=True)]
+    sums = [upload(_profile_sum(n, s, p), place) for n, s, p in zip(shape, starts, lines, strict=True)]
+    profiles = [upload(line, place) for line in lines]
+    size, threads = _at_a_time(windows, outputs, largest // 2, place)
     for part in _parts(shape, starts, windows.patch, outputs, largest):
         reaching = [
             [s for s in along if s < side.stop and s + p > side.start]
@@ -165,7 +181,7 @@ def predict_boxes(
             places = (p for p in places if _window(framed, p, windows.patch).any())
         if share is not None:
             places = itertools.islice(places, share.part, None, share.parts)
-        logits = _logits(model, padded, windows, prepare, place, places, outputs, largest // 2)
+        logits = _logits(model, padded, windows, prepare, place, places, outputs, size, threads)
         combine = None if share is None else share.combine
         for rows, complete in _merge(logits, starts[0], part, profiles, outputs, combine):
             box = (rows, *part[1:])
@@ -244,47 +260,65 @@ def _logits(
     device: torch.device,
     places: Iterable[Place],
     outputs: int,
-    largest: int,
+    size: PassSize,
+    threads: int,
 ) -> Iterator[tuple[Place, Tensor]]:
-    """Every window's place and logits (outputs, z, y, x), in the order of `places`.
-
-    Args:
-        largest: bytes of logits of several outputs that wait at a time, unless a window has more.
-    """
+    """Every window's place and logits (outputs, z, y, x), in the order of `places`."""
     axes = flip_axes(windows.patch) if windows.flips else [()]
 
     def predict(batch: list[Place]) -> Tensor:
         try:
-            return forward(batch)
+            if size.now == size.most:
+                return forward(batch)
+            logits, peak = with_peak(partial(forward, batch), device)
+            size.grow(peak // len(batch), free_memory(device))
+            return logits
         except torch.OutOfMemoryError:
             if len(batch) == 1:
-                size = " x ".join(map(str, windows.patch))
-                problem = f"a window of {size} voxels needs more memory than {device} has"
-                raise VoxelscaleError(problem, "lower predict.patch_size") from None
+                edges = " x ".join(map(str, windows.patch))
+                problem = f"a window of {edges} voxels needs more memory than {device} has"
+                raise WindowTooLarge(problem, "lower predict.patch_size") from None
         # Here what the attempt held is free; a window's logits do not depend on its batch.
-        return torch.cat([predict(batch[: len(batch) // 2]), predict(batch[len(batch) // 2 :])])
+        size.halve(len(batch))
+        done, left = [], batch
+        while left:
+            done.append(predict(left[: size.now]))
+            left = left[len(done[-1]) :]
+        return torch.cat(done)
 
     def forward(batch: list[Place]) -> Tensor:
         with torch.inference_mode():
             cut = torch.stack([_window(volume, p, windows.patch) for p in batch])
-            cut = prepare(cut.to(device)).contiguous(memory_format=torch.channels_last_3d)
+            cut = prepare(put(cut, device)).contiguous(memory_format=torch.channels_last_3d)
             logits = _forward(model, cut, axes, windows.precision)
         if logits.shape[1] != outputs:
             hint = "give predict a model whose network is as its classes say"
             raise VoxelscaleError(f"the network has {logits.shape[1]} outputs instead of {outputs}", hint)
         return logits
 
-    batch, threads = windows.batch_size, windows.threads if device.type == "cpu" else 1
-    if outputs > 1:
-        held = max(1, largest // (outputs * math.prod(windows.patch) * 4))
-        batch, threads = min(batch, held), min(threads, held)
-    batches = _batched(iter(places), batch)
+    batches = _batched(iter(places), size)
     for group, logits in (
         _in_threads(predict, batches, threads, windows.threads // threads)
         if threads > 1
         else _in_turn(predict, batches)
     ):
         yield from zip(group, logits, strict=True)
+
+
+def _at_a_time(windows: Windows, outputs: int, largest: int, device: torch.device) -> tuple[PassSize, int]:
+    """Windows per pass, and passes side by side.
+
+    Args:
+        largest: bytes of logits of several outputs that wait at a time, unless a window has more.
+    """
+    batch, threads = windows.batch_size, windows.threads if device.type == "cpu" else 1
+    most, voxels = batch, math.prod(windows.patch)
+    if windows.grow and device.type != "cpu":
+        most = max(batch, MOST_VOXELS // voxels)
+    if outputs > 1:
+        held = max(1, largest // (outputs * voxels * 4))
+        batch, most, threads = min(batch, held), min(most, held), min(threads, held)
+    return PassSize(now=batch, most=most), threads
 
 
 def _in_turn(
@@ -343,9 +377,11 @@ def _merge(
         if combine is not None:
             combine(complete)
         yield slice(row, next_row), complete.transpose(0, 1)
-        rest = deep - len(complete)
-        for number in range(rest):  # slice by slice: both lie over each other
-            slab[number].copy_(slab[number + len(complete)])
+        moved = len(complete)
+        rest = deep - moved
+        for first in range(0, rest, moved):  # so many at a time do not lie over each other
+            last = min(first + moved, rest)
+            slab[first:last].copy_(slab[first + moved : last + moved])
         slab[rest:].zero_()
 
 
@@ -402,11 +438,13 @@ def _forward(
 
 def _pad_to(volume: Tensor, patch: IntTriple) -> Tensor:
     """Pad (channel, z, y, x) to at least the patch, evenly, each channel with its minimum (air)."""
-    missing = [max(0, p - n) for n, p in zip(volume.shape[1:], patch, strict=True)]
-    if not any(missing):
+    shape = [max(p, n) for n, p in zip(volume.shape[1:], patch, strict=True)]
+    if shape == list(volume.shape[1:]):
         return volume
-    pad = [side for m in reversed(missing) for side in (m // 2, m - m // 2)]
-    return torch.stack([F.pad(channel, pad, value=channel.min().item()) for channel in volume])
+    low = [(whole - n) // 2 for whole, n in zip(shape, volume.shape[1:], strict=True)]
+    framed = volume.flatten(1).amin(1)[:, None, None, None].expand(-1, *shape).clone()
+    _window(framed, low, volume.shape[1:]).copy_(volume)
+    return framed
 
 
 def _framed(within: Tensor, shape: Sequence[int], low: Sequence[int]) -> Tensor:
@@ -435,6 +473,6 @@ def _outer(profiles: Sequence[Tensor]) -> Tensor:
     return z[:, None, None] * y[:, None] * x
 
 
-def _batched(places: Iterator[tuple[int, ...]], count: int) -> Iterator[list[tuple[int, ...]]]:
-    while batch := list(itertools.islice(places, count)):
+def _batched(places: Iterator[Place], size: PassSize) -> Iterator[list[Place]]:
+    while batch := list(itertools.islice(places, size.now)):
         yield batch

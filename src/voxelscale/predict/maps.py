@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +16,10 @@ from voxelscale.classes import Classes
 from voxelscale.findings.regions import box_of
 from voxelscale.geometry import SAME_MM, Grid, IntTriple, Scan, resample
 from voxelscale.infer.sliding_window import Box
+from voxelscale.infer.transfer import put, to_host
+
+WAITING = 4
+"""Classes of a box that wait to be compressed while a GPU goes on: each takes 3 bytes a voxel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,21 +64,26 @@ class Maps:
     def __init__(self, classes: Classes, grid: Grid, least: float) -> None:
         self.grid, self._classes, self._least = grid, classes, least
         self._pieces: list[list[_Piece]] = [[] for _ in range(classes.outputs)]
+        self._packer, self._packing = ThreadPoolExecutor(1), deque[tuple[int, Future[_Piece]]]()
 
     @torch.inference_mode()
     def add(self, box: Box, probability: Tensor, within: Tensor | None = None) -> None:
         """The probabilities (output, dz, dy, dx) of a box; each box comes once.
 
+        They are compressed by a thread, while a GPU computes the next ones.
+
         Args:
             within: of the whole lattice, bool; elsewhere all is background.
         """
-        classes, outside = self._classes, None if within is None else ~within[box].to(probability.device)
+        classes = self._classes
+        outside = None if within is None else put(~within[box], probability.device)
         # Slice by slice: across 100 classes torch copies all of what it looks at.
         first = None
         if not classes.regions:
             planes = [probability[:, z].argmax(0).to(torch.int16) for z in range(probability.shape[1])]
             first = torch.stack(planes)
-        for at, pieces in enumerate(self._pieces):
+
+        def kept(at: int) -> tuple[Tensor, Tensor]:
             values = probability[at]
             there = values >= self._least
             if first is not None:
@@ -80,17 +92,32 @@ class Maps:
                 there = there & ~outside
                 if at == 0 and not classes.regions:  # background
                     values, there = torch.where(outside, 1.0, values), there | outside
-            if there.any():
-                pieces.append(_piece(box, values, there))
+            return values, there
+
+        # All at once, as a GPU is waited for; then once more of those that are there, as all would not fit.
+        found = torch.stack([kept(at)[1].any() for at in range(classes.outputs)]).tolist()
+        for at in range(classes.outputs):
+            if found[at]:
+                values, there = kept(at)
+                arriving = to_host(values[there], torch.float16), to_host(there, torch.bool)
+                self._packing.append((at, self._packer.submit(_piece, box, *arriving)))
+                self._packed(0 if probability.device.type == "cpu" else WAITING)
+
+    def _packed(self, but: int = 0) -> list[list[_Piece]]:
+        """The pieces of each class, but for so many at most that are still being compressed."""
+        while len(self._packing) > but:
+            at, piece = self._packing.popleft()
+            self._pieces[at].append(piece.result())
+        return self._pieces
 
     @property
     def nbytes(self) -> int:
         """Of all that is kept."""
-        return sum(len(piece.there) + len(piece.values) for of in self._pieces for piece in of)
+        return sum(len(piece.there) + len(piece.values) for of in self._packed() for piece in of)
 
     def box(self, at: int) -> Box | None:
         """The smallest box that holds all of an output's probabilities above 0."""
-        pieces = self._pieces[at]
+        pieces = self._packed()[at]
         if not pieces:
             return None
         low = np.min([piece.start for piece in pieces], axis=0)
@@ -101,7 +128,7 @@ class Maps:
     def within(self, at: int, box: Box) -> NDArray[np.float32]:
         """An output's probabilities in a box that holds all that are above 0."""
         out = np.zeros([side.stop - side.start for side in box], np.float32)
-        for piece in self._pieces[at]:
+        for piece in self._packed()[at]:
             z, y, x = (
                 slice(a.start - b.start, a.stop - b.start) for a, b in zip(piece.box, box, strict=True)
             )
@@ -109,11 +136,11 @@ class Maps:
         return out
 
 
-def _piece(box: Box, values: Tensor, there: Tensor) -> _Piece:
+def _piece(box: Box, arriving: Callable[[], Tensor], there: Callable[[], Tensor]) -> _Piece:
+    """What is kept of a box, float16, and where it is, once both have come from the device."""
     import blosc2
 
-    kept = values[there].half().cpu().numpy()
-    mask = there.cpu().numpy()
+    kept, mask = arriving().numpy(), there().numpy()
     smallest = box_of(mask)
     bits = np.packbits(mask[smallest])
     z, y, x = (outer.start + inner.start for outer, inner in zip(box, smallest, strict=True))

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from voxelscale.console import Progress, count, duration, notice
 from voxelscale.dataset.listing import Source
 from voxelscale.dataset.reading import read_image, read_more
 from voxelscale.dataset.stamps import source_stamp
-from voxelscale.device import choose_inference
+from voxelscale.device import choose_inference, upload
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.findings import (
@@ -233,6 +234,7 @@ class _Network:
             overlap=config.overlap,
             # Threads have a window each at a time: together they are a batch.
             batch_size=config.batch_size if threads == 1 else 1,
+            grow=True,
             flips=config.test_time_augmentation,
             precision=self.precision,
             threads=threads,
@@ -437,7 +439,7 @@ class _FalsePositives:
         seconds = []
         for first in range(0, len(starts), CROPS_AT_ONCE):
             crops = [_crop(volume.array, start, shape) for start in starts[first : first + CROPS_AT_ONCE]]
-            batch = self._normalise(torch.from_numpy(np.stack(crops)[:, None]).to(self._device))
+            batch = self._normalise(upload(torch.from_numpy(np.stack(crops)[:, None]), self._device))
             batch = batch.contiguous(memory_format=torch.channels_last_3d)
             with torch.inference_mode():
                 looks = [self._network(batch.flip(axes)).sigmoid() for axes in ((), (2,), (3,), (4,))]
@@ -483,6 +485,10 @@ class Together(Share):
     all_well: Callable[[bool], bool]
 
 
+_Read = tuple[str, list[Scan]]
+"""The stamp of a scan's files, and its channels."""
+
+
 class Work:
     """Scans to predict with a model, and what is written of each.
 
@@ -516,15 +522,17 @@ class Work:
         facts: dict[str, dict[str, Any]] = {}
         failed: list[tuple[str, str, str]] = []
         kept = 0
-        with Progress("predict", len(sources)) as progress:
+        with Progress("predict", len(sources)) as progress, ThreadPoolExecutor(1) as reader:
+            following: Future[_Read] | None = None
             for done, source in enumerate(sources, start=1):
-                case = source.case
+                case, read = source.case, following
+                following = self._ahead(sources[done:], reader) if together is None else None
                 try:
                     if together is None and self.is_done(source):
                         findings[case], facts[case] = read_prediction(self._out / case / "findings.json")
                         kept += 1
                     else:
-                        findings[case], facts[case] = self._look(source, together)
+                        findings[case], facts[case] = self._look(source, together, read)
                 except VoxelscaleError as error:
                     failed.append((case, error.message, error.hint))
                 progress.update(done, case)
@@ -532,9 +540,16 @@ class Work:
             return Predictions(findings={}, kept=0, failed=())
         return Predictions(findings=findings, kept=kept, failed=tuple(failed), facts=facts)
 
-    def _look(self, source: Source, together: Together | None) -> tuple[list[Finding], dict[str, Any]]:
-        started, stamp = time.monotonic(), _stamp(source)  # as the files are before they are read
-        images = self._read(source) if together is None else self._read_together(source, together)
+    def _look(
+        self, source: Source, together: Together | None, read: Future[_Read] | None
+    ) -> tuple[list[Finding], dict[str, Any]]:
+        started = time.monotonic()
+        if read is not None:
+            stamp, images = read.result()
+        elif together is None:
+            stamp, images = self._stamped(source)
+        else:
+            stamp, images = _stamp(source), self._read_together(source, together)
         lungs, warnings = None, self._of_channels(source)
         if self._bundle.of_ct:
             upright = reorient(images[0])
@@ -639,6 +654,16 @@ class Work:
         config = with_first_names({"predict": asdict(self._config)})["predict"]
         rules = [stamp, self._bundle.digest, config, reading, FORMAT]
         return digest_of(rules)[:16]
+
+    def _ahead(self, left: Sequence[Source], reader: ThreadPoolExecutor) -> Future[_Read] | None:
+        """Begin to read the next scan, if it is to be predicted and a GPU would wait for it."""
+        if self._device.type == "cpu" or not left or self.is_done(left[0]):
+            return None
+        return reader.submit(self._stamped, left[0])
+
+    def _stamped(self, source: Source) -> _Read:
+        """The stamp of a scan's files, as they are before they are read, and its channels."""
+        return _stamp(source), self._read(source)
 
     def _read(self, source: Source) -> list[Scan]:
         """The channels."""

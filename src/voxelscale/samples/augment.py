@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from voxelscale.config import AugmentConfig, IntTriple, Triple
@@ -38,16 +39,30 @@ class Augmentation:
     """One sample's transforms.
 
     Attributes:
+        patch: voxels (z, y, x).
         region: voxels (z, y, x) to read, so that the patch is covered after `matrix`.
         mirrored: whether each of z, y, x is.
         matrix: of the affine transform, if any.
         intensity: the others, in order.
     """
 
+    patch: IntTriple
     region: IntTriple
     mirrored: mirror.Mirrored = (False, False, False)
     matrix: affine.Matrix | None = None
     intensity: tuple[Transform, ...] = ()
+
+    @property
+    def turn(self) -> affine.Matrix | None:
+        """`matrix` with the mirroring, which is a matter of signs for a patch that is resampled anyway."""
+        return None if self.matrix is None else self.matrix * np.where(self.mirrored, -1.0, 1.0)
+
+    def draw_noise(self, channels: int) -> None:
+        """Draw the noise of every channel now, in the thread that reads, rather than when it is added."""
+        for transform in self.intensity:
+            if isinstance(transform, Noise):
+                for channel in range(channels):
+                    transform.normal(channel, self.patch)
 
 
 def draw_augmentation(
@@ -61,10 +76,11 @@ def draw_augmentation(
         dims: 2 or 3; in 2-D nothing turns out of the slice.
     """
     if not config.enabled:
-        return Augmentation(region=patch)
+        return Augmentation(patch=patch, region=patch)
     matrix = affine.draw(config, draws, spacing, dims)
     drawn = (draw(config, draws) for draw in INTENSITY)
     return Augmentation(
+        patch=patch,
         region=affine.region_of(matrix, patch),
         mirrored=mirror.draw(config, draws, dims),
         matrix=matrix,

@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from voxelscale.channels import Channel
 from voxelscale.config import IntTriple
+from voxelscale.device import upload
 from voxelscale.samples.patches import Sample
 from voxelscale.samples.transforms.affine import warp, warp_labels
 from voxelscale.samples.transforms.mirror import mirror
@@ -132,24 +132,22 @@ def make_batch(
     image = torch.empty((len(samples), channels, *patch), device=device)
     target = torch.zeros((len(samples), 1, *patch), device=device)
     for row, sample in enumerate(samples):
-        plan, labels = sample.augmentation, sample.region[-1]
-        # Mirroring is a matter of signs for a patch that is resampled anyway.
-        matrix = None if plan.matrix is None else plan.matrix * np.where(plan.mirrored, -1.0, 1.0)
+        plan, labels, matrix = sample.augmentation, sample.labels, sample.augmentation.turn
+        stored = upload(torch.from_numpy(sample.region if labels else sample.region[:-1]), device)
         for channel, how in enumerate(normalise(sample.case)):
-            values = torch.from_numpy(sample.region[channel]).to(device, non_blocking=True)
             if matrix is None:
-                out = image[row, channel].copy_(mirror(values, plan.mirrored)).clamp_(how.low, how.high)
+                out = image[row, channel].copy_(mirror(stored[channel], plan.mirrored))
+                out = out.clamp_(how.low, how.high)
             else:
-                out = warp(values.float().clamp_(how.low, how.high), matrix, patch)
+                out = warp(stored[channel].float().clamp_(how.low, how.high), matrix, patch)
             out = how.standardise(out)
             for transform in plan.intensity:
                 out = transform(out, channel)
             image[row, channel] = out
-        if not labels.any():
+        if not labels:
             continue
         if matrix is None:
-            there = torch.from_numpy(labels).to(device, non_blocking=True)
-            target[row, 0] = mirror(there, plan.mirrored)
+            target[row, 0] = mirror(stored[-1], plan.mirrored)
         else:
-            warp_labels(labels, matrix, target[row, 0])
+            warp_labels(stored[-1], labels, matrix, target[row, 0])
     return image, target

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Protocol, TypeVar
 
@@ -22,6 +23,7 @@ from voxelscale.randomness import generator
 from voxelscale.samples.augment import Augmentation, draw_augmentation
 from voxelscale.samples.draws import Draws, Stream
 from voxelscale.samples.order import item_of
+from voxelscale.samples.transforms.affine import Reaching, reaching
 from voxelscale.store import CaseInfo, Reader, Store
 
 Drawn = TypeVar("Drawn")
@@ -53,6 +55,11 @@ class Sample:
     start: tuple[int, int, int]
     region: NDArray[np.int16]
     augmentation: Augmentation
+
+    @cached_property
+    def labels(self) -> tuple[Reaching, ...]:
+        """The labels in the region; looked for once, by the thread that reads."""
+        return reaching(self.region[-1], self.augmentation.turn, self.augmentation.patch)
 
 
 class PatchSource:
@@ -98,7 +105,11 @@ class PatchSource:
         margin = (np.asarray(plan.region) - self._data.patch_size) // 2
         z, y, x = (int(v) for v in np.asarray(start) - margin)
         region = self._reader.region(info.case, (z, y, x), plan.region)
-        return Sample(index=index, case=info.case, start=(z, y, x), region=region, augmentation=plan)
+        sample = Sample(index=index, case=info.case, start=(z, y, x), region=region, augmentation=plan)
+        # Here, in a reader's thread, and not where the device waits for it.
+        plan.draw_noise(len(region) - 1)
+        _ = sample.labels
+        return sample
 
     def _place(self, index: int) -> tuple[CaseInfo, NDArray[np.int64]]:
         """The case and the patch's centre voxel of a sample.

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.randomness import generator
 from voxelscale.ranks.workers import WorkerBuffers, Workers, average_buffers, data_parallel, held_back
-from voxelscale.samples.ahead import on_device
+from voxelscale.samples.ahead import Made, on_device
 from voxelscale.samples.draws import Stream
 from voxelscale.samples.patches import read_ahead
 from voxelscale.train.checkpoint import State, Trained, Writer, load_newest
@@ -175,12 +175,12 @@ class Engine:
 
     def _all_steps(self, steps: Iterator[Step], asked: Callable[[], bool]) -> None:
         began, total = time.monotonic() - self.state.seconds, self.clock.end
-        stream = self._micro_batches()
         if self._validation_missed():
             self._begin_validation()
         quiet = contextlib.nullcontext()
         with (
-            Progress("train", total, done=self.state.seen, rate=False) if self.chief else quiet as progress
+            contextlib.closing(self._micro_batches()) as stream,
+            Progress("train", total, done=self.state.seen, rate=False) if self.chief else quiet as progress,
         ):
             for step in steps:
                 self._step(step, stream)
@@ -207,7 +207,7 @@ class Engine:
         if self.log and self.run:
             (self.run / STOP_FILE).unlink(missing_ok=True)
 
-    def _micro_batches(self) -> Iterator[tuple[list[Any], tuple[Any, Any]]]:
+    def _micro_batches(self) -> Generator[Made, None, None]:
         """The micro-batches that are left to this rank, in order: samples, and input and target of them."""
         left = self.clock.steps(self.state.seen)
         indices = (indices for step in left for indices, _ in step.share(self.workers.mine))
@@ -217,7 +217,7 @@ class Engine:
             return on_device(self._timed(samples), self.task.collate, device)
         return self._timed(on_device(samples, self.task.collate, device))
 
-    def _timed(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+    def _timed(self, stream: Iterator[Batch]) -> Generator[Batch, None, None]:
         """The same; the time until the next is there counts as waiting for input."""
         while True:
             started = time.monotonic()
@@ -229,7 +229,7 @@ class Engine:
                 self.meter.waited += time.monotonic() - started
             yield batch
 
-    def _step(self, step: Step, stream: Iterator[tuple[list[Any], tuple[Any, Any]]]) -> None:
+    def _step(self, step: Step, stream: Iterator[Made]) -> None:
         """One update: every worker's gradients, averaged, then the optimiser."""
         optim, budget = self.config.optim, self.config.train.samples
         rate = learning_rate(optim, step.first, budget, step.global_batch)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import fmean
 
 import torch
@@ -15,8 +17,10 @@ from torch import nn
 
 from voxelscale.classes import IGNORED
 from voxelscale.config import Config
+from voxelscale.device import upload
+from voxelscale.errors import VoxelscaleError
 from voxelscale.infer.labels import predict_labels
-from voxelscale.infer.sliding_window import Windows
+from voxelscale.infer.sliding_window import Windows, WindowTooLarge
 from voxelscale.ranks.workers import Workers, sum_over_ranks
 from voxelscale.samples.batch import Normalisations, prepared
 from voxelscale.store import CaseInfo, Store
@@ -76,19 +80,61 @@ def start_validation(
             raise CancelledError
 
     def work() -> tuple[Table, float]:
-        if workers.device.type == "cuda":
-            torch.cuda.set_device(workers.device)  # of this thread: it begins with the first one
         started = time.monotonic()
         hook = model.register_forward_pre_hook(stop_if_unwanted)
-        recalibrate(model, task.source, task.collate, samples, precision)
-        table = scoring.score(model, workers.rank, workers.ranks)
+        with side, _memory_errors(workers.device):
+            recalibrate(model, task.source, task.collate, samples, precision)
+            table = scoring.score(model, workers.rank, workers.ranks)
         hook.remove()
         return table, time.monotonic() - started
 
+    side = side_stream(workers.device)
     pool = ThreadPoolExecutor(1, thread_name_prefix="validation")
     share = pool.submit(work)
     pool.shutdown(wait=False)
     return Validation(model=model, state=state, scoring=scoring, share=share, unwanted=unwanted)
+
+
+@contextmanager
+def _memory_errors(device: torch.device) -> Iterator[None]:
+    """Within it running out of memory is the validation's error, not one of the training's step."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, WindowTooLarge):
+        problem = f"the validation needs more memory than the training beside it leaves on {device}"
+        hint = "lower predict.patch_size, or train.batch_size"
+        raise VoxelscaleError(problem, hint) from None
+
+
+def side_stream(device: torch.device) -> AbstractContextManager[None]:
+    """Where a thread computes beside the one that calls this; to be entered by that thread.
+
+    On a GPU that is a stream of its own, of the lowest priority. It waits for what the caller's stream has
+    been given up to now. It is left when all of its own work is done: then the caller may use or free what
+    was used.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    before = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    before.record(torch.cuda.current_stream(device))
+    return _on_stream(device, _stream_of(device), before)
+
+
+@contextmanager
+def _on_stream(device: torch.device, stream: torch.cuda.Stream, before: torch.cuda.Event) -> Iterator[None]:
+    torch.cuda.set_device(device)  # of this thread: it begins with the first one
+    stream.wait_event(before)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        stream.synchronize()
+
+
+@lru_cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The same for every validation: PyTorch keeps the memory that a stream has freed for it."""
+    return torch.cuda.Stream(device, priority=0)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,16 +176,23 @@ class ScanScoring:
             batch_size=predict.batch_size,
             precision=self.precision,
         )
-        volume = torch.from_numpy(image).to(self.device)
-        truth = torch.from_numpy(labels).to(self.device)
         prepare, classes = prepared(self.normalise(case)), self.store.classes
-        predicted = predict_labels(model, volume, windows, classes, predict.threshold, prepare=prepare)
-        predicted[truth == IGNORED] = 0
-        counts: list[float] = []
+        predicted = predict_labels(
+            model,
+            torch.from_numpy(image),
+            windows,
+            classes,
+            predict.threshold,
+            prepare=prepare,
+            device=self.device,
+        )
+        truth = upload(torch.from_numpy(labels), self.device)
+        predicted.masked_fill_(truth == IGNORED, 0)
+        counts = []
         for at in range(len(classes.names)):
             here, true = classes.where(predicted, at), classes.where(truth, at)
-            counts += [int((here & true).sum()), int(here.sum()) + int(true.sum())]
-        return counts
+            counts += [(here & true).sum(), here.sum() + true.sum()]
+        return list(torch.stack(counts).tolist())  # the only wait for a GPU
 
     def summary(self, table: Table) -> dict[str, float]:
         """Mean Dice over cases, and Dice pooled over all their voxels; NaN where no case has a lesion."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -85,41 +86,64 @@ def warp(region: Tensor, matrix: Matrix, patch: Sequence[int], box: Box | None =
     return sample(region, lines, matrix)
 
 
-def warp_labels(region: NDArray[np.int16], matrix: Matrix, out: Tensor) -> None:
+class Reaching(NamedTuple):
+    """A label in a region around a patch.
+
+    Attributes:
+        value: not 0.
+        box: of the patch, outside which the transformed label is 0; empty where it does not reach it.
+    """
+
+    value: int
+    box: Box
+
+
+def reaching(region: NDArray[np.int16], matrix: Matrix | None, patch: IntTriple) -> tuple[Reaching, ...]:
+    """The labels in a region (z, y, x), by rising value.
+
+    Args:
+        matrix: None where the region is the patch; every label's box is then all of it.
+    """
+    there = region != 0
+    if not there.any():
+        return ()
+    values = [int(value) for value in np.unique(region[there])]
+    if matrix is None:
+        whole = slice(0, patch[0]), slice(0, patch[1]), slice(0, patch[2])
+        return tuple(Reaching(value, whole) for value in values)
+    if len(values) == 1:
+        return (Reaching(values[0], _reach(there, matrix, patch)),)
+    return tuple(Reaching(value, _reach(region == value, matrix, patch)) for value in values)
+
+
+def warp_labels(region: Tensor, labels: Sequence[Reaching], matrix: Matrix, out: Tensor) -> None:
     """Write the transformed labels into `out`, all zeros.
 
     A voxel gets the label, 0 among them, of which the trilinear interpolation has the largest share; of one
     label that is where its share is at least one half. Lesions are small: only the box of the patch that a
     label's box in the region can reach is computed.
+
+    Args:
+        region: (z, y, x), on the device of `out`.
+        labels: what `reaching` found in it.
     """
-    values = np.unique(region)
-    values = values[values != 0]
-    if len(values) == 1:
-        _warp_mask(region != 0, matrix, out, float(values[0]))
+    near = (
+        (value, box, warp((region == value).float(), matrix, out.shape, box))
+        for value, box in labels
+        if all(side.start < side.stop for side in box)
+    )
+    if len(labels) == 1:
+        for value, box, share in near:
+            out[box] = (share >= 0.5).float() * float(value)
         return
     # Where two labels meet neither may have a half.
     best, background = torch.zeros_like(out), torch.ones_like(out)
-    for value in values:
-        there = region == value
-        reached = _reach(there, matrix, out.shape)
-        if any(side.start >= side.stop for side in reached):
-            continue
-        mask = torch.from_numpy(there).to(out.device, non_blocking=True).float()
-        share = warp(mask, matrix, out.shape, reached)
-        background[reached] -= share
-        larger = share > best[reached]
-        out[reached] = torch.where(larger, float(value), out[reached])
-        best[reached] = torch.maximum(best[reached], share)
-    out[background > best] = 0
-
-
-def _warp_mask(region: NDArray[np.bool_], matrix: Matrix, out: Tensor, value: float) -> None:
-    """Write `value` where the transformed mask's trilinear value is at least one half."""
-    reached = _reach(region, matrix, out.shape)
-    if any(side.start >= side.stop for side in reached):
-        return
-    labels = torch.from_numpy(region).to(out.device, non_blocking=True).float()
-    out[reached] = (warp(labels, matrix, out.shape, reached) >= 0.5).float() * value
+    for value, box, share in near:
+        background[box] -= share
+        larger = share > best[box]
+        out[box] = torch.where(larger, float(value), out[box])
+        best[box] = torch.maximum(best[box], share)
+    out.masked_fill_(background > best, 0)
 
 
 def _reach(region: NDArray[np.bool_], matrix: Matrix, patch: Sequence[int]) -> Box:
