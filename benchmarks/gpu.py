@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --out DIR --only speed,memory
     torchrun --standalone --nproc-per-node 8 benchmarks/gpu.py --nodes --out DIR     several GPUs
 
-Every phase is a process of its own with a time limit. A phase that fails, crashes or takes too long is a row
-of the results, and the next one begins. ``DIR/results.jsonl`` gets one JSON line a phase as it ends,
+Every phase is a process of its own with a time limit. A phase that fails, crashes or takes too long is a
+row of the results, and the next one begins. ``DIR/results.jsonl`` gets one JSON line a phase as it ends,
 ``DIR/log.txt`` what the phases print. The exit code is 0 where all phases were right or skipped, else 1.
 Needed are PyTorch, NumPy and PyYAML, and no network; see "On a GPU" in docs/benchmarks.md.
 """
@@ -13,6 +13,7 @@ Needed are PyTorch, NumPy and PyYAML, and no network; see "On a GPU" in docs/ben
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -115,10 +116,8 @@ def run_phase(name: str, work: Path, limit: float, tiny: bool, log: Any) -> Row:
 
 def end_session(child: subprocess.Popen[bytes]) -> None:
     """End a process and whatever it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
 
 

@@ -76,7 +76,7 @@ class Record:
 
     def _write(self, status: str, why: str = "") -> None:
         content = {"status": status, "why": why, "wrong": self.wrong, "says": self.says}
-        text = json.dumps({**content, "figures": _plain(self.figures)})
+        text = json.dumps({**content, "figures": plain(self.figures)})
         part = self._path.with_suffix(".part")
         part.write_text(text, encoding="utf-8")
         os.replace(part, self._path)
@@ -90,7 +90,7 @@ def carry_out(name: str, function: Function, out: Path, tiny: bool) -> int:
     device = default_device()
     keep_freed_memory()
     setting = Setting(device=device, tiny=tiny or device.type == "cpu", out=out)
-    rank = os.environ.get("RANK", "") if name == "rank" else ""
+    rank = os.environ.get("RANK", "") if name in ("rank", "nodes") else ""
     record = Record(out / f"{name}{rank}.json")
     record.put()
     try:
@@ -147,14 +147,14 @@ def channels_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """For JSON: five digits, and what is no number as a word."""
     if isinstance(value, bool | int | str) or value is None:
         return value
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else str(value)
     if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return str(value)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
 from benchmarks.gpu_phases.common import BF16, FP32, Record, Setting, channels_last, exact, relative
 from benchmarks.gpu_phases.subject import balls
+from torch import Tensor, nn
+
 from voxelscale.classes import LESION, Classes
 from voxelscale.config import AugmentConfig, IntTriple, LossConfig, OptimConfig
 from voxelscale.device import autocast, to_channels_last
@@ -68,7 +69,9 @@ def of_norms(setting: Setting) -> Checks:
     checks: Checks = []
     edge = 12 if setting.tiny else 32
     sizes = [[edge + 1, edge, edge + 3], [2 * edge, 3 * edge + 1]]
-    every = itertools.product(NORMS, sizes, (8, 32), (1.0, SLOPE), (torch.float32, torch.bfloat16), (True, False))
+    every = itertools.product(
+        NORMS, sizes, (8, 32), (1.0, SLOPE), (torch.float32, torch.bfloat16), (True, False)
+    )
     for norm, size, channels, slope, kind, last in every:
         torch.manual_seed(0)
         layer = make_norm(norm, channels)
@@ -98,7 +101,7 @@ def normed(layer: nn.Module, x: Tensor, g: Tensor, slope: float) -> tuple[Tensor
 
 
 def of_networks(setting: Setting) -> Checks:
-    """Outputs and gradients of every norm and kind, 2-D and 3-D, even and odd sizes, both memory formats."""
+    """Outputs and gradients of every norm and kind, 2-D and 3-D, even and odd sizes, both formats."""
     every = [*itertools.product(NORMS, KINDS, (3, 2), (True,)), *((n, "plain", 3, False) for n in NORMS)]
     if setting.tiny:
         every = [(norm, kind, 3, True) for norm, kind in zip(NORMS, [*KINDS, "plain"], strict=True)]
@@ -124,7 +127,7 @@ def of_network(name: str, options: dict[str, Any], size: Sequence[int], device: 
     half = passed(copy.deepcopy(model), image, torch.bfloat16)
     checks: Checks = []
     for precision, last in itertools.product((torch.float32, torch.bfloat16), (True, False)):
-        one = copy.deepcopy(model).to(device)
+        one: nn.Module = copy.deepcopy(model).to(device)
         x = image.to(device)
         if last:
             one, x = to_channels_last(one), channels_last(x)
@@ -153,9 +156,7 @@ def passed(model: nn.Module, image: Tensor, precision: torch.dtype) -> tuple[Ten
 def of_losses(setting: Setting) -> Checks:
     """Value and gradient of every loss, from the same float32 logits."""
     three = Classes(names=("a", "b", "c"), values=((1,), (2,), (3,)))
-    regions = Classes(
-        names=("whole", "core"), values=((1, 2), (2,)), regions=True, order=(1, 2)
-    )
+    regions = Classes(names=("whole", "core"), values=((1, 2), (2,)), regions=True, order=(1, 2))
     plain = LossConfig(small=0.0, top_k=1.0)
     cases = {"plain": plain, "small and top-k": LossConfig()}
     sets = {
@@ -168,12 +169,16 @@ def of_losses(setting: Setting) -> Checks:
     }
     checks: Checks = []
     edge = 12 if setting.tiny else 40
-    for (kind, classes), (how, config), deep in itertools.product(sets.items(), cases.items(), (False, True)):
+    for (kind, classes), (how, config), deep in itertools.product(
+        sets.items(), cases.items(), (False, True)
+    ):
         random = torch.Generator().manual_seed(0)
         sizes = [edge, edge // 2] if deep else [edge]
         logits = [torch.randn(2, classes.outputs, n, n, n, generator=random) for n in sizes]
         highest = 1 if classes.plain else 3
-        target = torch.from_numpy(np.stack([balls((edge,) * 3, 1 + seed, highest) for seed in (0, 1)]))[:, None]
+        target = torch.from_numpy(np.stack([balls((edge,) * 3, 1 + seed, highest) for seed in (0, 1)]))[
+            :, None
+        ]
         target = target.float()
         if classes.ignore:
             target[:, :, :2] = -1
@@ -201,7 +206,7 @@ def of_optimisers(setting: Setting) -> Checks:
     """What five steps of every update rule change, with the same gradients."""
     checks: Checks = []
     for name in ("adamw", "sgd", "lars", "lamb", "muon"):
-        config = OptimConfig(name=name, lr=1e-2)  # type: ignore[arg-type]
+        config = OptimConfig(name=name, lr=1e-2)
         right = stepped(config, torch.device("cpu"), torch.float64)
         found = stepped(config, setting.device, torch.float32)
         checks.append((name, relative(found, right), ORTHOGONAL if name == "muon" else FP32))
@@ -246,17 +251,15 @@ def of_samples(setting: Setting) -> Checks:
     ]
 
 
-class threads:  # noqa: N801
+@contextmanager
+def threads(number: int) -> Iterator[None]:
     """Within it PyTorch has so many threads."""
-
-    def __init__(self, number: int) -> None:
-        self._number, self._before = number, torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        torch.set_num_threads(self._number)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._before)
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def sample_of(index: int, patch: IntTriple, config: AugmentConfig) -> Sample:
@@ -273,7 +276,7 @@ def of_windows(setting: Setting) -> Checks:
     shape = (13, 20, 17) if setting.tiny else (70, 81, 64)
     torch.manual_seed(0)
     model = UNet(depth=2, filters=4, prior=0.5).eval()
-    nn.init.normal_(model.head.weight, std=1.0)  # type: ignore[arg-type]
+    nn.init.normal_(model.head.weight, std=1.0)
     volume = torch.from_numpy(
         (np.random.default_rng(0).normal(-600, 100, shape) + 500.0 * balls(shape, 0, 1)).astype(np.int16)
     )

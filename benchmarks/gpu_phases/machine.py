@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.gpu_phases.common import Record, Setting, channels_last, per_call
 from torch import Tensor, nn
 
-from benchmarks.gpu_phases.common import Record, Setting, channels_last, per_call
 from voxelscale.device import to_channels_last
 from voxelscale.model.fast.convolution import convolution
 from voxelscale.model.unet import UNet
@@ -43,6 +43,8 @@ def facts(setting: Setting, record: Record) -> None:
     )
     record.says = f"processor, torch {torch.__version__}"
     if setting.cuda:
+        cudnn: Any = torch.backends.cudnn
+        nccl: Any = torch.cuda.nccl
         gpu = torch.cuda.get_device_properties(setting.device)
         record.put(
             gpu=gpu.name,
@@ -53,10 +55,10 @@ def facts(setting: Setting, record: Record) -> None:
             capability=f"{gpu.major}.{gpu.minor}",
             driver=_driver(),
             cuda=torch.version.cuda,
-            cudnn=torch.backends.cudnn.version(),
-            nccl=".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
+            cudnn=cudnn.version(),
+            nccl=".".join(map(str, nccl.version())),
         )
-        record.says = f"{gpu.name}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+        record.says = f"{gpu.name}, torch {torch.__version__}, cuDNN {cudnn.version()}"
 
 
 def _flags() -> set[str]:
@@ -110,7 +112,9 @@ def ceilings(setting: Setting, record: Record) -> None:
         host = torch.empty(2**28, dtype=torch.uint8).fill_(1)
         pinned, there = host.pin_memory(), torch.empty(2**28, dtype=torch.uint8, device=setting.device)
         rates = {
-            f"upload_{name}_gb_per_s": 2**28 / 1e9 / per_call(lambda s=s: there.copy_(s), setting.device, 0.3)  # type: ignore[misc]
+            f"upload_{name}_gb_per_s": 2**28
+            / 1e9
+            / per_call(lambda s=s: there.copy_(s), setting.device, 0.3)  # type: ignore[misc]
             for name, s in (("pageable", host), ("pinned", pinned))
         }
         record.put(**rates)
@@ -118,7 +122,7 @@ def ceilings(setting: Setting, record: Record) -> None:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution as it occurs in a network: channels, input size, kernel, and whether it is the first."""
+    """A convolution as it occurs in a network; `first`: its input needs no gradient."""
 
     inputs: int
     outputs: int
@@ -193,7 +197,9 @@ def convolutions(setting: Setting, record: Record) -> None:
     best = sum(min(row[way] for way in ways) * row["count"] for row in rows)
     shares = {way: limit / spent for way, spent in {**sums, "best of each": best}.items()}
     record.put(limit_ms=limit, total_ms=sums, best_ms=best, share_of_limit=shares)
-    record.says = f"limit {limit:.3g} ms, channels last {sums['channels last']:.3g} ms, best of each {best:.3g} ms"
+    record.says = (
+        f"limit {limit:.3g} ms, channels last {sums['channels last']:.3g} ms, best of each {best:.3g} ms"
+    )
 
 
 def _pass_of(layer: Layer, batch: int, device: torch.device, last: bool) -> Callable[[], object]:

@@ -9,20 +9,18 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from benchmarks import gpu
+from benchmarks.gpu_phases.common import Record, Setting, exact, plain, relative
+from benchmarks.gpu_phases.steps import Contender, make_step, shape_of_step
+from benchmarks.gpu_phases.subject import apart, make_store, run_engine, shape_of, small_config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import gpu
-from benchmarks.gpu_phases.common import Record, Setting, exact, relative
-from benchmarks.gpu_phases.steps import Contender, make_step, shape_of_step
-from benchmarks.gpu_phases.subject import apart, make_store, run_engine, shape_of, small_config
 from voxelscale.config import Config
 from voxelscale.device import seconds_of
 from voxelscale.model.unet import UNet
@@ -170,15 +168,13 @@ def write_row(setting: Setting, figures: dict[str, Any], single: dict[str, Any])
     )
     text = f"{figures['ranks']} ranks, gradients {figures['compress']}: "
     text += f"{figures['patches_per_second']:.3g} patches/s, efficiency {figures['efficiency']:.2f}"
-    row = gpu.row_of("nodes", "ok", "", figures["seconds"], figures, text)
+    row = gpu.row_of("nodes", "ok", "", figures["seconds"], plain(figures), text)
     with open(setting.out / "results.jsonl", "a", encoding="utf-8") as results:
         results.write(json.dumps(row) + "\n")
     print(text, flush=True)
 
 
-def measured(
-    setting: Setting, workers: Workers, group: Any, count: int, compress: str
-) -> dict[str, Any]:
+def measured(setting: Setting, workers: Workers, group: Any, count: int, compress: str) -> dict[str, Any]:
     """Steps of `count` ranks, what the same steps take without the gradients' sum, and the sum alone."""
     device, rounds = workers.device, 3 if setting.tiny else 20
     shape, depth, filters = shape_of_step(setting)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_phases.common import Record, Setting, exact
 from benchmarks.gpu_phases.subject import (
@@ -22,7 +19,9 @@ from benchmarks.gpu_phases.subject import (
     shape_of,
     small_config,
 )
-from voxelscale.config import Config, TrainConfig
+from torch.profiler import ProfilerActivity, profile
+
+from voxelscale.config import TrainConfig
 from voxelscale.train.log import STOP_FILE, read_events
 from voxelscale.train.loop import train
 
@@ -165,7 +164,9 @@ def training(setting: Setting, record: Record) -> None:
         record.put(**{way: figures_of(events, result.seen)})
         figures = record.figures[way]
         if not figures["last_loss"] < 2 * figures["first_loss"]:
-            record.wrong.append(f"{way}: the loss went from {figures['first_loss']} to {figures['last_loss']}")
+            record.wrong.append(
+                f"{way}: the loss went from {figures['first_loss']} to {figures['last_loss']}"
+            )
         if every and not figures["validations"]:
             record.wrong.append(f"{way}: no validation has ended")
         record.says += f"{way}: {figures['samples_per_second']:.3g} samples/s, "
@@ -179,17 +180,15 @@ def budget(setting: Setting, every: int) -> dict[str, Any]:
     return {"samples": 4_000, "validate_every": every, "checkpoint_every": 10_000}
 
 
-class stopped_after:  # noqa: N801
+@contextmanager
+def stopped_after(path: Path, seconds: float) -> Iterator[None]:
     """Within it a run is asked to stop, by its file, after so many seconds."""
-
-    def __init__(self, path: Path, seconds: float) -> None:
-        self._timer = threading.Timer(seconds, path.touch)
-
-    def __enter__(self) -> None:
-        self._timer.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
+    timer = threading.Timer(seconds, path.touch)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def figures_of(events: list[dict[str, Any]], seen: int) -> dict[str, Any]:

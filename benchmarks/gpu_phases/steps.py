@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from benchmarks.gpu_phases.common import Record, Setting, Skipped, channels_last, described
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.gpu_phases.common import Record, Setting, Skipped, channels_last, described
 from voxelscale.config import Config, LossConfig, from_dict
 from voxelscale.device import Arithmetic, seconds_of, to_channels_last
 from voxelscale.errors import VoxelscaleError
@@ -83,7 +83,10 @@ def make_step(
     image, target = torch.randn(shape).to(device), (torch.rand(shape) > 0.95).float().to(device)
     if contender.last:
         # Ours knows how to mark a weight of one input channel; the others get what PyTorch offers.
-        model = model.to(memory_format=torch.channels_last_3d) if contender.foreign else to_channels_last(model)  # type: ignore[call-overload]
+        if contender.foreign:
+            model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        else:
+            to_channels_last(model)
         image = channels_last(image)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
     run = wrap(model)
@@ -202,7 +205,7 @@ def compiled(setting: Setting, record: Record) -> None:
 def in_turns(
     contenders: list[Contender], setting: Setting, record: Record, rounds: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of every contender's steps, taken in turns; those that fail are left out, with the reason."""
+    """Milliseconds of every contender's steps, taken in turns; those that fail are left out, with why."""
     shape, _, _ = shape_of_step(setting)
     steps: dict[str, Step] = {}
     out: dict[str, str] = {}
@@ -246,7 +249,9 @@ def summarise(contenders: list[Contender], times: Mapping[str, list[float]], rec
     record.put(rows=rows, fastest_other=fastest)
     mine = [c.label for c in contenders if not c.foreign and c.label in times]
     best = {min(group, key=lambda label: rows[label]["median_ms"]) for group in (mine, rivals) if group}
-    record.says = "; ".join(f"{label}: {rows[label]['median_ms']:.1f} ms" for label in sorted(best, reverse=True))
+    record.says = "; ".join(
+        f"{label}: {rows[label]['median_ms']:.1f} ms" for label in sorted(best, reverse=True)
+    )
     if fastest is not None:
         ratio = max(rows[label]["times_as_fast"] for label in mine)
         record.says += f"; ours is {ratio:.2f} times as fast as the fastest other"
@@ -268,14 +273,20 @@ def configs(setting: Setting) -> dict[str, Config]:
         "128^3, depth 6": _config([128] * 3, six),
         "128^3, depth 6, checkpointed": _config([128] * 3, six, checkpoint_activations=True),
         "128^3, depth 6, fp32": _config([128] * 3, six, precision="fp32"),
-        "96^3, batch norm, 6 patches": _config([96] * 3, {"depth": 5, "filters": 32, "norm": "batch"}, batch_size=6),
+        "96^3, batch norm, 6 patches": _config(
+            [96] * 3, {"depth": 5, "filters": 32, "norm": "batch"}, batch_size=6
+        ),
         "128^3, residual encoder M": _config([128] * 3, {"depth": 6, "preset": "resenc_m"}),
-        "512^2, 2-D, 8 slices": _config([1, 512, 512], {"dims": 2, "depth": 6, "filters": 32}, batch_size=8),
+        "512^2, 2-D, 8 slices": _config(
+            [1, 512, 512], {"dims": 2, "depth": 6, "filters": 32}, batch_size=8
+        ),
     }
 
 
 def _config(patch: list[int], model: dict[str, Any], **train: Any) -> Config:
-    return from_dict({"data": {"patch_size": patch}, "model": model, "train": {"precision": "bf16", **train}})
+    return from_dict(
+        {"data": {"patch_size": patch}, "model": model, "train": {"precision": "bf16", **train}}
+    )
 
 
 def memory(setting: Setting, record: Record) -> None:

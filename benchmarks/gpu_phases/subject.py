@@ -6,18 +6,17 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from math import pi
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.gpu_phases.common import Setting
 from numpy.typing import NDArray
 from torch import Tensor
 
 import voxelscale.store as stores
-from benchmarks.gpu_phases.common import Setting
 from voxelscale.config import Config, IntTriple, from_dict
 from voxelscale.store import CaseInfo, Store, write_case, write_table
 from voxelscale.store.fingerprint import fingerprint, open_fold
@@ -72,7 +71,7 @@ def make_store(folder: Path, shape: IntTriple) -> str:
     files = importlib.util.find_spec("blosc2") is not None
     if not files:
         kept = {info.case: _kept(number, shape) for number, info in enumerate(cases)}
-        stores.open_case = lambda path, case: kept[case]
+        vars(stores)["open_case"] = lambda path, case: kept[case]
     if not (folder / "dataset.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         for number, info in enumerate(cases) if files else ():
