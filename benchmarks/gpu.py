@@ -94,7 +94,8 @@ def run_all(names: list[str], out: Path, seconds: float, limit: float | None, ti
 
 def run_phase(name: str, work: Path, limit: float, tiny: bool, log: Any) -> Row:
     """One phase in a process of its own, which is ended with all that it started after `limit` seconds."""
-    command = [sys.executable, __file__, "--phase", name, "--out", str(work)] + ["--tiny"] * tiny
+    command = [sys.executable, __file__, "--phase", name, "--out", str(work)]
+    command += ["--limit", str(limit)] + ["--tiny"] * tiny
     began = time.monotonic()
     child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -152,7 +153,7 @@ def line_of(row: Row) -> str:
     return f"{row['phase']:17}{row['status']:8}{row['seconds']:7.1f} s  {words}"
 
 
-def child(name: str, out: Path, tiny: bool) -> int:
+def child(name: str, out: Path, tiny: bool, limit: float) -> int:
     """A phase, or a rank of one, in this process."""
     for folder in (str(ROOT / "src"), str(ROOT)):
         sys.path.insert(0, folder)
@@ -163,7 +164,7 @@ def child(name: str, out: Path, tiny: bool) -> int:
         os.abort() if fault[2] == "crash" else time.sleep(3600)
     module = PHASES[name].module if name in PHASES else "ranks"
     function = getattr(importlib.import_module(f"benchmarks.gpu_phases.{module}"), name)
-    return common.carry_out(name, function, out, tiny)
+    return common.carry_out(name, function, out, tiny, limit)
 
 
 def main() -> int:
@@ -180,10 +181,11 @@ def main() -> int:
     if unknown := [name for name in names if name not in PHASES]:
         parser.error(f"no phase {unknown[0]}; there are {', '.join(PHASES)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
+    limit = arguments.limit or arguments.seconds
     if arguments.phase:
-        return child(arguments.phase, arguments.out, arguments.tiny)
+        return child(arguments.phase, arguments.out, arguments.tiny, limit)
     if arguments.nodes:
-        return child("nodes", arguments.out, arguments.tiny)
+        return child("nodes", arguments.out, arguments.tiny, limit)
     rows = run_all(names, arguments.out, arguments.seconds, arguments.limit, arguments.tiny)
     counts = {s: sum(row["status"] == s for row in rows) for s in ("ok", "failed", "skipped")}
     print(f"\n{', '.join(f'{number} {status}' for status, number in counts.items())}")

@@ -32,12 +32,14 @@ class Setting:
     Attributes:
         device: the first GPU, or the processor.
         tiny: sizes for a processor.
-        out: a folder for this phase's files.
+        out: a folder for the phases' files.
+        seconds: that this phase may take.
     """
 
     device: torch.device
     tiny: bool
     out: Path
+    seconds: float
 
     @property
     def cuda(self) -> bool:
@@ -85,11 +87,11 @@ class Record:
 Function = Callable[[Setting, Record], None]
 
 
-def carry_out(name: str, function: Function, out: Path, tiny: bool) -> int:
+def carry_out(name: str, function: Function, out: Path, tiny: bool, limit: float) -> int:
     """Run a phase, or one rank of one, in this process; its record says how it ended."""
     device = default_device()
     keep_freed_memory()
-    setting = Setting(device=device, tiny=tiny or device.type == "cpu", out=out)
+    setting = Setting(device=device, tiny=tiny or device.type == "cpu", out=out, seconds=limit)
     rank = os.environ.get("RANK", "") if name in ("rank", "nodes") else ""
     record = Record(out / f"{name}{rank}.json")
     record.put()

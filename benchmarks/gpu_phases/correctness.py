@@ -12,20 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.gpu_phases.common import BF16, FP32, Record, Setting, channels_last, exact, relative
-from benchmarks.gpu_phases.subject import balls
+from benchmarks.gpu_phases.subject import balls, make_store
 from torch import Tensor, nn
 
 from voxelscale.classes import LESION, Classes
-from voxelscale.config import AugmentConfig, IntTriple, LossConfig, OptimConfig
+from voxelscale.config import AugmentConfig, DataConfig, IntTriple, LossConfig, OptimConfig
 from voxelscale.device import autocast, to_channels_last
 from voxelscale.infer.sliding_window import Windows, gaussian_profile, predict_volume, window_starts
 from voxelscale.model.build import build_loss
 from voxelscale.model.norm import SLOPE, make_norm
 from voxelscale.model.unet import UNet
-from voxelscale.samples.augment import draw_augmentation
-from voxelscale.samples.batch import Normalisation, make_batch
-from voxelscale.samples.draws import Draws
-from voxelscale.samples.patches import Sample
+from voxelscale.samples.batch import Normalisation, make_batch, normalisations
+from voxelscale.samples.patches import PatchSource
+from voxelscale.store import open_store
 from voxelscale.train.optim import make_optimizer
 
 LESS_EXACT = 1.5
@@ -229,14 +228,14 @@ def stepped(config: OptimConfig, device: torch.device, kind: torch.dtype) -> Ten
 
 
 def of_samples(setting: Setting) -> Checks:
-    """Forty augmented samples: the device's against the processor's, and a batch's against one by one.
-
-    Without noise, which every device draws from its own generator.
-    """
-    patch: IntTriple = (12, 16, 16) if setting.tiny else (48, 48, 40)
-    config = AugmentConfig(strength=2.0, p_noise=0.0)
-    samples = [sample_of(index, patch, config) for index in range(40)]
-    normalise = lambda case: (CT,)  # noqa: E731
+    """Forty augmented samples: the device's against the processor's, and a batch's against one by one."""
+    edge, size = (12, (24, 32, 32)) if setting.tiny else (48, (64, 80, 96))
+    patch: IntTriple = (edge, edge + 4, edge - 2)
+    folder = setting.out / "small store"
+    make_store(folder, size)
+    store = open_store(folder)
+    source = PatchSource(store, DataConfig(patch_size=patch), AugmentConfig(strength=2.0), 0)
+    samples, normalise = [source[index] for index in range(40)], normalisations(store)
     image, labels = make_batch(samples, patch, normalise, setting.device)
     single = [make_batch([sample], patch, normalise, setting.device) for sample in samples]
     with threads(2 if torch.get_num_threads() == 1 else 1):
@@ -260,14 +259,6 @@ def threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def sample_of(index: int, patch: IntTriple, config: AugmentConfig) -> Sample:
-    plan = draw_augmentation(config, Draws(0, index), patch, (1.0, 1.0, 1.0))
-    labels = balls(plan.region, index, 1)
-    image = np.random.default_rng(index).normal(-600, 100, plan.region) + 500.0 * labels
-    region = np.stack([image.astype(np.int16), labels.astype(np.int16)])
-    return Sample(index=index, case="case", start=(0, 0, 0), region=region, augmentation=plan)
 
 
 def of_windows(setting: Setting) -> Checks:

@@ -122,7 +122,7 @@ def two_ranks(setting: Setting) -> list[dict[str, Any]]:
     ]
     for child in children:
         try:
-            child.wait(30)
+            child.wait(40)
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGKILL)
             child.wait()

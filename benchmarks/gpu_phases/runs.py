@@ -154,7 +154,7 @@ def training(setting: Setting, record: Record) -> None:
     """A real training as `voxelscale train` does it, without validation and with, for some 15 s each."""
     store = setting.out / "store"
     record.put(cases=make_store(store, shape_of(setting)))
-    for way, every in (("alone", 0), ("validated", 8 if setting.tiny else 60)):
+    for way, every in (("alone", 0), ("validated", 8 if setting.tiny else 100)):
         config = large_config(setting, train=budget(setting, every))
         run = setting.out / way
         run.mkdir()

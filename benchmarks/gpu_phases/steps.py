@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +26,8 @@ from voxelscale.train.memory import TooLarge, estimate_memory, require_memory, s
 Loss = Callable[[Any, Tensor], Any]
 Step = Callable[[], None]
 ROUNDS = 10
+COMPILING = 0.55
+"""Share of the phase's time after which no further network is compiled."""
 SCALE = 1024.0
 """Of a loss in fp16; a fixed one, so that no contender waits to look at its gradients."""
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -189,6 +193,7 @@ def speed(setting: Setting, record: Record) -> None:
 
 def compiled(setting: Setting, record: Record) -> None:
     """Ours and the others' with torch.compile beside the best without it, in turns."""
+    until = time.monotonic() + COMPILING * setting.seconds
     all_ours, all_others = ours(setting), others(setting, record)
     quick = in_turns([*all_ours[:2], *all_others], setting, record, 2)
     record.figures.clear()
@@ -198,27 +203,35 @@ def compiled(setting: Setting, record: Record) -> None:
         if same:
             best = min(same, key=lambda c: min(quick[c.label]))
             chosen += [best, replace(best, way="compiled")]
-    times = in_turns(chosen, setting, record, ROUNDS if not setting.tiny else 2)
+    times = in_turns(chosen, setting, record, ROUNDS if not setting.tiny else 2, until)
     summarise(chosen, times, record)
 
 
 def in_turns(
-    contenders: list[Contender], setting: Setting, record: Record, rounds: int
+    contenders: list[Contender],
+    setting: Setting,
+    record: Record,
+    rounds: int,
+    until: float = math.inf,
 ) -> dict[str, list[float]]:
     """Milliseconds of every contender's steps, taken in turns; those that fail are left out, with why."""
     shape, _, _ = shape_of_step(setting)
     steps: dict[str, Step] = {}
     out: dict[str, str] = {}
     first: dict[str, float] = {}
+    norms: dict[str, float] = {}
     for contender in contenders:
         try:
+            if contender.way == "compiled" and time.monotonic() > until:
+                raise Skipped("no time left to compile it")
             # On a processor the compiler itself would take most of the time.
-            step, _ = make_step(
+            step, model = make_step(
                 contender, shape, setting.device, backend="eager" if setting.tiny else "inductor"
             )
             first[contender.label] = seconds_of(step, setting.device)
             for _ in range(2):
                 step()
+            norms[contender.label] = norm_of_gradients(model, contender)
         except Skipped as skipped:
             out[contender.label] = f"skipped: {skipped}"
         except Exception as error:  # whatever a kernel or a compiler raises, the others remain
@@ -227,13 +240,25 @@ def in_turns(
                 record.wrong.append(f"{contender.label}: {described(error)}")
         else:
             steps[contender.label] = step
-        record.put(left_out=out, first_step_seconds=first)
+        record.put(left_out=out, first_step_seconds=first, gradient_norms=norms)
     times: dict[str, list[float]] = {label: [] for label in steps}
     for _ in range(rounds):
         for label, step in steps.items():
             times[label].append(1e3 * seconds_of(step, setting.device))
         record.put(times_ms=times)
     return times
+
+
+def norm_of_gradients(model: nn.Module, contender: Contender) -> float:
+    """After the third step; alike for all ways to compute one network.
+
+    Raises:
+        RuntimeError: a weight of ours has none, so that what was timed was no training.
+    """
+    slopes = [p.grad for p in model.parameters() if p.grad is not None]
+    if not contender.foreign and len(slopes) < len(list(model.parameters())):
+        raise RuntimeError("there are weights without a gradient")
+    return float(nn.utils.get_total_norm(slopes))
 
 
 def summarise(contenders: list[Contender], times: Mapping[str, list[float]], record: Record) -> None:

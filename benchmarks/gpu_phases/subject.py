@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -68,7 +68,7 @@ def make_store(folder: Path, shape: IntTriple) -> str:
     splits = [split for split, count in CASES.items() for _ in range(count)]
     cases = tuple(_info(number, split, shape) for number, split in enumerate(splits))
     store = Store(path=folder, spacing=(1.0, 1.0, 1.0), fingerprint=fingerprint(cases), cases=cases)
-    files = importlib.util.find_spec("blosc2") is not None
+    files = _has_blosc2()
     if not files:
         kept = {info.case: _kept(number, shape) for number, info in enumerate(cases)}
         vars(stores)["open_case"] = lambda path, case: kept[case]
@@ -79,6 +79,14 @@ def make_store(folder: Path, shape: IntTriple) -> str:
             write_case(folder, info, image, mask, [np.flatnonzero(mask)])
         write_table(store)
     return "files" if files else "memory"
+
+
+def _has_blosc2() -> bool:
+    try:
+        importlib.import_module("blosc2")
+    except ImportError:
+        return False
+    return True
 
 
 def _info(number: int, split: str, shape: IntTriple) -> CaseInfo:
