@@ -159,12 +159,24 @@ def child(name: str, out: Path, tiny: bool, limit: float) -> int:
         sys.path.insert(0, folder)
     from benchmarks.gpu_phases import common
 
-    fault = os.environ.get(FAULT, "").partition("=")
-    if fault[0] == name:
-        os.abort() if fault[2] == "crash" else time.sleep(3600)
+    fault = os.environ.get(FAULT, "")
+    if fault == f"{name}=crash":
+        os.abort()
     module = PHASES[name].module if name in PHASES else "ranks"
     function = getattr(importlib.import_module(f"benchmarks.gpu_phases.{module}"), name)
+    if fault == f"{name}=hang":
+        function = hanging(function)
     return common.carry_out(name, function, out, tiny, limit)
+
+
+def hanging(function: Any) -> Any:
+    """A phase that does its work and never ends."""
+
+    def hang(*arguments: Any) -> None:
+        function(*arguments)
+        time.sleep(3600)
+
+    return hang
 
 
 def main() -> int:

@@ -65,7 +65,7 @@ def alone(setting: Setting, record: Record) -> dict[str, Any]:
     backend = "nccl" if setting.cuda else "gloo"
     dist.init_process_group(
         backend,
-        store=dist.FileStore(str(setting.out / "alone"), 1),  # type: ignore[attr-defined]
+        store=dist.FileStore(str(setting.out / "group of one"), 1),  # type: ignore[attr-defined]
         rank=0,
         world_size=1,
         device_id=setting.device if setting.cuda else None,

@@ -334,7 +334,7 @@ def memory(setting: Setting, record: Record) -> None:
 
 def too_large(setting: Setting, record: Record) -> None:
     """A patch beyond all memory: refused before a step, and on a GPU one clear error of a step itself."""
-    huge = _config([1024] * 3, {"depth": 6, "filters": 64}, precision="fp32", batch_size=8)
+    huge = _config([1024] * 3, {"depth": 2, "filters": 64}, precision="fp32", batch_size=8)
     try:
         require_memory(huge, SPACING, setting.device)
         record.wrong.append("a step of 8 patches of 1024^3 was not refused")
