@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from benchmarks.gpu_phases.machine import Ceilings, Layer, layers_of, limit_of
+from benchmarks.gpu_phases.runs import on_gpu
+from torch.utils.flop_counter import FlopCounterMode
+
+from voxelscale.model.unet import UNet
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 PHASES = [
@@ -115,3 +121,42 @@ def test_weak_scaling_of_two_ranks(tmp_path: Path) -> None:
         two["patches_per_second"] / (2 * one["patches_per_second"]), rel=1e-3
     )
     assert two["all_reduce_ms"] > 0
+
+
+def test_what_a_trace_of_a_gpu_says() -> None:
+    def event(kind: str, name: str, start: float, length: float) -> dict[str, Any]:
+        return {"cat": kind, "name": name, "ts": start, "dur": length}
+
+    events = [
+        event("cpu_op", "aten::add", 0, 5),
+        *(event("cuda_runtime", "cudaLaunchKernel", start, 2) for start in (0, 10, 20, 30)),
+        event("cuda_runtime", "cudaStreamSynchronize", 40, 100),
+        *(event("cuda_runtime", "cudaEventSynchronize", start, 1) for start in (140, 150)),
+        event("kernel", "one", 100, 20),
+        event("kernel", "two", 110, 20),
+        event("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 150, 10),
+        event("gpu_memcpy", "Memcpy HtoD (Pageable -> Device)", 180, 20),
+    ]
+    found = on_gpu(events, steps=2)
+    assert found["stream_synchronisations"] == 0.5
+    assert found["waits"] == {"cudaEventSynchronize": 1.0, "cudaStreamSynchronize": 0.5}
+    assert (found["kernels"], found["launches"], found["pageable_copies"]) == (1.0, 2.0, 0.5)
+    assert found["busy_share"] == pytest.approx((30 + 10 + 20) / 100)
+    assert found["step_ms"] == pytest.approx(0.05)
+
+
+def test_the_limit_of_a_convolution() -> None:
+    counts = layers_of(lambda: UNet(depth=2, filters=4), batch=2, size=(8, 8, 8))
+    # Two levels of two on the way down, the upsampling, two on the way up, and the head.
+    assert sum(counts.values()) == 8
+    assert counts[Layer(1, 4, (8, 8, 8), (3, 3, 3), False, True)] == 1
+    layer = Layer(4, 8, (4, 4, 4), (3, 3, 3), False, False)
+    assert counts[layer] == 1
+    outputs = 2 * 4**3 * 8
+    conv, image = torch.nn.Conv3d(4, 8, 3, padding=1, bias=False), torch.zeros(2, 4, 4, 4, 4)
+    with FlopCounterMode(display=False) as counter:
+        assert conv(image).numel() == outputs
+    by_flop = limit_of(layer, 2, Ceilings(bandwidth=math.inf, flops=1.0))
+    assert by_flop == 3 * counter.get_total_flops()
+    by_bytes = limit_of(layer, 2, Ceilings(bandwidth=1.0, flops=math.inf))
+    assert by_bytes == 3 * 2 * (image.numel() + outputs + conv.weight.numel())

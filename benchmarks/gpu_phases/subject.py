@@ -128,7 +128,10 @@ def small_config(setting: Setting, **sections: dict[str, Any]) -> Config:
     tree: dict[str, dict[str, Any]] = {
         "data": {"patch_size": patch},
         "model": {"depth": 2 if setting.tiny else 3, "filters": filters},
-        "train": {"precision": "fp32", "channels_last": True, "validate_every": 0},
+        "train": {
+            **{"precision": "fp32", "channels_last": True, "validate_every": 0},
+            **({"threads": 1} if setting.tiny else {}),
+        },
     }
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}
