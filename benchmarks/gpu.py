@@ -52,7 +52,7 @@ PHASES = {
     "facts": Phase(module="machine", limit=45),
     "ceilings": Phase(module="machine", limit=45),
     "correctness": Phase(module="correctness", limit=100, least=25),
-    "speed": Phase(module="steps", limit=90, least=25),
+    "speed": Phase(module="steps", limit=120, least=25),
     "synchronisations": Phase(module="runs", limit=50),
     "training": Phase(module="runs", limit=90, least=40),
     "prediction": Phase(module="volumes", limit=60, least=20),

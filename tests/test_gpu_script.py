@@ -69,7 +69,7 @@ def test_every_phase_is_right_on_a_processor(tmp_path: Path) -> None:
     code, rows, printed = run(tmp_path)
     figures = assert_right(code, rows, PHASES, printed)
     assert figures["resume"]["usual"]["resumed"] == 0
-    assert 0 < figures["ranks"]["two_ranks_against_virtual"] < 1e-5
+    assert 0 <= figures["ranks"]["two_ranks_against_virtual"] <= 1e-5
     assert "GPU" in figures["speed"]["left_out"]["ours, graph, bf16, channels last"]
     assert figures["training"]["validated"]["validations"] > 0
     assert "1024x1024x1024" in figures["memory"]["refused"]

@@ -30,6 +30,8 @@ COMPILING = 0.55
 """Share of the phase's time after which no further network is compiled."""
 SCALE = 1024.0
 """Of a loss in fp16; a fixed one, so that no contender waits to look at its gradients."""
+WAYS = (("bf16", False), ("bf16", True), ("fp16", False))
+"""Precision, and whether cuDNN tries its kernels, of the others."""
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -52,6 +54,7 @@ class Contender:
 
     Attributes:
         way: ``eager``, ``compiled`` or ``graph`` (ours alone: `voxelscale.train.passes`).
+        tried: whether cuDNN tries its kernels on every shape (``cudnn.benchmark``), as nnU-Net lets it.
     """
 
     name: str
@@ -60,12 +63,13 @@ class Contender:
     precision: str = "bf16"
     last: bool = True
     way: str = "eager"
+    tried: bool = False
     foreign: bool = False
 
     @property
     def label(self) -> str:
         order = "channels last" if self.last else "contiguous"
-        return f"{self.name}, {self.way}, {self.precision}, {order}"
+        return f"{self.name}, {self.way}, {self.precision}, {order}{', tried' * self.tried}"
 
 
 def shape_of_step(setting: Setting) -> tuple[tuple[int, ...], int, int]:
@@ -104,6 +108,7 @@ def make_step(
     kind = TYPES[contender.precision]
 
     def step() -> None:
+        torch.backends.cudnn.benchmark = contender.tried
         optimizer.zero_grad(set_to_none=True)
         if forward_backward is not None:
             forward_backward(image, target, 1.0)
@@ -147,6 +152,7 @@ def ours(setting: Setting) -> list[Contender]:
     return [
         first,
         replace(first, last=False),
+        *(replace(first, last=last, tried=True) for last in (True, False) if setting.cuda),
         replace(first, way="graph", loss=dice_cross_entropy),
         replace(first, name="ours, default loss", loss=default),
         replace(first, name="ours, default loss", loss=default, way="graph"),
@@ -176,11 +182,12 @@ def others(setting: Setting, record: Record) -> list[Contender]:
     except ImportError as error:
         record.put(dynamic_network_architectures=f"skipped: {error}")
     return [
-        Contender(name=name, make=make, loss=plain_loss, precision=kind, last=last, foreign=True)
+        Contender(
+            name=name, make=make, loss=plain_loss, precision=kind, last=last, tried=tried, foreign=True
+        )
         for name, make in makers.items()
-        for kind in ("bf16", "fp16")
+        for kind, tried in (WAYS[:1] if setting.tiny else WAYS)
         for last in (True, False)
-        if kind == "bf16" or not setting.tiny
     ]
 
 
@@ -194,13 +201,13 @@ def speed(setting: Setting, record: Record) -> None:
 def compiled(setting: Setting, record: Record) -> None:
     """Ours and the others' with torch.compile beside the best without it, in turns."""
     until = time.monotonic() + COMPILING * setting.seconds
-    all_ours, all_others = ours(setting), others(setting, record)
-    quick = in_turns([*all_ours[:2], *all_others], setting, record, 2)
-    record.figures.clear()
-    chosen = [all_ours[2]]
-    for name in dict.fromkeys(c.name for c in [*all_ours[:2], *all_others]):
-        same = [c for c in [*all_ours[:2], *all_others] if c.name == name and c.label in quick]
-        if same:
+    mine = ours(setting)
+    eager = [c for c in mine if c.way == "eager" and c.loss is our_loss] + others(setting, record)
+    quick = in_turns(eager, setting, record, 2)
+    record.put(trial_ms=quick, times_ms={})
+    chosen = [c for c in mine if c.way == "graph" and c.loss is dice_cross_entropy]
+    for name in dict.fromkeys(c.name for c in eager):
+        if same := [c for c in eager if c.name == name and c.label in quick]:
             best = min(same, key=lambda c: min(quick[c.label]))
             chosen += [best, replace(best, way="compiled")]
     times = in_turns(chosen, setting, record, ROUNDS if not setting.tiny else 2, until)
