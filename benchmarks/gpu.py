@@ -97,7 +97,11 @@ def run_phase(name: str, work: Path, limit: float, tiny: bool, log: Any) -> Row:
     command = [sys.executable, __file__, "--phase", name, "--out", str(work)]
     command += ["--limit", str(limit)] + ["--tiny"] * tiny
     began = time.monotonic()
-    child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    # So that the log holds all that a phase printed before it was ended, and where it crashed.
+    more = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    child = subprocess.Popen(
+        command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **more}
+    )
     try:
         code: int | None = child.wait(limit)
     except subprocess.TimeoutExpired:
@@ -198,6 +202,7 @@ def main() -> int:
         return child(arguments.phase, arguments.out, arguments.tiny, limit)
     if arguments.nodes:
         return child("nodes", arguments.out, arguments.tiny, limit)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the phase ends with this process
     rows = run_all(names, arguments.out, arguments.seconds, arguments.limit, arguments.tiny)
     counts = {s: sum(row["status"] == s for row in rows) for s in ("ok", "failed", "skipped")}
     print(f"\n{', '.join(f'{number} {status}' for status, number in counts.items())}")
