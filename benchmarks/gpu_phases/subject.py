@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.gpu_phases.common import Setting
+from benchmarks.gpu_phases.common import Setting, relative
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -167,7 +167,5 @@ def run_engine(
 
 def apart(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     """||found - right|| / ||right|| over all weights."""
-    from benchmarks.gpu_phases.common import relative
-
     one, other = (torch.cat([w[name].flatten().double() for name in right]) for w in (found, right))
     return relative(one, other)
