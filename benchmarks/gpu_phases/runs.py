@@ -28,8 +28,8 @@ from voxelscale.train.loop import train
 
 STEPS = 8
 DIFFERENT, LUCK = 10.0, 3e-4
-"""A resumed run may differ from the first so many times as much as two uninterrupted ones do, and by `LUCK`:
-on a GPU sums in no fixed order make a difference one time, and none the next."""
+"""A resumed run may differ from the first so many times as much as two uninterrupted ones do, and by
+`LUCK`: on a GPU sums in no fixed order make a difference one time, and none the next."""
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """cuBLAS reads it when it starts; ``:4096:8`` is what PyTorch asks for where it is to be deterministic."""
 
