@@ -75,7 +75,7 @@ def test_a_thread_that_works_ahead_can_be_left(store: Store) -> None:
     of = samples(store, 2)
     batches = on_device(iter([of] * 50), lambda batch: made(list(batch), GPU), GPU)
     assert len(list(islice(batches, 3))) == 3
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
 
 
 def network(outputs: int = 1) -> nn.Module:

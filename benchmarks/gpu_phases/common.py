@@ -6,8 +6,7 @@ import json
 import math
 import os
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,18 +129,6 @@ def relative(found: Tensor, right: Tensor) -> float:
     a, b = found.detach().cpu().double().flatten(), right.detach().cpu().double().flatten()
     value = float((a - b).norm() / b.norm().clamp_min(1e-30))
     return value if math.isfinite(value) else math.inf
-
-
-@contextmanager
-def exact() -> Iterator[None]:
-    """Within it float32 is computed as float32, never as TF32."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.gpu_phases.common import BF16, FP32, Record, Setting, channels_last, exact, relative
+from benchmarks.gpu_phases.common import BF16, FP32, Record, Setting, channels_last, relative
 from benchmarks.gpu_phases.subject import balls, make_store
 from torch import Tensor, nn
 
 from voxelscale.classes import LESION, Classes
 from voxelscale.config import AugmentConfig, DataConfig, IntTriple, LossConfig, OptimConfig
-from voxelscale.device import autocast, to_channels_last
+from voxelscale.device import autocast, policy, to_channels_last
 from voxelscale.infer.sliding_window import Windows, gaussian_profile, predict_volume, window_starts
 from voxelscale.model.build import build_loss
 from voxelscale.model.norm import SLOPE, make_norm
@@ -46,7 +46,7 @@ ORTHOGONAL = 1e-3
 def correctness(setting: Setting, record: Record) -> None:
     """Norms, losses, optimisers, augmentation, sliding window and networks."""
     worst: dict[str, float] = {}
-    with exact():
+    with policy(setting.device):
         for part in (of_norms, of_losses, of_optimisers, of_samples, of_windows, of_networks):
             rows = part(setting)
             for name, found, limit in rows:

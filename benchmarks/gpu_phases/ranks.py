@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from benchmarks import gpu
-from benchmarks.gpu_phases.common import Record, Setting, exact, plain, relative
+from benchmarks.gpu_phases.common import Record, Setting, plain, relative
 from benchmarks.gpu_phases.steps import Contender, make_step, shape_of_step
 from benchmarks.gpu_phases.subject import apart, make_store, run_engine, shape_of, small_config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from voxelscale.config import Config
-from voxelscale.device import seconds_of
+from voxelscale.device import policy, seconds_of
 from voxelscale.model.unet import UNet
 from voxelscale.ranks.workers import Workers, compressed, join
 
@@ -39,8 +39,7 @@ def ranks(setting: Setting, record: Record) -> None:
     record.put(**alone(setting, record))
     store, weights = setting.out / "store", setting.out / "ranks.pt"
     make_store(store, shape_of(setting))
-    with exact():
-        _, virtual = run_engine(config_of(setting, RANKS), store, None)
+    _, virtual = run_engine(config_of(setting, RANKS), store, None)
     outcome = two_ranks(setting)
     record.put(two_ranks=outcome)
     if any(each["status"] != "ok" for each in outcome) or not weights.exists():
@@ -91,7 +90,7 @@ def gradient(setting: Setting, way: str) -> Tensor:
     wrapped = model
     if way != "plain":
         wrapped = wrap(model, setting.device, None, way)
-    with exact():
+    with policy(setting.device):
         wrapped(image).square().mean().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -135,7 +134,7 @@ def rank(setting: Setting, record: Record) -> None:
     """One of two: trains its share; the first keeps the weights."""
     store = setting.out / "store"
     make_store(store, shape_of(setting))
-    with join(1, 0), exact():
+    with join(1, 0):
         record.put(backend=dist.get_backend())
         _, weights = run_engine(config_of(setting, 1), store, None)
         if dist.get_rank() == 0:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from voxelscale.config import Config, LossConfig, from_dict
-from voxelscale.device import Arithmetic, seconds_of, to_channels_last
+from voxelscale.device import choose_precision, seconds_of, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.build import build_loss
 from voxelscale.model.losses import dice_cross_entropy
 from voxelscale.model.unet import UNet
-from voxelscale.train.memory import TooLarge, estimate_memory, require_memory, step_memory
+from voxelscale.train.memory import TooLarge, require_memory, simulate, step_memory
+from voxelscale.train.passes import TrainingPass
 
 Loss = Callable[[Any, Tensor], Any]
 Step = Callable[[], None]
@@ -98,21 +99,19 @@ def make_step(
         image = channels_last(image)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
     run = wrap(model)
-    if contender.way == "graph":
-        forward_backward = graph_of(model, contender, device)
-    else:
-        if contender.way == "compiled":
-            run.compile(backend=backend)
-        forward_backward = None
+    graph = graph_of(model, contender, device) if contender.way == "graph" else None
+    if contender.way == "compiled":
+        run.compile(backend=backend)
     scale = SCALE if contender.precision == "fp16" else 1.0
     kind = TYPES[contender.precision]
 
     def step() -> None:
         torch.backends.cudnn.benchmark = contender.tried
-        optimizer.zero_grad(set_to_none=True)
-        if forward_backward is not None:
-            forward_backward(image, target, 1.0)
+        if graph is not None:
+            graph.clear_gradients()
+            graph(image, target)
         else:
+            optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, kind, enabled=kind != torch.float32):
                 logits = run(image)
             value = contender.loss(logits, target)
@@ -121,27 +120,22 @@ def make_step(
                 torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1 / scale)
         optimizer.step()
 
+    for _ in range(3 if graph is not None else 0):
+        step()  # it is recorded at the second
+    if graph is not None and not graph.recorded:
+        raise RuntimeError("no CUDA graph could be recorded; see log.txt")
     return step, model
 
 
-def graph_of(model: nn.Module, contender: Contender, device: torch.device) -> Callable[..., Any]:
+def graph_of(model: nn.Module, contender: Contender, device: torch.device) -> TrainingPass:
     """Forward, loss and backward pass as one CUDA graph.
 
     Raises:
-        Skipped: this version has none, or the device is no GPU.
+        Skipped: the device is no GPU.
     """
     if device.type != "cuda":
         raise Skipped("CUDA graphs need a GPU")
-    try:
-        passes: Any = importlib.import_module("voxelscale.train.passes")
-        way: Any = Arithmetic
-        arithmetic = way(
-            precision=contender.precision, channels_last=contender.last, compile=False, graph=True
-        )
-    except (ImportError, TypeError) as error:
-        raise Skipped(f"this version has no graph of a training pass ({error})") from None
-    made: Callable[..., Any] = passes.TrainingPass(model, contender.loss, arithmetic, device)
-    return made
+    return TrainingPass(model, contender.loss, TYPES[contender.precision], device, graph=True)
 
 
 def ours(setting: Setting) -> list[Contender]:
@@ -290,7 +284,7 @@ def summarise(contenders: list[Contender], times: Mapping[str, list[float]], rec
 
 
 NEAR = (0.75, 1.33)
-"""Of an estimate of memory, as a share of what a step took."""
+"""Of what a step took, over the tensors that were estimated to be alive (`memory.RESERVED` plans with)."""
 SPACING = (1.0, 1.0, 1.0)
 
 
@@ -322,20 +316,20 @@ def _config(patch: list[int], model: dict[str, Any], **train: Any) -> Config:
 
 
 def memory(setting: Setting, record: Record) -> None:
-    """The estimate of a step's memory against what real steps took, and a patch that is too large."""
+    """What real steps took against the estimate of the tensors alive, and a patch that is too large."""
     rows: dict[str, dict[str, float]] = {}
     if setting.cuda:  # libraries' own memory, which belongs to no step
         step_memory(_config([32] * 3, {"depth": 2}), SPACING, setting.device)
     for name, config in configs(setting).items():
-        estimate = estimate_memory(config, SPACING, setting.device)
+        alive = simulate(config, SPACING, choose_precision(config.train.precision, setting.device)).alive
         found = step_memory(config, SPACING, setting.device)
-        ratio = estimate / found
-        rows[name] = {"estimate_mib": estimate / 2**20, "measured_mib": found / 2**20, "ratio": ratio}
+        ratio = found / alive
+        rows[name] = {"alive_mib": alive / 2**20, "measured_mib": found / 2**20, "ratio": ratio}
         record.put(rows=rows)
         if setting.cuda and not NEAR[0] <= ratio <= NEAR[1]:
-            record.wrong.append(f"{name}: the estimate is {ratio:.2f} of what was measured")
+            record.wrong.append(f"{name}: a step took {ratio:.2f} times what was estimated to be alive")
     ratios = [row["ratio"] for row in rows.values()]
-    record.says = f"estimate / measured {min(ratios):.2f} to {max(ratios):.2f}"
+    record.says = f"measured / estimated to be alive {min(ratios):.2f} to {max(ratios):.2f}"
     too_large(setting, record)
 
 

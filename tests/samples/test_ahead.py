@@ -87,7 +87,7 @@ def test_so_many_are_ready_and_no_more(ahead: int) -> None:
         for _ in range(ahead + 1 if taken == 0 else 1):
             assert stream.read.acquire(timeout=WAIT)
         assert not stream.read.acquire(timeout=0.05)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
 
 
 @pytest.mark.parametrize("fault", [ValueError("damaged"), torch.OutOfMemoryError("no room")])
@@ -118,7 +118,7 @@ def test_closing_ends_the_thread_that_waits_for_room() -> None:
     batches = beside(stream, doubled, side, 1)
     next(batches)
     assert stream.read.acquire(timeout=WAIT)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert ended(side.thread)
     assert stream.closed
 
@@ -141,7 +141,7 @@ def test_closing_ends_the_thread_that_reads() -> None:
     batches = beside(stream(), collate, side, 2)
     next(batches)
     assert reading.wait(WAIT)
-    closing = threading.Thread(target=batches.close)  # type: ignore[attr-defined]
+    closing = threading.Thread(target=batches.close)
     closing.start()
     go_on.set()
     closing.join(WAIT)
@@ -156,7 +156,7 @@ def test_a_batch_is_held_by_its_user_alone() -> None:
     held = weakref.ref(next(batches)[1][0])
     gc.collect()
     assert held() is None
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
 
 
 class Quiet(Side):

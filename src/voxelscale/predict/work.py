@@ -26,7 +26,7 @@ from voxelscale.console import Progress, count, duration, notice
 from voxelscale.dataset.listing import Source
 from voxelscale.dataset.reading import read_image, read_more
 from voxelscale.dataset.stamps import source_stamp
-from voxelscale.device import choose_inference, upload
+from voxelscale.device import choose_inference, policy, upload
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.findings import (
@@ -261,7 +261,7 @@ class Predictor:
         device: torch.device,
         precision: torch.dtype | None = None,
     ) -> None:
-        self._config, self._calibration = config, bundle.calibration
+        self._config, self._calibration, self._device = config, bundle.calibration, device
         self._classes, self._channels, self._of_ct = bundle.classes, bundle.channels, bundle.of_ct
         self._lungs = bundle.looks_at_lungs if config.lungs is None else config.lungs
         if self._lungs and not self._of_ct:
@@ -330,10 +330,11 @@ class Predictor:
         regions = {
             spacing: _Region.of(images, self._channels, spacing, **rules) for spacing in self._networks
         }
-        if self._classes.single:
-            return self._mean(regions, share, images[0].grid), regions
-        each = ((regions[spacing], network) for spacing, of in self._networks.items() for network in of)
-        return [network.maps(region, share) for region, network in each], regions
+        with policy(self._device):
+            if self._classes.single:
+                return self._mean(regions, share, images[0].grid), regions
+            each = ((regions[spacing], network) for spacing, of in self._networks.items() for network in of)
+            return [network.maps(region, share) for region, network in each], regions
 
     def _mean(
         self, regions: Mapping[Triple, _Region], share: Share | None, grid: Grid

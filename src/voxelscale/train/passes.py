@@ -62,6 +62,11 @@ class TrainingPass:
         self._shapes: object = None
         self._replay: Work | None = None
 
+    @property
+    def recorded(self) -> bool:
+        """Whether a graph has been recorded, and is replayed for micro-batches of its shapes."""
+        return self._replay is not None
+
     def clear_gradients(self) -> None:
         """Before an update. A graph adds to the memory that it has been recorded with."""
         if self._replay is None:
