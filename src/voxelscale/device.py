@@ -47,6 +47,25 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bf16" or (wanted == "auto" and native) else torch.float32
 
 
+TRAINING_PRIORITY = -1
+"""Of a training's CUDA stream; lower numbers go first, and 0, the default stream's, is the lowest."""
+
+
+@contextmanager
+def training_stream(device: torch.device) -> Iterator[None]:
+    """Within it this thread's work on a GPU goes before that of threads beside it, such as a validation."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device, priority=TRAINING_PRIORITY)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
     """Within it a network computes in this precision, float32 or bfloat16; float32 is any device's own."""
     if precision == torch.float32:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from voxelscale.config import Config
 from voxelscale.config.renamed import with_first_names
 from voxelscale.console import Progress, count, duration, notice, warn
-from voxelscale.device import choose_precision, policy, to_channels_last
+from voxelscale.device import choose_precision, policy, to_channels_last, training_stream
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.randomness import generator
@@ -132,7 +132,8 @@ class Engine:
             if self.state.seen < self.clock.end or self._validation_missed():
                 self._check_update()
                 self.log = self._open_log()
-                with policy(self.workers.device, self.config.train.deterministic):
+                device, strict = self.workers.device, self.config.train.deterministic
+                with policy(device, strict), training_stream(device):
                     self._all_steps(steps, asked)
         except torch.OutOfMemoryError:
             if self.run is not None:

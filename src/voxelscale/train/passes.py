@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from voxelscale.console import notice
-from voxelscale.device import autocast
+from voxelscale.device import TRAINING_PRIORITY, autocast
 
 Work = Callable[[], object]
 
@@ -27,8 +27,10 @@ sums give less."""
 def record(work: Work) -> Work:
     """Record what a function does on the GPU; gives what replays it."""
     graph = torch.cuda.CUDAGraph()
+    # Replayed kernels have the priority of the stream that they were recorded on.
+    stream = torch.cuda.Stream(priority=TRAINING_PRIORITY)  # type: ignore[no-untyped-call]
     # Other threads (validation, input) may allocate memory meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph.replay
 
