@@ -26,7 +26,8 @@ class TrainConfig(Section):
     seed: int = 0
     """Seed of the initial weights and, with its index, of every sample."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the forward and backward pass; auto: bf16 if the device has it in hardware."""
+    """Precision of the forward and backward pass; auto: bf16 if the device has it in hardware. fp32 is
+    without TF32 on GPUs."""
     channels_last: bool | None = None
     """Memory format of activations and weights; null: by a short trial on GPUs, true on CPUs."""
     compile: bool | None = False
