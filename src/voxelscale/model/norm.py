@@ -1,8 +1,9 @@
 """Normalisation layers by name, each with the leaky ReLU that may follow it in one piece.
 
 The layers keep the parameters, buffers and results of PyTorch's own; `SyncBatchNorm` is a batch norm
-over all ranks that also runs on CPUs. On CPUs a large channels-last map goes through
-`voxelscale.model.fast.norm`, everything else through PyTorch's kernels.
+over all ranks that also runs on CPUs. A channels-last map goes through `voxelscale.model.fast.norm` on
+CPUs, if it is large, and through `voxelscale.model.fast.triton_norm` on GPUs, everything else through
+PyTorch's kernels.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from voxelscale.model.fast.kernels import takes_kernels
 from voxelscale.model.fast.norm import leaky_relu_, rows_norm, takes_rows
 
 SLOPE = 0.01
@@ -65,12 +67,18 @@ class InstanceNorm(nn.Module):
 
     def forward(self, input: Tensor, slope: float = 1.0) -> Tensor:
         """``(batch, channel, ...)``, each channel of each sample normalised over its voxels."""
+        if _takes_kernel(input, self):
+            return _kernel_norm(input, self, slope, samples=True)[0]
         if math.prod(input.shape[2:]) == 1:
             shape = [1, -1, *[1] * (input.dim() - 2)]
             return leaky_relu_(0 * input * self.weight.view(shape) + self.bias.view(shape), slope)
         if takes_rows(input, self.weight, samples=True):
             return rows_norm(input, self, slope, samples=True)[0]
-        return leaky_relu_(F.instance_norm(input, weight=self.weight, bias=self.bias, eps=self.eps), slope)
+        output = F.instance_norm(input, weight=self.weight, bias=self.bias, eps=self.eps)
+        if input.device.type == "cpu":
+            return leaky_relu_(output, slope)
+        # The output is a view; changed in place, autograd would copy it twice and clone its gradient.
+        return output if slope == 1 else F.leaky_relu(output, slope)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -78,6 +86,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor, slope: float = 1.0) -> Tensor:
         """``(batch, channel, ...)``, each group of channels of each sample normalised over its voxels."""
+        if _takes_kernel(input, self):
+            return _kernel_norm(input, self, slope, samples=True, groups=self.num_groups)[0]
         if takes_rows(input, self.weight, samples=True):
             return rows_norm(input, self, slope, samples=True, groups=self.num_groups)[0]
         return leaky_relu_(super().forward(input), slope)
@@ -94,6 +104,10 @@ class BatchNorm(_BatchNorm):
         """``(batch, channel, ...)``, each channel normalised over the batch and its voxels."""
         self._check_input_dim(input)
         count = input.numel() // input.shape[1]
+        if self.training and count > 1 and _takes_kernel(input, self):
+            output, moments = _kernel_norm(input, self, slope)
+            self._track(moments[0, 0], moments[2, 0], count)
+            return output
         if self.training and takes_rows(input, self.weight, samples=False):
             output, moments = rows_norm(input, self, slope)
             self._track(moments[0, 0], moments[1, 0], count)
@@ -134,7 +148,7 @@ class SyncBatchNorm(BatchNorm):
         axes = [0, *range(2, input.dim())]
         variance, mean = torch.var_mean(input.float(), axes, correction=0)
         count = input.numel() // input.shape[1]
-        moments = torch.cat([mean * count, (variance + mean.square()) * count, mean.new_tensor([count])])
+        moments = torch.cat([mean * count, (variance + mean.square()) * count, mean.new_full((1,), count)])
         moments = _AllReduceSum.apply(moments)  # type: ignore[no-untyped-call]
         total = moments[-1].detach()
         mean, square = (moments[:-1] / total).chunk(2)
@@ -145,6 +159,17 @@ class SyncBatchNorm(BatchNorm):
         shape = [1, -1, *[1] * (input.dim() - 2)]
         normalised: Tensor = input * scale.view(shape) + shift.view(shape)
         return leaky_relu_(normalised.to(input.dtype), slope)
+
+
+def _takes_kernel(input: Tensor, norm: InstanceNorm | GroupNorm | BatchNorm) -> bool:
+    return norm.weight.dtype == torch.float32 and takes_kernels(input, "triton_norm")
+
+
+def _kernel_norm(input: Tensor, norm: nn.Module, slope: float, **how: Any) -> tuple[Tensor, Tensor]:
+    # Where there is no GPU, Triton is never imported.
+    from voxelscale.model.fast.triton_norm import kernel_norm
+
+    return kernel_norm(input, norm, slope, **how)
 
 
 class _AllReduceSum(torch.autograd.Function):

@@ -2,8 +2,8 @@
 
 After Ronneberger, Fischer and Brox, "U-Net: Convolutional Networks for Biomedical Image
 Segmentation", MICCAI 2015, and its 3-D form (Çiçek et al., MICCAI 2016), with padded convolutions
-and leaky ReLU as in nnU-Net (Isensee et al., Nature Methods 2021). What makes it fast on a processor
-is in `voxelscale.model.fast`.
+and leaky ReLU as in nnU-Net (Isensee et al., Nature Methods 2021). What makes it fast is
+in `voxelscale.model.fast`.
 
 Tensors are ``(batch, channel, z, y, x)`` in 3-D and ``(batch, channel, y, x)`` in 2-D.
 """
@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from voxelscale.model.fast.convolution import Conv2d, Conv3d, Kernel, convolution, max_pool
+from voxelscale.model.fast.convolution import Conv2d, Conv3d, Kernel, convolution
 from voxelscale.model.fast.join import Stride, join
 from voxelscale.model.fast.norm import leaky_relu_
+from voxelscale.model.fast.pool import max_pool
 from voxelscale.model.norm import SLOPE, BatchNorm, NoNorm, make_norm
 from voxelscale.model.resenc import ConvUnit, ResidualBlock, ResidualEncoder
 
