@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,14 +41,14 @@ def takes_kernels(x: Tensor, module: str) -> bool:
     """
     return (
         x.device.type in DEVICES
+        # The compiler fuses PyTorch's own formulas by itself.
+        and not torch.compiler.is_compiling()
         and type(x) is Tensor  # a fake tensor has no memory to run on
         and x.dtype in DTYPES
         and x.dim() in (4, 5)
         and x.numel() > 0
         and x.shape[0] <= MOST_SAMPLES
         and x.movedim(1, -1).is_contiguous()
-        # The compiler fuses PyTorch's own formulas by itself.
-        and not torch.compiler.is_compiling()
         and _trusted(module, x.device, x.dtype)
     )
 
@@ -57,7 +58,10 @@ def _trusted(module: str, device: torch.device, dtype: torch.dtype) -> bool:
     if key not in _verdicts:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        _verdicts[key] = _has_triton() and (device.type == "meta" or _agrees(module, device, dtype))
+        if device.type == "meta":
+            _verdicts[key] = find_spec("triton") is not None
+        else:
+            _verdicts[key] = _has_triton() and _agrees(module, device, dtype)
     return _verdicts[key]
 
 
@@ -106,7 +110,9 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **
 
 def empty_rows(x: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """A map of the same type, batch and channels, channels last, without contents; None: of its size."""
-    return x.new_empty(x.shape[0], *(x.shape[2:] if size is None else size), x.shape[1]).movedim(-1, 1)
+    shape = *x.shape[:2], *(x.shape[2:] if size is None else size)
+    last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
 
 
 def as_rows(x: Tensor, like: Tensor) -> Tensor:
