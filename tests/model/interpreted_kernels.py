@@ -20,7 +20,7 @@ from voxelscale.model.build import build_loss, build_model
 from voxelscale.model.checkpointing import checkpoint_activations
 from voxelscale.model.fast import kernels, triton_norm, triton_pool
 from voxelscale.model.fast.pool import max_pool
-from voxelscale.model.norm import BatchNorm, make_norm
+from voxelscale.model.norm import BatchNorm, add_norm, make_norm
 
 CPU = torch.device("cpu")
 SHAPES = [(2, 5, 3, 5, 7), (1, 8, 9, 8, 11), (2, 16, 9, 11), (1, 70, 2, 3, 2), (2, 1, 4, 6)]
@@ -193,6 +193,35 @@ def test_a_gradient_may_come_in_any_format_and_type() -> None:
     mine = x.clone().requires_grad_()
     norm(mine, 0.1).sum().backward()  # an expanded scalar
     assert mine.grad is not None
+
+
+@pytest.mark.parametrize("name", ["instance", "group", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("many_chunks")
+def test_a_norm_and_a_sum_are_pytorchs(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = drawn(name, 8)
+    x, added, gradient = (channels_last(2, 8, 5, 26).to(dtype) for _ in range(3))
+    reference = copy.deepcopy(norm).double()
+    mine = [t.clone().requires_grad_() for t in (x, added)]
+    theirs = [t.double().requires_grad_() for t in (x, added)]
+    y = add_norm(norm, *mine, 0.1)
+    wanted = F.leaky_relu(by_pytorch(reference, theirs[0], 1.0) + theirs[1], 0.1)
+    assert "Kernel" in type(y.grad_fn).__name__
+    assert y.dtype == dtype
+    found = [y, *torch.autograd.grad(y, [*mine, *norm.parameters()], gradient)]
+    right = [wanted, *torch.autograd.grad(wanted, [*theirs, *reference.parameters()], gradient.double())]
+    for one, other in zip(found, right, strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        assert (one.double() - other).abs().max() <= tolerance * other.abs().max()
+
+
+def test_a_sum_with_another_format_or_type_is_not_in_one_piece() -> None:
+    torch.manual_seed(0)
+    norm, x, added = drawn("instance", 8), channels_last(2, 8, 5, 6), channels_last(2, 8, 5, 6)
+    wanted = add_norm(norm, x, added, 0.1)
+    for other in (added.contiguous(), added.double()):
+        assert torch.allclose(add_norm(norm, x, other, 0.1).float(), wanted, atol=1e-5)
 
 
 def test_running_statistics_are_pytorchs() -> None:

@@ -65,7 +65,9 @@ def built(triton: Any, kernel: Any, kind: str, constants: dict[str, int]) -> str
     """The PTX that a kernel becomes for an H100, and that NVIDIA's assembler has taken."""
     from triton.backends.compiler import GPUTarget
 
-    maps = dict.fromkeys(("x", "out", "gradient", "voxels", "windows"), f"*{kind}")
+    maps = dict.fromkeys(
+        ("x", "out", "gradient", "added", "output", "of_added", "voxels", "windows"), f"*{kind}"
+    )
     types = {**maps, "places": "*u8", "slope": "fp32", "eps": "fp32"}
     floats = dict.fromkeys(("partial", "kept", "weight", "bias", "sums"), "*fp32")
     names: list[str] = kernel.arg_names
@@ -85,8 +87,12 @@ def test_the_norms_kernels_compile_for_a_gpu(compiling: Any, channels: int, kind
     from voxelscale.model.fast import triton_norm as module
 
     split = module._Split(torch.empty(2, channels, 8, 64, 64), True, 0)
-    for kernel in (module._moments, module._apply, module._sums, module._gradient):
-        code = built(compiling, kernel, kind, split.tile)
+    kernels = [(module._moments, {}), (module._gradient, {})]
+    kernels += [
+        (kernel, {"ADDED": flag}) for kernel in (module._apply, module._sums) for flag in (False, True)
+    ]
+    for kernel, more in kernels:
+        code = built(compiling, kernel, kind, {**more, **split.tile})
         assert ("ld.global.v4" in code) == (channels == 32), kernel
     for kernel in (module._merge_moments, module._merge_sums):
         built(compiling, kernel, kind, split.group)

@@ -67,8 +67,8 @@ class InstanceNorm(nn.Module):
 
     def forward(self, input: Tensor, slope: float = 1.0) -> Tensor:
         """``(batch, channel, ...)``, each channel of each sample normalised over its voxels."""
-        if _takes_kernel(input, self):
-            return _kernel_norm(input, self, slope, samples=True)[0]
+        if (done := _by_kernel(self, input, slope)) is not None:
+            return done
         if math.prod(input.shape[2:]) == 1:
             shape = [1, -1, *[1] * (input.dim() - 2)]
             return leaky_relu_(0 * input * self.weight.view(shape) + self.bias.view(shape), slope)
@@ -86,8 +86,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor, slope: float = 1.0) -> Tensor:
         """``(batch, channel, ...)``, each group of channels of each sample normalised over its voxels."""
-        if _takes_kernel(input, self):
-            return _kernel_norm(input, self, slope, samples=True, groups=self.num_groups)[0]
+        if (done := _by_kernel(self, input, slope)) is not None:
+            return done
         if takes_rows(input, self.weight, samples=True):
             return rows_norm(input, self, slope, samples=True, groups=self.num_groups)[0]
         return leaky_relu_(super().forward(input), slope)
@@ -103,14 +103,11 @@ class BatchNorm(_BatchNorm):
     def forward(self, input: Tensor, slope: float = 1.0) -> Tensor:
         """``(batch, channel, ...)``, each channel normalised over the batch and its voxels."""
         self._check_input_dim(input)
-        count = input.numel() // input.shape[1]
-        if self.training and count > 1 and _takes_kernel(input, self):
-            output, moments = _kernel_norm(input, self, slope)
-            self._track(moments[0, 0], moments[2, 0], count)
-            return output
+        if (done := _by_kernel(self, input, slope)) is not None:
+            return done
         if self.training and takes_rows(input, self.weight, samples=False):
             output, moments = rows_norm(input, self, slope)
-            self._track(moments[0, 0], moments[1, 0], count)
+            self._track(moments[0, 0], moments[1, 0], input.numel() // input.shape[1])
             return output
         return leaky_relu_(super().forward(input), slope)
 
@@ -139,10 +136,14 @@ class SyncBatchNorm(BatchNorm):
 
     alone = False
 
+    @property
+    def grouped(self) -> bool:
+        """Whether there are other ranks to ask."""
+        return not self.alone and dist.is_initialized() and dist.get_world_size() > 1
+
     def forward(self, input: Tensor, slope: float = 1.0) -> Tensor:
         """``(batch, channel, ...)``, normalised by the global batch's mean and variance."""
-        grouped = not self.alone and dist.is_initialized() and dist.get_world_size() > 1
-        if not (self.training and grouped):
+        if not (self.training and self.grouped):
             return super().forward(input, slope)
         self._check_input_dim(input)
         axes = [0, *range(2, input.dim())]
@@ -161,15 +162,34 @@ class SyncBatchNorm(BatchNorm):
         return leaky_relu_(normalised.to(input.dtype), slope)
 
 
-def _takes_kernel(input: Tensor, norm: InstanceNorm | GroupNorm | BatchNorm) -> bool:
-    return norm.weight.dtype == torch.float32 and takes_kernels(input, "triton_norm")
+def add_norm(norm: nn.Module, input: Tensor, added: Tensor, slope: float) -> Tensor:
+    """Leaky ReLU of the normalised map plus another of its shape, on GPUs in one piece."""
+    if isinstance(norm, InstanceNorm | GroupNorm | BatchNorm):
+        done = _by_kernel(norm, input, slope, added)
+        if done is not None:
+            return done
+    return leaky_relu_(norm(input) + added, slope)
 
 
-def _kernel_norm(input: Tensor, norm: nn.Module, slope: float, **how: Any) -> tuple[Tensor, Tensor]:
+def _by_kernel(
+    norm: InstanceNorm | GroupNorm | BatchNorm, input: Tensor, slope: float, added: Tensor | None = None
+) -> Tensor | None:
+    """As `add_norm`, where a GPU's kernel takes the maps; elsewhere None."""
+    batch, count = isinstance(norm, BatchNorm), input.numel() // input.shape[1]
+    if batch and (not norm.training or count == 1 or (isinstance(norm, SyncBatchNorm) and norm.grouped)):
+        return None
+    if norm.weight.dtype != torch.float32 or not takes_kernels(input, "triton_norm"):
+        return None
+    if added is not None and not (added.dtype == input.dtype and added.movedim(1, -1).is_contiguous()):
+        return None
     # Where there is no GPU, Triton is never imported.
     from voxelscale.model.fast.triton_norm import kernel_norm
 
-    return kernel_norm(input, norm, slope, **how)
+    groups = norm.num_groups if isinstance(norm, GroupNorm) else 0
+    output, moments = kernel_norm(input, norm, slope, added=added, samples=not batch, groups=groups)
+    if isinstance(norm, BatchNorm):
+        norm._track(moments[0, 0], moments[2, 0], count)
+    return output
 
 
 class _AllReduceSum(torch.autograd.Function):

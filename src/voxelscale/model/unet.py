@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from voxelscale.model.fast.convolution import Conv2d, Conv3d, Kernel, convolution
 from voxelscale.model.fast.join import Stride, join
-from voxelscale.model.fast.norm import leaky_relu_
 from voxelscale.model.fast.pool import max_pool
-from voxelscale.model.norm import SLOPE, BatchNorm, NoNorm, make_norm
+from voxelscale.model.norm import SLOPE, BatchNorm, NoNorm, add_norm, make_norm
 from voxelscale.model.resenc import ConvUnit, ResidualBlock, ResidualEncoder
 
 SUPERVISION = "supervision."
@@ -235,7 +234,7 @@ class ConvBlock(nn.Module):
         y: Tensor = self.conv2(self.norm1(self.conv1(x), SLOPE))
         if self.bridge is None:
             return self.norm2(y, SLOPE)  # type: ignore[no-any-return]
-        return leaky_relu_(self.norm2(y) + self.bridge(x), SLOPE)
+        return add_norm(self.norm2, y, self.bridge(x), SLOPE)
 
 
 class DecoderLevel(nn.Module):

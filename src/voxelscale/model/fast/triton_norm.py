@@ -1,9 +1,10 @@
-"""Normalise, scale, shift and leaky ReLU of a channels-last map on a GPU, in Triton.
+"""Normalise, scale, shift, add and leaky ReLU of a channels-last map on a GPU, in Triton.
 
 PyTorch's instance and group norm copy such a map to channels first and leave the result so
 (https://github.com/pytorch/pytorch/issues/59168). Here it is read twice and written once; the backward
 pass reads it and the gradient twice and writes once. Kept for it are the map and its moments, not the
-result: the sign of the activation is computed again.
+result: the sign of the activation is computed again. Only where another map was added it is the result's,
+which the next layer keeps anyway.
 
 A map is ``(samples, voxels, channels)`` in memory; batch norm takes the batch as one sample. Sums over
 voxels have two stages, and no atomic additions: programs sum chunks of voxels into a small buffer, then
@@ -44,7 +45,13 @@ PROGRAMS = 1024
 
 
 def kernel_norm(
-    x: Tensor, norm: Any, slope: float, *, samples: bool = False, groups: int = 0
+    x: Tensor,
+    norm: Any,
+    slope: float,
+    *,
+    added: Tensor | None = None,
+    samples: bool = False,
+    groups: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The normalised and activated map; and moments ``(3, samples, channels)``.
 
@@ -52,6 +59,7 @@ def kernel_norm(
         x: ``(batch, channel, ...)``, as `voxelscale.model.fast.kernels.takes_kernels` takes it.
         norm: has float32 weight and bias, and eps.
         slope: of the leaky ReLU; 1: none.
+        added: to the normalised map, before the leaky ReLU; of its shape, type and memory format.
         samples: whether each sample is normalised for itself.
         groups: of channels normalised together; 0: each channel for itself.
 
@@ -60,7 +68,7 @@ def kernel_norm(
         Bessel's correction), float32, of each sample or, if not `samples`, of the batch.
     """
     result: tuple[Tensor, Tensor] = _KernelNorm.apply(  # type: ignore[no-untyped-call]
-        x, norm.weight, norm.bias, samples, groups, slope, norm.eps
+        x, norm.weight, norm.bias, added, samples, groups, slope, norm.eps
     )
     return result
 
@@ -72,13 +80,14 @@ class _KernelNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
+        added: Tensor | None,
         samples: bool,
         groups: int,
         slope: float,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        output, kept = normalise(x, weight, bias, samples, groups, slope, eps)
-        ctx.save_for_backward(x, weight, bias, kept)
+        output, kept = normalise(x, weight, bias, added, samples, groups, slope, eps)
+        ctx.save_for_backward(x, weight, bias, kept, None if added is None else output)
         ctx.samples, ctx.groups, ctx.slope = samples, groups, slope
         ctx.mark_non_differentiable(kept)
         ctx.set_materialize_grads(False)
@@ -89,14 +98,22 @@ class _KernelNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         nothing = [None] * 4
         if gradient is None:
-            return None, None, None, *nothing
-        x, weight, bias, kept = ctx.saved_tensors
-        of_x, sums = gradients(gradient, x, weight, bias, kept, ctx.samples, ctx.groups, ctx.slope)
-        return of_x, sums[0], sums[1], *nothing
+            return None, None, None, None, *nothing
+        x, weight, bias, kept, output = ctx.saved_tensors
+        how = ctx.samples, ctx.groups, ctx.slope
+        of_x, of_added, sums = gradients(gradient, x, weight, bias, kept, output, *how)
+        return of_x, sums[0], sums[1], of_added, *nothing
 
 
 def normalise(
-    x: Tensor, weight: Tensor, bias: Tensor, samples: bool, groups: int, slope: float, eps: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    added: Tensor | None,
+    samples: bool,
+    groups: int,
+    slope: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """As `kernel_norm`, without a gradient."""
     split = _Split(x, samples, groups)
@@ -105,7 +122,9 @@ def normalise(
     output = empty_rows(x)
     launch(_moments, split.chunk_grid, x, x, partial, split.rows, split.tiles, **split.tile)
     launch(_merge_moments, split.group_grid, x, partial, kept, eps, *split.sizes, **split.group)
-    launch(_apply, split.tile_grid, x, x, output, kept, weight, bias, split.rows, slope, **split.tile)
+    more = {"ADDED": added is not None, **split.tile}
+    maps = x, x if added is None else added, output, kept, weight, bias
+    launch(_apply, split.tile_grid, x, *maps, split.rows, slope, **more)
     return output, kept
 
 
@@ -115,20 +134,30 @@ def gradients(
     weight: Tensor,
     bias: Tensor,
     kept: Tensor,
+    output: Tensor | None,
     samples: bool,
     groups: int,
     slope: float,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of the map; and those of weight and bias, ``(2, channels)`` float32."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradient of the map; of what was added to it; of weight and bias, ``(2, channels)`` float32.
+
+    Args:
+        output: the forward pass's, if something was added.
+    """
     split, gradient = _Split(x, samples, groups), as_rows(gradient, x)
     partial = weight.new_empty(2, split.samples, split.chunks, split.channels)
     sums = weight.new_empty(4, split.samples, split.channels)
     of_x = empty_rows(x)
-    maps = x, gradient, kept, weight, bias
-    launch(_sums, split.chunk_grid, x, *maps, partial, split.rows, split.tiles, slope, **split.tile)
+    of_added = None if output is None else empty_rows(x)
+    more = {"ADDED": output is not None, **split.tile}
+    maps = x, gradient, x if output is None else output, of_x if of_added is None else of_added
+    known = kept, weight, bias
+    launch(_sums, split.chunk_grid, x, *maps, *known, partial, split.rows, split.tiles, slope, **more)
     launch(_merge_sums, split.group_grid, x, partial, weight, sums, *split.sizes, **split.group)
-    launch(_gradient, split.tile_grid, x, *maps, sums, of_x, split.rows, slope, **split.tile)
-    return of_x, sums[:2, 0] if split.samples == 1 else sums[:2].sum(1)
+    if of_added is not None:  # it has passed the activation
+        gradient, slope = of_added, 1.0
+    launch(_gradient, split.tile_grid, x, x, gradient, *known, sums, of_x, split.rows, slope, **split.tile)
+    return of_x, of_added, sums[:2, 0] if split.samples == 1 else sums[:2].sum(1)
 
 
 class _Split:
@@ -258,9 +287,20 @@ def _channels(kept, weight, bias, sample, samples, channel, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _apply(
-    x, out, kept, weight, bias, rows, slope, C: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
+    x,
+    added,
+    out,
+    kept,
+    weight,
+    bias,
+    rows,
+    slope,
+    ADDED: tl.constexpr,
+    C: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """The map, normalised, scaled, shifted and activated."""
+    """The map, normalised, scaled, shifted, added to another and activated."""
     block, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * HEIGHT
     start = (sample * rows + first) * C
@@ -271,6 +311,8 @@ def _apply(
     mean, inverse, scale, shift = _channels(kept, weight, bias, sample, tl.num_programs(2), channel, C)
     value = tl.load(x + start + place, mask=mask, other=0.0).to(tl.float32)
     value = (value - mean) * inverse * scale + shift
+    if ADDED:
+        value += tl.load(added + start + place, mask=mask, other=0.0).to(tl.float32)
     value = tl.where(value > 0, value, value * slope)
     tl.store(out + start + place, value.to(out.dtype.element_ty), mask=mask)
 
@@ -279,6 +321,8 @@ def _apply(
 def _sums(
     x,
     gradient,
+    output,
+    of_added,
     kept,
     weight,
     bias,
@@ -286,6 +330,7 @@ def _sums(
     rows,
     tiles,
     slope,
+    ADDED: tl.constexpr,
     C: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -305,7 +350,14 @@ def _sums(
         value = tl.load(x + start + begin * C + place, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(gradient + start + begin * C + place, mask=mask, other=0.0).to(tl.float32)
         value = (value - mean) * inverse
-        grad = tl.where(value * scale + shift > 0, grad, grad * slope)
+        if ADDED:
+            sign = tl.load(output + start + begin * C + place, mask=mask, other=0.0).to(tl.float32)
+            grad = tl.where(sign > 0, grad, grad * slope)
+            passed = grad.to(of_added.dtype.element_ty)
+            tl.store(of_added + start + begin * C + place, passed, mask=mask)
+            grad = passed.to(tl.float32)  # as `_gradient` will read it
+        else:
+            grad = tl.where(value * scale + shift > 0, grad, grad * slope)
         of_scale += tl.where(mask, grad * value, 0.0)
         of_shift += grad
     out = partial + (sample * tl.num_programs(0) + chunk) * C + channel
@@ -388,28 +440,29 @@ def _gradient(
 def agrees(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels give what PyTorch does, in float64, on a small random map of a device."""
     draw = torch.Generator().manual_seed(0)
-    x, gradient = (torch.randn(2, 9, 700, 8, generator=draw).movedim(-1, 1) for _ in range(2))
-    x, gradient = (3 + x).to(device, dtype), gradient.to(device, dtype)
+    maps = [torch.randn(2, 9, 700, 8, generator=draw).movedim(-1, 1).to(device, dtype) for _ in range(3)]
+    x, gradient, added = maps[0] + 3, maps[1], maps[2]
     weight, bias = (torch.rand(8, generator=draw).to(device) for _ in range(2))
-    output, kept = normalise(x, weight, bias, True, 0, 0.1, 1e-5)
-    of_x, sums = gradients(gradient, x, weight, bias, kept, True, 0, 0.1)
-    wanted = _by_pytorch(gradient.double(), x.double(), weight.double(), bias.double(), 0.1, 1e-5)
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    pairs = zip((output, of_x, sums), wanted, strict=True)
-    errors = [(a - b).abs().amax() / b.abs().amax() for a, b in pairs]
-    return bool(torch.stack(errors).amax() < tolerance)
+    errors = []
+    for more in (None, added):
+        output, kept = normalise(x, weight, bias, more, True, 0, 0.1, 1e-5)
+        sign = None if more is None else output
+        found = output, *gradients(gradient, x, weight, bias, kept, sign, True, 0, 0.1)
+        wide = [t.double() for t in (gradient, x, weight, bias, added if more is added else 0 * added)]
+        pairs = zip(found, _by_pytorch(wide, 0.1, 1e-5), strict=True)
+        errors += [(a - b).abs().amax() / b.abs().amax() for a, b in pairs if a is not None]
+    return bool(torch.stack(errors).amax() < (1e-4 if dtype == torch.float32 else 2e-2))
 
 
-def _by_pytorch(
-    gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, slope: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Instance norm and leaky ReLU of a 2-D map by their definition, and their gradients."""
+def _by_pytorch(tensors: list[Tensor], slope: float, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Instance norm, sum and leaky ReLU of a 2-D map by their definition; output and gradients."""
+    gradient, x, weight, bias, added = tensors
     variance, mean = torch.var_mean(x, (2, 3), correction=0, keepdim=True)
     inverse = (variance + eps).rsqrt()
     value, scale = (x - mean) * inverse, weight.view(1, -1, 1, 1)
-    output = value * scale + bias.view(1, -1, 1, 1)
+    output = value * scale + bias.view(1, -1, 1, 1) + added
     grad = torch.where(output > 0, gradient, gradient * slope)
     sums = torch.stack([(grad * value).sum((0, 2, 3)), grad.sum((0, 2, 3))])
     even, along = grad.mean((2, 3), keepdim=True), (grad * value).mean((2, 3), keepdim=True)
     of_x = (grad - even - value * along) * scale * inverse
-    return torch.where(output > 0, output, output * slope), of_x, sums
+    return torch.where(output > 0, output, output * slope), of_x, grad, sums
