@@ -205,7 +205,7 @@ def test_a_norm_and_a_sum_are_pytorchs(name: str, dtype: torch.dtype) -> None:
     reference = copy.deepcopy(norm).double()
     mine = [t.clone().requires_grad_() for t in (x, added)]
     theirs = [t.double().requires_grad_() for t in (x, added)]
-    y = add_norm(norm, *mine, 0.1)
+    y = add_norm(norm, mine[0], mine[1], 0.1)
     wanted = F.leaky_relu(by_pytorch(reference, theirs[0], 1.0) + theirs[1], 0.1)
     assert "Kernel" in type(y.grad_fn).__name__
     assert y.dtype == dtype

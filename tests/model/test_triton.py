@@ -87,11 +87,10 @@ def test_the_norms_kernels_compile_for_a_gpu(compiling: Any, channels: int, kind
     from voxelscale.model.fast import triton_norm as module
 
     split = module._Split(torch.empty(2, channels, 8, 64, 64), True, 0)
-    kernels = [(module._moments, {}), (module._gradient, {})]
-    kernels += [
-        (kernel, {"ADDED": flag}) for kernel in (module._apply, module._sums) for flag in (False, True)
-    ]
-    for kernel, more in kernels:
+    whole: list[tuple[Any, dict[str, int]]] = [(module._moments, {}), (module._gradient, {})]
+    for flag in (False, True):
+        whole += [(kernel, {"ADDED": flag}) for kernel in (module._apply, module._sums)]
+    for kernel, more in whole:
         code = built(compiling, kernel, kind, {**more, **split.tile})
         assert ("ld.global.v4" in code) == (channels == 32), kernel
     for kernel in (module._merge_moments, module._merge_sums):
