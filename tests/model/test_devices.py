@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from voxelscale.classes import LESION, Classes
 from voxelscale.config import LossConfig, ModelConfig
@@ -218,3 +219,14 @@ def test_poolings_are_deterministic_without_triton(
         assert is_last(pooled)
         (gradient,) = torch.autograd.grad(pooled.sum(), x)
         assert gradient.shape == x.shape
+
+
+@pytest.mark.parametrize("stride", [(2, 2, 2), (1, 3, 2)])
+def test_means_of_blocks_that_a_border_cuts_off(stride: tuple[int, ...]) -> None:
+    """As a GPU takes them, one axis after another, against PyTorch's pooling."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 7, 9, 3, dtype=torch.float64)
+    wanted = F.avg_pool3d(x.movedim(-1, 1), stride, ceil_mode=True).movedim(1, -1)
+    for axis, step in enumerate(stride, start=1):
+        x = joining._means(x, axis, step)
+    assert torch.allclose(x, wanted)
