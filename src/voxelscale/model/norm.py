@@ -1,8 +1,9 @@
 """Normalisation layers by name, each with the leaky ReLU that may follow it in one piece.
 
 The layers keep the parameters, buffers and results of PyTorch's own; `SyncBatchNorm` is a batch norm
-over all ranks that also runs on CPUs. On CPUs a large channels-last map goes through
-`voxelscale.model.fast.norm`, everything else through PyTorch's kernels.
+over all ranks that also runs on CPUs. A channels-last map goes through `voxelscale.model.fast.norm` on
+CPUs, if it is large, and through `voxelscale.model.fast.triton_norm` on GPUs, everything else through
+PyTorch's kernels.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from voxelscale.model.fast.kernels import takes_kernels
 from voxelscale.model.fast.norm import leaky_relu_, rows_norm, takes_rows
 
 SLOPE = 0.01
@@ -65,12 +67,18 @@ class InstanceNorm(nn.Module):
 
     def forward(self, input: Tensor, slope: float = 1.0) -> Tensor:
         """``(batch, channel, ...)``, each channel of each sample normalised over its voxels."""
+        if (done := _by_kernel(self, input, slope)) is not None:
+            return done
         if math.prod(input.shape[2:]) == 1:
             shape = [1, -1, *[1] * (input.dim() - 2)]
             return leaky_relu_(0 * input * self.weight.view(shape) + self.bias.view(shape), slope)
         if takes_rows(input, self.weight, samples=True):
             return rows_norm(input, self, slope, samples=True)[0]
-        return leaky_relu_(F.instance_norm(input, weight=self.weight, bias=self.bias, eps=self.eps), slope)
+        output = F.instance_norm(input, weight=self.weight, bias=self.bias, eps=self.eps)
+        if input.device.type == "cpu":
+            return leaky_relu_(output, slope)
+        # The output is a view; changed in place, autograd would copy it twice and clone its gradient.
+        return output if slope == 1 else F.leaky_relu(output, slope)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -78,6 +86,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor, slope: float = 1.0) -> Tensor:
         """``(batch, channel, ...)``, each group of channels of each sample normalised over its voxels."""
+        if (done := _by_kernel(self, input, slope)) is not None:
+            return done
         if takes_rows(input, self.weight, samples=True):
             return rows_norm(input, self, slope, samples=True, groups=self.num_groups)[0]
         return leaky_relu_(super().forward(input), slope)
@@ -93,10 +103,11 @@ class BatchNorm(_BatchNorm):
     def forward(self, input: Tensor, slope: float = 1.0) -> Tensor:
         """``(batch, channel, ...)``, each channel normalised over the batch and its voxels."""
         self._check_input_dim(input)
-        count = input.numel() // input.shape[1]
+        if (done := _by_kernel(self, input, slope)) is not None:
+            return done
         if self.training and takes_rows(input, self.weight, samples=False):
             output, moments = rows_norm(input, self, slope)
-            self._track(moments[0, 0], moments[1, 0], count)
+            self._track(moments[0, 0], moments[1, 0], input.numel() // input.shape[1])
             return output
         return leaky_relu_(super().forward(input), slope)
 
@@ -125,16 +136,20 @@ class SyncBatchNorm(BatchNorm):
 
     alone = False
 
+    @property
+    def grouped(self) -> bool:
+        """Whether there are other ranks to ask."""
+        return not self.alone and dist.is_initialized() and dist.get_world_size() > 1
+
     def forward(self, input: Tensor, slope: float = 1.0) -> Tensor:
         """``(batch, channel, ...)``, normalised by the global batch's mean and variance."""
-        grouped = not self.alone and dist.is_initialized() and dist.get_world_size() > 1
-        if not (self.training and grouped):
+        if not (self.training and self.grouped):
             return super().forward(input, slope)
         self._check_input_dim(input)
         axes = [0, *range(2, input.dim())]
         variance, mean = torch.var_mean(input.float(), axes, correction=0)
         count = input.numel() // input.shape[1]
-        moments = torch.cat([mean * count, (variance + mean.square()) * count, mean.new_tensor([count])])
+        moments = torch.cat([mean * count, (variance + mean.square()) * count, mean.new_full((1,), count)])
         moments = _AllReduceSum.apply(moments)  # type: ignore[no-untyped-call]
         total = moments[-1].detach()
         mean, square = (moments[:-1] / total).chunk(2)
@@ -145,6 +160,36 @@ class SyncBatchNorm(BatchNorm):
         shape = [1, -1, *[1] * (input.dim() - 2)]
         normalised: Tensor = input * scale.view(shape) + shift.view(shape)
         return leaky_relu_(normalised.to(input.dtype), slope)
+
+
+def add_norm(norm: nn.Module, input: Tensor, added: Tensor, slope: float) -> Tensor:
+    """Leaky ReLU of the normalised map plus another of its shape, on GPUs in one piece."""
+    if isinstance(norm, InstanceNorm | GroupNorm | BatchNorm):
+        done = _by_kernel(norm, input, slope, added)
+        if done is not None:
+            return done
+    return leaky_relu_(norm(input) + added, slope)
+
+
+def _by_kernel(
+    norm: InstanceNorm | GroupNorm | BatchNorm, input: Tensor, slope: float, added: Tensor | None = None
+) -> Tensor | None:
+    """As `add_norm`, where a GPU's kernel takes the maps; elsewhere None."""
+    batch, count = isinstance(norm, BatchNorm), input.numel() // input.shape[1]
+    if batch and (not norm.training or count == 1 or (isinstance(norm, SyncBatchNorm) and norm.grouped)):
+        return None
+    if norm.weight.dtype != torch.float32 or not takes_kernels(input, "triton_norm"):
+        return None
+    if added is not None and not (added.dtype == input.dtype and added.movedim(1, -1).is_contiguous()):
+        return None
+    # Where there is no GPU, Triton is never imported.
+    from voxelscale.model.fast.triton_norm import kernel_norm
+
+    groups = norm.num_groups if isinstance(norm, GroupNorm) else 0
+    output, moments = kernel_norm(input, norm, slope, added=added, samples=not batch, groups=groups)
+    if isinstance(norm, BatchNorm):
+        norm._track(moments[0, 0], moments[2, 0], count)
+    return output
 
 
 class _AllReduceSum(torch.autograd.Function):

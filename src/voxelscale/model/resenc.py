@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from voxelscale.model.fast.convolution import Conv2d, Conv3d, Kernel, convolution
 from voxelscale.model.fast.join import Stride, mean_pool
-from voxelscale.model.fast.norm import leaky_relu_
-from voxelscale.model.norm import SLOPE, make_norm
+from voxelscale.model.norm import SLOPE, add_norm, make_norm
 
 
 class ResidualEncoder(nn.Module):
@@ -123,6 +122,6 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, in_channels, *size)`` to ``(batch, channels, *(size / stride, rounded up))``."""
-        y = self.norm2(self.conv2(self.norm1(self.conv1(x), SLOPE)))
+        y = self.conv2(self.norm1(self.conv1(x), SLOPE))
         skip = self.conv3(mean_pool(x, self.stride))
-        return leaky_relu_(y + (skip if self.norm3 is None else self.norm3(skip)), SLOPE)
+        return add_norm(self.norm2, y, skip if self.norm3 is None else self.norm3(skip), SLOPE)

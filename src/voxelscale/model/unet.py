@@ -2,8 +2,8 @@
 
 After Ronneberger, Fischer and Brox, "U-Net: Convolutional Networks for Biomedical Image
 Segmentation", MICCAI 2015, and its 3-D form (Çiçek et al., MICCAI 2016), with padded convolutions
-and leaky ReLU as in nnU-Net (Isensee et al., Nature Methods 2021). What makes it fast on a processor
-is in `voxelscale.model.fast`.
+and leaky ReLU as in nnU-Net (Isensee et al., Nature Methods 2021). What makes it fast is
+in `voxelscale.model.fast`.
 
 Tensors are ``(batch, channel, z, y, x)`` in 3-D and ``(batch, channel, y, x)`` in 2-D.
 """
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from voxelscale.model.fast.convolution import Conv2d, Conv3d, Kernel, convolution, max_pool
+from voxelscale.model.fast.convolution import Conv2d, Conv3d, Kernel, convolution
 from voxelscale.model.fast.join import Stride, join
-from voxelscale.model.fast.norm import leaky_relu_
-from voxelscale.model.norm import SLOPE, BatchNorm, NoNorm, make_norm
+from voxelscale.model.fast.pool import max_pool
+from voxelscale.model.norm import SLOPE, BatchNorm, NoNorm, add_norm, make_norm
 from voxelscale.model.resenc import ConvUnit, ResidualBlock, ResidualEncoder
 
 SUPERVISION = "supervision."
@@ -234,7 +234,7 @@ class ConvBlock(nn.Module):
         y: Tensor = self.conv2(self.norm1(self.conv1(x), SLOPE))
         if self.bridge is None:
             return self.norm2(y, SLOPE)  # type: ignore[no-any-return]
-        return leaky_relu_(self.norm2(y) + self.bridge(x), SLOPE)
+        return add_norm(self.norm2, y, self.bridge(x), SLOPE)
 
 
 class DecoderLevel(nn.Module):

@@ -1,4 +1,4 @@
-"""PyTorch's convolutions and pooling, kept on their fast ways on a processor."""
+"""PyTorch's convolutions, kept on their fast ways."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ Kernel = tuple[int, ...]
 SLOW_BELOW = 20480
 """PyTorch leaves oneDNN for one sample where all sizes but the last multiply to at most this, a rule made
 for 2-D. In 3-D oneDNN is several times faster."""
+
+FILL_TO = 8
+"""Input channels to which a GPU's convolutions of 16-bit maps are filled up with zeros; 0: never.
+
+NVIDIA's "Convolutional Layers User's Guide" asks for channels "divisible by 8 (for FP16)" to run
+efficiently on tensor cores (https://docs.nvidia.com/deeplearning/performance/dl-performance-convolutional).
+cuDNN may fill up by itself; whether this is faster has not been measured."""
 
 
 def convolution(
@@ -65,6 +72,8 @@ def _convolve(conv: Conv2d | Conv3d, x: Tensor) -> Tensor:
         return rows.movedim(-1, 1)
     if _takes_the_slow_way(conv, x):
         return _in_halves(conv, x)
+    if _has_few_channels(conv, x):
+        return convolve_filled(conv, x)
     return conv._conv_forward(x, conv.weight, conv.bias)  # type: ignore[no-any-return]
 
 
@@ -96,9 +105,26 @@ def _in_halves(conv: Conv2d | Conv3d, x: Tensor) -> Tensor:
     return y.movedim(1, -1).flatten(0, 1).unsqueeze(0).narrow(1, 0, size).movedim(-1, 1)
 
 
-def max_pool(pool: nn.Module, x: Tensor) -> Tensor:
-    """Max-pooling in the map's own precision: autocast on CPUs would make it, and its gradient, float32."""
-    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):
-            return pool(x)  # type: ignore[no-any-return]
-    return pool(x)  # type: ignore[no-any-return]
+def _has_few_channels(conv: Conv2d | Conv3d, x: Tensor) -> bool:
+    """Whether a GPU would leave its tensor cores idle."""
+    return (
+        x.device.type != "cpu"
+        and x.shape[1] < FILL_TO
+        and max(conv.kernel_size) > 1
+        and max(conv.stride) == 1
+        and _computed_in(x) in (torch.bfloat16, torch.float16)
+        and x.movedim(1, -1).is_contiguous()
+    )
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    cast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
+
+
+def convolve_filled(conv: Conv2d | Conv3d, x: Tensor) -> Tensor:
+    """The same convolution with channels of zeros behind those of the map and of the weight."""
+    more, dtype = (0, FILL_TO - x.shape[1]), _computed_in(x)
+    x, weight = (F.pad(t.to(dtype).movedim(1, -1), more).movedim(-1, 1) for t in (x, conv.weight))
+    return conv._conv_forward(x, weight, conv.bias)  # type: ignore[no-any-return]

@@ -67,8 +67,8 @@ class _Join(torch.autograd.Function):
 def mean_pool(x: Tensor, stride: Stride) -> Tensor:
     """Means of blocks of `stride` voxels, in the map's own precision and memory format.
 
-    PyTorch's mean-pooling of volumes gives channels first on processors, and float32 under autocast. What
-    remains at a border is a smaller block.
+    PyTorch's mean-pooling of volumes gives channels first, float32 under autocast on processors, and has no
+    deterministic gradient on GPUs. What remains at a border is a smaller block.
     """
     if max(stride) == 1:
         return x
@@ -77,8 +77,22 @@ def mean_pool(x: Tensor, stride: Stride) -> Tensor:
     if whole and rows.is_contiguous():
         dims = len(stride)
         return _blocks(rows, stride).mean(tuple(range(1 + dims, 1 + 2 * dims))).movedim(-1, 1)
+    if x.device.type != "cpu":
+        for axis, step in enumerate(stride, start=1):
+            rows = _means(rows, axis, step)
+        return rows.movedim(-1, 1)
     pool = F.avg_pool2d if len(stride) == 2 else F.avg_pool3d
     return pool(x, stride, ceil_mode=True).to(x.dtype)
+
+
+def _means(rows: Tensor, axis: int, step: int) -> Tensor:
+    """Means of `step` neighbours along an axis; of those that remain, their own."""
+    whole = rows.shape[axis] // step * step
+    parts: Tensor = rows.narrow(axis, 0, whole).unflatten(axis, (-1, step))  # type: ignore[no-untyped-call]
+    if whole == rows.shape[axis]:
+        return parts.mean(axis + 1)
+    rest = rows.narrow(axis, whole, rows.shape[axis] - whole)
+    return torch.cat([parts.mean(axis + 1), rest.mean(axis, keepdim=True)], axis)
 
 
 def _blocks(rows: Tensor, stride: Stride) -> Tensor:
