@@ -155,17 +155,21 @@ def policy(device: torch.device, deterministic: bool = False) -> Iterator[None]:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic
     strict = torch.are_deterministic_algorithms_enabled()
+    new: Any = torch.utils.deterministic
+    filled = new.fill_uninitialized_memory
     if deterministic:
         # cuBLAS needs work space of a fixed size to be deterministic; PyTorch refuses without the setting.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cudnn.allow_tf32 = matmul.allow_tf32 = False
     cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
     torch.use_deterministic_algorithms(deterministic)
+    new.fill_uninitialized_memory = False  # with NaN, to show faults: a pass over every new tensor
     try:
         yield
     finally:
         cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
         torch.use_deterministic_algorithms(strict)
+        new.fill_uninitialized_memory = filled
 
 
 @torch.inference_mode()
