@@ -1,0 +1,32 @@
+"""What a figure was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
+PACKAGES = ("torch", "numpy", "monai", "nnunetv2")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, flags, cores, load, and versions; no name of the machine."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = set(known.get("flags", "").split())
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "processor": known.get("model name", platform.machine()),
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "versions": {"python": platform.python_version(), **versions},
+    }
