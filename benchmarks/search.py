@@ -293,8 +293,8 @@ class _Run:
 
 
 def reached(best: Sequence[tuple[float, float]], seconds: float) -> float:
-    """Dice of the best trial at a time."""
-    return max((dice for when, dice in best if when <= seconds), default=0.0)
+    """True Dice of the trial that looks best at a time: a later one may only look better."""
+    return next((dice for when, dice in reversed(best) if when <= seconds), 0.0)
 
 
 def simulation(
