@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,8 @@ def test_old_names_of_keys_are_read_with_a_notice(tmp_path: Path, voxelscale: Co
     # By which a run, a study or a prediction of before knows its config.
     first = "6cf30418bceb9dcc16af9b7e39095cfd95c221259916db1462c84cf49f5628c4"
     assert digest_of(with_first_names(to_dict(renewed))) == first
-    assert from_dict(with_first_names(to_dict(renewed))) == renewed
+    settled = replace(renewed, optim=renewed.optim.settled())
+    assert from_dict(with_first_names(to_dict(renewed))) == settled
 
 
 def test_a_key_under_both_names_is_refused(tmp_path: Path) -> None:
