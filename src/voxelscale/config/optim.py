@@ -26,11 +26,11 @@ OWN: dict[str, Own] = {
     "lamb": Own(0.99, 1e-2, "sqrt"),
     "muon": Own(0.95, 1e-2, "sqrt"),
 }
-"""By optimiser. AdamW's decay is PyTorch's, LAMB's that of You et al. 2020; Muon's is AdamW's, whose rate it
-shares (Liu et al. 2025), its momentum Jordan's (2024). SGD's momentum and decay are nnU-Net's, LARS's those of
-You, Gitman and Ginsburg 2017. The rate of SGD and LARS grows linearly (Goyal et al. 2017), that of adaptive
-rules with the square root (Malladi et al. 2022; for Muon assumed). AdamW and LAMB use no momentum: 0.99 stands
-there because the digests of earlier runs hold it."""
+"""By optimiser. AdamW's decay is PyTorch's, LAMB's that of You et al. 2020; Muon's is AdamW's, whose rate
+it shares (Liu et al. 2025), its momentum Jordan's (2024). SGD's momentum and decay are nnU-Net's, LARS's
+those of You, Gitman and Ginsburg 2017. The rate of SGD and LARS grows linearly (Goyal et al. 2017), that of
+adaptive rules with the square root (Malladi et al. 2022; for Muon assumed). AdamW and LAMB use no momentum:
+0.99 stands there because the digests of earlier runs hold it."""
 
 
 @dataclass(frozen=True, kw_only=True)

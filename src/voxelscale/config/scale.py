@@ -24,8 +24,8 @@ class ScaleConfig(Section):
     target: float = 0.9
     """Target of "time to a target Dice", as a share of the first recipe's Dice with one worker."""
     cluster: str = ""
-    """Cluster that times are modelled for: reedbush-h, reedbush-l, dgx-a100, dgx-h100, ethernet, laptop; "":
-    one device a node. It sets the next four keys where they are null."""
+    """Cluster that times are modelled for: reedbush-h, reedbush-l, dgx-a100, dgx-h100, ethernet, laptop;
+    "": one device a node. It sets the next four keys where they are null."""
     interconnect: str | None = None
     """Link between nodes: infiniband-edr, -hdr, -ndr, ethernet-10g, ..., or alpha=5us,beta=12GB/s; null:
     the cluster's, or infiniband-edr."""
@@ -36,8 +36,8 @@ class ScaleConfig(Section):
     rails: int | None = None
     """Network adapters of a node, which its workers share; null: the cluster's, or 1."""
     hidden: float | None = None
-    """Share of communication and reading that runs beside the arithmetic; null: 1 where the step was measured
-    on a GPU, 0 on a processor, all of whose cores compute."""
+    """Share of communication and reading that runs beside the arithmetic; null: 1 where the step was
+    measured on a GPU, 0 on a processor, all of whose cores compute."""
     price_per_hour: float | None = None
     """Price of one device (worker) for an hour, in any currency; null: no prices are reported."""
     watts: float | None = None

@@ -14,8 +14,8 @@ from voxelscale.scale.figure import duration
 from voxelscale.scale.study import Row
 
 Verdict = Literal["kept", "not certain", "lost", "unknown"]
-"""What becomes of one worker's Dice: the interval's lower end reaches the target; only the mean does, or there
-is one seed; not even the mean does; or there is no training with one worker."""
+"""What becomes of one worker's Dice: the interval's lower end reaches the target; only the mean does, or
+there is one seed; not even the mean does; or there is no training with one worker."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def verdict(row: Row, target: float) -> Verdict:
 
 
 def best(findings: Sequence[CostedRow], target: float) -> CostedRow | None:
-    """The one that is worth its price: of those that keep the Dice, the one with the least time x device hours.
+    """Which is worth its price: of those that keep the Dice, the one with the least time x device hours.
 
     That is the knee of Eager, Zahorjan and Lazowska ("Speedup versus efficiency in parallel systems", IEEE
     Transactions on Computers 38, 1989): up to there more workers gain more in time than they lose in

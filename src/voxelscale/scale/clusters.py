@@ -71,8 +71,8 @@ _KNOWN = (
         between="infiniband-ndr",
         rails=8,
         title="NVIDIA DGX H100 (8 GPUs a node)",
-        source="8 GPUs, 4 NVSwitches, 8 single-port ConnectX-7 of up to 400 Gb/s: docs.nvidia.com, DGX BasePOD "
-        "reference architecture, core components",
+        source="8 GPUs, 4 NVSwitches, 8 single-port ConnectX-7 of up to 400 Gb/s: docs.nvidia.com, DGX "
+        "BasePOD reference architecture, core components",
     ),
     Cluster(
         name="ethernet",

@@ -168,7 +168,7 @@ class TrainingTime:
 
     @property
     def busy(self) -> float:
-        """Utilisation, 0 to 1: the share of the wall time in which a device does a training's arithmetic."""
+        """Utilisation, 0 to 1: the share of the wall time in which a device computes updates."""
         return self.updates * self.update.compute / self.total
 
     def updates_after(self, samples: float) -> int:

@@ -42,14 +42,14 @@ class Link:
 
 _NCCL_NET = (
     "alpha: 4.0 us a step between nodes, NCCL src/graph/tuning.cc (commit 01afd20, 2020), hwLat, network, "
-    "ring, LL128 (2.7 us for LL, 9.6 us for Simple); of a tree 8.5 us, LL128, in the same table of NCCL 2.12 to "
-    "2.27 (5.0 us for LL, 14 to 28 us for Simple); the 10 us of launching a collective are left out"
+    "ring, LL128 (2.7 us for LL, 9.6 us for Simple); of a tree 8.5 us, LL128, in later versions of it "
+    "(5.0 us for LL, 14 to 28 us for Simple); the 10 us of launching a collective are left out"
 )
 _NCCL_NVLINK = (
     "alpha: 1.9 us a step, NCCL src/graph/tuning.cc (commit 01afd20, 2020), hwLat, NVLink, ring, LL128 "
-    "(0.47 us for LL, 3.4 us for Simple); of a tree 1.25 us, LL128 (same table, NCCL 2.12 to 2.27)"
+    "(0.47 us for LL, 3.4 us for Simple); of a tree 1.25 us, LL128, in later versions"
 )
-_NCCL_PCIE = "alpha: 2.5 us a step of a ring, 1.9 us of a tree, NCCL src/graph/tuning.cc, hwLat, PCI, LL128 (same table)"
+_NCCL_PCIE = "alpha: 2.5 us a step of a ring, 1.9 us of a tree, NCCL src/graph/tuning.cc, hwLat, PCI, LL128"
 _TCP = (
     "beta: IEEE 802.3 line rate x 1448 / 1538, the payload of a 1500-byte frame with TCP timestamps "
     "(computed; it assumes enough sockets to fill the wire). alpha: 20 us between applications, measured "
@@ -109,8 +109,8 @@ _PRESETS = (
         tree_alpha_seconds=1.25e-6,
         beta_bytes_per_second=36e9,
         source="beta: 18 GB/s a link in NCCL src/graph/topo.h (SM60_NVLINK_BW), times 2 links between "
-        "neighbours, which is assumed; nominal 20 GB/s a link and direction (NVIDIA Tesla P100 white paper, "
-        f"NVLink 1). {_NCCL_NVLINK}; assumed alike for NVLink 1",
+        "neighbours, which is assumed; nominal 20 GB/s a link and direction (NVIDIA P100 white paper). "
+        f"{_NCCL_NVLINK}; assumed alike for NVLink 1",
     ),
     Link(
         name="pcie-gen3",
@@ -125,7 +125,7 @@ _PRESETS = (
         alpha_seconds=80e-6,
         beta_bytes_per_second=1.8e9,
         source="alpha and beta: fitted to all-reduces of two Gloo processes of one thread on a virtual "
-        "machine with two cores of an AMD EPYC (PyTorch 2.13), residual 22 to 24 %; assumed alike on others",
+        "machine with two cores of an AMD EPYC, residual 22 to 24 %; assumed alike elsewhere",
     ),
     Link(
         name="ethernet-1g",
@@ -163,7 +163,8 @@ _HINT = "write alpha=5us,beta=12GB/s, or a name: " + ", ".join(LINKS)
 def parse_link(text: str) -> Link:
     """A preset by its name, or figures: ``alpha=5us,beta=12GB/s``, optionally with ``tree=9us``.
 
-    alpha, and a tree's own where it differs, in ns, us, ms or s; beta in B/s, kB/s, MB/s, GB/s, in bits (Gb/s) or in powers of two (GiB/s).
+    alpha, and a tree's own where it differs, in ns, us, ms or s; beta in B/s, kB/s, MB/s, GB/s, in bits
+    (Gb/s) or in powers of two (GiB/s).
 
     Raises:
         VoxelscaleError: neither; it names the part that is wrong.

@@ -112,9 +112,9 @@ def measure_step(
 def measure_start(config: Config, store: Store, step: StepCost, *, train: TrainOnce = train_once) -> float:
     """Seconds of a training beside its updates and validations, from a whole one of a single update.
 
-    It is started as every training of a study is: a process of its own, which imports, opens the store, tries
-    and settles its arithmetic, compiles, makes its first update, validates one scan, and writes its last
-    checkpoint and its bundle. The update and the scan, as `step` has them, are taken off.
+    It is started as every training of a study is: a process of its own, which imports, opens the store,
+    tries and settles its arithmetic, compiles, makes its first update, validates one scan, and writes its
+    last checkpoint and its bundle. The update and the scan, as `step` has them, are taken off.
 
     Raises:
         VoxelscaleError: it failed.
@@ -166,8 +166,9 @@ def validate_model(config: Config, store: Store, *, rounds: int = 8) -> ModelChe
     """Predict an update of two ranks with one thread each, and run it.
 
     One job of two real ranks takes turns, round by round: one rank steps alone, both step without
-    communicating, both train under DistributedDataParallel. Two ranks that keep step wait for the
-    slower in every update, so all that varies in a step on this machine counts as straggling. ``sync_batch`` is timed as ``batch``, whose arithmetic is the same.
+    communicating, both train under DistributedDataParallel. Two ranks that keep step wait for the slower in
+    every update, so all that varies in a step on this machine counts as straggling. ``sync_batch`` is timed
+    as ``batch``, whose arithmetic is the same.
 
     Raises:
         VoxelscaleError: as `measure_link`.

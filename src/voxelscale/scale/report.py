@@ -145,7 +145,7 @@ def _spread(seeds: int, low: float | None, high: float | None, scale: float, dig
 def _decision(
     findings: Sequence[CostedRow], facts: Mapping[str, Any], target: float, prices: Prices
 ) -> list[str]:
-    """What a person who decides needs: the advice, what each number of workers costs, and how it is meant."""
+    """For a person who decides: the advice, what each number of workers costs, and how it is meant."""
     seeds = max((f.row.seeds for f in findings), default=0)
     lead = [
         facts.get("cluster", {}).get("title", "no cluster named"),
@@ -208,12 +208,13 @@ def _meaning(target: float, prices: Prices) -> str:
     words = [
         "Costs are those of one training; five folds cost five times as much.",
         "Device hours: all devices for the whole time, which is what is paid for.",
-        "Devices busy: the share of that time in which they compute; the rest is start-up, waiting, communication "
-        "and validation.",
+        "Devices busy: the share of that time in which they compute updates; the rest is start-up, "
+        "waiting, communication and validation.",
         f"One worker's Dice is kept where the interval's lower end is at least {100 * target:.4g} % of it "
         "(scale.target); not certain: only the mean is, or there is one seed.",
-        "Worth its price is the number of workers, among those that keep the Dice, with the least product of time "
-        "and device hours: beyond it more workers cost more than they gain (Eager, Zahorjan and Lazowska 1989).",
+        "Worth its price is the number of workers, among those that keep the Dice, with the least product "
+        "of time and device hours: beyond it more workers cost more than they gain (Eager, Zahorjan and "
+        "Lazowska 1989).",
     ]
     if prices.watts is not None:
         words.append(f"Energy: {number(prices.watts)} W a device, as if at full power for the whole time.")

@@ -15,7 +15,7 @@ from voxelscale.config.renamed import with_first_names
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
-from voxelscale.scale.advice import Prices
+from voxelscale.scale.advice import CostedRow, Prices
 from voxelscale.scale.clusters import Cluster, cluster_of
 from voxelscale.scale.cost import (
     MODEL,
@@ -27,7 +27,7 @@ from voxelscale.scale.cost import (
     training_time,
 )
 from voxelscale.scale.links import Link, parse_link
-from voxelscale.scale.report import CostedRow, write_results
+from voxelscale.scale.report import write_results
 from voxelscale.scale.study import Row, Trial, plan, run_study
 from voxelscale.scale.trials import share_devices, train_trial
 from voxelscale.store import Store
@@ -113,14 +113,8 @@ def _network(config: Config, cluster: Cluster) -> tuple[Interconnect, list[str]]
         notes.append(f"within a node of {cluster.devices}: {_in_words(within)}")
         notes.append(f"{cluster.rails} network adapter{'s' * (cluster.rails > 1)} a node")
     share = f"{100 * network.hidden:.0f} % of communication and reading runs beside the arithmetic"
-    why = (
-        "scale.hidden"
-        if hidden is not None
-        else "the rule for a GPU"
-        if gpu
-        else "the rule for a processor"
-    )
-    return network, [*notes, f"{share} ({why})"]
+    rule = f"the rule for a {'GPU' if gpu else 'processor whose cores all compute'}"
+    return network, [*notes, f"{share} ({rule if hidden is None else 'scale.hidden'})"]
 
 
 def _machine() -> str:

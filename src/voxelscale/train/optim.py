@@ -18,8 +18,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
     ``adamw`` (Loshchilov and Hutter 2019), ``sgd`` with Nesterov momentum, ``lars`` (You, Gitman and
     Ginsburg 2017), ``lamb`` (You et al. 2020), ``muon`` (Jordan et al. 2024). Norms and biases are not
-    decayed; LARS and LAMB do not adapt their rates either, as the papers' own code excludes them. Momentum and
-    decay that the config leaves open are the rule's own (`voxelscale.config.optim.OWN`).
+    decayed; LARS and LAMB do not adapt their rates either, as the papers' own code excludes them. Momentum
+    and decay that the config leaves open are the rule's own (`voxelscale.config.optim.OWN`).
     """
     momentum, weight_decay, _ = config.used
     named = [p for p in model.parameters() if p.requires_grad]
