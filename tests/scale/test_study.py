@@ -24,6 +24,7 @@ from voxelscale.console import Progress
 from voxelscale.errors import VoxelscaleError
 from voxelscale.experiments.once import Ending
 from voxelscale.scale import study as study_module
+from voxelscale.scale.cost import MODEL
 from voxelscale.scale.study import Stop, Trial, TrialScore, plan, run_study, t_interval
 from voxelscale.scale.trials import Share, real_ranks, share_devices, train_trial
 from voxelscale.store import Store
@@ -60,7 +61,7 @@ def test_the_plan_has_every_trial_with_its_recipe_applied() -> None:
 def test_settings_over_a_recipe() -> None:
     name = "large_batch:optim.warmup=0;optim.grow_from=0"
     (trial, *_) = plan(config(f'scale.recipes=["{name}"]', "scale.workers=[64]"))
-    assert (trial.config.optim.warmup, trial.config.optim.scaling) == (0.0, "sqrt")
+    assert (trial.config.optim.warmup, trial.config.optim.used.scaling) == (0.0, "sqrt")
     assert trial.updates == 10
     with pytest.raises(VoxelscaleError, match="no_such"):
         plan(config('scale.recipes=["large_batch:optim.no_such=1"]'))
@@ -294,7 +295,9 @@ def test_ctrl_c_saves_the_trainings_and_the_same_command_goes_on(
     path, out = tmp_path / "study.yaml", tmp_path / "out"
     path.write_text(dump(replace(tiny, train=replace(train, checkpoint_seconds=0.0))))
     out.mkdir()
-    (out / "model_check.json").write_text('{"lines": []}')  # the time model is not what is tested
+    (out / "model_check.json").write_text(
+        json.dumps({"lines": [], "model": MODEL})
+    )  # the time model is not what is tested
     command = [sys.executable, "-m", "voxelscale.cli", "scale", str(store.path), str(out)]
     command += ["--config", str(path), "--workers", "1,2", "--recipes", "unchanged", "--seeds", "0"]
     command += ["--jobs", "2", "--interconnect", "alpha=5us,beta=12GB/s"]

@@ -94,9 +94,7 @@ def advice(findings: Sequence[CostedRow], target: float, prices: Prices) -> list
     if chosen is None:
         alone = any(f.row.relative is not None for f in findings)
         if not alone:
-            return [
-                "No number of workers can be recommended: there is no training with one worker to compare."
-            ]
+            return ["No number of workers can be recommended: one worker was not trained, or has no Dice."]
         return [f"No number of workers can be recommended: none keeps {share}."]
     lines = [f"Worth its price: {_named(chosen, prices)}. {_costs(chosen, findings, prices)}"]
     if verdict(chosen.row, target) == "not certain":
@@ -130,7 +128,7 @@ def _costs(finding: CostedRow, findings: Sequence[CostedRow], prices: Prices) ->
     if one is not None and finding.row.workers > 1:
         faster, dearer = one.time.total / time.total, time.device_hours / one.time.device_hours
         words += (
-            f": {number(faster)} times as fast as one worker, for {number(dearer)} times the device hours"
+            f": {number(faster)} times as fast as one worker, for {number(dearer)} times its device hours"
         )
     return f"{words}. Its devices compute for {100 * time.busy:.0f} % of that time."
 
