@@ -10,6 +10,7 @@ updates the limit is the arithmetic's own rounding: how far bf16 is from fp32 wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def distance(a: Weights, b: Weights, first: Weights) -> float:
     """||a - b|| over ||b - first||, of the parameters."""
 
     def far(one: Weights, other: Weights) -> float:
-        return sum(float((one[name] - other[name]).double().square().sum()) for name in first) ** 0.5
+        return math.sqrt(sum(float((one[name] - other[name]).double().square().sum()) for name in first))
 
     return far(a, b) / far(b, first)
 
