@@ -333,8 +333,11 @@ def test_the_command(tiny: Config, store: Store, tmp_path: Path, voxelscale: Com
     )
     path = tmp_path / "study.yaml"
     path.write_text(dump(small))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model_check.json").write_text('{"lines": ["of an earlier model"]}')
     command = ["scale", store.path, tmp_path / "out", "--config", path, "--workers", "1,4"]
     command += ["--seeds", "0", "--jobs", "2", "--interconnect", "alpha=5us,beta=12GB/s"]
+    command += ["--cluster", "reedbush-l", "--set", "scale.price_per_hour=36"]
     code, first, errors = voxelscale(*command)
     assert code == 0, errors
     assert len(list((tmp_path / "out" / "runs").glob("*/model.vxs"))) == 4
@@ -344,6 +347,14 @@ def test_the_command(tiny: Config, store: Store, tmp_path: Path, voxelscale: Com
     for row in by.values():
         assert 0 <= row["dice"] <= 1
         assert row["seconds"] > 0
+        assert row["start_seconds"] > 0.5, "a process starts and imports"
+        assert row["seconds"] > row["start_seconds"]
+        assert row["price"] == pytest.approx(36 * row["workers"] * row["seconds"] / 3600)
+    cluster = facts["cluster"]
+    assert (cluster["devices"], cluster["between"]) == (4, "alpha=5us,beta=12GB/s")
+    assert facts["network"]["hidden"] in (0, 1)
+    assert facts["model_check"]["model"] == MODEL, "it was checked again"
+    assert "of an earlier model" not in facts["notes"]
     assert by["unchanged", 1]["relative"] == 1
     one, four = by["unchanged", 1], by["unchanged", 4]
     assert four["samples_per_second"] > 2 * one["samples_per_second"]
