@@ -118,12 +118,10 @@ def _costs(finding: CostedRow, findings: Sequence[CostedRow], prices: Prices) ->
     """Time, device hours, price and energy of one training, against one worker where there is one."""
     time = finding.time
     words = f"One training takes {duration(time.total)} and {number(time.device_hours)} device hours"
-    more = [
-        f"{number(amount)} {unit}"
-        for amount, unit in ((prices.price(time), "in price"), (prices.kwh(time), "kWh"))
-        if amount is not None
-    ]
-    words += "".join(f", {text}" for text in more)
+    price, kwh = prices.price(time), prices.kwh(time)
+    more = [f"price {number(price)}"] if price is not None else []
+    more += [f"{number(kwh)} kWh"] if kwh is not None else []
+    words += f" ({'; '.join(more)})" if more else ""
     one = next((f for f in findings if f.row.workers == 1), None)
     if one is not None and finding.row.workers > 1:
         faster, dearer = one.time.total / time.total, time.device_hours / one.time.device_hours
