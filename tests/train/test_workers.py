@@ -51,7 +51,8 @@ def train(store: Store, tmp_path: Path) -> Train:
 
 def initial(config: Config, store: Store) -> Weights:
     """A network's parameters before training."""
-    return dict(patch_task(config, store, torch.device("cpu")).model.named_parameters())
+    model = patch_task(config, store, torch.device("cpu")).model
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def distance(a: Weights, b: Weights, first: Weights) -> float:
