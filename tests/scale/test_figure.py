@@ -12,9 +12,10 @@ from tests.pages import checked
 
 from voxelscale.config import Config
 from voxelscale.pages.charts import Line, Panel
+from voxelscale.scale.advice import CostedRow, Prices
 from voxelscale.scale.cost import TrainingTime, UpdateTime
 from voxelscale.scale.figure import Point, scaling_figure, scaling_panels
-from voxelscale.scale.report import CostedRow, write_results
+from voxelscale.scale.report import write_results
 from voxelscale.scale.study import Row, Trial, TrialScore, summarise
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -32,6 +33,7 @@ ROWS = [
     for recipe in ("linear", "<LARS>")
     for n in COUNTS
 ]
+FREE = Prices()
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -101,25 +103,30 @@ def study(*rows: tuple[str, int, list[float]]) -> list[Row]:
     return summarise(trials, outcomes, 0.9)
 
 
-def written(rows: list[Row], out: Path, target: float = 0.9) -> tuple[ElementTree.Element, str]:
-    """The SVG and the page of a study whose trainings take 64 s in all."""
+def costed(rows: list[Row], start: float = 0.0) -> list[CostedRow]:
+    """Rows whose trainings take 64 s of arithmetic in all, and so many seconds to start."""
     update = UpdateTime(compute=1.0, straggling=0.0, communication=0.0, exposed=0.0, input_wait=0.0)
-    findings = [
+    return [
         CostedRow(
             row=row,
             time=TrainingTime(
                 workers=row.workers,
-                updates=64 // row.workers,
+                stages=((64, 64 // row.workers),),
                 update=update,
                 validation=0.0,
-                fixed=0.0,
-                samples=64,
+                fixed=start,
             ),
             scaling=None,
         )
         for row in rows
     ]
-    write_results(findings, {"notes": ["<measured>"]}, out, target)
+
+
+def written(
+    rows: list[Row], out: Path, target: float = 0.9, prices: Prices = FREE
+) -> tuple[ElementTree.Element, str]:
+    """The SVG and the page of a study."""
+    write_results(costed(rows), {"notes": ["<measured>"]}, out, target, prices)
     html = (out / "scaling.html").read_text(encoding="utf-8")
     checked(html)
     assert "&lt;measured&gt;" in html
@@ -189,7 +196,7 @@ def test_one_number_of_workers_stands_alone_on_its_axis(tmp_path: Path) -> None:
     assert said.count("4") == 2
     assert "2" not in said
     assert "Dice (relative to 1 worker: no value)" in said
-    assert "the same samples for 4 workers" in html
+    assert "The same samples for 4 workers" in html
 
 
 def test_numbers_of_workers_that_are_no_powers_of_two_are_named() -> None:

@@ -24,6 +24,7 @@ from voxelscale.console import Progress
 from voxelscale.errors import VoxelscaleError
 from voxelscale.experiments.once import Ending
 from voxelscale.scale import study as study_module
+from voxelscale.scale.cost import MODEL
 from voxelscale.scale.study import Stop, Trial, TrialScore, plan, run_study, t_interval
 from voxelscale.scale.trials import Share, real_ranks, share_devices, train_trial
 from voxelscale.store import Store
@@ -60,7 +61,7 @@ def test_the_plan_has_every_trial_with_its_recipe_applied() -> None:
 def test_settings_over_a_recipe() -> None:
     name = "large_batch:optim.warmup=0;optim.grow_from=0"
     (trial, *_) = plan(config(f'scale.recipes=["{name}"]', "scale.workers=[64]"))
-    assert (trial.config.optim.warmup, trial.config.optim.scaling) == (0.0, "sqrt")
+    assert (trial.config.optim.warmup, trial.config.optim.used.scaling) == (0.0, "sqrt")
     assert trial.updates == 10
     with pytest.raises(VoxelscaleError, match="no_such"):
         plan(config('scale.recipes=["large_batch:optim.no_such=1"]'))
@@ -294,7 +295,9 @@ def test_ctrl_c_saves_the_trainings_and_the_same_command_goes_on(
     path, out = tmp_path / "study.yaml", tmp_path / "out"
     path.write_text(dump(replace(tiny, train=replace(train, checkpoint_seconds=0.0))))
     out.mkdir()
-    (out / "model_check.json").write_text('{"lines": []}')  # the time model is not what is tested
+    (out / "model_check.json").write_text(
+        json.dumps({"lines": [], "model": MODEL})
+    )  # the time model is not what is tested
     command = [sys.executable, "-m", "voxelscale.cli", "scale", str(store.path), str(out)]
     command += ["--config", str(path), "--workers", "1,2", "--recipes", "unchanged", "--seeds", "0"]
     command += ["--jobs", "2", "--interconnect", "alpha=5us,beta=12GB/s"]
@@ -330,8 +333,11 @@ def test_the_command(tiny: Config, store: Store, tmp_path: Path, voxelscale: Com
     )
     path = tmp_path / "study.yaml"
     path.write_text(dump(small))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model_check.json").write_text('{"lines": ["of an earlier model"]}')
     command = ["scale", store.path, tmp_path / "out", "--config", path, "--workers", "1,4"]
     command += ["--seeds", "0", "--jobs", "2", "--interconnect", "alpha=5us,beta=12GB/s"]
+    command += ["--cluster", "reedbush-l", "--set", "scale.price_per_hour=36"]
     code, first, errors = voxelscale(*command)
     assert code == 0, errors
     assert len(list((tmp_path / "out" / "runs").glob("*/model.vxs"))) == 4
@@ -341,6 +347,14 @@ def test_the_command(tiny: Config, store: Store, tmp_path: Path, voxelscale: Com
     for row in by.values():
         assert 0 <= row["dice"] <= 1
         assert row["seconds"] > 0
+        assert row["start_seconds"] > 0.5, "a process starts and imports"
+        assert row["seconds"] > row["start_seconds"]
+        assert row["price"] == pytest.approx(36 * row["workers"] * row["seconds"] / 3600)
+    cluster = facts["cluster"]
+    assert (cluster["devices"], cluster["between"]) == (4, "alpha=5us,beta=12GB/s")
+    assert facts["network"]["hidden"] in (0, 1)
+    assert facts["model_check"]["model"] == MODEL, "it was checked again"
+    assert "of an earlier model" not in facts["notes"]
     assert by["unchanged", 1]["relative"] == 1
     one, four = by["unchanged", 1], by["unchanged", 4]
     assert four["samples_per_second"] > 2 * one["samples_per_second"]

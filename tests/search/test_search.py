@@ -105,6 +105,24 @@ def test_another_definition_is_refused_in_the_same_folder(
     assert "another model.depth" in told(errors)[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "searched_too", "refused"),
+    [("adamw", False, False), ("sgd", False, True), ("adamw", True, True)],
+)
+def test_a_search_of_before_lists_what_is_now_left_to_the_optimiser(
+    tiny: Config, store: Store, tmp_path: Path, name: str, searched_too: bool, refused: bool
+) -> None:
+    space = {"optim.name": {"categorical": ["adamw", "sgd"]}} if searched_too else {}
+    now = searched(load(None, [f"optim.name={name}"], tiny), {"optim.lr": {"float": [1e-4, 1e-2]}, **space})
+    before = replace(now, optim=replace(now.optim, momentum=0.99, weight_decay=0.01))
+    begin(before, store.path, tmp_path / "out")
+    if refused:
+        with pytest.raises(VoxelscaleError, match=r"another optim\.weight_decay"):
+            begin(now, store.path, tmp_path / "out")
+    else:
+        begin(now, store.path, tmp_path / "out")
+
+
 def test_a_warm_start_takes_comparable_trials_as_known(
     done: Path, store: Store, tiny: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:

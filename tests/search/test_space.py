@@ -101,6 +101,32 @@ def test_the_default_space_holds_the_default_config_and_fits_any_patch() -> None
     assert study | {"train.batch_size", "optim.lr"} <= named
 
 
+@pytest.mark.parametrize(
+    ("name", "rates"), [("sgd", (1e-3, 1e-1)), ("lars", (0.1, 10.0)), ("muon", (1e-4, 1e-2))]
+)
+def test_the_default_space_is_the_optimisers(name: str, rates: tuple[float, float]) -> None:
+    space = read_space(load(None, [f"optim.name={name}"]))
+    by = {p.key: p.distribution for p in space.parameters}
+    assert (by["optim.lr"].low, by["optim.lr"].high) == rates  # type: ignore[attr-defined]
+    assert "optim.momentum" in by
+    # A search of before lists its momentum.
+    before = read_space(
+        load(None, [f"optim.name={name}", "optim.momentum=0.99", "optim.weight_decay=0.01"])
+    )
+    assert {p.key for p in before.parameters} == {p.key for p in read_space(Config()).parameters}
+    assert next(p.distribution for p in before.parameters if p.key == "optim.lr").low == 1e-4  # type: ignore[attr-defined]
+
+
+def test_a_searched_optimiser_brings_its_own_defaults() -> None:
+    config = with_space({"optim.name": {"categorical": ["adamw", "sgd", "muon"]}})
+    space = read_space(config)
+    used = {name: space.apply(config, {"optim.name": name}).optim.used for name in ("adamw", "sgd", "muon")}
+    assert [used[name].weight_decay for name in used] == [1e-2, 3e-5, 1e-2]
+    assert (used["sgd"].momentum, used["muon"].momentum) == (0.99, 0.95)
+    decay = with_space({"optim.weight_decay": {"float": [1e-6, 1e-1], "log": True}}, "optim.name=sgd")
+    assert read_space(decay).values_of(decay) == ({"optim.weight_decay": 3e-5}, [])
+
+
 def test_in_two_dimensions_a_patch_stays_flat() -> None:
     config = with_space(
         {"data.patch_size": {"int": [16, 32], "step": 8}}, "model.dims=2", "data.patch_size=[1,16,16]"

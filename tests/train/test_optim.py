@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from voxelscale.config import OptimConfig
+from voxelscale.config import OptimConfig, load, to_dict
+from voxelscale.config.renamed import with_first_names
+from voxelscale.errors import VoxelscaleError
+from voxelscale.files import digest_of
 from voxelscale.model.unet import UNet
 from voxelscale.train.optim import (
     AveragedWeights,
@@ -143,6 +146,48 @@ def test_muon_turns_the_gradient_orthogonal() -> None:
     assert torch.allclose(inner, torch.diag(inner.diag()), atol=1e-3)
     assert inner.diag().min() > 0.6
     assert inner.diag().max() < 1.3
+
+
+@pytest.mark.parametrize(
+    ("name", "momentum", "decay", "factor"),
+    [
+        ("adamw", None, 1e-2, 4.0),
+        ("lamb", None, 1e-2, 4.0),
+        ("muon", 0.95, 1e-2, 4.0),
+        ("sgd", 0.99, 3e-5, 16.0),
+        ("lars", 0.9, 5e-4, 16.0),
+    ],
+)
+def test_each_optimiser_has_defaults_of_its_own(
+    name: str, momentum: float | None, decay: float, factor: float
+) -> None:
+    """nnU-Net's SGD, the papers' LARS and Muon; the rate of 16 times the batch."""
+    config = load(None, [f"optim.name={name}", "optim.scaling=null", "optim.lr=0.01"]).optim
+    kernels, others = make_optimizer(UNet(depth=1, filters=2), config).param_groups
+    assert (kernels["weight_decay"], others["weight_decay"]) == (decay, 0.0)
+    assert kernels.get("momentum") == momentum
+    assert peak_rate(config, 16 * config.reference_batch) == pytest.approx(0.01 * factor)
+    given = load(None, [f"optim.name={name}", "optim.momentum=0.5", "optim.weight_decay=0.25"]).optim
+    kernels, _ = make_optimizer(UNet(depth=1, filters=2), given).param_groups
+    assert kernels["weight_decay"] == 0.25
+    assert kernels.get("momentum") == (None if momentum is None else 0.5)
+    assert peak_rate(given, 1024) == given.lr, "no scaling unless it is asked for"
+
+
+def test_the_defaults_are_known_by_the_digests_of_before() -> None:
+    """AdamW's are those that every optimiser had; so a run of SGD is another one now, and says so."""
+
+    def digest(*sets: str) -> str:
+        return digest_of(with_first_names(to_dict(load(None, list(sets)))))
+
+    before = ["optim.momentum=0.99", "optim.weight_decay=0.01"]
+    assert digest() == digest(*before)
+    assert digest("optim.name=lamb") == digest("optim.name=lamb", *before)
+    assert digest("optim.scaling=null") == digest("optim.scaling=sqrt")
+    for name in ("sgd", "lars", "muon"):
+        assert digest(f"optim.name={name}") != digest(f"optim.name={name}", *before)
+    with pytest.raises(VoxelscaleError, match=r"optim\.momentum is 1\.0"):
+        load(None, ["optim.momentum=1"])
 
 
 @given(st.sampled_from(["none", "linear", "sqrt"]), st.integers(1, 64), st.integers(1, 1024))

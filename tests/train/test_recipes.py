@@ -11,6 +11,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.store import Store
 from voxelscale.train.launch import start
 from voxelscale.train.log import read_events
+from voxelscale.train.optim import peak_rate
 from voxelscale.train.recipes import LARGE_FROM, resolve
 
 
@@ -35,6 +36,35 @@ def test_a_recipe_keeps_the_optimiser() -> None:
     settled, _ = resolve(config, 64)
     assert (settled.optim.name, settled.optim.warmup) == ("sgd", 0.4)
     assert settled.optim.lr == pytest.approx(0.7 * 0.3)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("adamw", 8.0), ("muon", 8.0), ("sgd", 64.0), ("lars", 64.0)])
+def test_the_rate_grows_as_suits_the_optimiser(name: str, factor: float) -> None:
+    config = load(None, ["train.recipe=large_batch", f"optim.name={name}", "optim.lr=0.1"])
+    settled, _ = resolve(config, 64)
+    peak = peak_rate(settled.optim, 64 * settled.optim.reference_batch)
+    assert peak == pytest.approx(0.7 * 0.1 * factor)
+    # The optimiser may still be changed after it, as a study's recipes do.
+    other = load(None, ["optim.name=sgd"], settled)
+    assert peak_rate(other.optim, 64 * other.optim.reference_batch) == pytest.approx(0.07 * 64)
+    assert other.optim.used.momentum == 0.99
+
+
+def test_a_run_of_before_is_resumed_with_the_values_that_it_lists(
+    tiny: Config, store: Store, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = replace(tiny, train=replace(tiny.train, samples=16, checkpoint_every=8))
+    assert start(config, store.path, run)
+    held = load(run / "config.yaml").optim
+    assert (held.momentum, held.weight_decay, held.scaling) == (0.99, 0.01, "none"), "nothing is left open"
+    assert start(replace(config, train=replace(config.train, samples=16)), store.path, run)
+    sgd = replace(config, optim=replace(config.optim, name="sgd"))
+    before = replace(sgd, optim=replace(sgd.optim, momentum=0.99, weight_decay=0.01))
+    assert start(before, store.path, tmp_path / "sgd")
+    with pytest.raises(VoxelscaleError, match=r"optim\.weight_decay=0\.01, not 3e-05"):
+        start(sgd, store.path, tmp_path / "sgd")
+    assert start(before, store.path, tmp_path / "sgd")
 
 
 def test_it_trains_and_is_kept_with_the_model(tiny: Config, store: Store, tmp_path: Path) -> None:

@@ -120,6 +120,9 @@ def scale(
     interconnect: Annotated[
         str | None, typer.Option(help="infiniband-edr, ethernet-10g, ... or alpha=5us,beta=12GB/s.")
     ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="reedbush-h, reedbush-l, dgx-a100, dgx-h100, ethernet or laptop.")
+    ] = None,
     measure: Annotated[bool, typer.Option(help="Measure the link between ranks here instead.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Trainings at a time; 0: one per core or GPU.")] = None,
     config: ConfigFile = None,
@@ -129,7 +132,7 @@ def scale(
 
     \b
     voxelscale scale store/ study/ --workers 1,8,64 --seeds 0
-    voxelscale scale store/ study/ --recipes unchanged,large_batch --interconnect infiniband-hdr
+    voxelscale scale store/ study/ --recipes unchanged,large_batch --cluster dgx-a100
     voxelscale scale store/ study/ --recipes "unchanged,large_batch,large_batch:optim.warmup=0"
 
     Trains with every number of workers on the same samples. Workers without a device are emulated: the
@@ -143,7 +146,7 @@ def scale(
 
     lists = {"workers": workers, "recipes": recipes, "seeds": seeds}
     sets = [f"scale.{key}=[{value}]" for key, value in lists.items() if value is not None]
-    single = {"interconnect": interconnect, "jobs": jobs, "measure": measure or None}
+    single = {"cluster": cluster, "interconnect": interconnect, "jobs": jobs, "measure": measure or None}
     sets += [f"scale.{key}={value}" for key, value in single.items() if value is not None]
     findings = run_scale(read_config(config, [*(set_ or []), *sets]), store, out)
     print(table(findings))

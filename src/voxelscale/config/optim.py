@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from voxelscale.config.section import Rule, Section
+
+Scaling = Literal["none", "linear", "sqrt"]
+
+
+class Own(NamedTuple):
+    """What an optimiser takes where the config says null."""
+
+    momentum: float
+    weight_decay: float
+    scaling: Scaling
+
+
+OWN: dict[str, Own] = {
+    "adamw": Own(0.99, 1e-2, "sqrt"),
+    "sgd": Own(0.99, 3e-5, "linear"),
+    "lars": Own(0.9, 5e-4, "linear"),
+    "lamb": Own(0.99, 1e-2, "sqrt"),
+    "muon": Own(0.95, 1e-2, "sqrt"),
+}
+"""By optimiser. AdamW's decay is PyTorch's, LAMB's that of You et al. 2020; Muon's is AdamW's, whose rate
+it shares (Liu et al. 2025), its momentum Jordan's (2024). SGD's momentum and decay are nnU-Net's, LARS's
+those of You, Gitman and Ginsburg 2017. The rate of SGD and LARS grows linearly (Goyal et al. 2017), that of
+adaptive rules with the square root (Malladi et al. 2022; for Muon assumed). AdamW and LAMB use no momentum:
+0.99 stands there because the digests of earlier runs hold it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,16 +41,17 @@ class OptimConfig(Section):
     """Update rule; sources in `voxelscale.train.optim`."""
     lr: float = 1e-3
     """Highest learning rate at a global batch of `reference_batch`."""
-    scaling: Literal["none", "linear", "sqrt"] = "none"
-    """How the learning rate grows with the global batch."""
+    scaling: Scaling | None = "none"
+    """How the learning rate grows with the global batch; null: linear for SGD and LARS, sqrt for others."""
     reference_batch: int = 2
     """Global batch (patches per update, all workers together) for which `lr` was tuned."""
     max_lr: float = 0.0
     """Maximum of the scaled learning rate; 0: no limit."""
-    weight_decay: float = 1e-2
-    """Decoupled (AdamW, LAMB, Muon) or L2 (SGD, LARS); norms and biases are excluded."""
-    momentum: float = 0.99
-    """Momentum of SGD (Nesterov), LARS and Muon."""
+    weight_decay: float | None = None
+    """Decoupled (AdamW, LAMB, Muon) or L2 (SGD, LARS); norms and biases are excluded. null: 0.01 for AdamW,
+    LAMB and Muon, 3e-5 for SGD, 5e-4 for LARS."""
+    momentum: float | None = None
+    """Momentum of SGD (Nesterov), LARS and Muon; null: 0.99 for SGD, 0.9 for LARS, 0.95 for Muon."""
     betas: tuple[float, float] = (0.9, 0.999)
     """beta1 and beta2 of AdamW and LAMB, and of Muon's AdamW part."""
     eps: float = 1e-8
@@ -52,10 +77,23 @@ class OptimConfig(Section):
     """Time constant of the weights' exponential moving average (EMA) as a share of the budget, the same for
     every number of workers. The averaged weights are validated and saved. 0: no EMA."""
 
+    @property
+    def used(self) -> Own:
+        """Momentum, weight decay and scaling as they are used: the optimiser's own where they are null."""
+        own = OWN[self.name]
+        given = (self.momentum, self.weight_decay, self.scaling)
+        return Own(*(a if b is None else b for a, b in zip(own, given, strict=True)))  # type: ignore[arg-type]
+
+    def settled(self) -> OptimConfig:
+        """The same with nothing left to the optimiser."""
+        return replace(self, **self.used._asdict())
+
     def rules(self) -> Sequence[Rule]:
         return [
             ("lr", self.lr > 0, "above 0"),
             ("reference_batch", self.reference_batch >= 1, "at least 1"),
+            ("momentum", self.momentum is None or 0 <= self.momentum < 1, "at least 0 and below 1"),
+            ("weight_decay", self.weight_decay is None or self.weight_decay >= 0, "at least 0"),
             ("betas", all(0 <= beta < 1 for beta in self.betas), "at least 0 and below 1, both"),
             ("grow_from", self.grow_from >= 0, "at least 0"),
             ("grow_share", 0 <= self.grow_share < 1, "at least 0 and below 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from voxelscale.config.optim import OWN
 from voxelscale.errors import VoxelscaleError
 
 RENAMED = {
@@ -73,12 +74,15 @@ def with_first_names(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Sections under the keys' first names, of which digests are made.
 
     Digests stay the same when a key is renamed or added, so that old runs, studies and predictions can be
-    resumed.
+    resumed. What is left to the optimiser is there as the value that is used, as it was before it could be.
     """
     named = {
         section: {key: value for key, value in keys.items() if not _is_added(f"{section}.{key}", value)}
         for section, keys in tree.items()
     }
+    if "name" in (optim := named.get("optim", {})):
+        own = OWN[optim["name"]]._asdict()
+        named["optim"] = {k: own[k] if v is None and k in own else v for k, v in optim.items()}
     for old, new in RENAMED.items():
         (section, key), (new_section, new_key) = old.split("."), new.split(".")
         if new_key in named.get(new_section, {}):

@@ -23,12 +23,25 @@ class ScaleConfig(Section):
     """Trainings at a time on this machine; 0: one per core or GPU."""
     target: float = 0.9
     """Target of "time to a target Dice", as a share of the first recipe's Dice with one worker."""
-    interconnect: str = "infiniband-edr"
-    """Link between nodes: infiniband-edr, -hdr, -ndr, ethernet-10g, ..., or alpha=5us,beta=12GB/s."""
-    node_devices: int = 1
-    """Workers per node."""
-    node_link: str = "nvlink-a100"
-    """Link between the workers of one node."""
+    cluster: str = ""
+    """Cluster that times are modelled for: reedbush-h, reedbush-l, dgx-a100, dgx-h100, ethernet, laptop;
+    "": one device a node. It sets the next four keys where they are null."""
+    interconnect: str | None = None
+    """Link between nodes: infiniband-edr, -hdr, -ndr, ethernet-10g, ..., or alpha=5us,beta=12GB/s; null:
+    the cluster's, or infiniband-edr."""
+    node_devices: int | None = None
+    """Workers per node; null: the cluster's, or 1."""
+    node_link: str | None = None
+    """Link between the workers of one node; null: the cluster's, or nvlink-a100."""
+    rails: int | None = None
+    """Network adapters of a node, which its workers share; null: the cluster's, or 1."""
+    hidden: float | None = None
+    """Share of communication and reading that runs beside the arithmetic; null: 1 where the step was
+    measured on a GPU, 0 on a processor, all of whose cores compute."""
+    price_per_hour: float | None = None
+    """Price of one device (worker) for an hour, in any currency; null: no prices are reported."""
+    watts: float | None = None
+    """Power of one device with its share of the node, in watts; null: no energy is reported."""
     measure: bool = False
     """Whether to measure and use the link between ranks on this machine."""
 
@@ -37,5 +50,9 @@ class ScaleConfig(Section):
             ("workers", min(self.workers, default=0) >= 1, "at least one number, of 1 or more"),
             ("recipes", len(self.recipes) >= 1, "at least one name"),
             ("seeds", len(self.seeds) >= 1, "at least one number"),
-            ("node_devices", self.node_devices >= 1, "at least 1"),
+            ("node_devices", self.node_devices is None or self.node_devices >= 1, "at least 1"),
+            ("rails", self.rails is None or self.rails >= 1, "at least 1"),
+            ("hidden", self.hidden is None or 0 <= self.hidden <= 1, "at least 0 and at most 1"),
+            ("price_per_hour", self.price_per_hour is None or self.price_per_hour >= 0, "at least 0"),
+            ("watts", self.watts is None or self.watts >= 0, "at least 0"),
         ]

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 from voxelscale.scale.links import Link
 
+MODEL = 2
+"""Grows whenever formulas or their parts change: what was measured for another one is measured again."""
+
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """DistributedDataParallel's bounds: gradients of 1 MiB go first, then 25 MiB at a time."""
 
@@ -27,9 +30,8 @@ class Interconnect:
         between: between nodes; None: `within` connects all.
         per_node: devices of a node.
         rails: adapters of a node; its devices share them.
-        hidden: share, 0 to 1, of communication and input that truly runs beside the arithmetic. 1 on
-            GPUs, whose links and readers need none of their arithmetic; 0 where all CPU cores compute,
-            so that what moves bytes delays what computes.
+        hidden: share, 0 to 1, of communication and input that truly runs beside the arithmetic, by
+            `hidden_share`.
         compression: bytes sent per byte of gradient; 0.5 with bf16 on the wire.
     """
 
@@ -52,12 +54,15 @@ class StepCost:
         input_seconds: reading a micro-batch with all of a worker's reader threads, nothing else running.
         batch_seconds: making the network's input from what was read (augmentation), on the training
             device: a figure for each of several micro-batches, as they differ by what they drew.
+        jitter_seconds: forward and backward pass of each of several micro-batches, less
+            ``forward_seconds + backward_seconds``: the same arithmetic, which yet varies.
         gradients: of each parameter in the order of the backward pass, the share of it after which
             the gradient is there (0 to 1) and its bytes.
         blocking_bytes: of each all-reduce that forward or backward must wait for (``sync_batch``'s
             statistics).
         case_seconds: validating one scan.
-        fixed_seconds: of a run, whatever its length: starting, the last checkpoint, the bundle.
+        fixed_seconds: of a run, whatever its length: starting the process, imports, opening the store,
+            settling the arithmetic, the first step's own cost, the last checkpoint, the bundle.
     """
 
     forward_seconds: float
@@ -65,6 +70,7 @@ class StepCost:
     update_seconds: float
     input_seconds: float
     batch_seconds: tuple[float, ...]
+    jitter_seconds: tuple[float, ...] = ()
     gradients: tuple[tuple[float, int], ...]
     blocking_bytes: tuple[int, ...] = ()
     case_seconds: float = 0.0
@@ -81,7 +87,8 @@ class Budget:
         micro_batches: that each worker sees per update, one after another.
         validations: how many in the run.
         cases: scans of a validation.
-        updates: how many, where the global batch grows; None: samples / global batch.
+        stages: where the global batch grows, samples seen and updates made at each stage's end
+            (`voxelscale.train.clock.Clock.stages`); (): samples / global batch updates of one size.
     """
 
     samples: int
@@ -89,7 +96,7 @@ class Budget:
     micro_batches: int = 1
     validations: int = 1
     cases: int = 0
-    updates: int | None = None
+    stages: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +105,7 @@ class UpdateTime:
 
     Attributes:
         compute: one worker's arithmetic, mean.
-        straggling: waiting for the worker whose micro-batches took longest to make.
+        straggling: waiting for the worker whose micro-batches took longest.
         communication: all of the gradients' and the norms' all-reduces.
         exposed: what of it the backward pass does not hide.
         input_wait: for samples that are not read yet.
@@ -121,19 +128,28 @@ class TrainingTime:
     """Seconds of a whole training at `workers` workers, by what they are spent on.
 
     Attributes:
-        updates: how many.
-        update: one of them.
+        stages: samples seen and updates made at the end of each stretch of updates of one size; the last
+            global batch is whole.
+        update: one of them; it takes as long at every size, as no worker gets more than its micro-batch.
         validation: all validations, shared out over the workers.
         fixed: what does not depend on the length.
-        samples: trained on, the last global batch being whole.
     """
 
     workers: int
-    updates: int
+    stages: tuple[tuple[int, int], ...]
     update: UpdateTime
     validation: float
     fixed: float
-    samples: int
+
+    @property
+    def samples(self) -> int:
+        """Trained on."""
+        return self.stages[-1][0]
+
+    @property
+    def updates(self) -> int:
+        """How many."""
+        return self.stages[-1][1]
 
     @property
     def total(self) -> float:
@@ -142,13 +158,35 @@ class TrainingTime:
 
     @property
     def samples_per_second(self) -> float:
-        """Throughput while it trains: global batch / time of an update."""
+        """Throughput while it trains: samples of a mean update / its time."""
         return self.samples / self.updates / self.update.total
 
+    @property
+    def device_hours(self) -> float:
+        """What is paid for: all workers for the whole wall time."""
+        return self.workers * self.total / 3600
+
+    @property
+    def busy(self) -> float:
+        """Utilisation, 0 to 1: the share of the wall time in which a device computes updates."""
+        return self.updates * self.update.compute / self.total
+
+    def updates_after(self, samples: float) -> int:
+        """Whole updates until so many samples were seen; all of them where there are not so many."""
+        first, before = 0, 0
+        for end, updates in self.stages:
+            if samples <= end:
+                size = (end - first) // (updates - before)
+                return before + math.ceil((samples - first) / size)
+            first, before = end, updates
+        return self.updates
+
     def seconds_after(self, samples: float) -> float:
-        """Wall time until so many samples were seen; validation is spread evenly over the run."""
+        """Wall time until so many samples were seen: start-up, the updates up to there, and validation,
+        which comes after equal numbers of samples.
+        """
         share = min(samples / self.samples, 1.0)
-        return self.fixed + share * (self.total - self.fixed)
+        return self.fixed + self.updates_after(samples) * self.update.total + share * self.validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +223,7 @@ def ring_seconds(link: Link, workers: int, size: float) -> float:
 
 
 def tree_seconds(link: Link, workers: int, size: float) -> float:
-    """All-reduce by a double binary tree: ``2 log2(N) alpha + 2 S / beta``.
+    """All-reduce by a double binary tree: ``2 log2(N) alpha + 2 S / beta``, with the tree's own alpha.
 
     Two trees, each reducing and then broadcasting half of the bytes, in which every inner node of one
     is a leaf of the other, so that each worker sends and receives S twice, pipelined (Sanders, Speck
@@ -195,7 +233,7 @@ def tree_seconds(link: Link, workers: int, size: float) -> float:
     if workers == 1:
         return 0.0
     levels = math.ceil(math.log2(workers))
-    return 2 * levels * link.alpha_seconds + 2 * size / link.beta_bytes_per_second
+    return 2 * levels * link.tree_alpha + 2 * size / link.beta_bytes_per_second
 
 
 def flat_seconds(link: Link, workers: int, size: float) -> float:
@@ -269,6 +307,19 @@ def exposed_seconds(step: StepCost, network: Interconnect, workers: int) -> tupl
     return network.hidden * exposed + (1 - network.hidden) * total, total
 
 
+def hidden_share(gpu: bool, spare_cores: int = 0) -> float:
+    """The one rule for `Interconnect.hidden`, for published times and for the check alike.
+
+    1 on a GPU, whose links and readers need none of its arithmetic, and where a processor has cores that no
+    worker computes on; 0 where all cores compute, so that what moves bytes delays what computes.
+
+    Args:
+        gpu: whether the step was measured on a GPU.
+        spare_cores: of a node, beside those of its workers; 0 for a node that is used fully.
+    """
+    return 1.0 if gpu or spare_cores > 0 else 0.0
+
+
 def expected_greatest(values: Sequence[float], draws: int) -> float:
     """The mean of the maximum of `draws` independent draws from `values`.
 
@@ -287,18 +338,20 @@ def update_time(step: StepCost, network: Interconnect, workers: int, micro_batch
 
     With k micro-batches a worker::
 
-        compute = k (batch + forward + backward) + update
-        straggling = expected maximum of N workers' batch making - its mean (times sqrt(k))
+        compute = k (mean of batch + forward + backward + jitter) + update
+        straggling = (expected maximum of N workers' (batch + jitter) - its mean) sqrt(k)
         input_wait = max(0, k input - compute), the readers running ahead while the device computes
         communication as in `exposed_seconds`; what blocks (sync_batch) is added in full
 
     So that a step takes max(compute, input supply) + straggling + exposed communication. Where only
     a share ``hidden`` of the reading runs beside the arithmetic, the rest of it adds up:
-    ``input_wait = hidden max(0, k input - compute) + (1 - hidden) k input``. Forward and backward are
-    the same arithmetic for every batch; only making the batch depends on what it drew.
+    ``input_wait = hidden max(0, k input - compute) + (1 - hidden) k input``. What making a batch takes
+    (by what it drew) and how long the passes take (the machine's own jitter) vary independently.
     """
-    mean = sum(step.batch_seconds) / len(step.batch_seconds) if step.batch_seconds else 0.0
-    greatest = expected_greatest(step.batch_seconds, workers) if step.batch_seconds else 0.0
+    varying = [
+        made + late for made in step.batch_seconds or (0.0,) for late in step.jitter_seconds or (0.0,)
+    ]
+    mean = sum(varying) / len(varying)
     arithmetic = mean + step.forward_seconds + step.backward_seconds
     compute = micro_batches * arithmetic + step.update_seconds
     supply = micro_batches * step.input_seconds
@@ -306,7 +359,7 @@ def update_time(step: StepCost, network: Interconnect, workers: int, micro_batch
     blocking = sum(all_reduce_seconds(network, workers, size) for size in step.blocking_bytes)
     return UpdateTime(
         compute=compute,
-        straggling=max(0.0, greatest - mean) * math.sqrt(micro_batches),
+        straggling=max(0.0, expected_greatest(varying, workers) - mean) * math.sqrt(micro_batches),
         communication=total + micro_batches * blocking,
         exposed=exposed + micro_batches * blocking,
         input_wait=network.hidden * max(0.0, supply - compute) + (1 - network.hidden) * supply,
@@ -316,20 +369,19 @@ def update_time(step: StepCost, network: Interconnect, workers: int, micro_batch
 def training_time(step: StepCost, network: Interconnect, workers: int, budget: Budget) -> TrainingTime:
     """A whole training::
 
-        updates = ceil(samples / (N k b))
+        updates = ceil(samples / (N k b)), or those of the stages of a growing batch
         total = updates x update + validations x ceil(cases / N) x case + fixed
 
     A validation's scans are shared out whole, so the slowest rank has ceil(cases / N) of them.
     """
-    global_batch = workers * budget.micro_batches * budget.batch_size
-    updates = budget.updates or math.ceil(budget.samples / global_batch)
+    size = workers * budget.micro_batches * budget.batch_size
+    updates = math.ceil(budget.samples / size)
     return TrainingTime(
         workers=workers,
-        updates=updates,
+        stages=budget.stages or ((updates * size, updates),),
         update=update_time(step, network, workers, budget.micro_batches),
         validation=budget.validations * math.ceil(budget.cases / workers) * step.case_seconds,
         fixed=step.fixed_seconds,
-        samples=budget.samples if budget.updates else updates * global_batch,
     )
 
 

@@ -98,7 +98,7 @@ def _time_panel(points: Sequence[Point]) -> Panel:
         y_ticks=ticks[:: -(-len(ticks) // MOST_TIMES)],
         y_range=(ticks[0] * 0.99, ticks[-1] * 1.01),
         y_log=True,
-        y_text=_duration,
+        y_text=duration,
         **_worker_axis(points),
     )
 
@@ -211,7 +211,8 @@ def _round_times(seconds: Sequence[float]) -> list[float]:
     return TIMES[max(first, 0) : bisect_left(TIMES, max(seconds, default=10.0)) + 1]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as people say it: three digits in ms, s, min, h or d."""
     for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
         if seconds >= size:
             return f"{number(seconds / size)} {unit}"

@@ -20,7 +20,8 @@ class Link:
 
     Attributes:
         name: for tables.
-        alpha_seconds: of a step of a collective, however small the message.
+        alpha_seconds: of a step of a ring, however small the message.
+        tree_alpha_seconds: of a step of a tree; None: as of a ring.
         beta_bytes_per_second: in one direction, as NCCL's or Gloo's rings reach it, not the wire's rate.
         source: where the two figures come from, and which of them is assumed.
         residual: of a measured link, the root mean square of (fitted - measured) / measured.
@@ -31,16 +32,24 @@ class Link:
     beta_bytes_per_second: float
     source: str
     residual: float = 0.0
+    tree_alpha_seconds: float | None = None
+
+    @property
+    def tree_alpha(self) -> float:
+        """Seconds of a step of a tree."""
+        return self.alpha_seconds if self.tree_alpha_seconds is None else self.tree_alpha_seconds
 
 
 _NCCL_NET = (
     "alpha: 4.0 us a step between nodes, NCCL src/graph/tuning.cc (commit 01afd20, 2020), hwLat, network, "
-    "ring, LL128 (2.7 us for LL, 9.6 us for Simple); the 10 us of launching a collective are left out"
+    "ring, LL128 (2.7 us for LL, 9.6 us for Simple); of a tree 8.5 us, LL128, in later versions of it "
+    "(5.0 us for LL, 14 to 28 us for Simple); the 10 us of launching a collective are left out"
 )
 _NCCL_NVLINK = (
     "alpha: 1.9 us a step, NCCL src/graph/tuning.cc (commit 01afd20, 2020), hwLat, NVLink, ring, LL128 "
-    "(0.47 us for LL, 3.4 us for Simple)"
+    "(0.47 us for LL, 3.4 us for Simple); of a tree 1.25 us, LL128, in later versions"
 )
+_NCCL_PCIE = "alpha: 2.5 us a step of a ring, 1.9 us of a tree, NCCL src/graph/tuning.cc, hwLat, PCI, LL128"
 _TCP = (
     "beta: IEEE 802.3 line rate x 1448 / 1538, the payload of a 1500-byte frame with TCP timestamps "
     "(computed; it assumes enough sockets to fill the wire). alpha: 20 us between applications, measured "
@@ -53,6 +62,7 @@ _PRESETS = (
     Link(
         name="infiniband-edr",
         alpha_seconds=4.0e-6,
+        tree_alpha_seconds=8.5e-6,
         beta_bytes_per_second=12.2e9,
         source="beta: 12.2 GB/s of bus bandwidth over one 100 Gb/s adapter, 'as good as you can get' "
         "(S. Jeaugey, github.com/NVIDIA/nccl-tests/issues/29, 2019); nominal 12.5 GB/s (4 lanes of "
@@ -61,6 +71,7 @@ _PRESETS = (
     Link(
         name="infiniband-hdr",
         alpha_seconds=4.0e-6,
+        tree_alpha_seconds=8.5e-6,
         beta_bytes_per_second=24e9,
         source="beta: 24 GB/s an adapter: 96 GB/s over 4 (github.com/NVIDIA/nccl-tests/issues/119), "
         "48 GB/s over 2 (S. Jeaugey, github.com/NVIDIA/nccl/issues/307, 2020); nominal 25 GB/s "
@@ -69,6 +80,7 @@ _PRESETS = (
     Link(
         name="infiniband-ndr",
         alpha_seconds=4.0e-6,
+        tree_alpha_seconds=8.5e-6,
         beta_bytes_per_second=47e9,
         source="beta: 46 to 48 GB/s an adapter (NVIDIA, github.com/NVIDIA/nccl-tests/issues/290, 2025); "
         f"nominal 50 GB/s (400 Gb/s). {_NCCL_NET}; assumed unchanged since",
@@ -76,6 +88,7 @@ _PRESETS = (
     Link(
         name="nvlink-a100",
         alpha_seconds=1.9e-6,
+        tree_alpha_seconds=1.25e-6,
         beta_bytes_per_second=235e9,
         source="beta: NCCL's own bound on an A100's bus bandwidth, 235 GB/s (src/graph/tuning.cc, same "
         "commit); nominal 300 GB/s a direction (NVIDIA A100 data sheet: 12 links, 600 GB/s in both). "
@@ -84,10 +97,41 @@ _PRESETS = (
     Link(
         name="nvlink-h100",
         alpha_seconds=1.9e-6,
+        tree_alpha_seconds=1.25e-6,
         beta_bytes_per_second=370e9,
         source="beta: 370 GB/s of a ring (S. Jeaugey, github.com/NVIDIA/nccl-tests/issues/212, 2024), "
         "without NVLink SHARP; nominal 450 GB/s a direction (NVIDIA H100 data sheet: 900 GB/s in both). "
         f"{_NCCL_NVLINK}; assumed unchanged since",
+    ),
+    Link(
+        name="nvlink-p100",
+        alpha_seconds=1.9e-6,
+        tree_alpha_seconds=1.25e-6,
+        beta_bytes_per_second=36e9,
+        source="beta: 18 GB/s a link in NCCL src/graph/topo.h (SM60_NVLINK_BW), times 2 links between "
+        "neighbours, which is assumed; nominal 20 GB/s a link and direction (NVIDIA P100 white paper). "
+        f"{_NCCL_NVLINK}; assumed alike for NVLink 1",
+    ),
+    Link(
+        name="pcie-gen3",
+        alpha_seconds=2.5e-6,
+        tree_alpha_seconds=1.9e-6,
+        beta_bytes_per_second=12e9,
+        source="beta: 12 GB/s, NCCL src/graph/topo.h (PCI_BW, generation 3, 16 lanes); nominal 15.75 GB/s "
+        f"(16 lanes of 8 GT/s, 128b/130b). {_NCCL_PCIE}",
+    ),
+    Link(
+        name="gloo-memory",
+        alpha_seconds=80e-6,
+        beta_bytes_per_second=1.8e9,
+        source="alpha and beta: fitted to all-reduces of two Gloo processes of one thread on a virtual "
+        "machine with two cores of an AMD EPYC, residual 22 to 24 %; assumed alike elsewhere",
+    ),
+    Link(
+        name="ethernet-1g",
+        alpha_seconds=20e-6,
+        beta_bytes_per_second=125e6 * 1448 / 1538,
+        source=_TCP_ASSUMED,
     ),
     Link(name="ethernet-10g", alpha_seconds=20e-6, beta_bytes_per_second=1.25e9 * 1448 / 1538, source=_TCP),
     Link(
@@ -117,9 +161,10 @@ _HINT = "write alpha=5us,beta=12GB/s, or a name: " + ", ".join(LINKS)
 
 
 def parse_link(text: str) -> Link:
-    """A preset by its name, or figures: ``alpha=5us,beta=12GB/s``.
+    """A preset by its name, or figures: ``alpha=5us,beta=12GB/s``, optionally with ``tree=9us``.
 
-    alpha in ns, us, ms or s; beta in B/s, kB/s, MB/s, GB/s, in bits (Gb/s) or in powers of two (GiB/s).
+    alpha, and a tree's own where it differs, in ns, us, ms or s; beta in B/s, kB/s, MB/s, GB/s, in bits
+    (Gb/s) or in powers of two (GiB/s).
 
     Raises:
         VoxelscaleError: neither; it names the part that is wrong.
@@ -134,7 +179,7 @@ def parse_link(text: str) -> Link:
     given: dict[str, float] = {}
     for part in text.split(","):
         key, _, value = (word.strip() for word in part.partition("="))
-        units = {"alpha": _SECONDS, "beta": _RATES}.get(key)
+        units = {"alpha": _SECONDS, "beta": _RATES, "tree": _SECONDS}.get(key)
         if units is None:
             raise VoxelscaleError(f"--interconnect {text}: unknown part {part.strip()!r}", _HINT)
         if key in given:
@@ -148,6 +193,7 @@ def parse_link(text: str) -> Link:
     return Link(
         name=text,
         alpha_seconds=given["alpha"],
+        tree_alpha_seconds=given.get("tree"),
         beta_bytes_per_second=given["beta"],
         source="given by the user",
     )

@@ -28,10 +28,18 @@ from torch import Tensor, nn
 from voxelscale.config import Config, dump, load_stored
 from voxelscale.device import autocast, choose_precision, default_device, policy, to_channels_last
 from voxelscale.errors import VoxelscaleError
+from voxelscale.experiments.once import Training, TrainOnce, train_once
 from voxelscale.model.norm import SyncBatchNorm
 from voxelscale.ranks.workers import Workers, data_parallel, join
 from voxelscale.samples.patches import read_ahead, worker_indices
-from voxelscale.scale.cost import Budget, Interconnect, StepCost, UpdateTime, update_time
+from voxelscale.scale.cost import (
+    Budget,
+    Interconnect,
+    StepCost,
+    UpdateTime,
+    hidden_share,
+    update_time,
+)
 from voxelscale.scale.links import Link, fit_link
 from voxelscale.store import Store
 from voxelscale.store.fingerprint import open_fold
@@ -42,8 +50,14 @@ from voxelscale.train.validation_cases import validation_cases
 SIZES = tuple(4**power for power in range(1, 14))
 """Bytes of the all-reduces that `measure_link` times: 4 to 64 MiB."""
 
+ROUNDS = 32
+"""Micro-batches whose passes are timed: what varies among them makes workers wait for each other."""
+
 DRAWS = 64
 """Micro-batches whose making is timed: expensive augmentations are rare, so that a few would miss them."""
+
+_ALONE = Interconnect(within=Link(name="", alpha_seconds=0, beta_bytes_per_second=math.inf, source=""))
+"""One worker's, who has nobody to talk to."""
 
 Mark = Any
 """A point in time: seconds on the CPU, an event on a GPU."""
@@ -61,6 +75,7 @@ class ModelCheck:
             longer is the machine's (memory, caches, clock) and no communication.
         together: the same while both work.
         link: measured between the two.
+        hidden: `Interconnect.hidden`, with which it was predicted.
     """
 
     predicted: UpdateTime
@@ -69,10 +84,11 @@ class ModelCheck:
     alone: float
     together: float
     link: Link
+    hidden: float
 
 
 def measure_step(
-    config: Config, store: Store, *, rounds: int = 12, threads: int = 1, validation: bool = True
+    config: Config, store: Store, *, rounds: int = ROUNDS, threads: int = 1, validation: bool = True
 ) -> StepCost:
     """Time one worker's step with the training's own functions; medians over `rounds` micro-batches.
 
@@ -91,6 +107,43 @@ def measure_step(
             batch_seconds=worker.making_seconds(DRAWS),
             case_seconds=worker.case_seconds() if validation else 0.0,
         )
+
+
+def measure_start(config: Config, store: Store, step: StepCost, *, train: TrainOnce = train_once) -> float:
+    """Seconds of a training beside its updates and validations, from a whole one of a single update.
+
+    It is started as every training of a study is: a process of its own, which imports, opens the store,
+    tries and settles its arithmetic, compiles, makes its first update, validates one scan, and writes its
+    last checkpoint and its bundle. The update and the scan, as `step` has them, are taken off.
+
+    Raises:
+        VoxelscaleError: it failed.
+    """
+    how = replace(
+        config.train,
+        samples=config.train.batch_size,
+        ranks=1,
+        virtual_workers=1,
+        validate_every=0,
+        validate_at=(),
+        validate_cases=1,
+    )
+    optim = replace(config.optim, grow_from=0)
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(
+            config=replace(config, train=how, optim=optim),
+            store=store.path,
+            run=Path(folder, "run"),
+            threads=1,
+        )
+        started = time.perf_counter()
+        result = train(training, lambda: "go on")
+        taken = time.perf_counter() - started
+    if result.ending != "finished":
+        raise result.fault or VoxelscaleError(
+            f"a training of one update: {result.ending}", "train it alone"
+        )
+    return max(0.0, taken - update_time(step, _ALONE, 1).compute - step.case_seconds)
 
 
 def measure_link(ranks: int = 2, *, sizes: Sequence[int] = SIZES, rounds: int = 9) -> Link:
@@ -113,9 +166,9 @@ def validate_model(config: Config, store: Store, *, rounds: int = 8) -> ModelChe
     """Predict an update of two ranks with one thread each, and run it.
 
     One job of two real ranks takes turns, round by round: one rank steps alone, both step without
-    communicating, both train under DistributedDataParallel. Two ranks that keep step wait for the
-    slower in every update, so all that varies in a step on this machine counts as straggling, not only
-    what the batches drew. ``sync_batch`` is timed as ``batch``, whose arithmetic is the same.
+    communicating, both train under DistributedDataParallel. Two ranks that keep step wait for the slower in
+    every update, so all that varies in a step on this machine counts as straggling. ``sync_batch`` is timed
+    as ``batch``, whose arithmetic is the same.
 
     Raises:
         VoxelscaleError: as `measure_link`.
@@ -127,9 +180,12 @@ def validate_model(config: Config, store: Store, *, rounds: int = 8) -> ModelChe
         2, "check", {"config": dump(config), "store": str(store.path.absolute()), "rounds": rounds}
     )
     step, link = step_from_dict(facts["step"]), _fitted(2, facts)
-    full = not torch.cuda.is_available() and (os.cpu_count() or 1) <= 2
-    predicted = update_time(step, Interconnect(within=link, hidden=0.0 if full else 1.0), workers=2)
+    hidden = config.scale.hidden
+    if hidden is None:
+        hidden = hidden_share(torch.cuda.is_available(), spare_cores=(os.cpu_count() or 1) - 2)
+    predicted = update_time(step, Interconnect(within=link, hidden=hidden), workers=2)
     return ModelCheck(
+        hidden=hidden,
         predicted=predicted,
         measured=facts["measured"],
         error_percent=100 * (predicted.total / facts["measured"] - 1),
@@ -145,9 +201,10 @@ def describe(check: ModelCheck) -> str:
     parts = f"compute {1e3 * p.compute:.1f}, waiting for the slower {1e3 * p.straggling:.1f}, "
     parts += f"exposed communication {1e3 * p.exposed:.1f}, input {1e3 * p.input_wait:.1f}"
     fit = f"alpha {1e6 * link.alpha_seconds:.0f} us, beta {link.beta_bytes_per_second / 1e9:.2f} GB/s"
+    hidden = f"{100 * check.hidden:.0f} % of communication and reading taken to run beside the arithmetic"
     return (
         f"2 real ranks: {1e3 * p.total:.1f} ms an update predicted ({parts}), "
-        f"{1e3 * check.measured:.1f} ms measured: {check.error_percent:+.1f} %\n"
+        f"{1e3 * check.measured:.1f} ms measured: {check.error_percent:+.1f} %; {hidden}\n"
         f"link: {fit}, residual {100 * link.residual:.0f} %; one rank alone {1e3 * check.alone:.1f} ms, "
         f"both without communication {1e3 * check.together:.1f} ms"
     )
@@ -174,6 +231,7 @@ def step_from_dict(tree: dict[str, Any]) -> StepCost:
     """The StepCost whose ``dataclasses.asdict`` went through JSON."""
     lists = {
         "batch_seconds": tuple(tree["batch_seconds"]),
+        "jitter_seconds": tuple(tree["jitter_seconds"]),
         "gradients": tuple((share, size) for share, size in tree["gradients"]),
         "blocking_bytes": tuple(tree["blocking_bytes"]),
     }
@@ -280,22 +338,19 @@ def _step_cost(worker: _Worker, parts: Sequence[_Parts]) -> StepCost:
     shares = {n: statistics.median(part.ready[n] for part in parts) for n in parts[0].ready}
     last = max(shares.values())  # the pass ends with its last gradient, but for bookkeeping
     norms = [m for m in worker.model.modules() if isinstance(m, SyncBatchNorm)]
+    forward = statistics.median(part.forward for part in parts)
+    backward = statistics.median(part.backward for part in parts)
     return StepCost(
-        forward_seconds=statistics.median(part.forward for part in parts),
-        backward_seconds=statistics.median(part.backward for part in parts),
+        forward_seconds=forward,
+        backward_seconds=backward,
         update_seconds=statistics.median(part.update for part in parts),
         input_seconds=worker.reading_seconds(),
         batch_seconds=tuple(part.batch for part in parts),
+        jitter_seconds=tuple(part.forward + part.backward - forward - backward for part in parts),
         gradients=tuple(sorted((share / last, sizes[n]) for n, share in shares.items())),
         # Once in the forward and once in the backward pass.
         blocking_bytes=tuple(4 * (2 * m.num_features + 1) for m in norms for _ in range(2)),
     )
-
-
-def _varying(step: StepCost, parts: Sequence[_Parts]) -> StepCost:
-    """The same with all that varies from step to step in `batch_seconds`."""
-    still = step.forward_seconds + step.backward_seconds + step.update_seconds
-    return replace(step, batch_seconds=tuple(part.total - still for part in parts))
 
 
 def _mark(device: torch.device) -> Mark:
@@ -416,7 +471,7 @@ def _check_rank(workers: Workers, config: Config, store: Store, rounds: int) -> 
     dist.barrier()
     return {
         **facts,
-        "step": asdict(_varying(_step_cost(worker, together), together)),
+        "step": asdict(_step_cost(worker, together)),
         "alone": statistics.mean(alone) if alone else 0.0,
         "together": statistics.mean(part.total for part in together),
         "measured": statistics.mean(trained),

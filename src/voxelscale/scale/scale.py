@@ -15,9 +15,19 @@ from voxelscale.config.renamed import with_first_names
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
-from voxelscale.scale.cost import Interconnect, StepCost, TrainingTime, compare, training_time
+from voxelscale.scale.advice import CostedRow, Prices
+from voxelscale.scale.clusters import Cluster, cluster_of
+from voxelscale.scale.cost import (
+    MODEL,
+    Interconnect,
+    StepCost,
+    TrainingTime,
+    compare,
+    hidden_share,
+    training_time,
+)
 from voxelscale.scale.links import Link, parse_link
-from voxelscale.scale.report import CostedRow, write_results
+from voxelscale.scale.report import write_results
 from voxelscale.scale.study import Row, Trial, plan, run_study
 from voxelscale.scale.trials import share_devices, train_trial
 from voxelscale.store import Store
@@ -34,10 +44,11 @@ def scale(config: Config, store_path: Path, out: Path) -> list[CostedRow]:
     Called again it keeps the trainings that are done, and the measurements.
 
     Raises:
-        VoxelscaleError: a training failed, no validation scan has a lesion, the interconnect is unknown,
-            or `out` holds another study.
+        VoxelscaleError: a training failed, no validation scan has a lesion, the cluster or interconnect is
+            unknown, or `out` holds another study.
     """
-    network, notes = _network(config)
+    cluster = cluster_of(config.scale)
+    network, notes = _network(config, cluster)
     store = open_fold(store_path, config.data.fold)
     require_validation(store, config)
     trials = plan(config)
@@ -49,14 +60,19 @@ def scale(config: Config, store_path: Path, out: Path) -> list[CostedRow]:
     check = _check(config, store, out)
     rows = run_study(config, out, train_one, jobs)
     findings = _findings(rows, times)
+    prices = Prices(
+        per_hour=config.scale.price_per_hour, watts=config.scale.watts, node_devices=cluster.devices
+    )
     facts = {
         "notes": [*notes, *check["lines"]],
-        "interconnect": asdict(network.between or network.within),
+        "cluster": asdict(cluster),
+        "machine": _machine(),
+        "network": asdict(network),
         "model_check": check,
         "samples": config.train.samples,
         "config": to_dict(config),
     }
-    write_results(findings, facts, out, config.scale.target)
+    write_results(findings, facts, out, config.scale.target, prices)
     return findings
 
 
@@ -73,30 +89,47 @@ def _findings(rows: Sequence[Row], times: dict[tuple[str, int], TrainingTime]) -
     return found
 
 
-def _network(config: Config) -> tuple[Interconnect, list[str]]:
-    """The interconnect of the config, and what a reader must know of it."""
-    scale = config.scale
-    if scale.measure:
+def _network(config: Config, cluster: Cluster) -> tuple[Interconnect, list[str]]:
+    """The interconnect of the cluster, and what a reader must know of it."""
+    if config.scale.measure:
         from voxelscale.scale.measure import measure_link
 
         between = measure_link(2)
     else:
-        between = parse_link(scale.interconnect)
-    compression = 0.5 if config.train.compress == "bf16" else 1.0
-    notes = [_in_words(between)]
-    if scale.node_devices == 1:
-        return Interconnect(within=between, compression=compression), notes
-    within = parse_link(scale.node_link)
-    notes.append(f"within a node of {scale.node_devices}: {_in_words(within)}")
+        between = parse_link(cluster.between)
+    within = parse_link(cluster.within)
+    hidden, gpu = config.scale.hidden, _gpus() > 0
     network = Interconnect(
-        within=within, between=between, per_node=scale.node_devices, compression=compression
+        within=between if cluster.devices == 1 else within,
+        between=None if cluster.devices == 1 else between,
+        per_node=cluster.devices,
+        rails=cluster.rails,
+        # As many workers as a node has places for, so that a processor has no core to spare.
+        hidden=hidden_share(gpu) if hidden is None else hidden,
+        compression=0.5 if config.train.compress == "bf16" else 1.0,
     )
-    return network, notes
+    notes = [f"cluster: {cluster.title}; {cluster.source}", f"between nodes: {_in_words(between)}"]
+    if cluster.devices > 1:
+        notes.append(f"within a node of {cluster.devices}: {_in_words(within)}")
+        notes.append(f"{cluster.rails} network adapter{'s' * (cluster.rails > 1)} a node")
+    share = f"{100 * network.hidden:.0f} % of communication and reading runs beside the arithmetic"
+    rule = f"the rule for a {'GPU' if gpu else 'processor whose cores all compute'}"
+    return network, [*notes, f"{share} ({rule if hidden is None else 'scale.hidden'})"]
+
+
+def _machine() -> str:
+    """Where one worker's step was timed, in words."""
+    if not _gpus():
+        return "one core of this machine's processor, not a device of the cluster"
+    import torch
+
+    return f"this machine's {torch.cuda.get_device_name(0)}"
 
 
 def _in_words(link: Link) -> str:
     alpha, beta = 1e6 * link.alpha_seconds, link.beta_bytes_per_second / 1e9
-    return f"interconnect {link.name}: alpha {alpha:.1f} us, beta {beta:.2f} GB/s ({link.source})"
+    tree = f" (of a tree {1e6 * link.tree_alpha:.1f})" if link.tree_alpha != link.alpha_seconds else ""
+    return f"link {link.name}: alpha {alpha:.1f} us{tree}, beta {beta:.2f} GB/s ({link.source})"
 
 
 def _time(trial: Trial, store: Store, network: Interconnect, out: Path) -> TrainingTime:
@@ -105,7 +138,7 @@ def _time(trial: Trial, store: Store, network: Interconnect, out: Path) -> Train
 
     config = trial.config
     alone = replace(config, train=replace(config.train, ranks=1, virtual_workers=1))
-    budget = replace(budget_of(alone, store), updates=trial.updates)
+    budget = replace(budget_of(alone, store), stages=trial.clock.stages)
     return training_time(_step(alone, store, out), network, trial.workers, budget)
 
 
@@ -116,13 +149,16 @@ def _step(config: Config, store: Store, out: Path) -> StepCost:
     what["optim"] = tree["optim"]["name"]
     how = ("batch_size", "precision", "channels_last", "compile", "deterministic")
     what["train"] = [tree["train"].get(key) for key in how]
+    what["model of time"] = MODEL
     path = out / "steps" / f"{digest_of(what)[:8]}.json"
-    from voxelscale.scale.measure import measure_step, step_from_dict
+    from voxelscale.scale.measure import measure_start, measure_step, step_from_dict
 
     if path.is_file():
         return step_from_dict(json.loads(path.read_text(encoding="utf-8")))
     notice("scale: timing one worker's step")
     step = measure_step(config, store)
+    notice("scale: timing a training's start")
+    step = replace(step, fixed_seconds=measure_start(config, store, step))
     write_atomic(path, json.dumps(asdict(step)))
     return step
 
@@ -132,7 +168,8 @@ def _check(config: Config, store: Store, out: Path) -> dict[str, Any]:
     path = out / "model_check.json"
     if path.is_file():
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return known
+        if known.get("model") == MODEL:
+            return known
     from voxelscale.scale.measure import describe, validate_model
 
     notice("scale: checking the time model against two real ranks")
@@ -142,6 +179,8 @@ def _check(config: Config, store: Store, out: Path) -> dict[str, Any]:
         # The study does not depend on it; it is tried again the next time.
         return {"lines": [f"the time model was not checked: {error.message}; {error.hint}"]}
     facts = {
+        "model": MODEL,
+        "hidden": found.hidden,
         "predicted_seconds": found.predicted.total,
         "measured_seconds": found.measured,
         "error_percent": found.error_percent,
@@ -152,6 +191,10 @@ def _check(config: Config, store: Store, out: Path) -> dict[str, Any]:
 
 
 def _devices() -> int:
+    return _gpus() or os.cpu_count() or 1
+
+
+def _gpus() -> int:
     import torch
 
-    return torch.cuda.device_count() or os.cpu_count() or 1
+    return int(torch.cuda.device_count())

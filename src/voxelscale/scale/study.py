@@ -61,11 +61,15 @@ class Trial:
         return self.workers * self.config.train.batch_size
 
     @property
+    def clock(self) -> Clock:
+        """Its updates."""
+        optim, train = self.config.optim, self.config.train
+        return Clock(train.samples, self.workers, train.batch_size, optim.grow_from, optim.grow_share)
+
+    @property
     def updates(self) -> int:
         """Of the whole training."""
-        optim, train = self.config.optim, self.config.train
-        clock = Clock(train.samples, self.workers, train.batch_size, optim.grow_from, optim.grow_share)
-        return clock.updates
+        return self.clock.updates
 
 
 @dataclass(frozen=True, kw_only=True)

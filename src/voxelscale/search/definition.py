@@ -179,8 +179,14 @@ def strip_password(url: str) -> str:
 
 
 def _defined(config: Config) -> dict[str, Any]:
-    """What makes two searches the same."""
-    tree = to_dict(config)
+    """What makes two searches the same.
+
+    What is left to the optimiser is there as the value that is used, as in earlier searches; but where
+    optimisers are searched it is another value in each trial.
+    """
+    tree = to_dict(replace(config, optim=config.optim.settled()))
+    if "optim.name" in config.search.space:
+        tree["optim"] = {k: "own" if v is None else v for k, v in to_dict(config)["optim"].items()}
     kept = {section: tree[section] for section in SECTIONS}
     return {**kept, "search": {k: v for k, v in tree["search"].items() if k not in FREE}}
 

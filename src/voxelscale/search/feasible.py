@@ -104,7 +104,9 @@ def _what_counts(config: Config) -> Config:
         data=DataConfig(patch_size=config.data.patch_size),
         model=config.model,
         loss=LossConfig(small=0.5 * (config.loss.small > 0), top_k=config.loss.top_k),
-        optim=OptimConfig(name=optim.name, momentum=0.9 * (optim.momentum > 0), ema=0.1 * (optim.ema > 0)),
+        optim=OptimConfig(
+            name=optim.name, momentum=0.9 * (optim.used.momentum > 0), ema=0.1 * (optim.ema > 0)
+        ),
         train=TrainConfig(
             batch_size=train.batch_size,
             virtual_workers=train.virtual_workers if config.model.norm == "sync_batch" else 1,

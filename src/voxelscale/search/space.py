@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from optuna.distributions import (
@@ -50,6 +50,17 @@ OURS = {
     "train.threads": "workers share the cores out",
 }
 """Keys of those sections that are not searched, and why."""
+
+RATES = {
+    "adamw": [1e-4, 1e-2],
+    "muon": [1e-4, 1e-2],
+    "lamb": [1e-3, 1e-1],
+    "sgd": [1e-3, 1e-1],
+    "lars": [1e-1, 1e1],
+}
+"""Learning rates of the default space by optimiser, a decade to both sides: of AdamW's and, as it shares
+it, Muon's (1e-3); of nnU-Net's for SGD (1e-2); of 1 for LARS, whose trust coefficient is 1e-3; of LAMB's
+(1e-2), a share of each kernel's size."""
 
 POINTS = 4
 """Of a float in a grid where the space does not say."""
@@ -132,7 +143,7 @@ class Space:
         Returns:
             the point, and the keys whose values are not in the space and were replaced by the nearest.
         """
-        tree = to_dict(config)
+        tree = to_dict(replace(config, optim=config.optim.settled()))
         params: dict[str, Value] = {}
         moved: list[str] = []
         for parameter in self.parameters:
@@ -178,7 +189,13 @@ def read_space(config: Config) -> Space:
 
 
 def default_space(config: Config) -> dict[str, dict[str, Any]]:
-    """The keys that matter most for lesions in CT, around the config's own patch."""
+    """The keys that matter most for lesions in CT, around the config's own patch.
+
+    The rates are those of the config's optimiser, and one with momentum has it searched. A search that was
+    started before there were such defaults lists its momentum, and keeps the space that it had.
+    """
+    own = config.optim.momentum is None
+    momentum: dict[str, Any] = {"optim.momentum": {"float": [0.8, 0.99]}}
     edge = max(config.data.patch_size)
     step = max(4, edge // 4 // 4 * 4)
     whole = step * max(2, round(edge / step))
@@ -192,7 +209,8 @@ def default_space(config: Config) -> dict[str, dict[str, Any]]:
         "model.kernel_size": {"int": [3, 5], "step": 2},
         "model.norm": {"categorical": ["instance", "batch", "group"]},
         "train.batch_size": {"int": [1, 8], "log": True},
-        "optim.lr": {"float": [1e-4, 1e-2], "log": True},
+        "optim.lr": {"float": RATES[config.optim.name if own else "adamw"], "log": True},
+        **(momentum if own and config.optim.name in ("sgd", "lars", "muon") else {}),
         "loss.cross_entropy": {"float": [0.5, 20.0], "log": True},
         "augment.strength": {"float": [0.0, 2.0]},
     }

@@ -112,6 +112,12 @@ class Clock:
         last = self._stages[-1]
         return last.number + (last.end - last.first) // (last.slots * self.batch_size)
 
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """Of each stretch of updates of one size: samples seen and updates made at its end."""
+        size = self.batch_size
+        return tuple((s.end, s.number + (s.end - s.first) // (s.slots * size)) for s in self._stages)
+
     def steps(self, seen: int) -> Iterator[Step]:
         """The updates that are left after `seen` samples.
 

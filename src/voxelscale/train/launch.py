@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from voxelscale import console
@@ -135,9 +136,10 @@ def claim(run: Path, config: Config) -> None:
     Raises:
         VoxelscaleError: it was started with another one, or the folder holds something else.
     """
+    config = replace(config, optim=config.optim.settled())  # its defaults may change, the run's may not
     path, chief = run / "config.yaml", os.environ.get("RANK", "0") == "0"
     if path.is_file():
-        begun = _flat(to_dict(load_stored(path)))
+        begun = _flat(to_dict(replace(stored := load_stored(path), optim=stored.optim.settled())))
         now = _flat(to_dict(config))
         trained = ("data.", "augment.", "model.", "loss.", "optim.", "train.", "predict.")
         # Batch norm's statistics are those of each worker's own batch.

@@ -437,7 +437,7 @@ def _resident() -> tuple[int, int]:
 def _moments(config: Config) -> int:
     """Copies of the weights that the optimiser keeps."""
     if config.optim.name == "sgd":
-        return int(config.optim.momentum > 0)
+        return int(config.optim.used.momentum > 0)
     return 1 if config.optim.name in ("lars", "muon") else 2
 
 

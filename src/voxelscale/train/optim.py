@@ -18,23 +18,25 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
     ``adamw`` (Loshchilov and Hutter 2019), ``sgd`` with Nesterov momentum, ``lars`` (You, Gitman and
     Ginsburg 2017), ``lamb`` (You et al. 2020), ``muon`` (Jordan et al. 2024). Norms and biases are not
-    decayed; LARS and LAMB do not adapt their rates either, as the papers' own code excludes them.
+    decayed; LARS and LAMB do not adapt their rates either, as the papers' own code excludes them. Momentum
+    and decay that the config leaves open are the rule's own (`voxelscale.config.optim.OWN`).
     """
+    momentum, weight_decay, _ = config.used
     named = [p for p in model.parameters() if p.requires_grad]
     kernels, others = [p for p in named if p.ndim > 1], [p for p in named if p.ndim <= 1]
     groups: list[dict[str, Any]] = [
-        {"params": kernels, "weight_decay": config.weight_decay, "adapt": True},
+        {"params": kernels, "weight_decay": weight_decay, "adapt": True},
         {"params": others, "weight_decay": 0.0, "adapt": False},
     ]
     if config.name == "lars":
-        return Lars(groups, lr=config.lr, momentum=config.momentum, trust=config.trust)
+        return Lars(groups, lr=config.lr, momentum=momentum, trust=config.trust)
     if config.name == "lamb":
         return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     if config.name == "muon":
-        return Muon(groups, lr=config.lr, momentum=config.momentum, betas=config.betas, eps=config.eps)
+        return Muon(groups, lr=config.lr, momentum=momentum, betas=config.betas, eps=config.eps)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0)
 
 
 class _Rule(Optimizer):
@@ -225,10 +227,11 @@ def peak_rate(config: OptimConfig, global_batch: int) -> float:
     """The highest learning rate at this global batch, from the one tuned at ``reference_batch``.
 
     ``linear`` (Goyal et al. 2017), ``sqrt`` (Hoffer et al. 2017; for adaptive rules Malladi et al.
-    2022), ``none``; never above ``max_lr`` where that is set.
+    2022), ``none``, or the rule that suits the optimiser where it is null; never above ``max_lr`` where
+    that is set.
     """
     ratio = global_batch / config.reference_batch
-    factor = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.scaling]
+    factor = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.used.scaling]
     rate = config.lr * factor
     return min(rate, config.max_lr) if config.max_lr else rate
 

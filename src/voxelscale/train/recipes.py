@@ -20,10 +20,10 @@ what the configured rate is multiplied by before it is scaled."""
 def resolve(config: Config, workers: int) -> tuple[Config, str]:
     """The config with its recipe for this number of workers, and a line about it ("" if there is none).
 
-    ``large_batch``: the rate, a little lower, grows with the square root of the global batch (Malladi et
-    al. 2022); a longer warm-up, a shorter second moment; and a global batch that grows from a few reference
-    batches to that of all workers (Smith et al. 2018), as at first it takes many steps, not many samples.
-    The optimiser stays as it is configured.
+    ``large_batch``: the rate, a little lower, grows with the global batch as suits the optimiser (AdamW's
+    with its square root, SGD's linearly; `voxelscale.config.optim.OWN`); a longer warm-up, a shorter second
+    moment; and a global batch that grows from a few reference batches to that of all workers (Smith et al.
+    2018), as at first it takes many steps, not many samples. The optimiser stays as it is configured.
     """
     recipe, line = config.train.recipe, ""
     if recipe == "auto":
@@ -40,7 +40,7 @@ def _large_batch(config: Config) -> OptimConfig:
     return replace(
         optim,
         lr=round(RATE * optim.lr, 12),
-        scaling="sqrt",
+        scaling=None,
         warmup=max(optim.warmup, WARMUP),
         betas=(optim.betas[0], min(optim.betas[1], SECOND_MOMENT)),
         grow_from=GROW_FROM * optim.reference_batch,
