@@ -30,7 +30,8 @@ class Machines:
 
     def __enter__(self) -> Machines:
         lines = [f"{self.address(name)} {name}" for name in self.names]
-        self._hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, f"{self._subnet}.254 control"]) + "\n")
+        lines = ["127.0.0.1 localhost", *lines, f"{self._subnet}.254 control"]
+        self._hosts.write_text("\n".join(lines) + "\n")
         ip("link", "add", self._tag, "type", "bridge")
         ip("address", "add", f"{self._subnet}.254/24", "dev", self._tag)
         ip("link", "set", self._tag, "up")

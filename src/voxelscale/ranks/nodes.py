@@ -45,6 +45,10 @@ class Nodes:
         return Nodes(count=number, host=host, port=int(port))
 
 
+ALONE = Nodes()
+"""This machine alone."""
+
+
 def launch_with_others(nodes: Nodes, options: dict[str, Any], command: Sequence[str]) -> None:
     """torchrun's engine on this machine, as one of several; started again where the host was lost.
 
