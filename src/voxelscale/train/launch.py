@@ -154,6 +154,9 @@ def _train_as_rank(config: Config, store: Path, run: Path) -> bool:
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # nobody starts them again
             raise VoxelscaleError(f"{run}: another rank was lost", RESUME) from None
         console.notice(f"a peer was lost: {error}", level=2)
+        several = os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]
+        if several and os.environ.get("LOCAL_RANK") == "0":
+            console.notice("a rank or a machine was lost; waiting for all of them to go on")
         raise SystemExit(LOST) from None
 
 
