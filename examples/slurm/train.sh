@@ -12,16 +12,16 @@
 #SBATCH --open-mode=append
 #SBATCH --output=train-%j.log
 
-# Slurm signals this script (B:), which hands it on to all ranks.
-trap 'kill -TERM "$ranks"' TERM
+# Slurm signals this script (B:), which hands it on to the ranks. Do not kill srun instead: it ends them at once.
+trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
+# All ranks leave together, with exit code 130, so the first that has must not take the others with it.
 srun --kill-on-bad-exit=0 voxelscale train "$@" &
-ranks=$!
-while kill -0 "$ranks" 2> /dev/null; do wait "$ranks"; code=$?; done
+wait $! || code=$?
+while kill -0 $! 2> /dev/null; do code=0; wait $! || code=$?; done
 
-# 130: saved, not finished. After scancel the job is no longer RUNNING and stays cancelled.
-if [ "$code" = 130 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-    sleep 60
+# Saved, not finished: it is queued again. After scancel it is no longer RUNNING, and stays cancelled.
+if [ "${code:-0}" = 130 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
-exit "$code"
+exit "${code:-0}"

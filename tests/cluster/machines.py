@@ -26,14 +26,16 @@ class Machines:
         self._hosts = folder / "hosts"
 
     def address(self, name: str) -> str:
-        return f"{self._subnet}.{self.names.index(name) + 1}"
+        last = 254 if name == "control" else self.names.index(name) + 1
+        return f"{self._subnet}.{last}"
 
     def __enter__(self) -> Machines:
+        control = self.address("control")
         lines = [f"{self.address(name)} {name}" for name in self.names]
-        lines = ["127.0.0.1 localhost", *lines, f"{self._subnet}.254 control"]
+        lines = ["127.0.0.1 localhost", *lines, f"{control} control"]
         self._hosts.write_text("\n".join(lines) + "\n")
         ip("link", "add", self._tag, "type", "bridge")
-        ip("address", "add", f"{self._subnet}.254/24", "dev", self._tag)
+        ip("address", "add", f"{control}/24", "dev", self._tag)
         ip("link", "set", self._tag, "up")
         for name in self.names:
             space, plug = f"{self._tag}{name}", f"{self._tag}{name[4:]}"
@@ -58,7 +60,7 @@ class Machines:
     def on(self, name: str, command: Sequence[str | Path]) -> list[str]:
         """The command as it is run on a machine, or on ``control``, which is this one by another name."""
         inside = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
-        there = ["ip", "netns", "exec", f"{self._tag}{name}"] if name in self.names else []
+        there = ["nsenter", f"--net=/run/netns/{self._tag}{name}"] if name in self.names else []
         here = ["unshare", "--mount", "--uts", "sh", "-c", inside, "sh", str(self._hosts), name]
         return [*there, *here, *map(str, command)]
 
