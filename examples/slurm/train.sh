@@ -1,6 +1,8 @@
 #!/bin/bash
-# A training on two machines of four GPUs: sbatch train.sh STORE RUN
-# Two minutes before its time is up, or when it is preempted, it saves; it is queued again and goes on.
+# One training on two machines of four GPUs:
+#     sbatch train.sh store/ run/ --set train.samples=100000
+# Two minutes before its time is up it saves, is queued again, and goes on. A job that is preempted, or whose
+# machine fails, goes on in the same way.
 #SBATCH --job-name=train
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
@@ -12,16 +14,20 @@
 #SBATCH --open-mode=append
 #SBATCH --output=train-%j.log
 
-# Slurm signals this script (B:), which hands it on to the ranks. Do not kill srun instead: it ends them at once.
-trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+# Slurm signals this script (B:), which hands it on to the ranks; to srun it would mean to end them at once.
+trap 'asked=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
-# All ranks leave together, with exit code 130, so the first that has must not take the others with it.
+# The ranks end together, with exit code 130; the first must not take the others with it.
 srun --kill-on-bad-exit=0 voxelscale train "$@" &
-wait $! || code=$?
-while kill -0 $! 2> /dev/null; do code=0; wait $! || code=$?; done
+wait $!
+code=$?
+while kill -0 $! 2> /dev/null; do # it was the signal that ended the wait
+    wait $!
+    code=$?
+done
 
-# Saved, not finished: it is queued again. After scancel it is no longer RUNNING, and stays cancelled.
-if [ "${code:-0}" = 130 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+# Saved, but not finished: again. After scancel the job is no longer RUNNING, and stays cancelled.
+if [ "$asked" ] && [ "$code" != 0 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
     scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
-exit "${code:-0}"
+exit "$code"

@@ -74,7 +74,10 @@ def train(
         from voxelscale.train.plan import fit_to_memory
 
         settings = fit_to_memory(settings, store)
-    if not start(settings, store, run, together):
+    finished = start(settings, store, run, together)
+    if os.environ.get("RANK", "0") != "0":
+        return 0 if finished else 130  # rank 0 says it
+    if not finished:
         notice(f"stopped and saved; to resume: voxelscale train {store} {run}")
         return 130
     print(f"model in {run / 'model.vxs'}")
