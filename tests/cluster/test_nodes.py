@@ -24,6 +24,7 @@ from voxelscale.store import Store
 SAMPLES = 640
 """Long enough to be disturbed."""
 
+OWN = "voxelscale train store/ run/ --nodes 2"
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
@@ -46,8 +47,9 @@ def settings(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_one(settings: Path, store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """The weights of two ranks on one machine."""
     run = tmp_path_factory.mktemp("one") / "run"
-    command = [sys.executable, "-m", "voxelscale.cli", "train", store.path, run, "--config", settings]
-    subprocess.run([*command, "--set", "train.ranks=2"], check=True, capture_output=True, env=environment())
+    command = [sys.executable, "-m", "voxelscale.cli", "train", str(store.path), str(run)]
+    command += ["--config", str(settings), "--set", "train.ranks=2"]
+    subprocess.run(command, check=True, capture_output=True, env=environment())
     return final_weights(run)
 
 
@@ -73,9 +75,7 @@ def begin(two: Machines, name: str, command: list[str], run: Path, least: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "pattern", ["voxelscale train store/ run/ --nodes 2", "TORCH.* torchrun --nnodes 2"]
-)
+@pytest.mark.parametrize("pattern", [OWN, "TORCH.* torchrun --nnodes 2"])
 def test_two_machines_as_documented_train_to_the_weights_of_one(
     two: Machines, settings: Path, store: Store, on_one: dict[str, Tensor], tmp_path: Path, pattern: str
 ) -> None:
@@ -93,7 +93,7 @@ def test_a_machine_that_is_killed_and_started_again_goes_on_with_the_other(
     two: Machines, settings: Path, store: Store, on_one: dict[str, Tensor], tmp_path: Path, victim: str
 ) -> None:
     run = tmp_path / "run"
-    command = documented("voxelscale train store/ run/ --nodes 2", store, run, settings)
+    command = documented(OWN, store, run, settings)
     (other,) = set(two.names) - {victim}
     staying = two.start(other, command)
     killed = begin(two, victim, command, run, 128)
@@ -111,7 +111,7 @@ def test_one_machine_is_asked_and_both_save_and_stop(
     two: Machines, settings: Path, store: Store, tmp_path: Path, number: int
 ) -> None:
     run = tmp_path / "run"
-    command = documented("voxelscale train store/ run/ --nodes 2", store, run, settings)
+    command = documented(OWN, store, run, settings)
     first = two.start("node1", command)
     second = begin(two, "node2", command, run, 64)
     os.kill(second.pid, number)
@@ -125,7 +125,7 @@ def test_one_machine_is_asked_and_both_save_and_stop(
 def test_a_machine_that_cannot_be_reached_is_one_error(
     two: Machines, settings: Path, store: Store, tmp_path: Path
 ) -> None:
-    command = documented("voxelscale train store/ run/ --nodes 2", store, tmp_path / "run", settings)
+    command = documented(OWN, store, tmp_path / "run", settings)
     two.cut("node1")
     both = [two.start(name, [*command, "--wait", "3"]) for name in two.names]
     errors = [told(process.communicate(timeout=100)[0])[0] for process in both]
@@ -136,7 +136,7 @@ def test_a_machine_that_cannot_be_reached_is_one_error(
 
 
 def test_ctrl_c_ends_the_wait(two: Machines, settings: Path, store: Store, tmp_path: Path) -> None:
-    command = documented("voxelscale train store/ run/ --nodes 2", store, tmp_path / "run", settings)
+    command = documented(OWN, store, tmp_path / "run", settings)
     process = two.start("node1", command)
     assert process.stdout
     assert process.stdout.readline() == "waiting for 1 other machine at node1:29500, at most 300 s\n"
@@ -150,15 +150,10 @@ def test_an_error_of_a_rank_is_told_on_every_machine(
     two: Machines, settings: Path, store: Store, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = documented("voxelscale train store/ run/ --nodes 2", store, run, settings)
-    wild = [
-        "optim.name=sgd",
-        "optim.lr=1e30",
-        "optim.warmup=0",
-        "optim.gradient_clipping=0",
-        "model.norm=none",
-    ]
-    command += [word for setting in wild for word in ("--set", setting)]
+    command = documented(OWN, store, run, settings)
+    wild = ("name=sgd", "lr=1e30", "warmup=0", "gradient_clipping=0")
+    command += [word for setting in wild for word in ("--set", f"optim.{setting}")]
+    command += ["--set", "model.norm=none"]
     for process in [two.start(name, command) for name in two.names]:
         error, _ = told(process.communicate(timeout=200)[0])
         assert "the training diverged" in error

@@ -50,7 +50,7 @@ def train(
     voxelscale train store/ run/ --set train.ranks=2          two processes on this machine
     voxelscale train store/ run/ --fit-memory                 the largest patch that fits
     voxelscale train store/ run/ --nodes 2 --meet node1:29500   on each of two machines
-    srun --nodes 2 --ntasks-per-node 4 voxelscale train store/ run/
+    srun -N 2 -n 8 voxelscale train store/ run/                  eight tasks of Slurm
 
     The budget is train.samples patches, whatever the number of workers. Ctrl-C saves a checkpoint. After
     it, or after a crash, the same command resumes with the next sample. run/model.vxs is the model of the
