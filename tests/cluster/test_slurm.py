@@ -37,10 +37,8 @@ class Job:
     cluster: Slurm
     log: Path
 
-    def submit(self, script: str, *words: str | Path, array: str = "") -> str:
-        folder = self.log.parent
-        options = [f"--output={self.log}", f"--chdir={folder}", *HERE]
-        options += [f"--array={array}"] if array else []
+    def submit(self, script: str, *words: str | Path, option: str = "--requeue") -> str:
+        options = [f"--output={self.log}", f"--chdir={self.log.parent}", *HERE, option]
         return self.cluster.submit(*options, SCRIPTS / script, *words)
 
     def end(self, job: str, state: str = "COMPLETED") -> None:
@@ -62,7 +60,7 @@ def settings(tiny: Config, tmp_path: Path) -> Path:
 
 
 def wait_for(run: Path, least: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while not (seen_in(run) and seen_in(run)[-1] >= least):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -114,7 +112,7 @@ def test_folds_are_an_array(job: Job, settings: Path, tiny: Config, scans: Path,
     subprocess.run(
         [*map(str, prepare), "--set", "prepare.folds=2"], check=True, capture_output=True, env=environment()
     )
-    number = job.submit("folds.sh", store, runs, "--config", settings, array="0-1")
+    number = job.submit("folds.sh", store, runs, "--config", settings, option="--array=0-1")
     job.end(f"{number}_0")
     job.end(f"{number}_1")
     assert seen_in(runs / "fold_0")[-1] == seen_in(runs / "fold_1")[-1] == 40
@@ -124,7 +122,7 @@ def test_folds_are_an_array(job: Job, settings: Path, tiny: Config, scans: Path,
 def test_each_task_of_a_search_is_a_worker(job: Job, settings: Path, store: Store, tmp_path: Path) -> None:
     out = tmp_path / "search"
     options = ("--config", settings, "--trials", "2", "--set", "search.samples=20")
-    number = job.submit("search.sh", store.path, out, *options)
+    number = job.submit("search.sh", store.path, out, *options, option="--nodes=2")
     job.end(number)
     assert job.log.read_text().count("report in") == 2
     assert (out / "best.yaml").is_file()
