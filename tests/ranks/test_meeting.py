@@ -64,7 +64,7 @@ def test_which_machine_and_interface_an_address_is_of() -> None:
 
 @pytest.mark.parametrize("meeting", ["", "node1", ":29500", "node1:", "node1:x", "node1:0", "node1:65536"])
 def test_a_place_to_meet_that_is_none(meeting: str) -> None:
-    with pytest.raises(VoxelscaleError, match="--nodes 2 --meet .*: not possible"):
+    with pytest.raises(VoxelscaleError, match=r"--nodes 2 --meet .*: not possible"):
         Nodes.of(2, meeting)
 
 
