@@ -24,8 +24,9 @@ while kill -0 $! 2> /dev/null; do # it was the signal that ended the wait
     code=$?
 done
 
-# Saved, but not finished: again. After scancel the job is no longer RUNNING, and stays cancelled.
-if [ "$asked" ] && [ "$code" != 0 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+# 130: saved, not finished. Then again; but after scancel the job is no longer RUNNING, and stays cancelled.
+if { [ "$code" = 130 ] || { [ "$asked" ] && [ "$code" != 0 ]; }; } &&
+    [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
     scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
 exit "$code"

@@ -14,19 +14,21 @@
 #SBATCH --output=search-%j.log
 
 # Slurm signals this script (B:), which hands it on to the workers; to srun it would mean to end them at once.
-trap 'asked=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+trap 'asked=1; scancel --signal=TERM "$SLURM_JOB_ID" &' TERM
 
 # The first worker to end must not take the others with it.
 srun --kill-on-bad-exit=0 voxelscale search "$@" &
-wait $!
+workers=$!
+wait "$workers"
 code=$?
-while kill -0 $! 2> /dev/null; do # it was the signal that ended the wait
-    wait $!
+while kill -0 "$workers" 2> /dev/null; do # it was the signal that ended the wait
+    wait "$workers"
     code=$?
 done
 
-# Saved, but not finished: again. After scancel the job is no longer RUNNING, and stays cancelled.
-if [ "$asked" ] && [ "$code" != 0 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+# 130: saved, not finished. Then again; but after scancel the job is no longer RUNNING, and stays cancelled.
+if { [ "$code" = 130 ] || { [ "$asked" ] && [ "$code" != 0 ]; }; } &&
+    [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
     scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
 exit "$code"

@@ -15,19 +15,21 @@
 #SBATCH --output=train-%j.log
 
 # Slurm signals this script (B:), which hands it on to the ranks; to srun it would mean to end them at once.
-trap 'asked=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+trap 'asked=1; scancel --signal=TERM "$SLURM_JOB_ID" &' TERM
 
 # The ranks end together, with exit code 130; the first must not take the others with it.
 srun --kill-on-bad-exit=0 voxelscale train "$@" &
-wait $!
+ranks=$!
+wait "$ranks"
 code=$?
-while kill -0 $! 2> /dev/null; do # it was the signal that ended the wait
-    wait $!
+while kill -0 "$ranks" 2> /dev/null; do # it was the signal that ended the wait
+    wait "$ranks"
     code=$?
 done
 
-# Saved, but not finished: again. After scancel the job is no longer RUNNING, and stays cancelled.
-if [ "$asked" ] && [ "$code" != 0 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+# 130: saved, not finished. Then again; but after scancel the job is no longer RUNNING, and stays cancelled.
+if { [ "$code" = 130 ] || { [ "$asked" ] && [ "$code" != 0 ]; }; } &&
+    [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
     scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
 exit "$code"

@@ -23,6 +23,9 @@ HERE = ("--gpus-per-node=0", "--gpus=0", "--cpus-per-task=1", "--ntasks-per-node
 """sbatch's options: what the batch files ask for and a machine of the tests does not have."""
 
 
+URGENT = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     folder = tmp_path_factory.mktemp("slurm")
@@ -86,6 +89,22 @@ def test_a_training_that_is_asked_to_stop_is_queued_again_and_goes_on(
         [*map(str, alone), "--set", "train.ranks=2"], check=True, capture_output=True, env=environment()
     )
     assert apart(final_weights(run), final_weights(whole)) <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_training_that_is_preempted_saves_and_goes_on(
+    job: Job, settings: Path, store: Store, tmp_path: Path
+) -> None:
+    run, options = tmp_path / "run", ("--config", settings, "--set", "train.samples=640")
+    number = job.submit("train.sh", store.path, run, *options)
+    wait_for(run, 48)
+    urgent = job.cluster.submit(*URGENT, "--wrap=true")
+    job.end(number)
+    assert job.cluster.state(urgent) == "COMPLETED"
+    told = job.log.read_text()
+    assert told.count("stopped and saved") == 1, told
+    assert "640 samples in all; resumes after" in told
+    assert seen_in(run)[-1] == 640
 
 
 @pytest.mark.slow
