@@ -6,8 +6,10 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 
 from voxelscale.errors import VoxelscaleError
+from voxelscale.ranks.faults import lost_peer
 from voxelscale.ranks.meeting import WAIT, interface_of, is_here, meet, reach
 from voxelscale.ranks.nodes import Nodes
 
@@ -46,6 +48,18 @@ def test_a_port_that_is_taken_is_an_error(port: int) -> None:
         taken.listen()
         with pytest.raises(VoxelscaleError, match=f"the meeting at 127.0.0.1:{port} failed"):
             meet("127.0.0.1", port, 0, 2)
+
+
+def test_under_torchrun_a_meeting_that_fails_is_a_lost_peer(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", port))
+        taken.listen()
+        with pytest.raises(dist.DistError) as caught:
+            meet("127.0.0.1", port, 0, 2)
+    assert lost_peer(caught.value)
 
 
 def test_an_unknown_name_is_an_error(port: int) -> None:

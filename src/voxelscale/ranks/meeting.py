@@ -44,6 +44,7 @@ def meet(address: str, port: int, rank: int, ranks: int) -> Any:
 
     Raises:
         VoxelscaleError: rank 0 cannot be reached, or others did not come, in `longest_wait` seconds.
+        torch.distributed.DistError: a rank was lost meanwhile, under torchrun's engine.
     """
     import torch.distributed as dist
 
@@ -71,6 +72,8 @@ def meet(address: str, port: int, rank: int, ranks: int) -> Any:
         if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks):
             _choose_interface([store.get(f"address {other}").decode() for other in range(ranks)], rank)
     except dist.DistError as error:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            raise  # a rank was lost meanwhile, and all are started again
         problem = f"rank {rank}: the meeting at {where} failed ({str(error).splitlines()[0]})"
         raise VoxelscaleError(problem, "try again, or set another MASTER_PORT") from None
     return store

@@ -89,4 +89,4 @@ def launch_with_others(nodes: Nodes, options: dict[str, Any], command: Sequence[
                 problem = f"{nodes.meeting} cannot be used: another program may have that port"
                 raise VoxelscaleError(problem, "choose another port, the same on all machines") from None
             notice(f"{nodes.meeting} was lost")
-    raise VoxelscaleError(f"{nodes.meeting} was lost again and again", "see what it says")
+    raise VoxelscaleError(f"{nodes.meeting} was lost", "the same command on all machines resumes")
