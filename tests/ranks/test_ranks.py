@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from voxelscale.errors import VoxelscaleError
+from voxelscale.ranks import workers
 from voxelscale.ranks.faults import lost_peer
 from voxelscale.ranks.workers import join, local_rank
 
@@ -53,24 +54,20 @@ def test_ranks_that_share_a_gpu_take_gloo(
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(dist, "init_process_group", lambda name, **how: asked.update(how, name=name))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+    monkeypatch.setattr(workers, "meet", lambda *place: torch._C._distributed_c10d.HashStore())
+    place = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}
+    for name, value in {**place, "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, str(value))
-    with join(1, 1) as workers:
-        assert workers.device == torch.device("cuda", 1 % gpus)
+    with join(1, 1) as joined:
+        assert joined.device == torch.device("cuda", 1 % gpus)
     assert asked["name"] == backend
-    assert asked["device_id"] == (workers.device if backend == "nccl" else None)
-
-
-VARIABLES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID")
+    assert asked["device_id"] == (joined.device if backend == "nccl" else None)
 
 
 @pytest.mark.parametrize(
     ("said", "ranks", "gpus", "place"),
     [
-        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "SLURM_LOCALID": "0"}, 8, 4, (3, 4)),
-        ({"SLURM_LOCALID": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1"}, 8, 4, (2, 4)),
-        ({"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "3"}, 7, 2, (0, 1)),
-        ({"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "4"}, 1, 4, (0, 1)),  # within sbatch, alone
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 8, 4, (3, 4)),
         ({}, 2, 1, (0, 1)),  # one GPU is shown to each
         ({}, 1, 8, (0, 1)),
     ],
@@ -78,7 +75,7 @@ VARIABLES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_LOCALID", "SLURM_STEP_TASK
 def test_a_rank_s_place_on_its_machine(
     monkeypatch: pytest.MonkeyPatch, said: dict[str, str], ranks: int, gpus: int, place: tuple[int, int]
 ) -> None:
-    for name in VARIABLES:
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in said.items():
         monkeypatch.setenv(name, value)
@@ -86,7 +83,7 @@ def test_a_rank_s_place_on_its_machine(
 
 
 def test_a_rank_that_cannot_know_its_gpu_does_not_take_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(VoxelscaleError, match="which of 4 GPUs"):
         local_rank(8, 4)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,7 +68,9 @@ Verb = Callable[..., int | None]
 def verb(
     group: str, *, goes_on: bool = False, to: typer.Typer = app, name: str | None = None
 ) -> Callable[[Verb], Verb]:
-    """Register a command. Its errors are two lines with exit code 2; Ctrl-C ends it with exit code 130.
+    """Register a command. Its errors are two lines with exit code 2.
+
+    Ctrl-C, or SIGTERM, with which batch systems ask, ends it with exit code 130.
 
     Args:
         group: heading in the help.
@@ -77,7 +83,8 @@ def verb(
         @functools.wraps(command)
         def guarded(*args: Any, **kwargs: Any) -> None:
             try:
-                code = command(*args, **kwargs) or 0
+                with _sigterm_as_interrupt():
+                    code = command(*args, **kwargs) or 0
             except VoxelscaleError as error:
                 print_error(error.message, error.hint)
                 code = 2
@@ -98,6 +105,22 @@ def verb(
         return command
 
     return register
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    # Other threads are given no signals; a rank must end at once when torchrun restarts it.
+    if threading.current_thread() is not threading.main_thread() or "RANK" in os.environ:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 search_app = typer.Typer(cls=RunsByDefault, rich_markup_mode=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,13 @@ def train(
         bool,
         typer.Option("--fit-memory", help="Take the largest patch of the same shape that fits."),
     ] = False,
+    nodes: Annotated[int, typer.Option(help="Machines that train together; each runs this command.")] = 1,
+    meet: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where they meet: one of them, and a free port of it.")
+    ] = "",
+    wait: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="How long they wait for each other; 300.")
+    ] = None,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> int:
@@ -41,7 +49,8 @@ def train(
     voxelscale train store/ run/ --set train.samples=20000 --set model.filters=16
     voxelscale train store/ run/ --set train.ranks=2          two processes on this machine
     voxelscale train store/ run/ --fit-memory                 the largest patch that fits
-    torchrun --nnodes 2 --nproc-per-node 8 --no-python voxelscale train store/ run/
+    voxelscale train store/ run/ --nodes 2 --meet node1:29500   on each of two machines
+    srun -N 2 -n 8 voxelscale train store/ run/                  eight tasks of Slurm
 
     The budget is train.samples patches, whatever the number of workers. Ctrl-C saves a checkpoint. After
     it, or after a crash, the same command resumes with the next sample. run/model.vxs is the model of the
@@ -49,15 +58,26 @@ def train(
     """
     check_output(run)
     from voxelscale.config import load_stored
+    from voxelscale.ranks.meeting import WAIT
+    from voxelscale.ranks.nodes import ALONE, Nodes
     from voxelscale.train.launch import start
 
+    together = Nodes.of(nodes, meet) if nodes != 1 or meet else ALONE
+    if wait is not None:
+        os.environ[WAIT] = str(wait)
     begun = run / "config.yaml"
     settings = read_config(config, set_, load_stored(begun) if begun.is_file() else None)
     if fit_memory and not begun.is_file():
+        if together.count > 1:
+            hint = "find it on one machine, then --set data.patch_size=..."
+            raise VoxelscaleError("--fit-memory: several machines could find different patches", hint)
         from voxelscale.train.plan import fit_to_memory
 
         settings = fit_to_memory(settings, store)
-    if not start(settings, store, run):
+    finished = start(settings, store, run, together)
+    if os.environ.get("RANK", "0") != "0":
+        return 0 if finished else 130  # rank 0 says it
+    if not finished:
         notice(f"stopped and saved; to resume: voxelscale train {store} {run}")
         return 130
     print(f"model in {run / 'model.vxs'}")

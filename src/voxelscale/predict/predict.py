@@ -17,6 +17,7 @@ from voxelscale.model.bundle import Bundle
 from voxelscale.predict.ranks import predict_in_ranks
 from voxelscale.predict.record import record_cases
 from voxelscale.predict.work import Predictions, Work
+from voxelscale.ranks.place import fill
 
 
 def predict(
@@ -32,8 +33,8 @@ def predict(
     table and ``findings.json`` has every field, and the warnings; ``<out>/findings.csv`` is the table of
     all cases. Of several classes the mask has the data set's values, and the tables have a column ``class``
     (`voxelscale.predict.classes.classes_by`). Run again with the same arguments it keeps what is whole and
-    unchanged. Started by torchrun, the ranks share the scans out, and what remains of them by windows
-    (`voxelscale.predict.ranks`).
+    unchanged. Started by torchrun, srun or mpiexec, the ranks share the scans out, and what remains of them
+    by windows (`voxelscale.predict.ranks`).
 
     A scan that cannot be what the model is for (`voxelscale.store.plausible.against`) fails, unless
     `config.refuse_unusable` is false.
@@ -44,6 +45,7 @@ def predict(
     Raises:
         VoxelscaleError: no scan could be predicted at all.
     """
+    fill()
     if os.environ.get("RANK", "0") == "0":
         record_cases(out, (source.case for source in sources))
     reading = reading or bundle.config.reading

@@ -1,4 +1,4 @@
-"""Running a command as several ranks of this machine, under torchrun's engine.
+"""Running a command as several ranks of one machine or of each of several, under torchrun's engine.
 
 The process that starts them stays out of their process group. It asks them to stop by a file, which works
 for every number of ranks and machines, and they end with it.
@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from voxelscale import console
 from voxelscale.errors import VoxelscaleError
@@ -28,6 +29,9 @@ from voxelscale.ranks.faults import (
     leave_fault,
     read_fault,
 )
+from voxelscale.ranks.meeting import is_here
+from voxelscale.ranks.nodes import ALONE, Nodes, launch_with_others
+from voxelscale.ranks.place import without
 
 PARENT = "VOXELSCALE_PARENT"
 """Environment variable: the process that started this one, with which it ends."""
@@ -37,35 +41,53 @@ VERBOSITY = "VOXELSCALE_VERBOSITY"
 RESUME = "the same command resumes from the last checkpoint"
 
 
-def run_ranks(
-    module: str, store: Path, run: Path, *, ranks: int, threads: int, max_restarts: int, stop: Path
-) -> None:
-    """Run ``python -m MODULE rank STORE RUN`` in every rank, until all of them have ended.
+BEGAN = "began"
+"""A file of this name beside that of the fault: ranks of this machine have started."""
 
-    They are in a session of their own, out of reach of the terminal's Ctrl-C.
+
+def run_ranks(
+    module: str,
+    words: Sequence[str],
+    run: Path,
+    *,
+    ranks: int,
+    threads: int,
+    max_restarts: int,
+    stop: Path,
+    nodes: Nodes = ALONE,
+) -> None:
+    """Run ``python -m MODULE rank WORDS`` in every rank, until all of them have ended.
+
+    They are in a session of their own, out of reach of the terminal's Ctrl-C. An error that a rank leaves
+    is read from its ``VOXELSCALE_FAULT_FILE``; over several machines from the run's folder.
 
     Args:
+        ranks: on this machine.
         threads: CPU threads of each rank; 0: the cores shared out over them.
         max_restarts: how often all of them start again after one was lost.
         stop: a file; Ctrl-C creates it, and the ranks are to save and stop.
+        nodes: the machines; with several, each runs this.
 
     Raises:
-        VoxelscaleError: what the first rank with an error left, or how a rank ended.
+        VoxelscaleError: what the first rank with an error left, how a rank ended, or that the machines did
+            not meet in `longest_wait` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="voxelscale-") as folder:
-        fault = Path(folder) / FAULT_FILE
-        words = [str(ranks), str(max_restarts), module, str(store), str(run)]
+        fault, several = Path(folder) / FAULT_FILE, nodes.count > 1
+        if several and is_here(nodes.host):
+            (run / FAULT_FILE).unlink(missing_ok=True)  # of an earlier start
+        numbers = [str(ranks), str(max_restarts), str(nodes.count), nodes.host, str(nodes.port)]
         engine = subprocess.Popen(
-            [sys.executable, "-m", "voxelscale.ranks.launch", *words],
+            [sys.executable, "-m", "voxelscale.ranks.launch", *numbers, str(run), module, *words],
             env={**_environment(threads, ranks), **environment_of(fault)},
             start_new_session=True,
         )
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            code = _wait(engine, stop)
+            code = _wait(engine, stop, fault.with_name(BEGAN) if several else None)
         finally:
             signal.signal(signal.SIGTERM, before)
-        if left := read_fault(fault):
+        if left := read_fault(fault) or (read_fault(run / FAULT_FILE) if several else None):
             raise left
     if code != 0:
         raise VoxelscaleError(f"{run}: the training failed (exit code {code})", f"see above; {RESUME}")
@@ -92,17 +114,21 @@ def _environment(threads: int, ranks: int) -> dict[str, str]:
         PARENT: str(os.getpid()),
     }
     silent = {"TORCH_CPP_LOG_LEVEL": "FATAL"} if console.verbosity() < 2 else {}
-    return {**silent, **os.environ, **ours}
+    return {**silent, **without(os.environ), **ours}
 
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _wait(engine: subprocess.Popen[bytes], stop: Path) -> int:
+def _wait(engine: subprocess.Popen[bytes], stop: Path, began: Path | None) -> int:
     try:
         return engine.wait()
     except KeyboardInterrupt:
+        if began and not began.exists():  # still waiting for the other machines
+            os.killpg(engine.pid, signal.SIGKILL)
+            engine.wait()
+            raise
         try:
             stop.touch()
         except OSError:
@@ -116,7 +142,7 @@ def _wait(engine: subprocess.Popen[bytes], stop: Path) -> int:
         raise
 
 
-def _engine(ranks: int, max_restarts: int, module: str, store: str, run: str) -> int:
+def _engine(ranks: int, max_restarts: int, nodes: Nodes, run: Path, command: Sequence[str]) -> int:
     """torchrun's engine with `ranks` processes on this machine; the exit code of the job.
 
     A rank that dies takes the others with it, and all of them start again from the last checkpoint, at
@@ -129,17 +155,23 @@ def _engine(ranks: int, max_restarts: int, module: str, store: str, run: str) ->
     if int(os.environ[VERBOSITY]) < 2:
         logging.disable()  # it reports a lost rank at length; the command does in two lines
     os.environ[PARENT] = str(os.getpid())
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=f"voxelscale-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=max_restarts,
-    )
+    options: dict[str, Any] = {
+        "min_nodes": nodes.count,
+        "max_nodes": nodes.count,
+        "nproc_per_node": ranks,
+        "run_id": "voxelscale" if nodes.count > 1 else f"voxelscale-{os.getpid()}",
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": nodes.meeting,
+        "max_restarts": max_restarts,
+    }
     try:
-        elastic_launch(config, sys.executable)("-m", module, "rank", store, run)
+        if nodes.count > 1:
+            launch_with_others(nodes, options, command)
+        else:
+            elastic_launch(LaunchConfig(**options), sys.executable)(*command)
+    except VoxelscaleError as error:
+        leave_fault(fault_path(run), error)
+        return 1
     except ChildFailedError as error:
         # The first to end by itself: the others were lost with it, or stopped because of it.
         number, failed = min(
@@ -147,7 +179,7 @@ def _engine(ranks: int, max_restarts: int, module: str, store: str, run: str) ->
         )
         after = f", after {max_restarts} restarts" if max_restarts else ""
         how = f"rank {number} {_end_of(failed.exitcode)}{after}"
-        leave_fault(fault_path(Path(run)), VoxelscaleError(f"{run}: {how}", RESUME))
+        leave_fault(fault_path(run), VoxelscaleError(f"{run}: {how}", RESUME))
         return 1
     except SignalException:
         return 0  # the ranks were asked to save and stop
@@ -162,9 +194,11 @@ def _end_of(code: int) -> str:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    ranks, max_restarts, module, store, run = arguments
+    ranks, max_restarts, number, host, port, run, module, *words = arguments
     end_with_parent()
-    return _engine(int(ranks), int(max_restarts), module, store, run)
+    console.set_verbosity(int(os.environ[VERBOSITY]))
+    nodes = Nodes(count=int(number), host=host, port=int(port))
+    return _engine(int(ranks), int(max_restarts), nodes, Path(run), ["-m", module, "rank", *words])
 
 
 if __name__ == "__main__":

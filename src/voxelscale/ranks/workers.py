@@ -25,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from voxelscale.console import count, notice
 from voxelscale.device import keep_freed_memory
 from voxelscale.errors import VoxelscaleError
+from voxelscale.ranks.meeting import meet
+from voxelscale.ranks.place import fill
 
 LONGEST_WAIT = timedelta(minutes=30)
 """For a collective; a rank that validates large scans keeps the others waiting. NCCL's default is 10."""
@@ -70,7 +72,10 @@ def join(virtual: int, threads: int) -> Iterator[Workers]:
         virtual: virtual workers per rank.
         threads: CPU threads of this rank; 0: the cores shared out over the ranks of this machine.
     """
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" in os.environ and not dist.is_initialized():
+        fill()
+    rank = int(os.environ.get("RANK", 0))
+    ranks = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     cuda = torch.cuda.is_available()
     local, locals_ = local_rank(ranks, torch.cuda.device_count())
     device = torch.device("cuda", local % torch.cuda.device_count()) if cuda else torch.device("cpu")
@@ -78,9 +83,9 @@ def join(virtual: int, threads: int) -> Iterator[Workers]:
         torch.cuda.set_device(device)
     keep_freed_memory()
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // locals_))
-    grouped = "RANK" in os.environ and ranks > 1 and not dist.is_initialized()
+    grouped = ranks > 1 and not dist.is_initialized()
     if grouped:
-        store = _store_of_restart() if locals_ == ranks else None
+        store = _store(rank, ranks, locals_)
         nccl = cuda and locals_ <= torch.cuda.device_count()
         if cuda and not nccl and rank == 0:
             gpus = count(torch.cuda.device_count(), "GPU")
@@ -101,9 +106,7 @@ def join(virtual: int, threads: int) -> Iterator[Workers]:
 
 
 def local_rank(ranks: int, gpus: int) -> tuple[int, int]:
-    """This rank's number among those of its machine, and how many they are.
-
-    torchrun's variables, else Slurm's, which srun sets without them.
+    """This rank's number among those of its machine, and how many they are; see `ranks.place.fill`.
 
     Args:
         ranks: of the process group.
@@ -113,41 +116,32 @@ def local_rank(ranks: int, gpus: int) -> tuple[int, int]:
     Raises:
         VoxelscaleError: nothing says which of several GPUs is this rank's.
     """
-    given = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID") if ranks > 1 else "0")
+    given = os.environ.get("LOCAL_RANK", None if ranks > 1 else "0")
     if given is None and gpus > 1:
         hint = "start it with torchrun, or set LOCAL_RANK and LOCAL_WORLD_SIZE in each rank"
         raise VoxelscaleError(f"nothing says which of {gpus} GPUs is that of this rank", hint)
-    here = os.environ.get("LOCAL_WORLD_SIZE")
-    if here is None and ranks > 1:
-        return int(given or 0), _slurm_tasks_here(os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    return int(given or 0), int(here or 1)
+    return int(given or 0), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _slurm_tasks_here(tasks: str) -> int:
-    """Number of tasks on this node, of Slurm's list for all nodes, as ``2(x3),1``; 1 without one."""
-    each: list[int] = []
-    for part in filter(None, tasks.split(",")):
-        number, _, times = part.partition("(x")
-        each += [int(number)] * int(times.rstrip(")") or 1)
-    node = int(os.environ.get("SLURM_NODEID", 0))
-    return each[node] if node < len(each) else 1
+def _store(rank: int, ranks: int, locals_: int) -> Any:
+    """Where the ranks exchange their addresses; keys of its own for each group and each restart.
 
-
-def _store_of_restart() -> Any:
-    """Keys of their own for the process groups of each restart, and for each group of a process.
-
-    torchrun's store outlives the ranks and their groups, and those made again would find the addresses
+    torchrun's own store outlives the ranks and their groups, and those made again would find the addresses
     of those that are gone (PyTorch issue 135712). Over several machines its agents count restarts
-    separately: set ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` there.
+    separately: there ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` gives every start a store of its own.
     """
+    group = next(_groups)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        store = meet(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, ranks)
+        store.set_timeout(LONGEST_WAIT)
+        return dist.PrefixStore(f"group {group}", store)  # type: ignore[attr-defined]
+    if locals_ != ranks:
         return None
     store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
     )
-    return dist.PrefixStore(  # type: ignore[attr-defined]
-        f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']} group {next(_groups)}", store
-    )
+    restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    return dist.PrefixStore(f"restart {restart} group {group}", store)  # type: ignore[attr-defined]
 
 
 def data_parallel(model: nn.Module, workers: Workers, compress: str = "none") -> nn.Module:

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 from voxelscale.config import Config, load_stored
 from voxelscale.console import Progress, notice
 from voxelscale.errors import VoxelscaleError
+from voxelscale.ranks.place import forget
 from voxelscale.search.definition import Search, begin, write_best
 from voxelscale.search.lease import OWNER, stretches_of
 from voxelscale.search.place import Place, plan_places
@@ -66,6 +67,7 @@ def retrain_best(out: Path, store: Path) -> int:
     from voxelscale.train.launch import start
 
     run = out / "best"
+    forget()
     if not start(load_stored(out / "best.yaml"), store, run):
         notice(f"stopped and saved; to resume: the same command, or voxelscale train {store} {run}")
         return 130

@@ -24,6 +24,7 @@ from voxelscale.config import Config, dump
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.ranks.launch import PARENT
+from voxelscale.ranks.place import without
 from voxelscale.train.log import STOP_FILE
 
 PATIENCE = 10.0
@@ -150,7 +151,7 @@ def start_child(
             fcntl.flock(theirs, fcntl.LOCK_SH)
         process = subprocess.Popen(
             [*command, "--config", str(path)],
-            env={**os.environ, **ours, **environment},
+            env={**without(os.environ), **ours, **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=theirs,

@@ -302,7 +302,7 @@ class Engine:
         after = self.config.train.checkpoint_seconds
         signals = self.meter.end_step(
             samples,
-            stop=self.chief and (asked() or self._stop_file()),
+            stop=asked() or (self.chief and self._stop_file()),
             save=self.chief and 0 < after <= time.monotonic() - self._saved_at,
             ready=self.validation is not None and self.validation.ready(),
         )

@@ -25,6 +25,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_sealed
 from voxelscale.model.bundle import load_untrusted
 from voxelscale.model.norm import SyncBatchNorm
+from voxelscale.ranks.place import fill
 from voxelscale.ranks.workers import Workers
 from voxelscale.samples.order import item_of
 from voxelscale.samples.patches import Source
@@ -167,6 +168,7 @@ class _Score:
 
 
 def _check_ranks(config: Config) -> None:
+    fill()
     if "RANK" in os.environ:
         return
     command = "torchrun --nproc-per-node"

@@ -1,9 +1,10 @@
-"""Starting a training: here in this process, or as ranks (`voxelscale.ranks.launch`)."""
+"""Starting a training: in this process, as ranks of this machine, or of several (`ranks.launch`)."""
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -14,8 +15,19 @@ from voxelscale.config import Config, dump, load_stored, to_dict
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.model.registry import check_name
-from voxelscale.ranks.faults import FAULTY, LOST, fault_path, leave_fault, lost_peer, restarts
-from voxelscale.ranks.launch import VERBOSITY, end_with_parent, run_ranks
+from voxelscale.ranks.faults import (
+    FAULT_FILE,
+    FAULTY,
+    LOST,
+    environment_of,
+    fault_path,
+    leave_fault,
+    lost_peer,
+    restarts,
+)
+from voxelscale.ranks.launch import BEGAN, RESUME, VERBOSITY, end_with_parent, run_ranks
+from voxelscale.ranks.nodes import ALONE, Nodes
+from voxelscale.ranks.place import fill
 from voxelscale.train.log import STOP_FILE, read_events
 
 FREE = {
@@ -34,17 +46,23 @@ FREE = {
 global batch, must stay the same; the engine checks that."""
 
 
-def start(config: Config, store: Path, run: Path) -> bool:
+def start(config: Config, store: Path, run: Path, nodes: Nodes = ALONE) -> bool:
     """Train until the budget is spent; True, or False where it was asked to stop before.
 
     A run's folder keeps the config that it was started with; resuming with another is refused.
+
+    Args:
+        nodes: the machines that train together; with several, each calls this.
 
     Raises:
         VoxelscaleError: before anything starts where that can be known; else when a rank failed.
     """
     end_with_parent()
     check_name(config.model.name)
-    if "RANK" in os.environ:  # started by torchrun or srun: this process is a rank
+    if nodes.count > 1:
+        return _start_with_others(config, store, run, nodes)
+    fill()
+    if "RANK" in os.environ:  # started by torchrun, srun or mpiexec: this process is a rank
         return _start_as_rank(config, store, run)
     with kept_config(run):
         claim(run, config)
@@ -56,15 +74,41 @@ def start(config: Config, store: Path, run: Path) -> bool:
             return train(config, store, run).finished
         run_ranks(
             "voxelscale.train.launch",
-            store,
+            [str(store), str(run)],
             run,
             ranks=ranks,
             threads=config.train.threads,
             max_restarts=config.train.max_restarts,
             stop=run / STOP_FILE,
         )
-        events = read_events(run)
-        return bool(events) and events[-1]["samples"] >= config.train.samples
+        return _spent(config, run)
+
+
+def _start_with_others(config: Config, store: Path, run: Path, nodes: Nodes) -> bool:
+    """This machine's ranks of a training on several machines, which share the run's folder.
+
+    Rank 0, on whatever machine, writes the config there; ranks read it from a file of their machine.
+    """
+    check_claim(run, config)
+    with tempfile.TemporaryDirectory(prefix="voxelscale-") as folder:
+        ours = Path(folder) / "config.yaml"
+        write_atomic(ours, dump(config))
+        run_ranks(
+            "voxelscale.train.launch",
+            [str(store), str(run), str(ours)],
+            run,
+            ranks=config.train.ranks or _devices(),
+            threads=config.train.threads,
+            max_restarts=config.train.max_restarts,
+            stop=run / STOP_FILE,
+            nodes=nodes,
+        )
+    return _spent(config, run)
+
+
+def _spent(config: Config, run: Path) -> bool:
+    events = read_events(run)
+    return bool(events) and events[-1]["samples"] >= config.train.samples
 
 
 def _start_as_rank(config: Config, store: Path, run: Path) -> bool:
@@ -108,7 +152,12 @@ def _train_as_rank(config: Config, store: Path, run: Path) -> bool:
     except Exception as error:
         if not lost_peer(error):
             raise
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # nobody starts them again
+            raise VoxelscaleError(f"{run}: another rank was lost", RESUME) from None
         console.notice(f"a peer was lost: {error}", level=2)
+        several = os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]
+        if several and os.environ.get("LOCAL_RANK") == "0":
+            console.notice("a rank or a machine was lost; waiting for all of them to go on")
         raise SystemExit(LOST) from None
 
 
@@ -137,10 +186,23 @@ def claim(run: Path, config: Config) -> None:
         VoxelscaleError: it was started with another one, or the folder holds something else.
     """
     config = replace(config, optim=config.optim.settled())  # its defaults may change, the run's may not
-    path, chief = run / "config.yaml", os.environ.get("RANK", "0") == "0"
+    chief = os.environ.get("RANK", "0") == "0"
+    if chief or (run / "config.yaml").is_file():
+        check_claim(run, config)
+    if chief:
+        write_atomic(run / "config.yaml", dump(config))
+
+
+def check_claim(run: Path, config: Config) -> None:
+    """Check that the run's folder is new, or was started with this config.
+
+    Raises:
+        VoxelscaleError: it was started with another one, or the folder holds something else.
+    """
+    path = run / "config.yaml"
     if path.is_file():
         begun = _flat(to_dict(replace(stored := load_stored(path), optim=stored.optim.settled())))
-        now = _flat(to_dict(config))
+        now = _flat(to_dict(replace(config, optim=config.optim.settled())))
         trained = ("data.", "augment.", "model.", "loss.", "optim.", "train.", "predict.")
         # Batch norm's statistics are those of each worker's own batch.
         free = FREE - {"train.batch_size"} if config.model.norm == "batch" else FREE
@@ -151,10 +213,8 @@ def claim(run: Path, config: Config) -> None:
                 f"{run}: was started with {key}={begun.get(key)}, not {now[key]}",
                 "choose another folder for the run, or resume with the config that it holds",
             )
-    elif chief and run.is_dir() and any(run.iterdir()):
+    elif run.is_dir() and any(run.iterdir()):
         raise VoxelscaleError(f"{run}: holds files but no run", "choose an empty or new folder for the run")
-    if chief:
-        write_atomic(path, dump(config))
 
 
 def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
@@ -172,29 +232,44 @@ def _devices() -> int:
     return torch.cuda.device_count() or 1
 
 
-def _rank(store: str, run: str) -> int:
+def _rank(store: Path, run: Path) -> int:
     """One rank under this package's own engine, which reports an error that was left for it, once.
 
     An engine starts all ranks again when one fails, which is of no use after such an error. So the others,
     and those started again, end as if all were well, and with them the engine.
     """
-    end_with_parent()
-    console.set_verbosity(int(os.environ.get(VERBOSITY, "1")))
-    fault = fault_path(Path(run))
+    fault = fault_path(run)
     if fault.exists():
         return 0
     try:
-        config = load_stored(Path(run) / "config.yaml")
-        _train_as_rank(config, Path(store), Path(run))
+        _train_as_rank(load_stored(run / "config.yaml"), store, run)
     except VoxelscaleError as error:
         leave_fault(fault, error)
         return FAULTY
     return 0
 
 
+def _rank_of_several(store: Path, run: Path, config: Path) -> int:
+    """The same on one of several machines: the error is left in the run's folder, where all find it."""
+    fault_path(run).with_name(BEGAN).touch()
+    os.environ.update(environment_of(run / FAULT_FILE))
+    if restarts() and fault_path(run).exists():
+        return 0
+    try:
+        _start_as_rank(load_stored(config), store, run)
+    except VoxelscaleError as error:
+        leave_fault(fault_path(run), error)
+        return FAULTY
+    return 0
+
+
 def _main(arguments: Sequence[str]) -> int:
-    _, store, run = arguments  # "rank" first, as a process's name for people
-    return _rank(store, run)
+    _, store, run, *config = arguments  # "rank" first, as a process's name for people
+    end_with_parent()
+    console.set_verbosity(int(os.environ.get(VERBOSITY, "1")))
+    if config:
+        return _rank_of_several(Path(store), Path(run), Path(config[0]))
+    return _rank(Path(store), Path(run))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.geometry import IntTriple, Triple
 from voxelscale.model.unet import plan_kernels, plan_pooling
+from voxelscale.ranks.place import fill
 from voxelscale.store import PLAN_FILE, Store, open_store
 from voxelscale.store.fingerprint import open_fold
 from voxelscale.train.memory import available_memory, estimate_memory, gib, step_memory, too_much
@@ -152,6 +153,7 @@ def fit_to_memory(config: Config, store: Path) -> Config:
     Raises:
         VoxelscaleError: none fits, or this is one of several ranks, which could find different ones.
     """
+    fill()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise VoxelscaleError(
             "--fit-memory: cannot be found by several processes at once",

@@ -31,6 +31,7 @@ from voxelscale.model.false_positives import FalsePositiveNet, crop_shape, crop_
 from voxelscale.predict.classes import lesions_by
 from voxelscale.predict.work import Predictor
 from voxelscale.randomness import generator
+from voxelscale.ranks.place import fill
 from voxelscale.samples.batch import Normalisation
 from voxelscale.store import CaseInfo, Reader, Store
 from voxelscale.store.fingerprint import open_fold
@@ -104,6 +105,7 @@ def refine(run: Path, store_path: Path, config: Config) -> Candidates | None:
 
 
 def _check(bundle: Bundle, store: Store, path: Path) -> None:
+    fill()
     if "RANK" in os.environ:
         raise VoxelscaleError("refine runs in one process", "start it without torchrun")
     one_class(bundle, path, "false-positive reduction")

@@ -1,0 +1,37 @@
+#!/bin/bash
+# The five folds of a store that was prepared with prepare.folds=5, each on one GPU, into runs/fold_0 to fold_4:
+#     sbatch folds.sh store/ runs/
+# Each saves two minutes before its time is up, is queued again, and goes on.
+#SBATCH --job-name=folds
+#SBATCH --array=0-4
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=folds-%A_%a.log
+
+store=$1 runs=$2 fold=$SLURM_ARRAY_TASK_ID
+shift 2
+mkdir -p "$runs"
+
+# Slurm signals this script (B:), which hands it on.
+trap 'asked=1; kill -TERM $!' TERM
+
+voxelscale train "$store" "$runs/fold_$fold" --set data.fold="$fold" "$@" &
+wait $!
+code=$?
+while kill -0 $! 2> /dev/null; do # it was the signal that ended the wait
+    wait $!
+    code=$?
+done
+
+# 130: saved, not finished. Then again; but after scancel the job is no longer RUNNING, and stays cancelled.
+if { [ "$code" = 130 ] || { [ "$asked" ] && [ "$code" != 0 ]; }; } &&
+    [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60
+fi
+exit "$code"
