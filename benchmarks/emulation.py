@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 from dataclasses import replace
@@ -37,7 +38,7 @@ from voxelscale.train.loop import patch_task
 
 DEFAULTS = ("loss.cross_entropy=5", "loss.small=0.5", "loss.top_k=0.1", "train.precision=bf16")
 BUDGET = (
-    "phantom.cases=48",
+    "phantom.cases=32",
     "prepare.split=[0.75,0.25,0]",
     "train.validate_every=0",
     "train.checkpoint_every=320",
@@ -62,7 +63,7 @@ def trained(
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """Of all weights of `one`, L2."""
-    return sum(float((one[key].double() - other[key].double()).square().sum()) for key in one) ** 0.5
+    return math.sqrt(sum(float((one[key].double() - other[key].double()).square().sum()) for key in one))
 
 
 def start_of(config: Config, seed: int, out: Path) -> dict[str, Tensor]:
@@ -98,7 +99,7 @@ def show(found: dict[str, Any]) -> None:
     for pair in found["pairs"]:
         print(
             f"  seed {pair['seed']}: real {pair['real']:.4f}, difference {pair['difference']:+.4f}; "
-            f"weights differ by {100 * pair['weights']:.2f} % of their way",
+            f"weights differ by {100 * pair['weights']:.2g} % of their way",
             flush=True,
         )
 

@@ -32,9 +32,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ from voxelscale.scale.cost import (
     StepCost,
     all_reduce_seconds,
     buckets,
-    ring_seconds,
     update_time,
 )
 from voxelscale.scale.links import Link, fit_link
@@ -164,23 +164,26 @@ def network_of(layout: Layout, within: Link, between: Link) -> Interconnect:
     return Interconnect(within=within, between=between, per_node=layout.per_node)
 
 
-def predict(layout: Layout, within: Link, between: Link, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Seconds of each all-reduce and update: by the model as it is, by a plain ring, by Gloo's."""
-    network, n = network_of(layout, within, between), layout.ranks
+def predict(layout: Layout, links: dict[str, Link], sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Seconds of each all-reduce and update: by the model, by Gloo's ring, and with large messages' beta."""
+    fitted = network_of(layout, links["within"], links["between"])
+    large = network_of(layout, links["within large"], links["between large"])
+    n = layout.ranks
     rows: list[dict[str, Any]] = [
         {
             "what": f"all-reduce {size}",
-            "model": all_reduce_seconds(network, n, size),
-            "ring": ring_seconds(between, n, size),
-            "gloo": gloo_seconds(network, n, size),
+            "model": all_reduce_seconds(fitted, n, size),
+            "gloo": gloo_seconds(fitted, n, size),
+            "large": gloo_seconds(large, n, size),
         }
         for size in sizes
     ]
     rows += [
         {
             "what": f"update {name}",
-            "model": update_time(step, network, n).total,
-            "gloo": gloo_update_seconds(step, network, n),
+            "model": update_time(step, fitted, n).total,
+            "gloo": gloo_update_seconds(step, fitted, n),
+            "large": gloo_update_seconds(step, large, n),
         }
         for name, step in UPDATES.items()
     ]
@@ -321,29 +324,45 @@ def rank(task: dict[str, Any], found: Path) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # So that other work here delays it less; Gloo's threads inherit it.
+    os.setpriority(os.PRIO_PROCESS, 0, -10)
     dist.init_process_group("gloo")
-    os.setpriority(os.PRIO_PROCESS, 0, -10)  # so that other work here delays it less
-    times: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = {}
+    cpu: dict[str, float] = {}
     for size in task["sizes"]:
         tensor = torch.zeros(size // 4)
-        times[f"all-reduce {size}"] = [_all_reduce(tensor) for _ in range(task["rounds"] + 1)][1:]
+        what, repeats = f"all-reduce {size}", max(1, min(20, MIB // size))
+        timed = partial(_all_reduce, tensor, repeats)
+        seconds[what], cpu[what] = _timed(timed, task["rounds"], repeats)
     for name in task["updates"]:
         step = UPDATES[name]
         sent = [(ready, torch.zeros(size // 4)) for ready, size in buckets(step.gradients)]
         blocking = [torch.zeros(size // 4) for size in step.blocking_bytes]
-        dist.barrier()
-        times[f"update {name}"] = [_update(step, sent, blocking) for _ in range(task["steps"] + 1)][1:]
+        what = f"update {name}"
+        seconds[what], cpu[what] = _timed(partial(_update, step, sent, blocking), task["steps"], 1)
     if dist.get_rank() == 0:
-        found.write_text(json.dumps(times))
+        found.write_text(json.dumps({"seconds": seconds, "cpu": cpu}))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _all_reduce(tensor: Any) -> float:
-    """Seconds of one; of small ones the mean of several."""
+def _timed(timed: Callable[[], float], rounds: int, repeats: int) -> tuple[list[float], float]:
+    """Seconds of each of `rounds`, after one to warm up; processor time of all ranks for one operation."""
+    import torch
     import torch.distributed as dist
 
-    repeats: int = max(1, min(20, MIB // (4 * tensor.numel())))
+    dist.barrier()
+    started = time.process_time()
+    seconds = [timed() for _ in range(rounds + 1)][1:]
+    used = torch.tensor(time.process_time() - started, dtype=torch.float64)
+    dist.all_reduce(used)
+    return seconds, float(used) / (rounds + 1) / repeats
+
+
+def _all_reduce(tensor: Any, repeats: int) -> float:
+    """Seconds of one, the mean of several."""
+    import torch.distributed as dist
+
     dist.barrier()
     started = time.perf_counter()
     for _ in range(repeats):
@@ -377,66 +396,81 @@ def _sleep_until(moment: float) -> None:
 # The three parts
 
 
-def measure_links(out: Path, rate: float, rounds: int) -> tuple[Link, Link]:
-    """Within a node and between nodes, each between two ranks only; read where they were measured."""
+def measure_links(out: Path, rate: float, rounds: int) -> dict[str, Link]:
+    """Within a node and between nodes, each between two ranks only; read where they were measured.
+
+    As `fit_link` has them, and, called large, with the beta that the two largest messages have between
+    them: the fit weighs every size alike, so that small ones, of which a link lets out some at once, raise
+    beta.
+    """
     path = out / "links.json"
     if not path.exists():
         task = {"sizes": LINK_SIZES, "rounds": rounds, "updates": [], "steps": 0}
-        links, times = {}, {}
+        links: dict[str, Any] = {}
+        times: dict[str, Any] = {}
         for name, layout in (
             ("within", Layout(nodes=1, per_node=2)),
             ("between", Layout(nodes=2, per_node=1)),
         ):
             found = run_ranks(layout, rate, task, out)
             # The minimum: other load on the machine only ever adds.
-            seconds = [min(found[f"all-reduce {size}"]) for size in LINK_SIZES]
+            seconds = [min(found["seconds"][f"all-reduce {size}"]) for size in LINK_SIZES]
             source = f"all-reduces of {LINK_SIZES[0]} to {LINK_SIZES[-1]} bytes by two Gloo ranks"
-            links[name] = asdict(fit_link(name, 2, LINK_SIZES, seconds, source))
+            link = fit_link(name, 2, LINK_SIZES, seconds, source)
+            beta = (LINK_SIZES[-1] - LINK_SIZES[-2]) / (seconds[-1] - seconds[-2])
+            links |= {
+                name: asdict(link),
+                f"{name} large": asdict(replace(link, beta_bytes_per_second=beta)),
+            }
             times[name] = dict(zip(map(str, LINK_SIZES), seconds, strict=True))
-        facts = {"time": _now(), "rate_mbit": rate, "load": os.getloadavg()}
-        _write(path, {**facts, **links, "seconds": times})
+        facts = {"time": _now(), "rate_mbit": rate, "load": os.getloadavg(), "cores": os.cpu_count()}
+        _write(path, {**facts, "links": links, "seconds": times})
     kept = json.loads(path.read_text())
     if kept["rate_mbit"] != rate:
-        raise SystemExit(
-            f"error: {path} was measured at {kept['rate_mbit']} Mbit/s\nhint: --rate or another folder"
-        )
-    return Link(**kept["within"]), Link(**kept["between"])
+        problem = f"{path} was measured at {kept['rate_mbit']} Mbit/s"
+        raise SystemExit(f"error: {problem}\nhint: --rate {kept['rate_mbit']}, or another folder")
+    return {name: Link(**link) for name, link in kept["links"].items()}
 
 
-def measure(layout: Layout, out: Path, rate: float, rounds: int, steps: int) -> dict[str, Any]:
+def measure(layout: Layout, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each all-reduce and update of a layout; read where it was measured."""
     path = out / f"{layout.name}.json"
     if not path.exists():
-        task = {"sizes": SIZES, "rounds": rounds, "updates": list(UPDATES), "steps": steps}
+        task = {"sizes": SIZES, "updates": arguments.updates.split(",")}
+        task |= {"rounds": arguments.rounds, "steps": arguments.steps}
         started, load = _now(), os.getloadavg()
-        times = run_ranks(layout, rate, task, out)
-        _write(path, {"time": started, "load": load, "seconds": times})
+        times = run_ranks(layout, arguments.rate, task, out)
+        _write(path, {"time": started, "load": load, **times})
     result: dict[str, Any] = json.loads(path.read_text())
     return result
 
 
 def compare(predicted: Sequence[dict[str, Any]], measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each prediction with the median, least and greatest measured seconds, and its errors in percent."""
+    """Each prediction with the median, least and greatest measured seconds, and its errors in percent.
+
+    ``busy`` is the share of this machine's processor time that the ranks used meanwhile.
+    """
     rows = []
     for row in predicted:
+        if row["what"] not in measured["seconds"]:
+            continue
         times = measured["seconds"][row["what"]]
         middle = statistics.median(times)
-        errors = {
-            f"{how}_percent": 100 * (row[how] / middle - 1)
-            for how in ("model", "ring", "gloo")
-            if how in row
-        }
-        rows.append({**row, "measured": middle, "least": min(times), "greatest": max(times), **errors})
+        errors = {f"{how}_percent": 100 * (row[how] / middle - 1) for how in ("model", "gloo", "large")}
+        busy = measured["cpu"][row["what"]] / statistics.mean(times) / (os.cpu_count() or 1)
+        spread = {"measured": middle, "least": min(times), "greatest": max(times)}
+        rows.append({**row, **spread, **errors, "busy": busy})
     return rows
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    print(f"{'layout':7} {'what':21} {'measured, ms':>24} {'Gloo':>15} {'model':>15} {'plain ring':>11}")
+    print("Predicted, ms, and the error: by the model, with Gloo's ring, and with beta of large messages")
+    print(f"{'':7} {'':21} {'measured, ms':>24} {'model':>15} {'Gloo':>15} {'large':>15} {'busy':>6}")
     for r in rows:
         measured = f"{1e3 * r['measured']:.1f} ({1e3 * r['least']:.1f} to {1e3 * r['greatest']:.1f})"
-        gloo, model = (f"{1e3 * r[how]:.1f} {r[how + '_percent']:+.0f} %" for how in ("gloo", "model"))
-        ring = f"{r['ring_percent']:+.0f} %" if "ring" in r else ""
-        print(f"{r['layout']:7} {r['what']:21} {measured:>24} {gloo:>15} {model:>15} {ring:>11}")
+        each = [f"{1e3 * r[how]:.1f} {r[how + '_percent']:+.1f} %" for how in ("model", "gloo", "large")]
+        columns = " ".join(f"{text:>15}" for text in each)
+        print(f"{r['layout']:7} {r['what']:21} {measured:>24} {columns} {100 * r['busy']:4.0f} %")
 
 
 def _now() -> str:
@@ -456,27 +490,29 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the figures")
     parser.add_argument("--rate", type=float, default=200.0, help="Mbit/s of a node's link")
     parser.add_argument("--only", default=",".join(LAYOUTS), help="layouts, nodes x ranks")
+    parser.add_argument("--updates", default=",".join(UPDATES), help="kinds of updates to measure")
     parser.add_argument("--rounds", type=int, default=7, help="all-reduces of each size")
     parser.add_argument("--steps", type=int, default=6, help="updates of each kind")
     arguments = parser.parse_args()
-    if unknown := set(arguments.only.split(",")) - set(LAYOUTS):
-        parser.error(f"unknown layout {unknown.pop()}; there are {', '.join(LAYOUTS)}")
+    for given, known in ((arguments.only, LAYOUTS), (arguments.updates, UPDATES)):
+        if unknown := set(given.split(",")) - set(known):
+            parser.error(f"unknown: {unknown.pop()}; there are {', '.join(known)}")
     if INSIDE not in os.environ and (reason := unavailable()):
         raise SystemExit(f"error: {reason}\nhint: run it as root on Linux, with iproute2 and util-linux")
     isolate()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    within, between = measure_links(out, arguments.rate, arguments.rounds)
+    links = measure_links(out, arguments.rate, arguments.rounds)
     layouts = [LAYOUTS[name] for name in arguments.only.split(",")]
     path = out / "predictions.json"
     if not path.exists():
-        rows = [row for layout in LAYOUTS.values() for row in predict(layout, within, between, SIZES)]
+        rows = [row for layout in LAYOUTS.values() for row in predict(layout, links, SIZES)]
         _write(path, {"time": _now(), "rows": rows})
     predicted = json.loads(path.read_text())["rows"]
     compared = []
     for layout in layouts:
         mine = [row for row in predicted if row["layout"] == layout.name]
-        compared += compare(mine, measure(layout, out, arguments.rate, arguments.rounds, arguments.steps))
+        compared += compare(mine, measure(layout, out, arguments))
     _write(out / "compared.json", {"rows": compared})
     show(compared)
 
