@@ -165,7 +165,7 @@ def network_of(layout: Layout, within: Link, between: Link) -> Interconnect:
 
 
 def predict(layout: Layout, links: dict[str, Link], sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Seconds of each all-reduce and update: by the model, by Gloo's ring, and with large messages' beta."""
+    """Seconds of each all-reduce and update: by the model, by Gloo's ring, with large messages' beta."""
     fitted = network_of(layout, links["within"], links["between"])
     large = network_of(layout, links["within large"], links["between large"])
     n = layout.ranks
