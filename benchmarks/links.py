@@ -82,8 +82,10 @@ LAYOUTS = {
     for layout in (
         *(Layout(nodes=n, per_node=1) for n in (2, 4, 8, 16)),
         Layout(nodes=2, per_node=4),
+        Layout(nodes=1, per_node=16),
     )
 }
+"""The last shows what 16 ranks take on two cores without any slow link."""
 
 UPDATES = {
     "large": StepCost(
@@ -159,6 +161,8 @@ def gloo_update_seconds(step: StepCost, network: Interconnect, workers: int) -> 
 
 
 def network_of(layout: Layout, within: Link, between: Link) -> Interconnect:
+    if layout.nodes == 1:
+        return Interconnect(within=within)
     if layout.per_node == 1:
         return Interconnect(within=between)
     return Interconnect(within=within, between=between, per_node=layout.per_node)
