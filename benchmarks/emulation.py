@@ -2,15 +2,17 @@
 
     python benchmarks/emulation.py emulation/                     ten minutes of two cores, at low priority
     python benchmarks/emulation.py emulation/ --samples 8192 --seeds 5 --real-seeds 3       longer
+    python benchmarks/emulation.py batch_norm/ --set model.norm=batch
 
-Phantoms as of ``benchmarks/scaling.yaml``. Each number of workers is trained by one process that emulates
-all of them, with several seeds, and by as many real ranks (one thread each, far more than there are cores),
-with some of these seeds. If emulation is right, a real training differs from the emulated one of the same
-seed by less than the emulated ones of different seeds differ from each other.
+Phantoms, network and patches of ``benchmarks/scaling.yaml``; loss, norm and precision the defaults. Each
+number of workers is trained by one process that emulates all of them, with several seeds, and by as many
+real ranks (one thread each, far more than there are cores), with some of these seeds. If emulation is
+right, a real training differs from the emulated one of the same seed by less than the emulated ones of
+different seeds differ from each other.
 
 Printed for each pair: the Dice of both; the distance of their final weights relative to how far the weights
-have moved from their start. A training that is there is not repeated, an interrupted one goes on, and
-more seeds can be asked for later.
+have moved from their start. With one folder and config a training that is there is not repeated, an
+interrupted one goes on, and more seeds can be asked for later.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from voxelscale.config import Config, load
+from voxelscale.config import Config, dump, load
 from voxelscale.dataset.listing import list_sources
 from voxelscale.experiments.once import Training, train_once
 from voxelscale.model.bundle import bundle_path, read_bundle
@@ -36,7 +38,14 @@ from voxelscale.store.fingerprint import open_fold
 from voxelscale.store.prepare import prepare
 from voxelscale.train.loop import patch_task
 
-DEFAULTS = ("loss.cross_entropy=5", "loss.small=0.5", "loss.top_k=0.1", "train.precision=bf16")
+DEFAULTS = (
+    "loss.cross_entropy=5",
+    "loss.small=0.5",
+    "loss.top_k=0.1",
+    "model.norm=instance",
+    "train.precision=bf16",
+)
+"""The config's defaults where ``scaling.yaml`` has others."""
 BUDGET = (
     "phantom.cases=32",
     "prepare.split=[0.75,0.25,0]",
@@ -50,15 +59,19 @@ def trained(
 ) -> tuple[float, dict[str, Tensor]]:
     """Final Dice and weights of a training by `ranks` processes, each of `virtual` workers."""
     how = replace(config.train, seed=seed, ranks=ranks, virtual_workers=virtual, threads=1)
-    run = out / "runs" / f"{ranks}x{virtual}_seed{seed}"
+    run = out / "runs" / f"{ranks}x{virtual}_seed{seed}_{how.samples}"
     done, settings = run / "emulation.json", replace(config, train=how)
-    if not done.exists():
+    facts = json.loads(done.read_text()) if done.exists() else None
+    if facts is None:
         training = Training(config=settings, store=out / "store", run=run, threads=1)
         result = train_once(training, order=lambda: "go on")
         if result.ending != "finished" or result.dice is None:
             raise result.fault or RuntimeError(f"{run}: {result.ending}")
-        done.write_text(json.dumps({"dice": result.dice}))
-    return json.loads(done.read_text())["dice"], read_bundle(bundle_path(run)).weights
+        facts = {"dice": result.dice, "config": dump(settings)}
+        done.write_text(json.dumps(facts))
+    if facts["config"] != dump(settings):
+        raise SystemExit(f"error: {run} was trained with another config\nhint: choose another folder")
+    return facts["dice"], read_bundle(bundle_path(run)).weights
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
