@@ -477,6 +477,10 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{r['layout']:7} {r['what']:21} {measured:>24} {columns} {100 * r['busy']:4.0f} %")
 
 
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -512,12 +516,17 @@ def main() -> None:
     if not path.exists():
         rows = [row for layout in LAYOUTS.values() for row in predict(layout, links, SIZES)]
         _write(path, {"time": _now(), "rows": rows})
-    predicted = json.loads(path.read_text())["rows"]
-    compared = []
+    predictions = json.loads(path.read_text())
+    compared: list[dict[str, Any]] = []
+    times: dict[str, str] = {}
     for layout in layouts:
-        mine = [row for row in predicted if row["layout"] == layout.name]
-        compared += compare(mine, measure(layout, out, arguments))
-    _write(out / "compared.json", {"rows": compared})
+        mine = [row for row in predictions["rows"] if row["layout"] == layout.name]
+        measured = measure(layout, out, arguments)
+        times[layout.name] = measured["time"]
+        compared += compare(mine, measured)
+    facts = {"cores": os.cpu_count(), "rate_mbit": arguments.rate, "predicted": predictions["time"]}
+    facts |= {"measured": times, "links": {name: asdict(link) for name, link in links.items()}}
+    _write(out / "compared.json", {**facts, "rows": [_rounded(row) for row in compared]})
     show(compared)
 
 
