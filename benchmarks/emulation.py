@@ -8,7 +8,8 @@ Phantoms, network and patches of ``benchmarks/scaling.yaml``; loss, norm and pre
 number of workers is trained by one process that emulates all of them, with several seeds, and by as many
 real ranks (one thread each, far more than there are cores), with some of these seeds. If emulation is
 right, a real training differs from the emulated one of the same seed by less than the emulated ones of
-different seeds differ from each other.
+different seeds differ from each other, and by no more than two ranks that emulate half of the workers each:
+there, as between real and emulated, only the order differs in which gradients are summed.
 
 Printed for each pair: the Dice of both; the distance of their final weights relative to how far the weights
 have moved from their start. With one folder and config a training that is there is not repeated, an
@@ -92,17 +93,13 @@ def compare(config: Config, workers: int, seeds: int, real_seeds: int, out: Path
     dice = [score for score, _ in emulated]
     spread, pairs = statistics.stdev(dice), []
     for seed in range(real_seeds):
-        score, weights = trained(config, seed, workers, 1, out)
-        moved = distance(emulated[seed][1], start_of(config, seed, out))
-        pairs.append(
-            {
-                "seed": seed,
-                "emulated": dice[seed],
-                "real": score,
-                "difference": score - dice[seed],
-                "weights": distance(emulated[seed][1], weights) / moved,
-            }
-        )
+        start = start_of(config, seed, out)
+        pair: dict[str, Any] = {"seed": seed, "emulated": dice[seed]}
+        for name, ranks in (("real", workers), ("halves", 2)):
+            score, weights = trained(config, seed, ranks, workers // ranks, out)
+            apart = distance(emulated[seed][1], weights) / distance(emulated[seed][1], start)
+            pair[name] = {"dice": score, "difference": score - dice[seed], "weights": apart}
+        pairs.append(pair)
     return {"workers": workers, "dice_emulated": dice, "spread": spread, "pairs": pairs}
 
 
@@ -110,11 +107,13 @@ def show(found: dict[str, Any]) -> None:
     scores = ", ".join(f"{score:.3f}" for score in found["dice_emulated"])
     print(f"{found['workers']} workers, emulated: {scores}; standard deviation {found['spread']:.3f}")
     for pair in found["pairs"]:
-        print(
-            f"  seed {pair['seed']}: real {pair['real']:.4f}, difference {pair['difference']:+.4f}; "
-            f"weights differ by {100 * pair['weights']:.2g} % of their way",
-            flush=True,
-        )
+        for name in ("real", "halves"):
+            other = pair[name]
+            print(
+                f"  seed {pair['seed']}, {name}: {other['dice']:.4f}, difference {other['difference']:+.4f}; "
+                f"weights differ by {100 * other['weights']:.2g} % of their way",
+                flush=True,
+            )
 
 
 def main() -> None:
