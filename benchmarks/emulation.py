@@ -109,11 +109,9 @@ def show(found: dict[str, Any]) -> None:
     for pair in found["pairs"]:
         for name in ("real", "halves"):
             other = pair[name]
-            print(
-                f"  seed {pair['seed']}, {name}: {other['dice']:.4f}, difference {other['difference']:+.4f}; "
-                f"weights differ by {100 * other['weights']:.2g} % of their way",
-                flush=True,
-            )
+            text = f"{other['dice']:.4f} ({other['difference']:+.4f})"
+            apart = f"weights differ by {100 * other['weights']:.2g} % of their way"
+            print(f"  seed {pair['seed']}, {name}: {text}, {apart}", flush=True)
 
 
 def main() -> None:
