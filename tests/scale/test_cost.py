@@ -84,11 +84,14 @@ def test_ring_and_tree_by_hand() -> None:
     assert flat_seconds(slow, 4, 4) == pytest.approx(6e-3 + 6e-6)
 
 
-def test_two_levels_by_hand() -> None:
+def test_several_nodes_by_hand() -> None:
     fast = Link(name="fast", alpha_seconds=0.0, beta_bytes_per_second=1e8, source="test")
     network = Interconnect(within=fast, between=PLAIN, per_node=4, rails=2)
-    # 16 workers are 4 nodes: 2 x 3/4 x 1 MB within; an adapter carries half of it between 4 nodes.
-    assert all_reduce_seconds(network, 16, 1e6) == pytest.approx(0.015 + 6e-3 + 1.5 * 0.5)
+    # 16 workers are 4 nodes: a ring passes between nodes in 6 of 30 steps, and 30/16 MB leave each node by
+    # two adapters.
+    assert all_reduce_seconds(network, 16, 1e6) == pytest.approx(6e-3 + 30 / 16 / 2)
+    # Of few bytes a tree is faster, with 2 log2(4) steps between nodes.
+    assert all_reduce_seconds(network, 16, 4) == pytest.approx(4e-3 + 8 / 2e6)
     # One node needs no network.
     assert all_reduce_seconds(network, 4, 1e6) == pytest.approx(0.015)
     assert all_reduce_seconds(network, 1, 1e6) == 0

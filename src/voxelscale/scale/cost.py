@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from voxelscale.scale.links import Link
 
-MODEL = 2
+MODEL = 3
 """Grows whenever formulas or their parts change: what was measured for another one is measured again."""
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
@@ -244,22 +244,25 @@ def flat_seconds(link: Link, workers: int, size: float) -> float:
 def all_reduce_seconds(network: Interconnect, workers: int, size: float) -> float:
     """All-reduce of `size` bytes over all workers.
 
-    On two levels where the network has two and more than one node is needed. With G devices a node
-    and M nodes: a ring's reduce-scatter within the nodes, then of each of the G parts an all-reduce
-    between nodes, then a ring's all-gather within::
+    Over several nodes NCCL's ring and tree pass through all workers, and Gloo's ring does, too: no node
+    reduces its own first. With G devices a node, M nodes, R adapters a node and N workers::
 
-        ring(within, G, S) + max over the node's adapters of flat(between, M, its bytes)
+        ring = (2(N-1) - 2(M-1)) alpha_within + 2(M-1) alpha_between + 2(N-1)/N S / beta
+        tree = 2(G-1) alpha_within + 2 log2(M) alpha_between + 2 S / beta
+        beta = min(beta_within, R beta_between)
 
-    as reduce-scatter and all-gather are a ring's two halves. The G parts of S/G bytes share R
-    adapters, so that an adapter's bytes are S/R. A last node that is not full counts as full.
+    (NCCL src/graph/tuning.cc, ``nInterSteps`` of a ring and the latency of a tree.) The faster one counts.
+    A last node that is not full counts as full. Reductions in switches and by NVLink SHARP are left out.
     """
-    if workers == 1:
-        return 0.0
     if network.between is None or workers <= network.per_node:
         return flat_seconds(network.within, workers, size)
-    nodes = math.ceil(workers / network.per_node)
-    outer = flat_seconds(network.between, nodes, size / min(network.rails, network.per_node))
-    return ring_seconds(network.within, network.per_node, size) + outer
+    within, between, devices = network.within, network.between, network.per_node
+    nodes = math.ceil(workers / devices)
+    rate = min(within.beta_bytes_per_second, network.rails * between.beta_bytes_per_second)
+    steps, outer = 2 * (workers - 1), 2 * (nodes - 1)
+    ring = (steps - outer) * within.alpha_seconds + outer * between.alpha_seconds
+    tree = 2 * (devices - 1) * within.tree_alpha + 2 * math.ceil(math.log2(nodes)) * between.tree_alpha
+    return min(ring + steps / workers * size / rate, tree + 2 * size / rate)
 
 
 def buckets(
