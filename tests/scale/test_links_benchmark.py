@@ -56,7 +56,7 @@ def test_published_runs_are_met_as_well_as_the_page_says() -> None:
 @needs_namespaces
 def test_two_ranks_behind_a_limited_link(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(tmp_path), "--only", "2x1", "--rate", "800"]
-    command += ["--updates", "small", "--rounds", "1", "--steps", "1"]
+    command += ["--updates", "small", "--rounds", "4", "--steps", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     predicted = json.loads((tmp_path / "predictions.json").read_text())
