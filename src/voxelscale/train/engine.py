@@ -348,10 +348,13 @@ class Engine:
     def _report(self, step: Step, progress: Any, last: bool) -> None:
         if not self.chief:
             return
+        if last:
+            self.meter.land()  # the last step's loss, which no step after it would bring
         numbers = self.meter.read()
-        dice = "" if math.isnan(numbers["dice"]) else f"  Dice {numbers['dice']:.3f}"
+        loss = "" if math.isnan(numbers["loss"]) else f"loss {numbers['loss']:.3f}  "
+        dice = "" if math.isnan(numbers["dice"]) else f"Dice {numbers['dice']:.3f}  "
         self._shown = (
-            f"loss {numbers['loss']:.3f}{dice}  {numbers['samples_per_second']:.1f} samples/s  "
+            f"{loss}{dice}{numbers['samples_per_second']:.1f} samples/s  "
             f"input wait {100 * numbers['input_wait']:.1f} %"
         )
         seen = self.state.seen

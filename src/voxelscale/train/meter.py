@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,9 +102,9 @@ class Meter:
         self.signals = replace(self.signals, save=False, ready=False)
 
     def read(self) -> dict[str, float]:
-        """Means and speed since `restart`."""
+        """Means and speed since `restart`; NaN means where no step's sums are there yet."""
         elapsed = max(time.monotonic() - self._since, 1e-9)
-        steps = max(self._steps, 1)
+        steps = self._steps or math.nan
         return {
             "loss": self._loss / steps,
             "dice": self._measure / steps,
