@@ -235,8 +235,10 @@ def namespaces(layout: Layout, rate: float) -> Iterator[list[int]]:
             _connect(node, holder.pid, rate)
         yield [holder.pid for holder in holders]
     finally:
+        # The kernel removes a namespace's links some time after its last process: these go now.
+        for name in (*(f"node{node}" for node in range(len(holders))), "hub"):
+            subprocess.run(["ip", "link", "delete", "dev", name], check=False, stderr=subprocess.DEVNULL)
         _end(holders)
-        subprocess.run(["ip", "link", "delete", "dev", "hub"], check=False)
 
 
 def _connect(node: int, holder: int, rate: float) -> None:
