@@ -27,6 +27,7 @@ done
 # 130: saved, not finished. Then again; but after scancel the job is no longer RUNNING, and stays cancelled.
 if { [ "$code" = 130 ] || { [ "$asked" ] && [ "$code" != 0 ]; }; } &&
     [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+    trap - TERM # with which Slurm now ends this script
     scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
 exit "$code"

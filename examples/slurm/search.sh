@@ -14,7 +14,8 @@
 #SBATCH --output=search-%j.log
 
 # Slurm signals this script (B:), which hands it on to the workers; to srun it would mean to end them at once.
-trap 'asked=1; scancel --signal=TERM "$SLURM_JOB_ID" &' TERM
+# If the job is being preempted, Slurm has told them already and refuses to do so again: hence the limit.
+trap 'asked=1; timeout 10 scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
 # The first worker to end must not take the others with it.
 srun --kill-on-bad-exit=0 voxelscale search "$@" &
@@ -29,6 +30,7 @@ done
 # 130: saved, not finished. Then again; but after scancel the job is no longer RUNNING, and stays cancelled.
 if { [ "$code" = 130 ] || { [ "$asked" ] && [ "$code" != 0 ]; }; } &&
     [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+    trap - TERM # with which Slurm now ends this script
     scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
 exit "$code"

@@ -15,7 +15,8 @@
 #SBATCH --output=train-%j.log
 
 # Slurm signals this script (B:), which hands it on to the ranks; to srun it would mean to end them at once.
-trap 'asked=1; scancel --signal=TERM "$SLURM_JOB_ID" &' TERM
+# If the job is being preempted, Slurm has told them already and refuses to do so again: hence the limit.
+trap 'asked=1; timeout 10 scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
 # The ranks end together, with exit code 130; the first must not take the others with it.
 srun --kill-on-bad-exit=0 voxelscale train "$@" &
@@ -30,6 +31,7 @@ done
 # 130: saved, not finished. Then again; but after scancel the job is no longer RUNNING, and stays cancelled.
 if { [ "$code" = 130 ] || { [ "$asked" ] && [ "$code" != 0 ]; }; } &&
     [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+    trap - TERM # with which Slurm now ends this script
     scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
 exit "$code"

@@ -23,6 +23,7 @@ REQUIRED = "VOXELSCALE_REQUIRE_SLURM"
 CONFIG = """
 ClusterName=test
 SlurmctldHost=control({control})
+SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge,cred_expire=5
@@ -137,7 +138,8 @@ def _configure(folder: Path, machines: Machines) -> None:
     key.chmod(0o600)
     cores = os.cpu_count() or 1
     nodes = [f"NodeName={n} NodeAddr={machines.address(n)} CPUs={cores}" for n in machines.names]
-    config = CONFIG.format(folder=folder, control=machines.address("control"))
+    port = 20_000 + os.getpid() % 10_000  # the control machine shares its ports with other tests'
+    config = CONFIG.format(folder=folder, control=machines.address("control"), port=port)
     (folder / "slurm.conf").write_text("\n".join([*nodes, config]))
 
 

@@ -158,3 +158,32 @@ def test_an_error_of_a_rank_is_told_on_every_machine(
         error, _ = told(process.communicate(timeout=200)[0])
         assert "the training diverged" in error
         assert process.returncode == 2
+
+
+@pytest.mark.slow
+def test_ranks_that_nobody_starts_again_tell_once_of_a_lost_one(
+    settings: Path, store: Store, tmp_path: Path
+) -> None:
+    run, ranks = tmp_path / "run", []
+    for rank in range(3):
+        told_by_srun = {
+            "SLURM_JOB_ID": str(os.getpid()),
+            "SLURM_STEP_ID": "0",
+            "SLURM_STEP_NUM_TASKS": "3",
+            "SLURM_STEP_TASKS_PER_NODE": "3",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+        }
+        command = [sys.executable, "-m", "voxelscale.cli", "--quiet", "train", str(store.path), str(run)]
+        command += ["--config", str(settings), "--set", "train.samples=6000"]
+        variables = {**environment(), **told_by_srun}
+        ranks.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+    deadline = time.monotonic() + 200
+    while not seen_in(run):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ranks[2].kill()
+    errors = "".join(rank.communicate(timeout=100)[1] for rank in ranks[:2])
+    assert told(errors)[0] == f"error: {run}: another rank was lost"
+    assert [rank.returncode for rank in ranks[:2]] == [2, 2]
