@@ -110,7 +110,7 @@ def train(job: Job, place: Place) -> Trained:
     trainer.on_train_start()
     network: torch.nn.Module = trainer.network
     if job.value("format", "as_is") == "channels_last":
-        network.to(memory_format=torch.channels_last_3d)
+        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     if (precision := job.value("precision", "fp32")) == "bf16":
         _in_bf16(network)
     network.train()
@@ -145,7 +145,7 @@ def _in_bf16(network: torch.nn.Module) -> None:
             found = forward(x)
         return [part.float() for part in found] if isinstance(found, list | tuple) else found.float()
 
-    network.forward = in_bf16  # type: ignore[method-assign]
+    network.forward = in_bf16
 
 
 class _Predictor:
