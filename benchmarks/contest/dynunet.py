@@ -26,6 +26,7 @@ from .nnunet import prepare as prepare_nnunet
 from .protocol import Budget, Job, Place, Trained, set_seeds
 
 RATE, MOMENTUM, DECAY = 0.01, 0.99, 3e-5
+MOST_FILTERS = 320
 
 
 def prepare(place: Place) -> None:
@@ -34,7 +35,8 @@ def prepare(place: Place) -> None:
 
 
 def train(job: Job, place: Place) -> Trained:
-    """Settings: precision=fp32|bf16, format=as_is|channels_last, plan, heads, lr."""
+    """Settings: plan=default|small, precision=fp32|bf16, format=as_is|channels_last, lr, and of the network
+    filters of the first level and heads of the deep supervision."""
     set_seeds(job.seed)
     monai.utils.misc.set_determinism(job.seed)
     set_track_meta(False)
@@ -53,7 +55,8 @@ def train(job: Job, place: Place) -> Trained:
         copy_cache=False,
     )
     heads = int(job.value("heads", "2"))
-    network = _network(plan, 1 + len(place.data.labels), heads)
+    filters = int(job.value("filters", "32"))
+    network = _network(plan, 1 + len(place.data.labels), heads, filters)
     low = job.value("precision", "fp32") == "bf16"
     last = job.value("format", "as_is") == "channels_last"
     layout = torch.channels_last_3d if last else torch.contiguous_format
@@ -107,7 +110,7 @@ def train(job: Job, place: Place) -> Trained:
     )
 
 
-def _network(plan: dict[str, Any], outputs: int, heads: int) -> DynUNet:
+def _network(plan: dict[str, Any], outputs: int, heads: int, filters: int) -> DynUNet:
     shape = plan["architecture"]["arch_kwargs"]
     kernels = [kernel[::-1] for kernel in shape["kernel_sizes"]]
     strides = [stride[::-1] for stride in shape["strides"]]
@@ -118,6 +121,7 @@ def _network(plan: dict[str, Any], outputs: int, heads: int) -> DynUNet:
         kernels,
         strides,
         strides[1:],
+        [min(filters * 2**level, MOST_FILTERS) for level in range(len(strides))],
         deep_supervision=heads > 0,
         deep_supr_num=max(heads, 1),
     )
