@@ -54,7 +54,10 @@ def main(text: str) -> None:
         ]
         _note_look(frozen)
         _run_missing(frozen, options)
-        show(_results(options), options.data, options.fold, "judge")
+        results = _results(options)
+        show(results, options.data, options.fold, "judge")
+    if options.out:
+        options.out.write_text("".join(f"{json.dumps(result)}\n" for result in results))
 
 
 def _parser(text: str) -> argparse.ArgumentParser:
@@ -68,6 +71,7 @@ def _parser(text: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first one chooses rates")
     parser.add_argument("--processes", type=int, default=1, help="jobs at a time")
     parser.add_argument("--judge", action="store_true", help="train on all cases, look at the judge cases")
+    parser.add_argument("--out", type=Path, help="write all results of the data set and fold, a line each")
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder of the data sets")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser
