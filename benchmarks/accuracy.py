@@ -17,8 +17,9 @@ such look leaves a line in benchmarks/results/looks.jsonl. Scores are means over
 voxels, of Dice and of surface Dice at 1 mm, with a paired bootstrap over cases and seeds together.
 
 A contender is a name with settings: ours takes config keys ("ours:loss.top_k=1;loss.small=0"), nnU-Net and
-DynUNet plan=default|small, precision=fp32|bf16, format=as_is|channels_last and lr, DynUNet filters. DIR
-holds what is prepared and a folder for each training; interrupted, the same command goes on.
+DynUNet plan=default|small, precision=fp32|bf16, format=as_is|channels_last, mirror=true|false and lr,
+DynUNet filters and heads. DIR holds what is prepared and a folder for each training; interrupted, the same
+command goes on.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def prepare(place: Place) -> None:
 
 
 def train(job: Job, place: Place) -> Trained:
-    """Settings: plan=default|small, precision=fp32|bf16, format=as_is|channels_last, lr, and of the network
-    filters of the first level and heads of the deep supervision."""
+    """Settings: plan=default|small, precision=fp32|bf16, format=as_is|channels_last, mirror=true|false,
+    lr, and of the network filters of the first level and heads of the deep supervision."""
     set_seeds(job.seed)
     monai.utils.misc.set_determinism(job.seed)
     set_track_meta(False)
@@ -49,7 +49,9 @@ def train(job: Job, place: Place) -> Trained:
             {"image": str(place.data.cases[name].image), "label": str(place.data.cases[name].label)}
             for name in place.trained_on(job)
         ],
-        mt.Compose([*loading(["image", "label"]), *_augmenting(patch)]),
+        mt.Compose(
+            [*loading(["image", "label"]), *_augmenting(patch, job.value("mirror", "true") == "true")]
+        ),
         num_workers=None,
         progress=False,
         copy_cache=False,
@@ -145,7 +147,7 @@ def _loading(place: Place, plans: dict[str, Any]) -> Any:
     return loading
 
 
-def _augmenting(patch: list[int]) -> list[Any]:
+def _augmenting(patch: list[int], mirror: bool) -> list[Any]:
     """The pipeline's transforms; patch (z, y, x)."""
     both, size = ["image", "label"], patch[::-1]
     modes = {"mode": ("trilinear", "nearest-exact"), "align_corners": (True, None)}
@@ -166,5 +168,5 @@ def _augmenting(patch: list[int]) -> list[Any]:
         mt.RandGaussianNoised("image", std=0.01, prob=0.15),
         mt.RandGaussianSmoothd("image", (0.5, 1.15), (0.5, 1.15), (0.5, 1.15), prob=0.15),
         mt.RandScaleIntensityd("image", factors=0.3, prob=0.15),
-        *(mt.RandFlipd(both, prob=0.5, spatial_axis=axis) for axis in range(3)),
+        *(mt.RandFlipd(both, prob=0.5, spatial_axis=axis) for axis in range(3 * mirror)),
     ]

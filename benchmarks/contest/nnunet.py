@@ -95,15 +95,14 @@ def plan_of(place: Place, plan: str) -> dict[str, Any]:
 
 
 def train(job: Job, place: Place) -> Trained:
-    """Settings: plan=default|small, precision=fp32|bf16, format=as_is|channels_last, lr."""
+    """Settings: plan=default|small, precision=fp32|bf16, format=as_is|channels_last, mirror=true|false, lr."""
     _paths(place)
     set_seeds(job.seed)
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
+    trainer_class = _trainer(mirror=job.value("mirror", "true") == "true")
     plans = plan_of(place, job.value("plan", "default")) | {"continue_training": False}
     described = json.loads((place.shared / "raw" / NAME / "dataset.json").read_text())
     fold: Any = 0 if job.on == "choose" else "all"
-    trainer = nnUNetTrainer(plans, "3d_fullres", fold, described, torch.device("cpu"))
+    trainer = trainer_class(plans, "3d_fullres", fold, described, torch.device("cpu"))
     trainer.initial_lr = float(job.value("lr", str(trainer.initial_lr))) * job.rate
     trainer.disable_checkpointing = True
     os.environ |= {"nnUNet_n_proc_DA": "0"}  # it augments in this process
@@ -134,6 +133,16 @@ def train(job: Job, place: Place) -> Trained:
             "parameters": sum(weight.numel() for weight in network.parameters()),
         },
     )
+
+
+def _trainer(*, mirror: bool) -> Any:
+    """Its default trainer, or its own variant that does not mirror."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.training.nnUNetTrainer.variants.data_augmentation import (
+        nnUNetTrainerNoMirroring as without,
+    )
+
+    return nnUNetTrainer if mirror else without.nnUNetTrainerNoMirroring
 
 
 def _in_bf16(network: torch.nn.Module) -> None:

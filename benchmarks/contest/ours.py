@@ -40,7 +40,7 @@ FIXED = (
     "train.checkpoint_every=1000000000",
     "train.checkpoint_seconds=0",
 )
-PROBE_SHARE, PROBE_LEAST = 0.05, 4.0
+PROBE_SHARE, PROBE_LEAST = 0.05, 8.0
 """Of the budget, and seconds: how long the time of a step is measured, before the training."""
 
 

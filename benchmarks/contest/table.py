@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
+OFF = 0.05
+"""A training that took this much more or less than its budget is marked."""
 Key = tuple[str, tuple[str, ...], float]
 """Contender, settings, budget."""
 
@@ -46,10 +48,12 @@ def _row(
     labels = np.mean([np.mean(run["score"]["dice"], axis=0) for run in runs], axis=0)
     each = " ".join(f"{_mean(rates[rate], 'dice'):.4f}" for rate in sorted(rates))
     apart = "" if runs is reference or not reference else difference(runs, reference)
+    seconds = np.mean([run["seconds"] for run in runs])
+    mark = "!" if abs(seconds / budget - 1) > OFF else " "
     print(
         f"{budget:6.0f} {runs[0]['job']['rate']:5.2f} {_mean(runs, 'dice'):6.4f} "
         f"{' '.join(f'{value:.4f}' for value in labels):>13} {_mean(runs, 'surface_dice_1mm'):7.4f} "
-        f"{apart:>24} {np.mean([run['seconds'] for run in runs]):5.0f} "
+        f"{apart:>24} {seconds:5.0f}{mark}"
         f"{np.mean([run['samples'] for run in runs]):8.0f} {each:>20}  {name} {' '.join(settings)}"
     )
 
