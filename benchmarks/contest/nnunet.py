@@ -95,7 +95,8 @@ def plan_of(place: Place, plan: str) -> dict[str, Any]:
 
 
 def train(job: Job, place: Place) -> Trained:
-    """Settings: plan=default|small, precision=fp32|bf16, format=as_is|channels_last, mirror=true|false, lr."""
+    """Settings: plan=default|small, precision=fp32|bf16, format=as_is|channels_last, lr and
+    mirror=true|false."""
     _paths(place)
     set_seeds(job.seed)
     trainer_class = _trainer(mirror=job.value("mirror", "true") == "true")
