@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -138,7 +139,7 @@ def _run_apart(job: Job, options: argparse.Namespace) -> None:
     words = [sys.executable, sys.argv[0], str(options.folder), "--shared", str(options.shared)]
     words += ["--job", json.dumps(asdict(job))]
     environment = os.environ | dict.fromkeys(ONE_THREAD, "1")
-    with (own / "log.txt").open("w") as log:
+    with (own / "log.txt").open("a") as log:
         code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
         print(f"{job.name} failed: {own / 'log.txt'}", flush=True)
@@ -154,6 +155,11 @@ def _run_here(job: Job, options: argparse.Namespace) -> None:
     """Train, predict, score, and write what came out."""
     job = replace(job, settings=tuple(job.settings))
     place, before = _place(options, job), machine()
+    lock = (place.own / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+    except BlockingIOError:
+        raise SystemExit("another process trains this") from None
     trained = import_module(MODULES[job.contender]).train(job, place)
     names = place.split.choose if job.on == "choose" else place.split.judge
     masks = {name: trained.predict(place.data.cases[name]) for name in names}
