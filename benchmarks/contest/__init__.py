@@ -1,0 +1,1 @@
+"""A comparison of Voxelscale with nnU-Net and MONAI's DynUNet: see benchmarks/accuracy.py."""

@@ -1,0 +1,150 @@
+"""What all contenders keep to: a job, its budget of processor time, and what is noted of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .data import Case, DataSet, Split
+
+PACKAGES = ("voxelscale", "nnunetv2", "batchgeneratorsv2", "monai", "torch", "numpy", "SimpleITK")
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
+POWER = 0.9
+"""Of the learning rate's decay to 0, nnU-Net's and of MONAI's DynUNet pipeline."""
+
+Predict = Callable[[Case], NDArray[Any]]
+"""From a case to its labels, on the image's own voxels (z, y, x)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training.
+
+    Attributes:
+        rate: factor of the contender's own learning rate.
+        settings: of the contender, as key=value.
+        on: the cases that are scored: ``choose`` (trained on the others of the fold) or ``judge``.
+        budget: seconds of the process's time.
+    """
+
+    data: str
+    fold: int
+    contender: str
+    settings: tuple[str, ...]
+    budget: float
+    rate: float
+    seed: int
+    on: Literal["choose", "judge"]
+
+    @property
+    def name(self) -> str:
+        """A folder's name: readable, and different for different jobs."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        return f"{self.contender}-{self.budget:g}s-x{self.rate:.2f}-seed{self.seed}-{self.on}-{digest}"
+
+    def value(self, key: str, default: str) -> str:
+        """Of a setting."""
+        return dict(setting.split("=", 1) for setting in self.settings).get(key, default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a job works.
+
+    Attributes:
+        shared: of the outer fold, for all jobs: what is prepared once.
+        own: of the job.
+    """
+
+    data: DataSet
+    split: Split
+    shared: Path
+    own: Path
+
+    def trained_on(self, job: Job) -> tuple[str, ...]:
+        """The cases that a job may train on."""
+        return self.split.rest if job.on == "choose" else self.split.train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What came of a training.
+
+    Attributes:
+        seconds: of the process's time that the training took.
+        samples: patches seen.
+        facts: patch, batch, learning rate, precision and the like.
+    """
+
+    seconds: float
+    samples: int
+    updates: int
+    predict: Predict
+    facts: dict[str, Any]
+
+
+class Budget:
+    """Processor time, from the moment it is made; the whole process's, all its threads."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._began = seconds, time.process_time()
+
+    @property
+    def used(self) -> float:
+        """Seconds."""
+        return time.process_time() - self._began
+
+    @property
+    def decay(self) -> float:
+        """What the learning rate is multiplied by: 1 at first, 0 when the budget is spent."""
+        return float(max(0.0, 1 - self.used / self.seconds) ** POWER)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    known = dict([part.strip() for part in line.split(":", 1)] for line in text.splitlines() if ":" in line)
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "processor": known.get("model name", platform.processor()),
+        "family_model": f"{known.get('cpu family', '?')}/{known.get('model', '?')}",
+        "flags": [flag for flag in FLAGS if flag in known.get("flags", "").split()],
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "load": os.getloadavg(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def has_bf16() -> bool:
+    """Whether the processor computes in bfloat16."""
+    return any(flag in machine()["flags"] for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def set_seeds(seed: int) -> None:
+    """Of all generators that the contenders draw from; one thread."""
+    import random
+
+    import torch
+
+    torch.set_num_threads(1)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (nnU-Net draws from it)
+    torch.manual_seed(seed)
