@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
-PACKAGES = ("torch", "numpy", "monai", "nnunetv2")
+PACKAGES = ("voxelscale", "torch", "numpy", "monai", "nnunetv2", "batchgeneratorsv2")
 
 
 def machine() -> dict[str, Any]:

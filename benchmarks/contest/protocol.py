@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from machine import machine  # type: ignore[import-not-found]
 from numpy.typing import NDArray
 
 from .data import Case, DataSet, Split
 
-PACKAGES = ("voxelscale", "nnunetv2", "batchgeneratorsv2", "monai", "torch", "numpy", "SimpleITK")
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 POWER = 0.9
 """Of the learning rate's decay to 0, nnU-Net's and of MONAI's DynUNet pipeline."""
 
@@ -109,28 +105,6 @@ class Budget:
     def decay(self) -> float:
         """What the learning rate is multiplied by: 1 at first, 0 when the budget is spent."""
         return float(max(0.0, 1 - self.used / self.seconds) ** POWER)
-
-
-def machine() -> dict[str, Any]:
-    """What a figure depends on."""
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    known = dict([part.strip() for part in line.split(":", 1)] for line in text.splitlines() if ":" in line)
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "processor": known.get("model name", platform.processor()),
-        "family_model": f"{known.get('cpu family', '?')}/{known.get('model', '?')}",
-        "flags": [flag for flag in FLAGS if flag in known.get("flags", "").split()],
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
 
 
 def has_bf16() -> bool:
