@@ -197,7 +197,13 @@ def test_mistakes_are_told(
         code, _, err = voxelscale("--quiet", "refine", tmp_path / f"{name}.vxs", store.path, *QUICK, *more)
         assert (code, len(err.strip().splitlines())) == (2, 2)
         assert words in err
-    monkeypatch.setenv("RANK", "0")
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
     code, _, err = voxelscale("--quiet", "refine", tmp_path / "plain.vxs", store.path, *QUICK)
     assert (code, "in one process" in err) == (2, True)
 
