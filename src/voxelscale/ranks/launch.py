@@ -41,6 +41,9 @@ VERBOSITY = "VOXELSCALE_VERBOSITY"
 RESUME = "the same command resumes from the last checkpoint"
 
 
+FAULT_GRACE = 10.0
+"""Seconds that an engine has to end by itself once one of its ranks has left an error."""
+
 BEGAN = "began"
 """A file of this name beside that of the fault: ranks of this machine have started."""
 
@@ -84,7 +87,7 @@ def run_ranks(
         )
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            code = _wait(engine, stop, fault.with_name(BEGAN) if several else None)
+            code = _wait(engine, stop, fault if several else None)
         finally:
             signal.signal(signal.SIGTERM, before)
         if left := read_fault(fault) or (read_fault(run / FAULT_FILE) if several else None):
@@ -121,11 +124,11 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _wait(engine: subprocess.Popen[bytes], stop: Path, began: Path | None) -> int:
+def _wait(engine: subprocess.Popen[bytes], stop: Path, fault: Path | None) -> int:
     try:
-        return engine.wait()
+        return _ended(engine, fault)
     except KeyboardInterrupt:
-        if began and not began.exists():  # still waiting for the other machines
+        if fault and not fault.with_name(BEGAN).exists():  # still waiting for the other machines
             os.killpg(engine.pid, signal.SIGKILL)
             engine.wait()
             raise
@@ -135,11 +138,36 @@ def _wait(engine: subprocess.Popen[bytes], stop: Path, began: Path | None) -> in
             engine.terminate()  # it asks the ranks, and waits half a minute
         console.notice("\nstopping after this step; once more to stop at once")
     try:
-        return engine.wait()
+        return _ended(engine, fault)
     except KeyboardInterrupt:
         os.killpg(engine.pid, signal.SIGKILL)
         stop.unlink(missing_ok=True)
         raise
+
+
+def _ended(engine: subprocess.Popen[bytes], fault: Path | None) -> int:
+    """The engine's exit code, once it has ended.
+
+    Over several machines (`fault` is where ranks leave errors) it may start its ranks again after an error
+    that will come again, to wait for those of another machine whose engine has given up. It is ended then.
+
+    Raises:
+        VoxelscaleError: what a rank left.
+    """
+    while fault:
+        try:
+            return engine.wait(0.2)
+        except subprocess.TimeoutExpired:
+            if left := read_fault(fault):
+                break
+    else:
+        return engine.wait()
+    try:
+        engine.wait(FAULT_GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(engine.pid, signal.SIGKILL)
+        engine.wait()
+    raise left
 
 
 def _engine(ranks: int, max_restarts: int, nodes: Nodes, run: Path, command: Sequence[str]) -> int:
