@@ -51,11 +51,12 @@ class Machines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in self.names:
+        # The kernel removes a namespace's links some time after its last process: these go now.
+        links = [["link", "delete", f"{self._tag}{name[4:]}"] for name in self.names]
+        spaces = [["netns", "delete", f"{self._tag}{name}"] for name in self.names]
+        for words in (*links, *spaces, ["link", "delete", self._tag]):
             with contextlib.suppress(subprocess.CalledProcessError):
-                ip("netns", "delete", f"{self._tag}{name}")
-        with contextlib.suppress(subprocess.CalledProcessError):
-            ip("link", "delete", self._tag)
+                ip(*words)
 
     def on(self, name: str, command: Sequence[str | Path]) -> list[str]:
         """The command as it is run on a machine, or on ``control``, which is this one by another name."""
