@@ -27,8 +27,9 @@ from voxelscale.ranks.launch import PARENT
 from voxelscale.ranks.place import without
 from voxelscale.train.log import STOP_FILE
 
-PATIENCE = 10.0
-"""Seconds that the ranks of a killed command are waited for; they notice after one or two."""
+PATIENCE = 25.0
+"""Seconds that the ranks of a killed command are waited for; they notice after one or two, if there is no
+other load."""
 
 
 @dataclass
