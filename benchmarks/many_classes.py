@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import processor  # type: ignore[import-not-found]
 from scipy import ndimage
 
 from voxelscale.classes import Classes
@@ -70,17 +70,6 @@ def write_image(path: Path, shape: tuple[int, ...]) -> None:
     fine = ndimage.zoom(coarse.astype(np.float32), 8, order=1)[tuple(slice(0, n) for n in shape)]
     hu = np.clip(-400 + 500 * fine, -1000, 1000).astype(np.int16)
     write_scan(Scan(hu, affine_from_itk((0, 0, 0), SPACING[::-1], np.eye(3))), path)
-
-
-def processor() -> tuple[str, list[str]]:
-    """Its model, and which of the flags that matter here it has."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor(), []
-    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
-    return told.get("model name", ""), [flag for flag in wanted if flag in told.get("flags", "").split()]
 
 
 def main() -> None:

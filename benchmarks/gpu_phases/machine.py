@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.gpu_phases.common import Record, Setting, channels_last, per_call
+from benchmarks.machine import processor
 from torch import Tensor, nn
 
 from voxelscale.device import to_channels_last
@@ -25,7 +25,6 @@ PACKAGES = (
     *("numpy", "PyYAML", "rich", "triton", "blosc2", "SimpleITK", "monai"),
     *("dynamic-network-architectures", "nnunetv2"),
 )
-FLAGS = ("amx_tile", "amx_bf16", "avx2", "avx512f", "avx512_bf16", "avx512_vnni")
 
 
 def facts(setting: Setting, record: Record) -> None:
@@ -37,7 +36,7 @@ def facts(setting: Setting, record: Record) -> None:
         usable_cores=len(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
         memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
-        processor_flags=[flag for flag in FLAGS if flag in _flags()],
+        processor_flags=processor()[1],
         torch=torch.__version__,
         packages={name: _version(name) for name in PACKAGES},
     )
@@ -59,14 +58,6 @@ def facts(setting: Setting, record: Record) -> None:
             nccl=".".join(map(str, nccl.version())),
         )
         record.says = f"{gpu.name}, torch {torch.__version__}, cuDNN {cudnn.version()}"
-
-
-def _flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def _version(package: str) -> str:

@@ -52,12 +52,16 @@ TRAINING_PRIORITY = -1
 
 
 @contextmanager
-def training_stream(device: torch.device) -> Iterator[None]:
-    """Within it this thread's work on a GPU goes before that of threads beside it, such as a validation."""
+def other_stream(device: torch.device, priority: int = 0) -> Iterator[None]:
+    """Within it this thread's work on a GPU goes to another stream, in order with that before and after.
+
+    Args:
+        priority: against the streams of other threads.
+    """
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device, priority=TRAINING_PRIORITY)  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
         with torch.cuda.stream(stream):
@@ -74,7 +78,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor in main memory as one on a device; a GPU's copy is queued, and nobody waits for it.
+    """A tensor on a device; from main memory a GPU's copy is queued, and nobody waits for it.
 
     A copy from ordinary memory would be waited for. From page-locked memory it is not, and PyTorch reuses
     that memory only once the copy is done.

@@ -25,7 +25,7 @@ from voxelscale.console import count, notice
 from voxelscale.device import autocast, upload
 from voxelscale.errors import VoxelscaleError
 from voxelscale.infer.memory import MOST_VOXELS, PassSize, free_memory, with_peak
-from voxelscale.infer.transfer import landed, put, resident
+from voxelscale.infer.transfer import landed, resident
 
 Place = tuple[int, ...]
 Box = tuple[slice, slice, slice]
@@ -289,7 +289,7 @@ def _logits(
     def forward(batch: list[Place]) -> Tensor:
         with torch.inference_mode():
             cut = torch.stack([_window(volume, p, windows.patch) for p in batch])
-            cut = prepare(put(cut, device)).contiguous(memory_format=torch.channels_last_3d)
+            cut = prepare(upload(cut, device)).contiguous(memory_format=torch.channels_last_3d)
             logits = _forward(model, cut, axes, windows.precision)
         if logits.shape[1] != outputs:
             hint = "give predict a model whose network is as its classes say"

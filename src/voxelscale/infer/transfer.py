@@ -20,11 +20,6 @@ SHARE = 4
 """A volume is kept on a GPU where it takes less than one part in so many of the free memory."""
 
 
-def put(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; from main memory without a wait."""
-    return upload(values, device) if values.device.type == "cpu" else values.to(device)
-
-
 def resident(volume: Tensor, device: torch.device) -> Tensor:
     """A volume on the device, so that its windows are cut there; in main memory where it is too large."""
     if device.type == "cpu" or volume.device.type != "cpu" or volume.nbytes * SHARE >= free_memory(device):

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from voxelscale.classes import Classes
+from voxelscale.device import upload
 from voxelscale.findings.regions import box_of
 from voxelscale.geometry import SAME_MM, Grid, IntTriple, Scan, resample
 from voxelscale.infer.sliding_window import Box
-from voxelscale.infer.transfer import put, to_host
+from voxelscale.infer.transfer import to_host
 
 WAITING = 4
 """Classes of a box that wait to be compressed while a GPU goes on: each takes 3 bytes a voxel."""
@@ -76,7 +77,7 @@ class Maps:
             within: of the whole lattice, bool; elsewhere all is background.
         """
         classes = self._classes
-        outside = None if within is None else put(~within[box], probability.device)
+        outside = None if within is None else upload(~within[box], probability.device)
         # Slice by slice: across 100 classes torch copies all of what it looks at.
         first = None
         if not classes.regions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from voxelscale.config import ScaleConfig
 from voxelscale.errors import VoxelscaleError
@@ -119,12 +119,10 @@ def cluster_of(scale: ScaleConfig) -> Cluster:
             f"config: scale.cluster is {scale.cluster}", f"did you mean {near}? {known}" if near else known
         )
     base = CLUSTERS.get(name, _PLAIN)
-    return Cluster(
-        name=base.name,
+    return replace(
+        base,
         devices=base.devices if scale.node_devices is None else scale.node_devices,
         within=scale.node_link or base.within,
         between=scale.interconnect or base.between,
         rails=base.rails if scale.rails is None else scale.rails,
-        title=base.title,
-        source=base.source,
     )

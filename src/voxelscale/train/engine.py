@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from voxelscale.config import Config
 from voxelscale.config.renamed import with_first_names
 from voxelscale.console import Progress, count, duration, notice, warn
-from voxelscale.device import choose_precision, policy, to_channels_last, training_stream
+from voxelscale.device import TRAINING_PRIORITY, choose_precision, other_stream, policy, to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.randomness import generator
@@ -133,7 +133,7 @@ class Engine:
                 self._check_update()
                 self.log = self._open_log()
                 device, strict = self.workers.device, self.config.train.deterministic
-                with policy(device, strict), training_stream(device):
+                with policy(device, strict), other_stream(device, TRAINING_PRIORITY):
                     self._all_steps(steps, asked)
         except torch.OutOfMemoryError:
             if self.run is not None:

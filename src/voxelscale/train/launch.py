@@ -67,21 +67,11 @@ def start(config: Config, store: Path, run: Path, nodes: Nodes = ALONE) -> bool:
     with kept_config(run):
         claim(run, config)
         (run / STOP_FILE).unlink(missing_ok=True)
-        ranks = config.train.ranks or _devices()
-        if ranks == 1:
+        if (config.train.ranks or _devices()) == 1:
             from voxelscale.train.loop import train
 
             return train(config, store, run).finished
-        run_ranks(
-            "voxelscale.train.launch",
-            [str(store), str(run)],
-            run,
-            ranks=ranks,
-            threads=config.train.threads,
-            max_restarts=config.train.max_restarts,
-            stop=run / STOP_FILE,
-        )
-        return _spent(config, run)
+        return _train_by_ranks(config, [store, run], run)
 
 
 def _start_with_others(config: Config, store: Path, run: Path, nodes: Nodes) -> bool:
@@ -93,20 +83,21 @@ def _start_with_others(config: Config, store: Path, run: Path, nodes: Nodes) -> 
     with tempfile.TemporaryDirectory(prefix="voxelscale-") as folder:
         ours = Path(folder) / "config.yaml"
         write_atomic(ours, dump(config))
-        run_ranks(
-            "voxelscale.train.launch",
-            [str(store), str(run), str(ours)],
-            run,
-            ranks=config.train.ranks or _devices(),
-            threads=config.train.threads,
-            max_restarts=config.train.max_restarts,
-            stop=run / STOP_FILE,
-            nodes=nodes,
-        )
-    return _spent(config, run)
+        return _train_by_ranks(config, [store, run, ours], run, nodes)
 
 
-def _spent(config: Config, run: Path) -> bool:
+def _train_by_ranks(config: Config, words: Sequence[Path], run: Path, nodes: Nodes = ALONE) -> bool:
+    """Ranks of this machine, which are given `words`; whether the budget was spent when they ended."""
+    run_ranks(
+        "voxelscale.train.launch",
+        list(map(str, words)),
+        run,
+        ranks=config.train.ranks or _devices(),
+        threads=config.train.threads,
+        max_restarts=config.train.max_restarts,
+        stop=run / STOP_FILE,
+        nodes=nodes,
+    )
     events = read_events(run)
     return bool(events) and events[-1]["samples"] >= config.train.samples
 
@@ -185,12 +176,12 @@ def claim(run: Path, config: Config) -> None:
     Raises:
         VoxelscaleError: it was started with another one, or the folder holds something else.
     """
-    config = replace(config, optim=config.optim.settled())  # its defaults may change, the run's may not
     chief = os.environ.get("RANK", "0") == "0"
     if chief or (run / "config.yaml").is_file():
         check_claim(run, config)
     if chief:
-        write_atomic(run / "config.yaml", dump(config))
+        # The optimisers' defaults may change, those of the run may not.
+        write_atomic(run / "config.yaml", dump(_settled(config)))
 
 
 def check_claim(run: Path, config: Config) -> None:
@@ -201,8 +192,7 @@ def check_claim(run: Path, config: Config) -> None:
     """
     path = run / "config.yaml"
     if path.is_file():
-        begun = _flat(to_dict(replace(stored := load_stored(path), optim=stored.optim.settled())))
-        now = _flat(to_dict(replace(config, optim=config.optim.settled())))
+        begun, now = (_flat(to_dict(_settled(one))) for one in (load_stored(path), config))
         trained = ("data.", "augment.", "model.", "loss.", "optim.", "train.", "predict.")
         # Batch norm's statistics are those of each worker's own batch.
         free = FREE - {"train.batch_size"} if config.model.norm == "batch" else FREE
@@ -215,6 +205,10 @@ def check_claim(run: Path, config: Config) -> None:
             )
     elif run.is_dir() and any(run.iterdir()):
         raise VoxelscaleError(f"{run}: holds files but no run", "choose an empty or new folder for the run")
+
+
+def _settled(config: Config) -> Config:
+    return replace(config, optim=config.optim.settled())
 
 
 def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from voxelscale.console import notice
-from voxelscale.device import TRAINING_PRIORITY, autocast
+from voxelscale.device import TRAINING_PRIORITY, autocast, other_stream
 
 Work = Callable[[], object]
 
@@ -141,7 +141,7 @@ class TrainingPass:
 
     def _warmed_up(self, work: Work) -> list[Tensor]:
         """Gradients by single operations, on a side stream, as libraries choose algorithms at first use."""
-        with _side_stream(self._device):
+        with other_stream(self._device):
             for _ in range(3):
                 self._zero()
                 work()
@@ -175,16 +175,3 @@ def _alike(found: list[Tensor], right: list[Tensor]) -> bool:
     apart = torch.stack(torch._foreach_norm(torch._foreach_sub(found, right))).norm()
     size = torch.stack(torch._foreach_norm(right)).norm()
     return bool(apart <= ALIKE * size)
-
-
-@contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """Within it a GPU's work is queued on another stream, in order with that before and after."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)

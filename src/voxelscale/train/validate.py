@@ -110,7 +110,7 @@ def side_stream(device: torch.device) -> AbstractContextManager[None]:
     """Where a thread computes beside the one that calls this; to be entered by that thread.
 
     On a GPU that is a stream of its own, of the lowest priority. It waits for what the caller's stream has
-    been given up to now; a training's stream goes first (`voxelscale.device.training_stream`). It is left
+    been given up to now; a training's stream goes first (`voxelscale.device.TRAINING_PRIORITY`). It is left
     when all of its own work is done: then the caller may use or free what was used.
     """
     if device.type != "cuda":
