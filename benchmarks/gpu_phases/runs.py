@@ -188,14 +188,15 @@ def figures_of(events: list[dict[str, Any]], seen: int) -> dict[str, Any]:
     lines = [event for event in events if event["event"] == "train"]
     steady = lines[1:] or lines
     weights = [line["samples_per_second"] for line in steady]
+    losses = [line["loss"] for line in lines if "loss" in line]
     waited = sum(line["input_wait"] / rate for line, rate in zip(steady, weights, strict=True))
     spent = sum(1 / rate for rate in weights)
     return {
         "seen": seen,
         "samples_per_second": len(steady) / spent,
         "input_wait": waited / spent,
-        "first_loss": lines[0]["loss"],
-        "last_loss": lines[-1]["loss"],
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
         "validations": sum(event["event"] == "validation" for event in events),
         "validation_seconds": [event["seconds"] for event in events if event["event"] == "validation"],
     }

@@ -211,6 +211,7 @@ def test_numbers_that_are_none_break_a_line() -> None:
     )
     assert not re.search(r"\b(nan|inf)\b", html)
     events = [
+        {"event": "train", "samples": 1},  # before the first sums of several ranks
         {"event": "train", "samples": 2, "dice": 0.1, "loss": float("nan")},
         {"event": "validation", "samples": 2},  # of scans without a lesion
     ]

@@ -80,8 +80,8 @@ def training_panels(events: Sequence[Mapping[str, Any]]) -> list[Panel]:
     if not trained:
         return []
     # A validation without a lesion has no Dice.
-    measured = [e for e in events if e["event"] == "validation" and "dice" in e]
-    validated = [(e["samples"], _number(e["dice"])) for e in measured]
+    measured = [e for e in events if e["event"] == "validation" and e.get("dice") is not None]
+    validated = [(e["samples"], float(e["dice"])) for e in measured]
     dice = [
         Line(name="validation, whole scans", points=validated, mark="o"),
         Line(
@@ -99,13 +99,13 @@ def training_panels(events: Sequence[Mapping[str, Any]]) -> list[Panel]:
 
 
 def _smooth(events: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    """A running mean over a twentieth of the events: single batches differ wildly."""
-    width = max(1, len(events) // 20)
-    values = [_number(e[name]) for e in events]
+    """A running mean over a twentieth of the events: single batches differ wildly.
+
+    An event without the number is left out: the first of several ranks precedes any sum of theirs, a training
+    that diverged has no loss, and a loss of one's own may come without a Dice.
+    """
+    known = [e for e in events if e.get(name) is not None]
+    width = max(1, len(known) // 20)
+    values = [float(e[name]) for e in known]
     means = [float(np.mean(values[max(0, i + 1 - width) : i + 1])) for i in range(len(values))]
-    return [(e["samples"], mean) for e, mean in zip(events, means, strict=True)]
-
-
-def _number(value: Any) -> float:
-    """A log's number; NaN for what is none, as the loss of a training that diverged."""
-    return float("nan") if value is None else float(value)
+    return [(e["samples"], mean) for e, mean in zip(known, means, strict=True)]
