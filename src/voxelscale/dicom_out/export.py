@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,12 @@ from voxelscale.config import ReadingConfig
 from voxelscale.config.export import ExportConfig
 from voxelscale.console import Progress, notice
 from voxelscale.dataset.source import Source
-from voxelscale.dicom_out import seg
+from voxelscale.dicom_out import rtstruct, seg, sr
 from voxelscale.dicom_out.codes import Concept, concept_of
-from voxelscale.dicom_out.objects import Algorithm, finished
+from voxelscale.dicom_out.objects import Algorithm, finished, uid_of
 from voxelscale.dicom_out.original import Original, read_original
 from voxelscale.dicom_out.segments import (
+    Part,
     Segment,
     class_maps,
     on_slices,
@@ -76,11 +77,15 @@ class Prediction:
         return {name: concept_of(name, self.options.codes, chest=chest) for name in self.classes.names}
 
     @cached_property
-    def of_findings(self) -> list[Segment]:
-        """A segment of each finding."""
+    def parts(self) -> list[Part]:
+        """The voxels of each finding that the mask has, and of each class what is no finding."""
         merge_mm = float(self.facts.get("merge_mm", 0.0))
-        args = self.stored, self.classes, self.findings, self.original.grid, merge_mm
-        return self._on_slices(parts_of(*args), per_finding=True)
+        return parts_of(self.stored, self.classes, self.findings, self.original.grid, merge_mm)
+
+    @cached_property
+    def of_findings(self) -> list[Segment]:
+        """A segment of each part."""
+        return self._on_slices(self.parts, per_finding=True)
 
     @cached_property
     def segments(self) -> list[Segment]:
@@ -197,11 +202,7 @@ def export_case(
     """
     check_installed()
     prediction = read_predicted(prediction_folder, source, options or ExportConfig(), reading)
-    made: dict[str, bytes] = {}
-    if "seg" in kinds:
-        made |= _segmentations(prediction, prediction.segments, "seg")
-    if "probability" in kinds:
-        made |= _segmentations(prediction, prediction.probable, "probability")
+    made = _made(prediction, kinds)
     folder = out / source.case
     for kind in kinds:
         for old in folder.glob(f"{kind}*.dcm"):
@@ -285,15 +286,71 @@ def _on_scan(path: Path, original: Original) -> NDArray[Any]:
     return mask.array
 
 
-def _segmentations(prediction: Prediction, segments: list[Segment], kind: str) -> dict[str, bytes]:
-    """The SEG objects of a kind by their files' names."""
+def _made(prediction: Prediction, kinds: Sequence[str]) -> dict[str, bytes]:
+    """The files of a case by their names."""
+    made: dict[str, bytes] = {}
+    written: list[tuple[Segment, Any, int]] = []
+    if "seg" in kinds:
+        for name, group, dataset in _segmentations(prediction, prediction.segments, "seg"):
+            made[name] = finished(dataset, "seg")
+            written += [(segment, dataset, number) for number, segment in enumerate(group, start=1)]
+    if "probability" in kinds:
+        for name, _, dataset in _segmentations(prediction, prediction.probable, "probability"):
+            made[name] = finished(dataset, "probability")
+    if "sr" in kinds:
+        made["sr.dcm"] = finished(sr.report(_measured(prediction, written), *_common(prediction)), "sr")
+    if "rtstruct" in kinds and prediction.segments:
+        dataset = rtstruct.structure_set(prediction.segments, *_common(prediction))
+        made["rtstruct.dcm"] = finished(dataset, "rtstruct")
+    return made
+
+
+def _common(prediction: Prediction) -> tuple[Original, Algorithm]:
+    return prediction.original, prediction.algorithm
+
+
+def _segmentations(
+    prediction: Prediction, segments: list[Segment], kind: str
+) -> Iterator[tuple[str, list[Segment], Any]]:
+    """The SEG objects of a kind: each one's file, segments and data set."""
     fractional = kind == "probability"
     if not segments:
-        return {}
+        return
     groups = seg.groups_of(segments, prediction.original, fractional=fractional)
-    made = {}
     for number, group in enumerate(groups, start=1):
-        args = group, prediction.original, prediction.algorithm, number
-        name = f"{kind}.dcm" if len(groups) == 1 else f"{kind}_{number}.dcm"
-        made[name] = finished(seg.segmentation(*args, fractional=fractional), kind)
-    return made
+        dataset = seg.segmentation(group, *_common(prediction), number, fractional=fractional)
+        yield (f"{kind}.dcm" if len(groups) == 1 else f"{kind}_{number}.dcm"), group, dataset
+
+
+def _measured(prediction: Prediction, written: Sequence[tuple[Segment, Any, int]]) -> list[sr.Measured]:
+    """The findings that the mask has, each with the segment of the SEG that shows it.
+
+    Args:
+        written: each segment, the SEG that holds it, and its number there.
+    """
+    per_finding = prediction.options.segments == "finding"
+    tracked = {segment.rank: segment for segment in prediction.of_findings}
+    measured = []
+    for part in prediction.parts:
+        if part.rank is None:
+            continue
+        finding, name = prediction.findings[part.rank - 1], prediction.classes.names[part.at]
+        shown = next(
+            (
+                (dataset, number)
+                for segment, dataset, number in written
+                if (segment.rank == part.rank if per_finding else segment.class_name == name)
+            ),
+            None,
+        )
+        own = tracked.get(part.rank)
+        measured.append(
+            sr.Measured(
+                finding=finding,
+                name=own.name if own else f"{name} {part.rank}",
+                tracking=own.tracking if own else uid_of(prediction.original.series, name, part.rank),
+                concept=prediction.concepts[name],
+                shown=shown,
+            )
+        )
+    return measured
