@@ -39,8 +39,8 @@ from voxelscale.predict.work import made_from_this
 from voxelscale.report.cases import CaseScans
 
 KINDS = ("seg", "probability", "sr", "rtstruct", "page")
-"""What can be written of a case: a binary SEG, a fractional one, a report of measurements, contours, one page
-of HTML."""
+"""What can be written of a case: a binary SEG, a fractional one, a report of measurements, contours, and a
+page of HTML."""
 
 INSTALL = "pip install 'voxelscale[hospital]'"
 AGAIN = "run voxelscale predict again"
@@ -307,7 +307,9 @@ def _made(prediction: Prediction, kinds: Sequence[str]) -> dict[str, bytes]:
         for name, _, dataset in _segmentations(prediction, prediction.probable, "probability"):
             made[name] = finished(dataset, "probability")
     if "sr" in kinds:
-        made["sr.dcm"] = finished(sr.report(_measured(prediction, written), *_common(prediction)), "sr")
+        kinds_of_findings = [concept.kind for concept in prediction.concepts.values()]
+        dataset = sr.report(_measured(prediction, written), kinds_of_findings, *_common(prediction))
+        made["sr.dcm"] = finished(dataset, "sr")
     if "rtstruct" in kinds and prediction.segments:
         dataset = rtstruct.structure_set(prediction.segments, *_common(prediction))
         made["rtstruct.dcm"] = finished(dataset, "rtstruct")
