@@ -121,6 +121,28 @@ def test_values_that_break_the_rules_are_left_empty_and_not_shown(
         assert pydicom.dcmread(path).PatientBirthDate == ""
 
 
+@pytest.mark.parametrize(
+    ("sets", "name"),
+    [
+        ("ISO_IR 100", "Größe^Ünal"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+        ("ISO_IR 192", "Ψ^Ω"),
+    ],
+)
+def test_names_in_any_alphabet(sets: str | list[str], name: str, tmp_path: Path, judge: Judge) -> None:
+    files = ct_of("prone", tmp_path / "ct")
+    for file in files:
+        file.SpecificCharacterSet, file.PatientName, file.StudyDate = sets, name, "20240231"
+    write(files, tmp_path / "ct")
+    source = source_of(tmp_path / "ct")
+    predict_by_hand(tmp_path / "out", source, [BALLS])
+    for path in export_case(tmp_path / "out", source, tmp_path / "out", ["seg", "sr", "rtstruct"]):
+        judge(path)
+        made = pydicom.dcmread(path)
+        assert made.PatientName == name
+        assert made.StudyDate == "", "there is no such day"
+
+
 def faulty(ct: Path, change: Callable[[int, pydicom.FileDataset], None]) -> None:
     for number, path in enumerate(sorted(ct.iterdir())):
         file = pydicom.dcmread(path)
@@ -137,6 +159,10 @@ def one_uid(number: int, file: pydicom.FileDataset) -> None:
     file.SOPInstanceUID = "1.2.3.4"
 
 
+def long_uid(number: int, file: pydicom.FileDataset) -> None:
+    file.SOPInstanceUID = f"1.2.3.{number}." + "4" * 70
+
+
 def no_study(number: int, file: pydicom.FileDataset) -> None:
     file.StudyInstanceUID = ""
 
@@ -145,6 +171,7 @@ def no_study(number: int, file: pydicom.FileDataset) -> None:
     ("change", "words"),
     [
         (no_uid, "without a valid SOPInstanceUID"),
+        (long_uid, "without a valid SOPInstanceUID"),
         (one_uid, "two of its slices have one SOPInstanceUID"),
         (no_study, "no valid StudyInstanceUID"),
     ],
