@@ -176,6 +176,7 @@ def no_study(number: int, file: pydicom.FileDataset) -> None:
         (no_study, "no valid StudyInstanceUID"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The value length")
 def test_what_a_result_cannot_refer_to_is_refused(
     change: Callable[[int, pydicom.FileDataset], None], words: str, tmp_path: Path
 ) -> None:
@@ -236,6 +237,18 @@ def test_another_scans_prediction_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VoxelscaleError, match=r"mask\.nii\.gz does not lie on the scan"):
         export_case(tmp_path / "out", source, tmp_path / "out", ["seg"])
     assert not list(folder.glob("*.dcm"))
+
+
+def test_a_mask_that_is_none_of_the_findings_is_refused(tmp_path: Path) -> None:
+    ct_of("prone", tmp_path / "ct")
+    source = source_of(tmp_path / "ct")
+    folder = predict_by_hand(tmp_path / "out", source, [BALLS])
+    mask = read_label(folder / "mask.nii.gz")
+    mask.array[0, 0, 0] = 1
+    write_scan(mask, folder / "mask.nii.gz")
+    with pytest.raises(VoxelscaleError, match="what is none of its findings") as caught:
+        export_case(tmp_path / "out", source, tmp_path / "out", ["seg"])
+    assert caught.value.hint == "run voxelscale predict again"
 
 
 def test_probabilities_that_were_not_kept(tmp_path: Path) -> None:
