@@ -310,6 +310,36 @@ def csv_and_json(folder: Path) -> tuple[Path, Path]:
     return folder / "findings.csv", folder / "findings.json"
 
 
+def test_a_loss_of_the_source_is_not_concealed(tmp_path: Path, judge: Judge) -> None:
+    files = ct_of("prone", tmp_path / "ct")
+    for file in files:
+        file.LossyImageCompression, file.LossyImageCompressionRatio = "01", "12.5"
+        file.LossyImageCompressionMethod = "ISO_10918_1"
+    write(files, tmp_path / "ct")
+    case = exported(tmp_path / "ct", tmp_path / "out", kinds=["seg"])
+    judge(case.files["seg"])
+    seg = pydicom.dcmread(case.files["seg"])
+    assert seg.LossyImageCompression == "01"
+    assert (seg.LossyImageCompressionRatio, seg.LossyImageCompressionMethod) == (12.5, "ISO_10918_1")
+
+
+def test_classes_of_any_name(tmp_path: Path, judge: Judge) -> None:
+    names = ("Tumör\\Ödem", "very long " * 12, "腫瘍")
+    classes = Classes(names=names, values=((1,), (2,), (3,)))
+    ct_of("prone", tmp_path / "ct")
+    balls: list[list[Ball]] = [[(0.3, 0.3, 0.3, 5.0)], BALLS[1:], [(0.7, 0.3, 0.8, 4.0)]]
+    case = exported(tmp_path / "ct", tmp_path / "out", balls, classes)
+    for file in case.files.values():
+        judge(file)
+    for kind, sequence, name in (
+        ("seg", "SegmentSequence", "SegmentLabel"),
+        ("rtstruct", "StructureSetROISequence", "ROIName"),
+    ):
+        labels = {str(item[name].value) for item in pydicom.dcmread(case.files[kind])[sequence]}
+        assert {label[:-2] for label in labels} == {"Tumör/Ödem", ("very long " * 12)[:62], "腫瘍"}
+        assert all(len(label) <= 64 for label in labels)
+
+
 def test_regions_overlap(tmp_path: Path, judge: Judge) -> None:
     ct_of("prone", tmp_path / "ct")
     balls = [[(0.5, 0.5, 0.5, 6.0)], [(0.5, 0.5, 0.5, 3.5)]]
