@@ -12,6 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from matplotlib.path import Path as Polygon
 from numpy.typing import NDArray
 from pydicom.uid import RLELossless
 from scipy import ndimage
@@ -167,6 +168,44 @@ def test_however_the_slices_lie(name: str, tmp_path: Path, judge: Judge) -> None
     turned = shared.PlaneOrientationSequence[0].ImageOrientationPatient
     assert np.allclose(turned, files[0].ImageOrientationPatient, atol=1e-5)
     assert np.allclose(shared.PixelMeasuresSequence[0].PixelSpacing, files[0].PixelSpacing, atol=1e-6)
+
+
+def frames_of(seg: pydicom.FileDataset) -> dict[tuple[int, str], NDArray[np.bool_]]:
+    """Pixels by segment and slice."""
+    pixels = seg.pixel_array.reshape(-1, seg.Rows, seg.Columns)
+    found = {}
+    for frame, values in zip(seg.PerFrameFunctionalGroupsSequence, pixels, strict=True):
+        number = frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        (source,) = frame.DerivationImageSequence[0].SourceImageSequence
+        found[number, source.ReferencedSOPInstanceUID] = values > 0
+    return found
+
+
+@pytest.mark.parametrize("name", ["sagittal", "tilted, uneven", "leaning"])
+def test_contours_hold_the_segments_pixels(name: str, tmp_path: Path) -> None:
+    """Both read by pydicom, filled by Matplotlib on the pixels that the slices' own headers describe."""
+    files = {file.SOPInstanceUID: file for file in ct_of(name, tmp_path / "ct")}
+    case = exported(tmp_path / "ct", tmp_path / "out", kinds=["seg", "rtstruct"])
+    wanted = frames_of(pydicom.dcmread(case.files["seg"]))
+    got: dict[tuple[int, str], NDArray[np.bool_]] = {}
+    for region in pydicom.dcmread(case.files["rtstruct"]).ROIContourSequence:
+        for contour in region.ContourSequence:
+            uid = contour.ContourImageSequence[0].ReferencedSOPInstanceUID
+            right, down = np.asarray(files[uid].ImageOrientationPatient, float).reshape(2, 3)
+            away = np.asarray(contour.ContourData, float).reshape(-1, 3) - np.asarray(
+                files[uid].ImagePositionPatient, float
+            )
+            assert np.abs(away @ np.cross(right, down)).max() < 1e-3
+            rows, columns = (
+                away @ axis / float(step)
+                for axis, step in zip((down, right), files[uid].PixelSpacing, strict=True)
+            )
+            index = np.indices((24, 30)).reshape(2, -1).T
+            filled = Polygon(np.column_stack([rows, columns])).contains_points(index).reshape(24, 30)
+            key = (int(region.ReferencedROINumber), uid)
+            got[key] = got.get(key, np.zeros((24, 30), bool)) ^ filled
+    assert got.keys() == wanted.keys()
+    assert all(np.array_equal(got[key], wanted[key]) for key in got)
 
 
 @pytest.mark.parametrize("name", ["feet first", "tilted"])
