@@ -1,0 +1,307 @@
+"""Watch an archive; answer each new series once; survive restarts of either side.
+
+A series goes from state to state in the ledger: seen, fetched, predicted, stored. Each step leaves its
+files whole before the ledger says so, so it can be cut off at any instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from voxelscale.archive.answer import Answer
+from voxelscale.archive.dicomweb import DicomWeb
+from voxelscale.archive.dimse import Sender
+from voxelscale.archive.health import Meter
+from voxelscale.archive.identity import Entry, check_results
+from voxelscale.archive.inbox import Inbox
+from voxelscale.archive.ledger import FILE, Ledger, Row
+from voxelscale.archive.rules import against
+from voxelscale.archive.settings import ListenSettings
+from voxelscale.archive.troubles import AwayError, UntrueError
+from voxelscale.console import notice, warn
+from voxelscale.dataset.names import Names
+from voxelscale.errors import VoxelscaleError
+
+LONGEST_REASON = 300
+"""Characters of a reason in the ledger."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time, and how to wait; tests have one of their own.
+
+    Attributes:
+        now: seconds since 1970.
+        wait: waits for so many seconds.
+    """
+
+    now: Callable[[], float] = time.time
+    wait: Callable[[float], None] = time.sleep
+
+
+@dataclass
+class Listener:
+    """Answers series, one after another.
+
+    Attributes:
+        settings: rules and times.
+        folder: keeps the ledger and the files of series that are worked on.
+        scans: where series come from.
+        sink: where results go.
+        answer: what a scan's results are.
+        names: with the key of the hash; patients and series are called by it.
+    """
+
+    settings: ListenSettings
+    folder: Path
+    scans: DicomWeb | Inbox
+    sink: DicomWeb | Sender
+    answer: Answer
+    names: Names
+    clock: Clock = field(default_factory=Clock)
+    meter: Meter = field(default_factory=Meter)
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.folder / FILE)
+        self._settled: dict[str, int] = {}
+        self._away = 0
+        self.meter.series(self.ledger.counts())
+
+    def run(self) -> None:
+        """Go on until it is interrupted."""
+        while True:
+            self.clock.wait(self.round())
+
+    def round(self) -> float:
+        """Look at the archive once and do all that is due; seconds until the next round."""
+        self._alive()
+        reached = self._look()
+        for row in self.ledger.due(self.clock.now(), self.settings.stable):
+            if not self._finish(row, reached):
+                reached = False
+        self.meter.series(self.ledger.counts())
+        self.meter.put("archive_up", int(reached))
+        if reached and self._away:
+            notice("the archive answers again")
+        self._away = 0 if reached else self._away + 1
+        settings = self.settings
+        return min(settings.every * 2.0 ** min(self._away, 30), settings.longest_wait)
+
+    def _look(self) -> bool:
+        """Enter what is new into the ledger; whether the archive answers."""
+        try:
+            for entry in self._entries():
+                if entry.modality in self.settings.rules.modality:
+                    self._see(entry)
+        except AwayError as error:
+            if not self._away:
+                warn(f"{error.message}; {error.hint}")
+            return False
+        except UntrueError as error:
+            warn(error.message)
+            return True
+        self.meter.put("last_look_seconds", self.clock.now())
+        return True
+
+    def _entries(self) -> Iterator[Entry]:
+        """The series that the archive has; of studies that have not changed and are done, none."""
+        if isinstance(self.scans, Inbox):
+            yield from self.scans.look()
+            wanted = {
+                row.series for row in self.ledger.rows() if row.state in ("seen", "fetched", "predicted")
+            }
+            self.scans.forget_old(wanted)
+            return
+        archive = self.settings.archive
+        days = archive.days if archive else 0
+        since = datetime.fromtimestamp(self.clock.now(), UTC).date() - timedelta(days) if days else None
+        for modality in self.settings.rules.modality:
+            for study in self.scans.studies(modality, since):
+                if study.instances is not None and self._settled.get(study.uid) == study.instances:
+                    continue
+                try:
+                    entries = self.scans.series(study.uid)
+                except UntrueError as error:
+                    warn(f"a study: {error.message}")
+                    continue
+                yield from entries
+                rows = self.ledger.of_study(study.uid)
+                done = all(row.state in ("stored", "skipped", "failed") for row in rows)
+                if done and study.instances is not None:
+                    self._settled[study.uid] = study.instances
+
+    def _see(self, entry: Entry) -> None:
+        now, name = self.clock.now(), self.names.case(entry.series)
+        before = self.ledger.get(entry.series)
+        row = self.ledger.see(entry.study, entry.series, name, entry.instances, now)
+        if before is None:
+            notice(f"{name}: seen, {entry.instances} instances", level=2)
+        elif row.reason != before.reason and row.reason:
+            warn(f"{name}: {row.reason}")
+        if before is not None and row.state == "seen" and before.state != "seen":
+            self._clear(row)
+
+    def _finish(self, row: Row, reached: bool) -> bool:
+        """Take a series as far as it goes; whether the archive is still there."""
+        steps = {"seen": self._fetch, "fetched": self._predict, "predicted": self._send}
+        while row.state in steps:
+            step = steps[row.state]
+            if not reached and row.state != "fetched":
+                return False
+            if row.attempts >= self.settings.attempts:  # the process ended during each of them
+                self._fail(row, f"the program ended {row.attempts} times while it worked on it")
+                return reached
+            self._alive()
+            row, began, kind = self.ledger.begin(row, self.clock.now()), time.monotonic(), row.state
+            try:
+                row, ended = step(row), "done"
+            except AwayError as error:
+                ended = "away"
+                if not self._answering(kind):
+                    self.ledger.take_back(row, self.clock.now())
+                    if not self._away:
+                        warn(f"{error.message}; {error.hint}")
+                    return False
+                self._later(row, error)
+                return reached
+            except UntrueError as error:
+                ended = "untrue"
+                self._later(row, error)
+                return reached
+            except VoxelscaleError as error:
+                ended = "failed"
+                self._fail(row, error.message)
+                return reached
+            except Exception as error:  # a scan that no one thought of must not end the service
+                ended = "failed"
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                what = f"{type(error).__name__} in {Path(at.filename).name}:{at.lineno}"
+                self._fail(row, f"unexpected: {what}")
+                return reached
+            except BaseException:
+                ended = "interrupted"
+                self.ledger.take_back(row, self.clock.now())
+                raise
+            finally:
+                self.meter.add("steps_total", f'step="{kind}",end="{ended}"')
+                self.meter.add("step_seconds_total", f'step="{kind}"', time.monotonic() - began)
+        return reached
+
+    def _answering(self, state: str) -> bool:
+        """Whether the archive of a step answers, so that its trouble is with this series."""
+        return self.scans.answers() if state == "seen" else self.sink.answers()
+
+    def _fetch(self, row: Row) -> Row:
+        entry = self._entry(row)
+        if reason := against(self.settings.rules, self.scans.describe(entry), row.instances):
+            return self._end(row, "skipped", reason)
+        part, place = self._place(row, "scan.part"), self._place(row, "scan")
+        for old in (part, place):
+            shutil.rmtree(old, ignore_errors=True)
+        part.mkdir(parents=True)
+        patient = self.scans.fetch(entry, part)
+        os.replace(part, place)
+        return self.ledger.move(row, "fetched", self.clock.now(), patient=self.names.patient(patient))
+
+    def _predict(self, row: Row) -> Row:
+        part, place = self._place(row, "results.part"), self._place(row, "results")
+        for old in (part, place):
+            shutil.rmtree(old, ignore_errors=True)
+        part.mkdir(parents=True)
+        files = self.answer(self._place(row, "scan"), part)
+        check_results(files, self._entry(row), self._patient(row))
+        os.replace(part, place)
+        return self.ledger.move(row, "predicted", self.clock.now())
+
+    def _send(self, row: Row) -> Row:
+        patient = self._patient(row)
+        files = sorted(file for file in self._place(row, "results").rglob("*") if file.is_file())
+        headers = check_results(files, self._entry(row), patient)
+        now_of = self.sink.patient(row.study)
+        if now_of and now_of != patient:
+            what = "its study has another PatientID than when it was fetched"
+            if self.sink is not self.scans:
+                raise UntrueError(what, "")
+            return self._end(row, "seen", f"{what}: it is fetched again")
+        left = [
+            file
+            for file, header in zip(files, headers, strict=True)
+            if not self.ledger.was_sent(str(header.SOPInstanceUID))
+        ]
+        sent = self.sink.send(left, lambda uid: self.ledger.sent(row, uid, self.clock.now()))
+        self.meter.add("results_total", value=sent)
+        row = self._end(row, "stored", "")
+        self.scans.release(self._entry(row))
+        return row
+
+    def _patient(self, row: Row) -> str:
+        """The PatientID of what was fetched, which is in its files only."""
+        from voxelscale.archive.identity import read_header, text_of
+
+        files = sorted(self._place(row, "scan").glob("*.dcm"))
+        patient = text_of(read_header(files[0]), "PatientID") if files else ""
+        if not files or self.names.patient(patient) != row.patient:
+            raise UntrueError("the files that were fetched are gone or have been changed", "")
+        return patient
+
+    def _end(self, row: Row, state: str, reason: str) -> Row:
+        notice(f"{row.name}: {state}{f': {reason}' * bool(reason)}", level=1 if state == "stored" else 2)
+        row = self.ledger.move(row, state, self.clock.now(), reason)  # type: ignore[arg-type]
+        self._clear(row)
+        return row
+
+    def _fail(self, row: Row, reason: str) -> None:
+        reason = reason.replace(str(self.folder), "")[:LONGEST_REASON]
+        warn(f"{row.name}: failed: {reason}")
+        self._end(row, "failed", reason)
+
+    def _later(self, row: Row, error: VoxelscaleError) -> None:
+        """Try a step again after a while; too many attempts are a failure."""
+        now, reason = self.clock.now(), error.message[:LONGEST_REASON]
+        if row.attempts >= self.settings.attempts:
+            self._fail(row, f"{reason} ({row.attempts} attempts)")
+            return
+        wait = min(self.settings.wait * 2 ** (row.attempts - 1), self.settings.longest_wait)
+        notice(f"{row.name}: {reason}; again in {wait:.0f} s")
+        self.ledger.later(row, now + wait, now, reason)
+
+    def _clear(self, row: Row) -> None:
+        """Remove the files of a series that is not worked on."""
+        shutil.rmtree(self.folder / "work" / row.name, ignore_errors=True)
+
+    def _place(self, row: Row, kind: str) -> Path:
+        return self.folder / "work" / row.name / kind
+
+    def _entry(self, row: Row) -> Entry:
+        return Entry(study=row.study, series=row.series, modality="", instances=row.instances)
+
+    def _alive(self) -> None:
+        self.meter.put("last_alive_seconds", self.clock.now())
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Only one process at a time works in the folder.
+
+    Raises:
+        VoxelscaleError: another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "listen.lock").open("w") as handle:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # not on Windows
+            pass
+        except OSError:
+            raise VoxelscaleError(f"{folder}: another listen works there", "end it first") from None
+        yield
