@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -9,9 +10,12 @@ import os
 import shutil
 import signal
 import socket
+import socketserver
+import ssl
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,12 +64,8 @@ class Orthanc:
     process: subprocess.Popen[bytes] | None = None
 
     @property
-    def scheme(self) -> str:
-        return "https" if self.more.get("SslEnabled") else "http"
-
-    @property
     def url(self) -> str:
-        return f"{self.scheme}://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def web(self) -> str:
@@ -86,7 +86,6 @@ class Orthanc:
             "AuthenticationEnabled": False,
             "DicomAlwaysAllowFind": True,
             "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
-            # The port is closed at once when it is killed, so another one would do as well.
             "HttpThreadsCount": 8,
             **self.more,
         }
@@ -128,7 +127,6 @@ class Orthanc:
             method,
             self.url + path,
             auth=next(((u.encode(), p.encode()) for u, p in users.items()), None),
-            verify=False if self.scheme == "https" else True,
             timeout=20,
             **more,
         )
@@ -149,6 +147,38 @@ class Orthanc:
         return [
             self.get(f"/instances/{one}/simplified-tags") for series in found for one in series["Instances"]
         ]
+
+
+@contextlib.contextmanager
+def in_front(port: int, both: Path) -> Iterator[int]:
+    """A port that speaks TLS for another one; Debian 12's Orthanc crashes at the first handshake itself."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(both)
+
+    class Pass(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with (
+                contextlib.suppress(OSError),
+                context.wrap_socket(self.request, server_side=True) as near,
+                socket.create_connection(("127.0.0.1", port)) as far,
+            ):
+                there = threading.Thread(target=_pass, args=(near, far))
+                there.start()
+                _pass(far, near)
+                there.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Pass) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield int(server.server_address[1])
+        server.shutdown()
+
+
+def _pass(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_RDWR)
 
 
 def certificate(folder: Path, name: str = "server") -> Path:
@@ -260,7 +290,13 @@ RULES = RulesSettings(min_slices=3)
 
 
 def settings(**changes: Any) -> ListenSettings:
-    values = {"model": "m", "folder": "f", "rules": RULES, "archive": ArchiveSettings(url="http://x"), **changes}
+    values = {
+        "model": "m",
+        "folder": "f",
+        "rules": RULES,
+        "archive": ArchiveSettings(url="http://x"),
+        **changes,
+    }
     return ListenSettings(**values)
 
 
@@ -269,10 +305,8 @@ def listener(
 ) -> Listener:
     """A listener at its beginning, or at its next one."""
     names = Names(how="hash", folder=folder)
-    scans = Inbox(folder / "inbox", names) if archive is None else archive
-    return Listener(
-        settings(**changes), folder, scans, sink or scans, answer, names, time.clock, Meter()
-    )
+    scans: Any = Inbox(folder / "inbox", names) if archive is None else archive
+    return Listener(settings(**changes), folder, scans, sink or scans, answer, names, time.clock, Meter())
 
 
 def missing() -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.archive.hospital import PASSWORD, USER, Orthanc, certificate, series, uids
+from tests.archive.hospital import PASSWORD, USER, Orthanc, certificate, in_front, series, uids
 
 from voxelscale.archive.access import PASSWORD as PASSWORD_VARIABLE
 from voxelscale.archive.access import TOKEN, Access
@@ -42,24 +42,22 @@ def test_basic_authentication(
     assert "wrong" not in caught.value.message + caught.value.hint
 
 
-def test_tls(
-    start_orthanc: Callable[..., Orthanc], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both = certificate(tmp_path)
-    orthanc = start_orthanc(SslEnabled=True, SslCertificate=str(both))
+def test_tls(orthanc: Orthanc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = series(tmp_path / "a", "P1")
     orthanc.add(files)
-    web = DicomWeb(Access(url=orthanc.web, ca_file=tmp_path / "server.crt"))
-    (entry,) = web.series(web.studies()[0].uid)
-    assert web.fetch(entry, tmp_path / "out") == "P1"
-    assert entry.series == uids(files)[1]
-    with pytest.raises(AwayError, match="its certificate is not trusted"):
-        DicomWeb(Access(url=orthanc.web)).studies()
     certificate(tmp_path, "other")
-    # The given file counts, whatever the environment says.
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "server.crt"))
-    with pytest.raises(AwayError, match="its certificate is not trusted"):
-        DicomWeb(Access(url=orthanc.web, ca_file=tmp_path / "other.crt")).studies()
+    with in_front(orthanc.port, certificate(tmp_path)) as port:
+        url = f"https://127.0.0.1:{port}/dicom-web"
+        web = DicomWeb(Access(url=url, ca_file=tmp_path / "server.crt"))
+        (entry,) = web.series(web.studies()[0].uid)
+        assert web.fetch(entry, tmp_path / "out") == "P1"
+        assert entry.series == uids(files)[1]
+        with pytest.raises(AwayError, match="its certificate is not trusted"):
+            DicomWeb(Access(url=url)).studies()
+        # The given file counts, whatever the environment says.
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "server.crt"))
+        with pytest.raises(AwayError, match="its certificate is not trusted"):
+            DicomWeb(Access(url=url, ca_file=tmp_path / "other.crt")).studies()
 
 
 @pytest.mark.parametrize(

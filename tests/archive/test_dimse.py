@@ -49,7 +49,13 @@ def port(tmp_path: Path) -> Iterator[Port]:
 
 
 def sender(orthanc: Orthanc, **more: Any) -> Sender:
-    values = {"host": "127.0.0.1", "port": orthanc.dicom_port, "ae_title": "ORTHANC", "timeout": 5.0, **more}
+    values = {
+        "host": "127.0.0.1",
+        "port": orthanc.dicom_port,
+        "ae_title": "ORTHANC",
+        "timeout": 5.0,
+        **more,
+    }
     return Sender(SendSettings(**values))
 
 
@@ -118,10 +124,10 @@ def test_duplicates_are_harmless(tmp_path: Path, port: Port, told: Callable[[], 
 
 def test_another_patients_instance_in_a_series(tmp_path: Path, port: Port) -> None:
     files = series(tmp_path / "a", "P1")
-    stray = series(tmp_path / "b", "P2", change=lambda d: (_move(d, files), None)[1])
+    stray = series(tmp_path / "b", "P2", change=lambda d: _move(d, files))
     port.send(*files, stray[0])
     (entry,) = port.inbox.look()
-    with pytest.raises(UntrueError, match="instance . is of another patient"):
+    with pytest.raises(UntrueError, match=r"instance . is of another patient"):
         port.inbox.fetch(entry, tmp_path / "out")
 
 

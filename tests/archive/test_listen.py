@@ -97,7 +97,9 @@ def test_what_no_network_can_handle_stops_nothing(
     ends = {uids(list((tmp_path / str(n)).iterdir()))[1]: end for n, end in enumerate(kinds.values())}
     assert {row.series: row.state for row in one.ledger.rows()} == ends
     reasons = sorted(row.reason for row in one.ledger.rows() if row.state == "failed")
-    assert reasons[0] == "/work/NAME/scan: not a scan for this model".replace("NAME", names_of(one)["UNFIT"])
+    assert reasons[0] == "/work/NAME/scan: not a scan for this model".replace(
+        "NAME", names_of(one)["UNFIT"]
+    )
     assert reasons[1] == "result 1 is for another patient: it is not sent"
     assert reasons[2].startswith("unexpected: RuntimeError in hospital.py:")
     assert len(orthanc.headers("SR")) == 2
@@ -118,8 +120,8 @@ def names_of(one: Listener) -> dict[str, str]:
 
 
 def test_the_rules_choose(orthanc: Orthanc, tmp_path: Path) -> None:
-    chosen = {"kernel": "B70f", "description": "Lung 1.25"}
-    others: list[dict[str, str]] = [
+    chosen: dict[str, Any] = {"kernel": "B70f", "description": "Lung 1.25"}
+    others: list[dict[str, Any]] = [
         {"kernel": "B30f", "description": "Lung"},
         {"body_part": "ABDOMEN"},
         {"description": "Lung scout"},
@@ -238,12 +240,9 @@ def test_an_end_at_any_instant(orthanc: Orthanc, tmp_path: Path) -> None:
     one = listener(tmp_path / "l", archive, answer, time)
     assert len(orthanc.headers("SR")) == 1
     assert [(r.state, r.attempts) for r in one.ledger.rows()] == [("predicted", 0)]
-    sent: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        store = DICOMwebClient.store_instances
-        patch.setattr(DICOMwebClient, "store_instances", lambda *a: (sent.append("again"), store(*a))[1])
+        patch.delattr(DICOMwebClient, "store_instances")  # nothing is sent again
         settle(one, time)
-    assert not sent
     assert one.ledger.counts()["stored"] == 1
     assert len(orthanc.headers("SR")) == 1
 
@@ -306,7 +305,9 @@ def test_a_day(orthanc: Orthanc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         begins = BEGAN + random.uniform(0, 0.9 * day)
         uploads += [(begins + random.uniform(0, 90), file) for file in files]
     uploads.sort()
-    troubles = sorted((BEGAN + random.uniform(0, 0.9 * day), random.choice(("down", "end"))) for _ in range(16))
+    troubles = sorted(
+        (BEGAN + random.uniform(0, 0.9 * day), random.choice(("down", "end"))) for _ in range(16)
+    )
     up_again: list[float] = []
     time, answer = Time(), StandIn()
 

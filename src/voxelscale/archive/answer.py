@@ -10,11 +10,11 @@ from voxelscale.config import Config
 from voxelscale.console import count, warn
 from voxelscale.dataset import DataSet
 from voxelscale.device import default_device
+from voxelscale.dicom_out.export import export_case
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.bundle import Bundle
 from voxelscale.predict.record import record_cases
 from voxelscale.predict.work import Work
-
 
 Answer = Callable[[Path, Path], Sequence[Path]]
 """Looks at the scan in a folder, and writes its results as DICOM files into another one."""
@@ -25,13 +25,16 @@ class Model:
 
     Args:
         bundle: the model; it stays in memory between scans.
-        config: its ``predict`` and ``reading`` count.
+        config: its ``predict``, ``reading`` and ``export`` count.
         predictions: the folder that gets masks and findings, as `voxelscale predict` writes them.
-        kinds: of results, as `voxelscale.dicom_out.export.export_case` takes them.
+        kinds: of results, as `export_case` takes them.
     """
 
     def __init__(self, bundle: Bundle, config: Config, predictions: Path, kinds: Sequence[str]) -> None:
         self._predictions, self._kinds = predictions, tuple(kinds)
+        self._options = config.export
+        if "probability" in kinds:
+            config = replace(config, predict=replace(config.predict, probabilities=True))
         self._reading = replace(config.reading, names="hash", labels=None)
         self._work = Work(bundle, config.predict, predictions, default_device(), self._reading)
 
@@ -53,6 +56,4 @@ class Model:
             raise VoxelscaleError(source.without_paths(message), hint)
         for text in outcome.warnings.get(source.case, ()):
             warn(f"{source.case}: {text}")
-        from voxelscale.dicom_out.export import export_case
-
-        return export_case(self._predictions / source.case, source, out, self._kinds)
+        return export_case(self._predictions, source, out, self._kinds, self._options, self._reading)

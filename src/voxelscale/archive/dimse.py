@@ -184,8 +184,7 @@ class Sender:
         where = self._settings.host, self._settings.port
         association = entity.associate(*where, ae_title=self._settings.ae_title)
         if not association.is_established:
-            refused = association.is_rejected or association.is_aborted
-            words = "refuses the association" if refused else "cannot be reached"
+            words = "refuses the association" if association.is_rejected else "cannot be reached"
             raise AwayError(f"{self._name}: {words}", "check host, port and AE titles")
         try:
             accepted = {context.abstract_syntax for context in association.accepted_contexts}

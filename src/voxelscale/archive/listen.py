@@ -163,19 +163,15 @@ class Listener:
             row, began, kind = self.ledger.begin(row, self.clock.now()), time.monotonic(), row.state
             try:
                 row, ended = step(row), "done"
-            except AwayError as error:
-                ended = "away"
-                if not self._answering(kind):
-                    self.ledger.take_back(row, self.clock.now())
-                    if not self._away:
-                        warn(f"{error.message}; {error.hint}")
-                    return False
-                self._later(row, error)
-                return reached
-            except UntrueError as error:
-                ended = "untrue"
-                self._later(row, error)
-                return reached
+            except (AwayError, UntrueError) as error:
+                ended = "away" if isinstance(error, AwayError) else "untrue"
+                if self._answering(kind):
+                    self._later(row, error)
+                    return reached
+                self.ledger.take_back(row, self.clock.now())
+                if not self._away:
+                    warn(f"{error.message}; {error.hint}")
+                return False
             except VoxelscaleError as error:
                 ended = "failed"
                 self._fail(row, error.message)

@@ -152,7 +152,7 @@ class ListenSettings:
     rules: RulesSettings = field(default_factory=RulesSettings)
     """Which series."""
     results: tuple[str, ...] = ("seg", "sr")
-    """What is sent, as for predict --dicom-out."""
+    """What is sent: seg, probability, sr, rtstruct, as for predict --dicom-out."""
     set: tuple[str, ...] = ()
     """Keys of the model's config, such as [predict.threshold=0.6]."""
     every: float = 30.0

@@ -40,6 +40,8 @@ class PredictConfig(Section):
     false: it is predicted with a warning."""
     skip_air: bool = True
     """Whether to skip windows with nothing but air around the patient."""
+    probabilities: bool = False
+    """Whether to keep each class's probability, in steps of 1/255, on the scan's own voxels."""
 
     def rules(self) -> Sequence[Rule]:
         return [

@@ -38,6 +38,10 @@ ADDED: dict[str, object] = {
     "model.deep_supervision": False,
     "train.cuda_graph": None,
     "train.deterministic": False,
+    "predict.probabilities": False,
+    "export.segments": "finding",
+    "export.codes": {},
+    "export.patient_names": False,
 }
 """Keys that came after the first digests were made, and the defaults with which they are left out."""
 

@@ -1,0 +1,102 @@
+"""One study from an archive, and its results back to it: what `voxelscale predict --dicomweb` needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from voxelscale.archive.dicomweb import DicomWeb
+from voxelscale.archive.identity import UID, Entry, check_results, read_header, text_of
+from voxelscale.archive.troubles import UntrueError
+from voxelscale.console import notice
+from voxelscale.dataset.names import Names
+from voxelscale.errors import VoxelscaleError
+
+SCANS = "scans"
+"""Folder of the fetched series in that of the predictions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """What was fetched of a study.
+
+    Attributes:
+        folder: holds a folder of each series, called by its case.
+        entries: the series, by case.
+        failed: case, error and hint of each series that could not be used.
+    """
+
+    folder: Path
+    entries: Mapping[str, Entry]
+    failed: tuple[tuple[str, str, str], ...]
+
+
+def fetch_study(web: DicomWeb, study: str, series: str, out: Path, names: Names) -> Fetched:
+    """Fetch the CT series of a study into ``<out>/scans/<case>/``; those that are there whole are kept.
+
+    Args:
+        series: only this one, whatever its modality; "": all CT series.
+        names: with the key by which the cases are called.
+
+    Raises:
+        VoxelscaleError: a UID is none, or no series could be fetched.
+        AwayError: the archive does not answer.
+    """
+    for option, uid in (("--study", study), ("--series", series or study)):
+        if not UID.fullmatch(uid):
+            raise VoxelscaleError(f"{option}: not a UID", "give digits and dots, as 1.2.840.113619.2.55")
+    listed = web.series(study)
+    wanted = [e for e in listed if e.series == series or (not series and e.modality == "CT")]
+    if not wanted:
+        what = "such series" if series else "CT series"
+        raise VoxelscaleError(f"the archive has no {what} in this study", "check the UIDs")
+    entries: dict[str, Entry] = {}
+    failed = []
+    for entry in wanted:
+        case = names.case(entry.series)
+        try:
+            _fetch(web, entry, out / SCANS / case)
+            entries[case] = entry
+        except UntrueError as error:
+            failed.append((case, f"{case}: {error.message}", error.hint))
+    if not entries:
+        raise VoxelscaleError(*failed[0][1:])
+    return Fetched(folder=out / SCANS, entries=entries, failed=tuple(failed))
+
+
+def _fetch(web: DicomWeb, entry: Entry, folder: Path) -> None:
+    if folder.is_dir() and len(list(folder.glob("*.dcm"))) == entry.instances:
+        return
+    part = folder.with_name(f".{folder.name}.part")
+    for old in (part, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    part.mkdir(parents=True)
+    web.fetch(entry, part)
+    os.replace(part, folder)
+    notice(f"{folder.name}: {entry.instances} instances fetched")
+
+
+def send_results(web: DicomWeb, fetched: Fetched, files: Mapping[str, Sequence[Path]]) -> int:
+    """Store results with their scans' studies; how many the archive did not have yet.
+
+    Args:
+        files: by case.
+
+    Raises:
+        VoxelscaleError: one is for another patient or study than its scan, or the archive refuses it.
+    """
+    sent = 0
+    for case, of_case in files.items():
+        entry = fetched.entries[case]
+        header = read_header(next((fetched.folder / case).glob("*.dcm")))
+        patient = text_of(header, "PatientID")
+        check_results(of_case, entry, patient)
+        now = web.patient(entry.study)
+        if now and now != patient:
+            hint = f"delete {fetched.folder / case}, and run the command again"
+            raise VoxelscaleError(f"{case}: its study has another PatientID than when it was fetched", hint)
+        sent += web.send(of_case)
+    return sent
