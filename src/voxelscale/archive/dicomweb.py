@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from voxelscale.archive.access import Access
 from voxelscale.archive.identity import FIX, UID, Entry, Series, read_header, text_of
-from voxelscale.archive.troubles import AwayError, UntrueError, missing_extra
+from voxelscale.archive.troubles import AwayError, UntrueError, missing_extra, quiet_libraries
 from voxelscale.console import count
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
@@ -61,6 +61,7 @@ class DicomWeb:
             from dicomweb_client import DICOMwebClient
         except ImportError:
             raise missing_extra("dicomweb-client") from None
+        quiet_libraries()
         self.url = access.url.rstrip("/")
         self._client = DICOMwebClient(
             self.url, session=access.session(), permissive_uid=True, timeout=access.timeout
@@ -260,6 +261,8 @@ class DicomWeb:
             raise AwayError(f"{self.url}: {words}", TO_REACH) from None
         except requests.exceptions.ChunkedEncodingError:
             raise AwayError(f"{self.url}: the transfer was cut off", TO_REACH) from None
+        except requests.TooManyRedirects:
+            raise UntrueError(f"{self.url}: redirects to another place", "give that URL itself") from None
         except requests.RequestException as error:
             raise UntrueError(f"{self.url}: {type(error).__name__}", TO_REACH) from None
         except OSError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from voxelscale.archive.identity import read_header, text_of
 from voxelscale.archive.inbox import Inbox
 from voxelscale.archive.settings import ReceiveSettings, SendSettings
-from voxelscale.archive.troubles import AwayError, UntrueError, missing_extra
+from voxelscale.archive.troubles import AwayError, UntrueError, missing_extra, quiet_libraries
 from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
 
@@ -67,6 +67,7 @@ def receiver(
         counted("received" if new else "again")
         return SUCCESS
 
+    quiet_libraries()
     entity = AE(ae_title=settings.ae_title)
     entity.require_called_aet = True
     entity.require_calling_aet = list(settings.accept)
@@ -93,6 +94,7 @@ class Sender:
     """A classic archive that takes results by C-STORE; errors as of `DicomWeb`."""
 
     def __init__(self, settings: SendSettings) -> None:
+        quiet_libraries()
         self._settings = settings
         self._name = f"{settings.host}:{settings.port}"
 

@@ -74,6 +74,8 @@ class Series:
         entry, number = self._entry, len(self._seen) + 1
         uid, patient = text_of(dataset, "SOPInstanceUID"), text_of(dataset, "PatientID")
         for keyword, wanted in (("StudyInstanceUID", entry.study), ("SeriesInstanceUID", entry.series)):
+            if not text_of(dataset, keyword):
+                raise UntrueError(f"instance {number} has no {keyword}", FIX)
             if text_of(dataset, keyword) != wanted:
                 raise UntrueError(f"instance {number} has another {keyword} than was asked for", FIX)
         self.patient = patient if self.patient is None else self.patient

@@ -17,7 +17,6 @@ from voxelscale.archive.inbox import Inbox
 from voxelscale.archive.ledger import FILE, Ledger
 from voxelscale.archive.listen import Clock, Listener, alone
 from voxelscale.archive.settings import ListenSettings, read_settings, resolved
-from voxelscale.archive.troubles import quiet_libraries
 from voxelscale.console import count, notice
 from voxelscale.dataset.names import Names
 from voxelscale.errors import VoxelscaleError
@@ -53,7 +52,6 @@ class Service:
             names: how series and patients are called.
             retry_failed: whether series that failed are tried again.
         """
-        quiet_libraries()
         settings, meter = self.settings, Meter()
         web = DicomWeb(self._access()) if settings.archive else None
         sink = Sender(settings.send) if settings.send else web

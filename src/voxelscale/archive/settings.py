@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from voxelscale.config.section import Rule
 from voxelscale.config.values import coerce, read_yaml
+from voxelscale.dicom_out.export import KINDS
 from voxelscale.errors import VoxelscaleError
 from voxelscale.suggest import meant, nearest
 
@@ -189,6 +190,9 @@ def read_settings(path: Path) -> ListenSettings:
     if not path.is_file():
         raise VoxelscaleError(f"{path}: no such file", "docs/hospital.md has a complete example")
     settings = _build(ListenSettings, read_yaml(path), str(path), "")
+    wrong = [kind for kind in settings.results if kind not in KINDS]
+    if wrong:
+        raise VoxelscaleError(f"{path}: results: {wrong[0]}", f"choose of {', '.join(KINDS)}")
     if settings.archive is None and settings.receive is None:
         hint = "write 'archive: {url: ...}', or 'receive: {...}'"
         raise VoxelscaleError(f"{path}: neither archive nor receive", hint)

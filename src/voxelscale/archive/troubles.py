@@ -23,7 +23,8 @@ def missing_extra(package: str) -> VoxelscaleError:
 
 def quiet_libraries() -> None:
     """No library quotes values of headers or UIDs on stderr; what counts becomes an error of ours."""
-    for name in ("pydicom", "pynetdicom", "dicomweb_client", "highdicom", "urllib3", "uvicorn"):
+    # `retrying` logs each failed request with its URL, which has UIDs.
+    for name in ("pydicom", "pynetdicom", "dicomweb_client", "highdicom", "urllib3", "retrying", "uvicorn"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     for module in ("pydicom", "pynetdicom", "dicomweb_client", "highdicom"):
         warnings.filterwarnings("ignore", module=module)

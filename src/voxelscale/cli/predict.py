@@ -215,9 +215,7 @@ def _archive(
         raise VoxelscaleError("--dicomweb without --study", USAGE)
     from voxelscale.archive.access import Access
     from voxelscale.archive.dicomweb import DicomWeb
-    from voxelscale.archive.troubles import quiet_libraries
 
-    quiet_libraries()
     return DicomWeb(Access(url=url, credentials=credentials, ca_file=ca_file))
 
 

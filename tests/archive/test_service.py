@@ -1,0 +1,157 @@
+"""The command `listen`: its file, and the whole of it with a real Orthanc."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+from tests.archive.hospital import PASSWORD, USER, Orthanc, free_port, series, uids
+from tests.conftest import Command
+
+from voxelscale.archive.settings import read_settings
+from voxelscale.errors import VoxelscaleError
+
+SMALL = {"model": "m.vxs", "folder": "f", "archive": {"url": "http://127.0.0.1/"}}
+
+DOCS = Path(__file__).parents[2] / "docs" / "hospital.md"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem", "hint"),
+    [
+        ({"modle": 1}, "unknown key modle", "model"),
+        ({"archive": {"url": "x", "pasword": "y"}}, "unknown key archive.pasword", "known keys here: url"),
+        ({"archive": {"days": 1}}, "archive.url is missing", "url"),
+        ({"archive": "http://x"}, "archive is a section, not a value", "below 'archive:'"),
+        ({"model": None}, "model is None", "a text"),
+        ({"rules": {"min_slices": "many"}}, "rules.min_slices is 'many'", "a whole number"),
+        ({"rules": {"modality": []}}, "rules.modality is ()", "at least one"),
+        ({"rules": {"slice_thickness": [3, 1]}}, "rules.slice_thickness is (3.0, 1.0)", "a minimum"),
+        ({"stable": -1}, "stable is -1.0", "at least 0"),
+        ({"archive": None}, "neither archive nor receive", "archive: {url"),
+        ({"archive": None, "receive": {}}, "nowhere to send results to", "send: {host"),
+        ({"receive": {"ae_title": "A" * 17}}, "receive.ae_title is", "16 characters"),
+        ({"send": {"host": "x", "ae_title": "A"}}, "send.port is missing", "port"),
+        ({"results": ["pdf"]}, "results: pdf", "seg, probability, sr, rtstruct"),
+    ],
+)
+def test_a_wrong_file(tmp_path: Path, changes: dict[str, Any], problem: str, hint: str) -> None:
+    path = tmp_path / "hospital.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}))
+    with pytest.raises(VoxelscaleError) as caught:
+        read_settings(path)
+    assert problem in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_the_example_of_the_docs(tmp_path: Path) -> None:
+    """Is complete, and sets no key to what it would not take."""
+    (example,) = re.findall(r"```yaml\n(model:.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.S)
+    path = tmp_path / "hospital.yaml"
+    path.write_text(example)
+    read = read_settings(path)
+    assert read.archive is not None
+    assert set(yaml.safe_load(example)["rules"]) == set(vars(read.rules))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Any:
+    """Start the command in a process of its own; it is ended afterwards."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(path: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "voxelscale.cli", "--verbose", "listen", str(path)]
+        started.append(
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            )
+        )
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_the_whole(
+    start_orthanc: Callable[..., Orthanc],
+    trained: Path,
+    chest: list[Path],
+    tmp_path: Path,
+    voxelscale: Command,
+    start: Callable[[Path], subprocess.Popen[str]],
+) -> None:
+    orthanc = start_orthanc(AuthenticationEnabled=True, RegisteredUsers={USER: PASSWORD})
+    orthanc.add(chest)
+    orthanc.add(series(tmp_path / "strange", "PATIENT8", slices=40, description="of SECRET"))
+    (tmp_path / "keys.yaml").write_text(f'user: {USER}\npassword: "{PASSWORD}"\n', encoding="utf-8")
+    (tmp_path / "keys.yaml").chmod(0o600)
+    port = free_port()
+    path = tmp_path / "hospital.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": str(trained),
+                "folder": "service",
+                "archive": {"url": orthanc.web, "credentials": "keys.yaml", "days": 0},
+                "every": 0.5,
+                "stable": 1,
+                "health": {"port": port},
+            }
+        )
+    )
+    process = start(path)
+    ended = _await(port, lambda health: health["series"] == COUNTS, process)
+    assert ended["status"] == "ok"
+    figures = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
+    assert 'voxelscale_listen_series{state="stored"} 1\n' in figures
+    assert "voxelscale_listen_results_total 2\n" in figures
+    assert voxelscale("listen", path)[2].startswith("error: ")  # one at a time
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.endswith("error: interrupted\nhint: the same command resumes where this one stopped\n")
+    assert len(orthanc.headers("SEG")) == 1
+    (report,) = orthanc.headers("SR")
+    assert (report["PatientID"], report["StudyInstanceUID"]) == ("PATIENT7", uids(chest)[0])
+    code, said, _ = voxelscale("listen", path, "--ledger")
+    assert code == 0
+    assert [line.split(",")[1] for line in said.splitlines()] == ["state", "failed", "stored"] or [
+        line.split(",")[1] for line in said.splitlines()
+    ] == ["state", "stored", "failed"]
+    print(said, err)
+    names = "".join(map(str, (tmp_path / "service").rglob("*")))
+    everything = out + err + figures + said + names + str(ended)
+    assert not [w for w in ("PATIENT", "SECRET", "2.25.", PASSWORD) if w in everything]
+    (findings,) = (tmp_path / "service" / "predictions").glob("*/findings.json")
+    assert findings.parent.name in said
+
+
+COUNTS = {"seen": 0, "fetched": 0, "predicted": 0, "stored": 1, "skipped": 0, "failed": 1}
+
+
+def _await(
+    port: int, enough: Callable[[dict[str, Any]], bool], process: subprocess.Popen[str]
+) -> dict[str, Any]:
+    """What /health says when it is enough."""
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        assert process.poll() is None, process.communicate()
+        try:
+            health: dict[str, Any] = requests.get(f"http://127.0.0.1:{port}/health", timeout=10).json()
+        except requests.ConnectionError:
+            health = {"series": {}}
+        if enough(health):
+            return health
+        time.sleep(0.2)
+    raise AssertionError(health)
