@@ -219,7 +219,7 @@ class Listener:
 
     def _send(self, row: Row) -> Row:
         patient = self._patient(row)
-        files = sorted(file for file in self._place(row, "results").rglob("*") if file.is_file())
+        files = sorted(self._place(row, "results").rglob("*.dcm"))
         headers = check_results(files, self._entry(row), patient)
         now_of = self.sink.patient(row.study)
         if now_of and now_of != patient:

@@ -17,6 +17,9 @@ from voxelscale.suggest import meant, nearest
 
 T = TypeVar("T")
 
+SENT = tuple(kind for kind in KINDS if kind != "page")
+"""What an archive takes: DICOM only."""
+
 LONGEST_TITLE = 16
 """Characters of an AE title (PS3.5, 6.2)."""
 
@@ -190,9 +193,9 @@ def read_settings(path: Path) -> ListenSettings:
     if not path.is_file():
         raise VoxelscaleError(f"{path}: no such file", "docs/hospital.md has a complete example")
     settings = _build(ListenSettings, read_yaml(path), str(path), "")
-    wrong = [kind for kind in settings.results if kind not in KINDS]
+    wrong = [kind for kind in settings.results if kind not in SENT]
     if wrong:
-        raise VoxelscaleError(f"{path}: results: {wrong[0]}", f"choose of {', '.join(KINDS)}")
+        raise VoxelscaleError(f"{path}: results: {wrong[0]}", f"choose of {', '.join(SENT)}")
     if settings.archive is None and settings.receive is None:
         hint = "write 'archive: {url: ...}', or 'receive: {...}'"
         raise VoxelscaleError(f"{path}: neither archive nor receive", hint)

@@ -83,13 +83,14 @@ def send_results(web: DicomWeb, fetched: Fetched, files: Mapping[str, Sequence[P
     """Store results with their scans' studies; how many the archive did not have yet.
 
     Args:
-        files: by case.
+        files: by case; those that are no DICOM are not sent.
 
     Raises:
         VoxelscaleError: one is for another patient or study than its scan, or the archive refuses it.
     """
     sent = 0
-    for case, of_case in files.items():
+    for case, written in files.items():
+        of_case = [file for file in written if file.suffix == ".dcm"]
         entry = fetched.entries[case]
         header = read_header(next((fetched.folder / case).glob("*.dcm")))
         patient = text_of(header, "PatientID")

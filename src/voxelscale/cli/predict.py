@@ -38,7 +38,7 @@ def predict(
     split: Annotated[str, typer.Option(help="With --store: train, val or test.")] = "test",
     dicom_out: Annotated[
         str | None,
-        typer.Option(metavar="KINDS", help="Also write DICOM: seg, probability, sr, rtstruct."),
+        typer.Option(metavar="KINDS", help="Also write DICOM: seg, sr, rtstruct, ..."),
     ] = None,
     dicomweb: Annotated[
         str | None, typer.Option(metavar="URL", help="Fetch the scans from this DICOMweb service.")
@@ -156,7 +156,7 @@ def export_dicom(
     scans: Annotated[Path, typer.Argument(help="The scans that were predicted, as DICOM.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the files; default: PREDICTIONS.")] = None,
     kinds: Annotated[
-        str, typer.Option(help="What to write: seg, probability, sr, rtstruct; with commas.")
+        str, typer.Option(help="What to write: seg, probability, sr, rtstruct, page; with commas.")
     ] = "seg,sr,rtstruct",
     layout: Layout = "auto",
     config: ConfigFile = None,
@@ -174,9 +174,10 @@ def export_dicom(
     probability   fractional segmentation; needs a prediction with predict.probabilities=true
     sr            report of the measurements of each finding (TID 1500)
     rtstruct      contours
+    page          the findings on one printable page, HTML; names the patient with export.patient_names
 
-    Writes OUT/<case>/<kind>.dcm. The same prediction gives the same bytes and UIDs. Patient and study are
-    those of the scan: the files identify the patient. For research, not for diagnosis.
+    Writes OUT/<case>/<kind>.dcm, and page.html. The same prediction gives the same bytes and UIDs. Patient
+    and study are those of the scan: the DICOM files identify the patient. For research, not for diagnosis.
     """
     from voxelscale.predict.record import read_record
 
@@ -257,5 +258,5 @@ def _export(
     done = export_cases(predictions, sources, out, kinds, settings.export, settings.reading)
     code = print_failed(done.failed, "written as DICOM")
     files = sum(map(len, done.files.values()))
-    print(f"{count(files, 'DICOM file')} of {count(len(done.files), 'case')} in {out}")
+    print(f"{count(files, 'file')} of {count(len(done.files), 'case')} in {out}")
     return code, done.files

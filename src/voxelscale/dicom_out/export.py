@@ -36,9 +36,11 @@ from voxelscale.findings import Finding, read_prediction
 from voxelscale.formats import SAME_PLACE_MM, read_label
 from voxelscale.predict.classes import probability_file
 from voxelscale.predict.work import made_from_this
+from voxelscale.report.cases import CaseScans
 
-KINDS = ("seg", "probability", "sr", "rtstruct")
-"""What can be written of a case: a binary SEG, a fractional one, a report of measurements, contours."""
+KINDS = ("seg", "probability", "sr", "rtstruct", "page")
+"""What can be written of a case: a binary SEG, a fractional one, a report of measurements, contours, and a
+page of HTML."""
 
 INSTALL = "pip install 'voxelscale[hospital]'"
 AGAIN = "run voxelscale predict again"
@@ -50,12 +52,16 @@ class Prediction:
 
     Attributes:
         folder: the case's.
+        source: the scan.
+        reading: how it was read.
         findings: most confident first.
         facts: what ``findings.json`` says beside them.
         stored: labels (z, y, x) on the scan's lattice.
     """
 
     folder: Path
+    source: Source
+    reading: ReadingConfig
     original: Original
     findings: list[Finding]
     facts: dict[str, Any]
@@ -205,9 +211,9 @@ def export_case(
     made = _made(prediction, kinds)
     folder = out / source.case
     for kind in kinds:
-        for old in folder.glob(f"{kind}*.dcm"):
+        for old in (folder / f"{kind}.dcm", *folder.glob(f"{kind}_*.dcm")):
             if old.name not in made:
-                old.unlink()
+                old.unlink(missing_ok=True)
     for name, content in made.items():
         write_atomic(folder / name, content)
     if not prediction.segments and set(kinds) & {"seg", "rtstruct"}:
@@ -236,7 +242,8 @@ def read_predicted(
     if made_from_this(folder, source) is False:
         what = "was predicted from another scan, or from another state of its files"
         raise VoxelscaleError(f"{source.case}: {what}", AGAIN)
-    original = read_original(source, _as_predicted(reading or ReadingConfig(), facts))
+    reading = _as_predicted(reading or ReadingConfig(), facts)
+    original = read_original(source, reading)
     classes = _classes(facts)
     try:
         stored = classes.of_written(_on_scan(folder / "mask.nii.gz", original))
@@ -244,6 +251,8 @@ def read_predicted(
         raise VoxelscaleError(f"{folder / 'mask.nii.gz'}: {error}", AGAIN) from None
     return Prediction(
         folder=folder,
+        source=source,
+        reading=reading,
         original=original,
         findings=findings,
         facts=facts,
@@ -298,11 +307,32 @@ def _made(prediction: Prediction, kinds: Sequence[str]) -> dict[str, bytes]:
         for name, _, dataset in _segmentations(prediction, prediction.probable, "probability"):
             made[name] = finished(dataset, "probability")
     if "sr" in kinds:
-        made["sr.dcm"] = finished(sr.report(_measured(prediction, written), *_common(prediction)), "sr")
+        kinds_of_findings = [concept.kind for concept in prediction.concepts.values()]
+        dataset = sr.report(_measured(prediction, written), kinds_of_findings, *_common(prediction))
+        made["sr.dcm"] = finished(dataset, "sr")
     if "rtstruct" in kinds and prediction.segments:
         dataset = rtstruct.structure_set(prediction.segments, *_common(prediction))
         made["rtstruct.dcm"] = finished(dataset, "rtstruct")
+    if "page" in kinds:
+        made["page.html"] = _page(prediction).encode()
     return made
+
+
+def _page(prediction: Prediction) -> str:
+    from voxelscale.dicom_out.page import case_page
+
+    scans = CaseScans(
+        replace(prediction.source, labels=()),
+        prediction.folder / "mask.nii.gz",
+        prediction.reading,
+        prediction.classes,
+    )
+    names, findings = prediction.classes.names, prediction.findings
+    listed = [(p.rank, names[p.at], findings[p.rank - 1]) for p in prediction.parts if p.rank is not None]
+    named = prediction.options.patient_names
+    return case_page(
+        prediction.original, listed, prediction.facts, scans, prediction.algorithm, named=named
+    )
 
 
 def _common(prediction: Prediction) -> tuple[Original, Algorithm]:

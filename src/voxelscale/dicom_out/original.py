@@ -162,10 +162,9 @@ def read_original(source: Source, reading: ReadingConfig) -> Original:
     try:
         grid, slices = read_slices(source, reading)
     except VoxelscaleError as error:
-        message = (
-            error.message if error.message.startswith(source.case) else f"{source.case}: {error.message}"
-        )
-        raise VoxelscaleError(source.without_paths(message), error.hint) from None
+        message = source.without_paths(error.message)
+        named = message if message.startswith(source.case) else f"{source.case}: {message}"
+        raise VoxelscaleError(named, error.hint) from None
     assert slices is not None  # noqa: S101 - DICOM has slices
     found = _headers(source, {uid for uid, _ in slices.uids if uid})
     frames = tuple(_frames(source.case, slices, found))

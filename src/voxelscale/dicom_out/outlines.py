@@ -1,4 +1,4 @@
-"""From pixels to closed outlines along their edges: the same area, and the same pixels when it is filled."""
+"""From pixels to closed outlines along their edges: filled, they are the same pixels again."""
 
 from __future__ import annotations
 

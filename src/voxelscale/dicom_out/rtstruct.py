@@ -112,10 +112,10 @@ def _drawn(segment: Segment, original: Original) -> Any:
 def _contours(segment: Segment, original: Original) -> Iterator[Any]:
     from pydicom import Dataset
 
-    _, first_row, first_column = segment.start
+    corner = np.asarray(segment.start[1:])
     for place, plane in segment.planes():
         for outline in outlines(plane > 0):
-            index = np.column_stack([np.full(len(outline), place), outline + (first_row, first_column)])
+            index = np.column_stack([np.full(len(outline), place), outline + corner])
             contour = Dataset()
             contour.ContourImageSequence = [_image(original.by_place[place])]
             contour.ContourGeometricType = "CLOSED_PLANAR"

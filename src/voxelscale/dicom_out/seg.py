@@ -48,6 +48,8 @@ def sources_of(original: Original) -> list[Any]:
         ]
         one.PixelSpacing = [round(v, 9) for v in original.spacing]
         one.SliceThickness = round(original.slices.spacing[0], 6)
+        if original.slices.regular:
+            one.SpacingBetweenSlices = one.SliceThickness
         made.append(one)
     return made
 
@@ -77,15 +79,16 @@ def refer(dataset: Any, original: Original) -> None:
             continue
         kept, known = [], set[str]()
         for item in element.value:
+            whole = element.keyword in WHOLE_INSTANCES and "PurposeOfReferenceCodeSequence" not in item
             frame = frames.get(str(item.get("ReferencedSOPInstanceUID", "")))
             if frame is not None:
                 item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = frame.sop_class, frame.sop_uid
-                if element.keyword in WHOLE_INSTANCES and "PurposeOfReferenceCodeSequence" not in item:
-                    if frame.sop_uid in known:
-                        continue  # another frame of the same file
-                    known.add(frame.sop_uid)
-                elif frame.number is not None:
+                if frame.number is not None and not whole:
                     item.ReferencedFrameNumber = frame.number
+            if whole:  # highdicom may have put one item into several sequences
+                if (uid := str(item.ReferencedSOPInstanceUID)) in known:
+                    continue  # another frame of the same file
+                known.add(uid)
             kept.append(item)
         if len(kept) < len(element.value):
             element.value = kept

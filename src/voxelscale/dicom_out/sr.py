@@ -28,6 +28,7 @@ VOLUME = ("SCT", "118565006", "Volume")
 LONG_AXIS, SHORT_AXIS = ("SCT", "103339001", "Long Axis"), ("SCT", "103340004", "Short Axis")
 ATTENUATION, MEAN = ("DCM", "112031", "Attenuation Coefficient"), ("SCT", "373098007", "Mean")
 CERTAINTY = ("DCM", "111012", "Certainty of Finding")
+ABSENT = ("SCT", "272519000", "Absent")
 CT_CHEST, CT = ("LN", "24627-2", "CT Chest"), ("LN", "25045-6", "CT unspecified body region")
 IMAGING = ("LN", "18748-4", "Diagnostic imaging study")
 
@@ -48,14 +49,21 @@ class Measured:
     shown: tuple[Any, int] | None
 
 
-def report(measured: Sequence[Measured], original: Original, algorithm: Algorithm) -> Any:
-    """A Comprehensive 3D SR of the findings; without any it says that nothing was measured."""
+def report(
+    measured: Sequence[Measured], kinds: Sequence[Triplet], original: Original, algorithm: Algorithm
+) -> Any:
+    """A Comprehensive 3D SR of the findings; without any it says that each kind of them is absent.
+
+    Args:
+        kinds: of what was looked for.
+    """
     import highdicom as hd
 
     content = hd.sr.MeasurementReport(
         observation_context=_observer(algorithm),
         procedure_reported=coded(_procedure(measured, original)),
-        imaging_measurements=[_group(one, original, algorithm) for one in measured],
+        imaging_measurements=[_group(one, original, algorithm) for one in measured]
+        or [_nothing(kinds, original, algorithm)],
         title=coded(("DCM", "126000", "Imaging Measurement Report")),
     )
     shown = {id(one.shown[0]): one.shown[0] for one in measured if one.shown is not None}
@@ -106,6 +114,29 @@ def _procedure(measured: Sequence[Measured], original: Original) -> Triplet:
     return CT_CHEST if any(one.concept.site == LUNG for one in measured) else CT
 
 
+def _nothing(kinds: Sequence[Triplet], original: Original, algorithm: Algorithm) -> Any:
+    """A group that says what was not found."""
+    import highdicom as hd
+
+    absent = [hd.sr.QualitativeEvaluation(coded(kind), coded(ABSENT)) for kind in dict.fromkeys(kinds)]
+    tracking = uid_of("nothing", original.series, original.case, algorithm.model)
+    return hd.sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=hd.sr.TrackingIdentifier(uid=tracking, identifier="nothing found"),
+        algorithm_id=_identified(algorithm),
+        qualitative_evaluations=absent,
+    )
+
+
+def _identified(algorithm: Algorithm) -> Any:
+    import highdicom as hd
+
+    return hd.sr.AlgorithmIdentification(
+        name=MANUFACTURER,
+        version=algorithm.version,
+        parameters=[f"model {algorithm.model}"] if algorithm.model else None,
+    )
+
+
 def _group(one: Measured, original: Original, algorithm: Algorithm) -> Any:
     """A finding's measurement group."""
     import highdicom as hd
@@ -116,11 +147,7 @@ def _group(one: Measured, original: Original, algorithm: Algorithm) -> Any:
         "finding_category": coded(one.concept.category),
         "finding_type": coded(one.concept.kind),
         "finding_sites": [hd.sr.FindingSite(coded(one.concept.site))] if one.concept.site else None,
-        "algorithm_id": hd.sr.AlgorithmIdentification(
-            name=MANUFACTURER,
-            version=algorithm.version,
-            parameters=[f"model {algorithm.model}"] if algorithm.model else None,
-        ),
+        "algorithm_id": _identified(algorithm),
         "measurements": measures,
     }
     if one.shown is None:
