@@ -112,13 +112,6 @@ def test_what_no_network_can_handle_stops_nothing(
     assert len(answer.looked) == 2 + 3 + 3
 
 
-def names_of(one: Listener) -> dict[str, str]:
-    """Names in the ledger by the last word of the series' fate, in the order of looking."""
-    assert isinstance(one.answer, StandIn)
-    failed = [row for row in one.ledger.rows() if "not a scan" in row.reason]
-    return {"UNFIT": failed[0].name}
-
-
 def test_the_rules_choose(orthanc: Orthanc, tmp_path: Path) -> None:
     chosen: dict[str, Any] = {"kernel": "B70f", "description": "Lung 1.25"}
     others: list[dict[str, Any]] = [

@@ -133,7 +133,7 @@ def test_the_whole(
     assert not [w for w in ("PATIENT", "SECRET", "2.25.", PASSWORD) if w in everything]
     (findings,) = (tmp_path / "service" / "predictions").glob("*/findings.json")
     assert f"{findings.parent.name},stored" in said
-    assert "slices are missing" in said
+    assert "5 slices missing" in said
 
 
 COUNTS = {"seen": 0, "fetched": 0, "predicted": 0, "stored": 1, "skipped": 0, "failed": 1}

@@ -255,7 +255,8 @@ class Listener:
         return row
 
     def _fail(self, row: Row, reason: str) -> None:
-        reason = reason.replace(str(self.folder), "")[:LONGEST_REASON]
+        reason = reason.replace(str(self._place(row, "scan")), row.name)
+        reason = reason.removeprefix(f"{row.name}: ")[:LONGEST_REASON]
         warn(f"{row.name}: failed: {reason}")
         self._end(row, "failed", reason)
 
