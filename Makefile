@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: install quickstart test test-slow lint clean
+.PHONY: install quickstart demo-hospital test test-slow lint clean
 
 install: $(VENV)/installed
 
@@ -16,6 +16,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 quickstart: install
 	$(RUN)/voxelscale quickstart quickstart
+
+# Needs Debian's packages orthanc and orthanc-dicomweb; Ctrl-C ends it.
+demo-hospital: install
+	test -e quickstart/run/model.vxs || $(RUN)/voxelscale quickstart quickstart
+	$(RUN)/python examples/hospital.py quickstart/run demo-hospital
 
 test: install
 	$(RUN)/python -m pytest -m "not slow" -n 2 --dist worksteal

@@ -40,6 +40,7 @@ every: 2
 stable: 5
 health: {{port: {health}}}
 results: [seg, sr, rtstruct]
+keep_scans: true
 """
 
 
@@ -67,7 +68,7 @@ def main() -> None:
         wait_until_answered(health, given.scans, listening)
         print(
             f"\nanswered. The archive with scans and results: {url}/app/explorer.html"
-            f"\nthe viewer: voxelscale view {folder / 'service' / 'predictions'} {folder / 'scans'}"
+            f"\nthe viewer: voxelscale view {folder / 'service' / 'predictions'} {folder / 'service' / 'scans'}"
             f"\nthe ledger: voxelscale listen {config} --ledger"
             f"\nhealth and metrics: http://127.0.0.1:{health}/health and /metrics",
             flush=True,
@@ -97,7 +98,10 @@ def start_orthanc(folder: Path, http: int, dicom: int) -> subprocess.Popen[bytes
     plugin = next((p / PLUGIN for p in places if (p / PLUGIN).exists()), None)
     program = shutil.which("Orthanc")
     if program is None or plugin is None:
-        print("error: no Orthanc with DICOMweb\nhint: apt-get install orthanc orthanc-dicomweb", file=sys.stderr)
+        print(
+            "error: no Orthanc with DICOMweb\nhint: apt-get install orthanc orthanc-dicomweb",
+            file=sys.stderr,
+        )
         sys.exit(2)
     folder.mkdir(exist_ok=True)
     settings = {

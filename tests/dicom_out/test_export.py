@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pydicom
 import pytest
@@ -26,7 +28,7 @@ from voxelscale.classes import NODULE
 from voxelscale.config import Config, load
 from voxelscale.config.export import ExportConfig
 from voxelscale.console import set_verbosity
-from voxelscale.dicom_out.export import KINDS, export_case
+from voxelscale.dicom_out.export import ALL_KINDS, export_case
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan
@@ -75,7 +77,7 @@ def test_what_identifies_stays_where_it_belongs(
 ) -> None:
     ct, out = planted(tmp_path / "ct"), tmp_path / "out"
     predict_by_hand(out, source_of(ct), [BALLS], probabilities=True)
-    code, stdout, stderr = voxelscale("--verbose", "export-dicom", out, ct, "--kinds", ",".join(KINDS))
+    code, stdout, stderr = voxelscale("--verbose", "export-dicom", out, ct, "--kinds", ",".join(ALL_KINDS))
     assert code == 0, stderr
     assert "5 files of 1 case" in stdout
     (folder,) = (path for path in out.iterdir() if path.is_dir())
@@ -259,7 +261,7 @@ def test_predict_writes_dicom(
     data, out = tmp_path / "scans", tmp_path / "out"
     ct_of("coronal", data / "a")
     ct_of("tilted", data / "b")
-    kinds = ",".join(KINDS)
+    kinds = ",".join(ALL_KINDS)
     code, stdout, err = voxelscale("predict", model, data, out, "--dicom-out", kinds)
     assert code == 0, err
     assert "10 files of 2 cases" in stdout
@@ -285,6 +287,24 @@ def test_predict_writes_dicom(
     shutil.rmtree(out)
     assert voxelscale("predict", model, data, out, "--dicom-out", kinds)[0] == 0
     assert {path: path.read_bytes() for path in out.rglob("*.dcm")} == before, "from the first step on"
+
+
+def test_findings_are_as_the_schema_says(model: Path, tmp_path: Path, voxelscale: Command) -> None:
+    schema = json.loads(files("voxelscale.findings").joinpath("findings.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    judge = jsonschema.Draft202012Validator(schema)
+    ct_of("coronal", tmp_path / "ct")
+    assert voxelscale("predict", model, tmp_path / "ct", tmp_path / "out")[0] == 0
+    (path,) = (tmp_path / "out").glob("*/findings.json")
+    content = json.loads(path.read_text())
+    assert content["findings"]
+    judge.validate(content)
+    known = set(schema["$defs"]["finding"]["properties"]) - {"label"}
+    assert set(content["findings"][0]) == known, "all that is written is described"
+    assert set(content) <= set(schema["properties"])
+    for change in ({"probability": 1.5}, {"x": "1"}, {"axial_ends": [[1, 2]]}, {"other": 1}):
+        wrong = content | {"findings": [content["findings"][0] | change]}
+        assert not judge.is_valid(wrong), change
 
 
 def test_scans_that_are_no_dicom(model: Path, tiny: Config, tmp_path: Path, voxelscale: Command) -> None:

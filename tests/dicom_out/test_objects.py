@@ -26,7 +26,7 @@ from voxelscale.config import PredictConfig, ReadingConfig
 from voxelscale.config.export import ExportConfig
 from voxelscale.dataset import DataSet, Source
 from voxelscale.dataset.reading import read_image
-from voxelscale.dicom_out.export import KINDS, export_case
+from voxelscale.dicom_out.export import ALL_KINDS, export_case
 from voxelscale.findings import read_findings
 from voxelscale.formats import read_label
 from voxelscale.geometry import Scan
@@ -362,7 +362,7 @@ def test_a_report_without_a_segmentation(tmp_path: Path, judge: Judge) -> None:
 def test_nothing_found(tmp_path: Path, judge: Judge) -> None:
     ct_of("prone", tmp_path / "ct")
     exported(tmp_path / "ct", tmp_path / "out")
-    case = exported(tmp_path / "ct", tmp_path / "out", [[]], kinds=KINDS)
+    case = exported(tmp_path / "ct", tmp_path / "out", [[]], kinds=ALL_KINDS)
     assert set(case.files) == {"sr", "page"}
     assert not list(case.folder.glob("seg*")), "what an earlier prediction found is gone"
     judge(case.files["sr"])
@@ -411,8 +411,8 @@ def test_many_overlapping_segments_are_shared_out(tmp_path: Path, monkeypatch: p
 
 def test_the_same_prediction_gives_the_same_bytes(tmp_path: Path) -> None:
     ct_of("tilted", tmp_path / "ct")
-    case = exported(tmp_path / "ct", tmp_path / "out", kinds=KINDS)
-    again = export_case(tmp_path / "out", case.source, tmp_path / "again", KINDS)
+    case = exported(tmp_path / "ct", tmp_path / "out", kinds=ALL_KINDS)
+    again = export_case(tmp_path / "out", case.source, tmp_path / "again", ALL_KINDS)
     assert {f.name: f.read_bytes() for f in again} == {f.name: f.read_bytes() for f in case.files.values()}
     uids = [pydicom.dcmread(case.files[kind]).SOPInstanceUID for kind in DICOM]
     series = [pydicom.dcmread(case.files[kind]).SeriesInstanceUID for kind in DICOM]

@@ -234,6 +234,11 @@ class Listener:
         ]
         sent = self.sink.send(left, lambda uid: self.ledger.sent(row, uid, self.clock.now()))
         self.meter.add("results_total", value=sent)
+        if self.settings.keep_scans:
+            kept = self.folder / "scans" / row.name
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.parent.mkdir(exist_ok=True)
+            os.replace(self._place(row, "scan"), kept)
         row = self._end(row, "stored", "")
         self.scans.release(self._entry(row))
         return row

@@ -169,6 +169,8 @@ class ListenSettings:
     """Seconds before a step is tried again; doubled each time."""
     longest_wait: float = 3600.0
     """Maximum of these seconds, also between looks at an archive that is away."""
+    keep_scans: bool = False
+    """Whether the scans that were answered are kept, in the folder's scans/: to look at results."""
     health: HealthSettings | None = field(default_factory=HealthSettings)
     """Where health and metrics are; null: nowhere."""
 

@@ -38,9 +38,11 @@ from voxelscale.predict.classes import probability_file
 from voxelscale.predict.work import made_from_this
 from voxelscale.report.cases import CaseScans
 
-KINDS = ("seg", "probability", "sr", "rtstruct", "page")
-"""What can be written of a case: a binary SEG, a fractional one, a report of measurements, contours, and a
-page of HTML."""
+KINDS = ("seg", "probability", "sr", "rtstruct")
+"""DICOM objects of a case: a binary SEG, a fractional one, a report of measurements, contours."""
+
+ALL_KINDS = (*KINDS, "page")
+"""What can be written of a case: beside these a page of HTML."""
 
 INSTALL = "pip install 'voxelscale[hospital]'"
 AGAIN = "run voxelscale predict again"
@@ -144,17 +146,17 @@ class Exported:
 
 
 def kinds_of(text: str) -> tuple[str, ...]:
-    """The kinds in a list with commas, in the order of `KINDS`.
+    """The kinds in a list with commas, in the order of `ALL_KINDS`.
 
     Raises:
         VoxelscaleError: one is unknown, or there is none.
     """
     asked = {word.strip().casefold() for word in text.split(",")} - {""}
-    wrong = sorted(asked - set(KINDS))
+    wrong = sorted(asked - set(ALL_KINDS))
     if wrong or not asked:
         what = f"{wrong[0] if wrong else repr(text)}: nothing that can be written"
-        raise VoxelscaleError(what, f"name one or more of {', '.join(KINDS)}, as --dicom-out seg,sr")
-    return tuple(kind for kind in KINDS if kind in asked)
+        raise VoxelscaleError(what, f"name one or more of {', '.join(ALL_KINDS)}, as --dicom-out seg,sr")
+    return tuple(kind for kind in ALL_KINDS if kind in asked)
 
 
 def export_cases(
@@ -186,7 +188,9 @@ def export_case(
     options: ExportConfig | None = None,
     reading: ReadingConfig | None = None,
 ) -> list[Path]:
-    """Write a case's prediction as DICOM into ``<out>/<case>/``; the same prediction gives the same bytes.
+    """Write a case's prediction as DICOM, and as a page, into ``<out>/<case>/``.
+
+    The same prediction gives the same bytes.
 
     Where nothing was found there is no SEG and no RTSTRUCT, as neither can be empty; the SR says so.
     Everything is made before the first file is written. Files of these kinds from an earlier export that
@@ -195,12 +199,12 @@ def export_case(
     Args:
         prediction_folder: what ``voxelscale predict`` wrote, with a folder of each case.
         source: the case; its scan must have come as DICOM.
-        kinds: of `KINDS`.
+        kinds: of `ALL_KINDS`.
         options: None: the defaults.
         reading: how images are read, but for what the prediction itself says; None: the defaults.
 
     Returns:
-        the files, in the order of `KINDS`.
+        the files, in the order of `ALL_KINDS`.
 
     Raises:
         VoxelscaleError: the scan did not come as DICOM, the prediction is missing, of another scan or of
