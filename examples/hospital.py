@@ -1,4 +1,4 @@
-"""A hospital on one machine, to try: an Orthanc, synthetic scans in it, and `voxelscale listen` that answers them.
+"""A hospital on one machine, to try: an Orthanc with synthetic scans, and `voxelscale listen` for them.
 
     python examples/hospital.py RUN FOLDER
 

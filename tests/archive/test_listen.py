@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import pydicom
 import pytest
 from dicomweb_client import DICOMwebClient
 from pydicom.dataset import Dataset
@@ -20,6 +22,7 @@ from voxelscale.archive.dicomweb import DicomWeb
 from voxelscale.archive.ledger import STATES
 from voxelscale.archive.listen import Listener
 from voxelscale.archive.settings import RulesSettings
+from voxelscale.errors import VoxelscaleError
 
 
 def web(orthanc: Orthanc) -> DicomWeb:
@@ -92,24 +95,23 @@ def test_what_no_network_can_handle_stops_nothing(
         folder = tmp_path / str(number)
         orthanc.add(series(folder, f"PATIENT{number}", slices, description=kind, name=f"SECRET{number}^A"))
     time, answer = Time(), StandIn()
-    one = listener(tmp_path / "l", web(orthanc), answer, time)
-    settle(one, time)
+    one = listener(tmp_path / "l", web(orthanc), answer, time, attempts=2)
+    settle(one, time, 4)
     ends = {uids(list((tmp_path / str(n)).iterdir()))[1]: end for n, end in enumerate(kinds.values())}
     assert {row.series: row.state for row in one.ledger.rows()} == ends
     reasons = sorted(row.reason for row in one.ledger.rows() if row.state == "failed")
-    assert reasons[0] == "/work/NAME/scan: not a scan for this model".replace(
-        "NAME", names_of(one)["UNFIT"]
-    )
+    assert reasons[0] == "not a scan for this model"
     assert reasons[1] == "result 1 is for another patient: it is not sent"
     assert reasons[2].startswith("unexpected: RuntimeError in hospital.py:")
+    assert reasons[2].endswith("(2 attempts)")
     assert len(orthanc.headers("SR")) == 2
     said = told() + one.meter.text() + "".join(reasons) + "".join(map(str, (tmp_path / "l").rglob("*")))
     assert "CRASH" not in said
     assert not [word for word in ("SECRET", "PATIENT0", "PATIENT2", "2.25.") if word in said]
     assert one.ledger.retry_failed(time.at) == 3
-    settle(one, time)
+    settle(one, time, 4)
     assert one.ledger.counts()["failed"] == 3
-    assert len(answer.looked) == 2 + 3 + 3
+    assert len(answer.looked) == 2 + 4 + 4  # what nobody thought of is tried twice
 
 
 def test_the_rules_choose(orthanc: Orthanc, tmp_path: Path) -> None:
@@ -252,6 +254,69 @@ def test_a_series_that_ends_the_program_each_time(orthanc: Orthanc, tmp_path: Pa
     settle(listener(tmp_path / "l", archive, StandIn(), time, attempts=3), time)
     (row,) = one.ledger.rows()
     assert (row.state, row.reason) == ("failed", "the program ended 3 times while it worked on it")
+
+
+def test_a_full_disk(orthanc: Orthanc, tmp_path: Path, small_disk: Path) -> None:
+    """Nothing fails for it; what waited is answered when there is room again."""
+    files = series(tmp_path / "a", "P1", slices=6, size=512)
+    orthanc.add(files)
+    time, answer = Time(), StandIn()
+    one = listener(small_disk / "l", web(orthanc), answer, time)
+    one.round()
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**21))
+    time.at += 200
+    settle(one, time, 12)
+    assert [(r.state, r.attempts) for r in one.ledger.rows()] == [("seen", 0)]
+    filler.unlink()
+    settle(one, time)
+    assert one.ledger.counts()["stored"] == 1
+
+
+def test_files_that_are_gone_are_fetched_again(orthanc: Orthanc, tmp_path: Path) -> None:
+    orthanc.add(series(tmp_path / "a", "P1"))
+    time, answer = Time(), StandIn(before=orthanc.kill)
+    one = listener(tmp_path / "l", web(orthanc), answer, time)
+    one.round()
+    time.at += 200
+    one.round()
+    shutil.rmtree(tmp_path / "l" / "work")
+    answer.before = lambda: None
+    orthanc.start()
+    settle(one, time)
+    assert len(answer.looked) == 2
+    assert one.ledger.counts()["stored"] == 1
+    assert len(orthanc.headers("SR")) == 1
+
+
+def test_what_a_message_quotes_of_a_header(orthanc: Orthanc, tmp_path: Path) -> None:
+    def plant(dataset: Dataset) -> None:
+        dataset.ContrastBolusAgent = "SECRET, Peter"
+        dataset.PatientName = "Secrét^Petra"
+
+    orthanc.add(series(tmp_path / "a", "P1", change=plant))
+    time, answer = Time(), StandIn()
+    one = listener(tmp_path / "l", web(orthanc), answer, time)
+
+    def quote() -> None:
+        raise VoxelscaleError("ContrastBolusAgent=SECRET, Peter of Petra, 5 slices missing", "")
+
+    answer.before = quote
+    settle(one, time)
+    (row,) = one.ledger.rows()
+    assert row.reason == "ContrastBolusAgent=..., ... of ..., 5 slices missing"
+
+
+def test_scans_are_kept_if_asked_for(orthanc: Orthanc, tmp_path: Path) -> None:
+    files = series(tmp_path / "a", "P1")
+    orthanc.add(files)
+    time, answer = Time(), StandIn()
+    one = listener(tmp_path / "l", web(orthanc), answer, time, keep_scans=True)
+    settle(one, time)
+    (row,) = one.ledger.rows()
+    kept = (tmp_path / "l" / "scans" / row.name).iterdir()
+    theirs = {pydicom.dcmread(file).SOPInstanceUID for file in kept}
+    assert theirs == {pydicom.dcmread(file).SOPInstanceUID for file in files}
 
 
 def test_a_patient_corrected_in_between(orthanc: Orthanc, tmp_path: Path) -> None:

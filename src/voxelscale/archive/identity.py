@@ -106,6 +106,15 @@ class Series:
             raise UntrueError(what, "is the connection cut off?")
 
 
+TEXTS = ("LO", "LT", "PN", "SH", "ST", "UC", "UI", "UT")
+"""Value representations in which a person could be named (PS3.15, E.1, lists most of their attributes)."""
+
+SEPARATORS = r"[\\^=\[\],']+"
+"""Between the values and the parts of an attribute, as pydicom writes them."""
+
+SHORTEST = 3
+"""Characters of a word that is taken out of messages."""
+
 FIX = "check the series in the archive"
 
 
@@ -148,6 +157,21 @@ def check_results(files: Sequence[Path], entry: Entry, patient: str) -> list[Dat
             raise VoxelscaleError(f"result {number} would be part of the scan's own series", "report this")
         headers.append(header)
     return headers
+
+
+def without_headers(text: str, files: Iterable[Path]) -> str:
+    """A message without the texts and UIDs of these files' headers, which may name the patient."""
+    for path in files:
+        try:
+            elements = list(read_header(path).iterall())
+        except Exception:  # hostile bytes; what could be in the message is not known then
+            return "it cannot be read"
+        for element in elements:
+            if element.VR in TEXTS and element.value:
+                words = (word.strip() for word in re.split(SEPARATORS, str(element.value)))
+                for word in (word for word in words if len(word) >= SHORTEST and word in text):
+                    text = text.replace(word, "...")
+    return text
 
 
 def read_header(path: Path) -> Dataset:

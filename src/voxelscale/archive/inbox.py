@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from voxelscale.archive.identity import FIX, UID, Entry, Series, read_header, text_of
 from voxelscale.archive.troubles import UntrueError
+from voxelscale.console import warn
 from voxelscale.dataset.names import Names
+from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ class Inbox:
     def __init__(self, folder: Path, names: Names, keep_days: float = 7.0) -> None:
         self._folder, self._names, self._keep_days = folder, names, keep_days
         self._known: dict[str, Entry] = {}
+        self._lock = threading.Lock()
 
     def answers(self) -> bool:
         """It is always there."""
@@ -49,12 +54,12 @@ class Inbox:
             raise UntrueError("an instance without usable UIDs was sent", FIX)
         series, own = self._names.case("/".join(uids[:2])), self._names.case(uids[2])
         path = self._folder / series / f"{own}.dcm"
-        if path.exists():
-            if not _same(path, dataset, content):
-                raise UntrueError(f"{series}: two different instances have one SOPInstanceUID", FIX)
-            return False
-        # Of two associations that send it at once, each writes it whole under a name of its own.
-        write_atomic(path, content)
+        with self._lock:  # two associations may send it at once
+            if path.exists():
+                if not _same(path, dataset, content):
+                    raise UntrueError(f"{series}: two different instances have one SOPInstanceUID", FIX)
+                return False
+            write_atomic(path, content)
         return True
 
     def look(self) -> list[Entry]:
@@ -62,18 +67,14 @@ class Inbox:
         entries = []
         for folder in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
             files = self._files(folder)
+            if files and folder.name not in self._known:
+                try:
+                    self._known[folder.name] = _read(files[0])
+                except VoxelscaleError as error:
+                    warn(error.message)
+                    continue
             if files:
-                known = self._known.get(folder.name) or self._read(folder, files[0])
-                self._known[folder.name] = known
-                entries.append(
-                    Entry(
-                        study=known.study,
-                        series=known.series,
-                        modality=known.modality,
-                        instances=len(files),
-                        patient=known.patient,
-                    )
-                )
+                entries.append(replace(self._known[folder.name], instances=len(files)))
         return entries
 
     def describe(self, entry: Entry) -> Dataset:
@@ -118,15 +119,16 @@ class Inbox:
     def _files(self, folder: Path) -> list[Path]:
         return sorted(folder.glob("case-*.dcm"))
 
-    def _read(self, folder: Path, file: Path) -> Entry:
-        header = read_header(file)
-        return Entry(
-            study=text_of(header, "StudyInstanceUID"),
-            series=text_of(header, "SeriesInstanceUID"),
-            modality=text_of(header, "Modality"),
-            instances=0,
-            patient=text_of(header, "PatientID"),
-        )
+
+def _read(file: Path) -> Entry:
+    header = read_header(file)
+    return Entry(
+        study=text_of(header, "StudyInstanceUID"),
+        series=text_of(header, "SeriesInstanceUID"),
+        modality=text_of(header, "Modality"),
+        instances=0,
+        patient=text_of(header, "PatientID"),
+    )
 
 
 def _same(path: Path, dataset: Dataset, content: bytes) -> bool:

@@ -153,6 +153,13 @@ class Ledger:
         for row in self._db.execute(f"SELECT {COLUMNS} FROM series ORDER BY first_seen, name"):  # noqa: S608
             yield Row(**dict(zip(names, row, strict=True)))
 
+    def open(self) -> set[str]:
+        """UIDs of the series that are still to be worked on."""
+        found = self._db.execute(
+            "SELECT series FROM series WHERE state IN ('seen', 'fetched', 'predicted')"
+        )
+        return {series for (series,) in found}
+
     def of_study(self, study: str) -> list[Row]:
         """The series of a study that were seen."""
         found = self._db.execute("SELECT series FROM series WHERE study = ?", (study,)).fetchall()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sqlite3
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from voxelscale.archive.answer import Answer
 from voxelscale.archive.dicomweb import DicomWeb
 from voxelscale.archive.dimse import Sender
 from voxelscale.archive.health import Meter
-from voxelscale.archive.identity import Entry, check_results
+from voxelscale.archive.identity import Entry, check_results, read_header, text_of, without_headers
 from voxelscale.archive.inbox import Inbox
 from voxelscale.archive.ledger import FILE, Ledger, Row
 from voxelscale.archive.rules import against
@@ -29,9 +30,13 @@ from voxelscale.archive.troubles import AwayError, UntrueError
 from voxelscale.console import notice, warn
 from voxelscale.dataset.names import Names
 from voxelscale.errors import VoxelscaleError
+from voxelscale.files import check_output
 
 LONGEST_REASON = 300
 """Characters of a reason in the ledger."""
+
+LEAST_FREE = 2**26
+"""With fewer bytes left on the disk an error is taken for the disk's: scans and results need more."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,18 @@ class Listener:
     def run(self) -> None:
         """Go on until it is interrupted."""
         while True:
-            self.clock.wait(self.round())
+            try:
+                seconds = self.round()
+            except sqlite3.OperationalError as error:  # a full disk: what was done so far is kept
+                warn(f"{self.folder / FILE}: cannot be used ({error}); is the disk full?")
+                seconds = self.settings.wait
+            self.clock.wait(seconds)
 
     def round(self) -> float:
         """Look at the archive once and do all that is due; seconds until the next round."""
         self._alive()
         reached = self._look()
+        self.meter.put("archive_up", int(reached))
         for row in self.ledger.due(self.clock.now(), self.settings.stable):
             if not self._finish(row, reached):
                 reached = False
@@ -115,10 +126,7 @@ class Listener:
         """The series that the archive has; of studies that have not changed and are done, none."""
         if isinstance(self.scans, Inbox):
             yield from self.scans.look()
-            wanted = {
-                row.series for row in self.ledger.rows() if row.state in ("seen", "fetched", "predicted")
-            }
-            self.scans.forget_old(wanted)
+            self.scans.forget_old(self.ledger.open())
             return
         archive = self.settings.archive
         days = archive.days if archive else 0
@@ -152,44 +160,55 @@ class Listener:
     def _finish(self, row: Row, reached: bool) -> bool:
         """Take a series as far as it goes; whether the archive is still there."""
         steps = {"seen": self._fetch, "fetched": self._predict, "predicted": self._send}
-        while row.state in steps:
-            step = steps[row.state]
-            if not reached and row.state != "fetched":
-                return False
+        while row.state in steps and (reached or row.state == "fetched"):
             if row.attempts >= self.settings.attempts:  # the process ended during each of them
                 self._fail(row, f"the program ended {row.attempts} times while it worked on it")
                 return reached
             self._alive()
-            row, began, kind = self.ledger.begin(row, self.clock.now()), time.monotonic(), row.state
+            kind, began, ended = row.state, time.monotonic(), "interrupted"
+            row = self.ledger.begin(row, self.clock.now())
             try:
-                row, ended = step(row), "done"
-            except (AwayError, UntrueError) as error:
-                ended = "away" if isinstance(error, AwayError) else "untrue"
-                if self._answering(kind):
-                    self._later(row, error)
-                    return reached
-                self.ledger.take_back(row, self.clock.now())
-                if not self._away:
-                    warn(f"{error.message}; {error.hint}")
-                return False
-            except VoxelscaleError as error:
-                ended = "failed"
-                self._fail(row, error.message)
-                return reached
-            except Exception as error:  # a scan that no one thought of must not end the service
-                ended = "failed"
-                at = traceback.extract_tb(error.__traceback__)[-1]
-                what = f"{type(error).__name__} in {Path(at.filename).name}:{at.lineno}"
-                self._fail(row, f"unexpected: {what}")
+                row, ended = steps[kind](row), "done"
+            except Exception as error:  # also what no one thought of must not end the service
+                ended, reached = self._trouble(row, error, reached)
                 return reached
             except BaseException:
-                ended = "interrupted"
                 self.ledger.take_back(row, self.clock.now())
                 raise
             finally:
                 self.meter.add("steps_total", f'step="{kind}",end="{ended}"')
                 self.meter.add("step_seconds_total", f'step="{kind}"', time.monotonic() - began)
         return reached
+
+    def _trouble(self, row: Row, error: Exception, reached: bool) -> tuple[str, bool]:
+        """What a step's error means: how the step ended, and whether the archive is there."""
+        if isinstance(error, sqlite3.Error):
+            raise error
+        outside = isinstance(error, AwayError | UntrueError)
+        full = self._is_full()
+        if full or (outside and not self._answering(row.state)):
+            self.ledger.take_back(row, self.clock.now())
+            if not self._away:
+                warn(f"{self.folder}: the disk is full" if full else str(error))
+            return "away", False
+        if isinstance(error, VoxelscaleError) and not outside:
+            self._fail(row, error.message)
+            return "failed", reached
+        if outside:
+            self._later(row, str(error))
+            return "untrue" if isinstance(error, UntrueError) else "away", reached
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        # The error's own words may be those of a header.
+        self._later(row, f"unexpected: {type(error).__name__} in {Path(at.filename).name}:{at.lineno}")
+        return "unexpected", reached
+
+    def _is_full(self) -> bool:
+        """Whether there is hardly room in the folder."""
+        try:
+            check_output(self.folder)
+            return shutil.disk_usage(self.folder).free < LEAST_FREE
+        except (VoxelscaleError, OSError):
+            return True
 
     def _answering(self, state: str) -> bool:
         """Whether the archive of a step answers, so that its trouble is with this series."""
@@ -198,7 +217,8 @@ class Listener:
     def _fetch(self, row: Row) -> Row:
         entry = self._entry(row)
         if reason := against(self.settings.rules, self.scans.describe(entry), row.instances):
-            return self._end(row, "skipped", reason)
+            notice(f"{row.name}: skipped: {reason}", level=2)
+            return self.ledger.move(row, "skipped", self.clock.now(), reason)
         part, place = self._place(row, "scan.part"), self._place(row, "scan")
         for old in (part, place):
             shutil.rmtree(old, ignore_errors=True)
@@ -211,22 +231,26 @@ class Listener:
         part, place = self._place(row, "results.part"), self._place(row, "results")
         for old in (part, place):
             shutil.rmtree(old, ignore_errors=True)
+        patient = self._patient(row)
+        if patient is None:
+            return self._again(row)
         part.mkdir(parents=True)
-        files = self.answer(self._place(row, "scan"), part)
-        check_results(files, self._entry(row), self._patient(row))
+        check_results(self.answer(self._place(row, "scan"), part), self._entry(row), patient)
         os.replace(part, place)
         return self.ledger.move(row, "predicted", self.clock.now())
 
     def _send(self, row: Row) -> Row:
-        patient = self._patient(row)
-        files = sorted(self._place(row, "results").rglob("*.dcm"))
+        patient, place = self._patient(row), self._place(row, "results")
+        if patient is None or not place.is_dir():
+            return self._again(row)
+        files = sorted(place.rglob("*.dcm"))
         headers = check_results(files, self._entry(row), patient)
         now_of = self.sink.patient(row.study)
         if now_of and now_of != patient:
             what = "its study has another PatientID than when it was fetched"
             if self.sink is not self.scans:
                 raise UntrueError(what, "")
-            return self._end(row, "seen", f"{what}: it is fetched again")
+            return self._again(row, what)
         left = [
             file
             for file, header in zip(files, headers, strict=True)
@@ -234,40 +258,40 @@ class Listener:
         ]
         sent = self.sink.send(left, lambda uid: self.ledger.sent(row, uid, self.clock.now()))
         self.meter.add("results_total", value=sent)
+        row = self.ledger.move(row, "stored", self.clock.now())
+        notice(f"{row.name}: stored")
         if self.settings.keep_scans:
             kept = self.folder / "scans" / row.name
             shutil.rmtree(kept, ignore_errors=True)
             kept.parent.mkdir(exist_ok=True)
             os.replace(self._place(row, "scan"), kept)
-        row = self._end(row, "stored", "")
+        self._clear(row)
         self.scans.release(self._entry(row))
         return row
 
-    def _patient(self, row: Row) -> str:
-        """The PatientID of what was fetched, which is in its files only."""
-        from voxelscale.archive.identity import read_header, text_of
-
+    def _patient(self, row: Row) -> str | None:
+        """The PatientID of what was fetched, which is in its files only; None: they are gone."""
         files = sorted(self._place(row, "scan").glob("*.dcm"))
         patient = text_of(read_header(files[0]), "PatientID") if files else ""
-        if not files or self.names.patient(patient) != row.patient:
-            raise UntrueError("the files that were fetched are gone or have been changed", "")
-        return patient
+        return patient if files and self.names.patient(patient) == row.patient else None
 
-    def _end(self, row: Row, state: str, reason: str) -> Row:
-        notice(f"{row.name}: {state}{f': {reason}' * bool(reason)}", level=1 if state == "stored" else 2)
-        row = self.ledger.move(row, state, self.clock.now(), reason)  # type: ignore[arg-type]
+    def _again(self, row: Row, why: str = "the files that were fetched are gone") -> Row:
+        """Fetch a series once more."""
+        warn(f"{row.name}: {why}: it is fetched again")
         self._clear(row)
-        return row
+        return self.ledger.move(row, "seen", self.clock.now(), why)
 
     def _fail(self, row: Row, reason: str) -> None:
-        reason = reason.replace(str(self._place(row, "scan")), row.name)
-        reason = reason.removeprefix(f"{row.name}: ")[:LONGEST_REASON]
+        scan = self._place(row, "scan")
+        reason = reason.replace(str(scan), row.name).removeprefix(f"{row.name}: ")
+        reason = without_headers(reason, sorted(scan.glob("*.dcm")))[:LONGEST_REASON]
         warn(f"{row.name}: failed: {reason}")
-        self._end(row, "failed", reason)
+        self.ledger.move(row, "failed", self.clock.now(), reason)
+        self._clear(row)
 
-    def _later(self, row: Row, error: VoxelscaleError) -> None:
+    def _later(self, row: Row, reason: str) -> None:
         """Try a step again after a while; too many attempts are a failure."""
-        now, reason = self.clock.now(), error.message[:LONGEST_REASON]
+        now = self.clock.now()
         if row.attempts >= self.settings.attempts:
             self._fail(row, f"{reason} ({row.attempts} attempts)")
             return
