@@ -121,6 +121,28 @@ def test_values_that_break_the_rules_are_left_empty_and_not_shown(
         assert pydicom.dcmread(path).PatientBirthDate == ""
 
 
+@pytest.mark.parametrize(
+    ("sets", "name"),
+    [
+        ("ISO_IR 100", "Größe^Ünal"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+        ("ISO_IR 192", "Ψ^Ω"),
+    ],
+)
+def test_names_in_any_alphabet(sets: str | list[str], name: str, tmp_path: Path, judge: Judge) -> None:
+    files = ct_of("prone", tmp_path / "ct")
+    for file in files:
+        file.SpecificCharacterSet, file.PatientName, file.StudyDate = sets, name, "20240231"
+    write(files, tmp_path / "ct")
+    source = source_of(tmp_path / "ct")
+    predict_by_hand(tmp_path / "out", source, [BALLS])
+    for path in export_case(tmp_path / "out", source, tmp_path / "out", ["seg", "sr", "rtstruct"]):
+        judge(path)
+        made = pydicom.dcmread(path)
+        assert made.PatientName == name
+        assert made.StudyDate == "", "there is no such day"
+
+
 def faulty(ct: Path, change: Callable[[int, pydicom.FileDataset], None]) -> None:
     for number, path in enumerate(sorted(ct.iterdir())):
         file = pydicom.dcmread(path)
@@ -137,6 +159,10 @@ def one_uid(number: int, file: pydicom.FileDataset) -> None:
     file.SOPInstanceUID = "1.2.3.4"
 
 
+def long_uid(number: int, file: pydicom.FileDataset) -> None:
+    file.SOPInstanceUID = f"1.2.3.{number}." + "4" * 70
+
+
 def no_study(number: int, file: pydicom.FileDataset) -> None:
     file.StudyInstanceUID = ""
 
@@ -145,10 +171,12 @@ def no_study(number: int, file: pydicom.FileDataset) -> None:
     ("change", "words"),
     [
         (no_uid, "without a valid SOPInstanceUID"),
+        (long_uid, "without a valid SOPInstanceUID"),
         (one_uid, "two of its slices have one SOPInstanceUID"),
         (no_study, "no valid StudyInstanceUID"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The value length")
 def test_what_a_result_cannot_refer_to_is_refused(
     change: Callable[[int, pydicom.FileDataset], None], words: str, tmp_path: Path
 ) -> None:
@@ -209,6 +237,18 @@ def test_another_scans_prediction_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VoxelscaleError, match=r"mask\.nii\.gz does not lie on the scan"):
         export_case(tmp_path / "out", source, tmp_path / "out", ["seg"])
     assert not list(folder.glob("*.dcm"))
+
+
+def test_a_mask_that_is_none_of_the_findings_is_refused(tmp_path: Path) -> None:
+    ct_of("prone", tmp_path / "ct")
+    source = source_of(tmp_path / "ct")
+    folder = predict_by_hand(tmp_path / "out", source, [BALLS])
+    mask = read_label(folder / "mask.nii.gz")
+    mask.array[0, 0, 0] = 1
+    write_scan(mask, folder / "mask.nii.gz")
+    with pytest.raises(VoxelscaleError, match="what is none of its findings") as caught:
+        export_case(tmp_path / "out", source, tmp_path / "out", ["seg"])
+    assert caught.value.hint == "run voxelscale predict again"
 
 
 def test_probabilities_that_were_not_kept(tmp_path: Path) -> None:

@@ -27,12 +27,13 @@ from voxelscale.config.export import ExportConfig
 from voxelscale.dataset import DataSet, Source
 from voxelscale.dataset.reading import read_image
 from voxelscale.dicom_out.export import ALL_KINDS, export_case
-from voxelscale.findings import read_findings
-from voxelscale.formats import read_label
+from voxelscale.findings import lesions_of_mask, read_findings, write_findings
+from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan
 from voxelscale.labels import read_labels
 
 DICOM = ("seg", "probability", "sr", "rtstruct")
+FACTS = {"warnings": [], "merge_mm": 0.0, "model": MODEL}
 BALLS: list[Ball] = [(0.45, 0.4, 0.3, 5.0), (0.5, 0.65, 0.7, 4.0)]
 ORGANS = Classes(names=("liver", "nodule", "odd thing"), values=((5,), (7,), (9,)))
 REGIONS = Classes(names=("whole", "core"), values=((1, 2), (2,)), regions=True, order=(1, 2))
@@ -254,6 +255,59 @@ def test_several_classes(segments: str, tmp_path: Path, judge: Judge) -> None:
         for kind in ("seg", "rtstruct"):
             got = as_labels(case, kind, classes)
             assert np.array_equal(got, ORGANS.of_written(case.mask)), kind
+
+
+def test_small_parts_of_a_class_stay_with_it(tmp_path: Path, judge: Judge) -> None:
+    ct_of("coronal", tmp_path / "ct")
+    source = source_of(tmp_path / "ct")
+    folder = predict_by_hand(tmp_path / "out", source, [BALLS[:1], BALLS[1:], []], ORGANS)
+    mask = read_label(folder / "mask.nii.gz")
+    mask.array[0, 0, :2] = mask.array[9, 23, 29] = 5
+    write_scan(mask, folder / "mask.nii.gz")
+    for path in export_case(tmp_path / "out", source, tmp_path / "out", ["seg", "sr", "rtstruct"]):
+        judge(path)
+    seg = hd.seg.segread(folder / "seg.dcm")
+    names = [d.segment_label for d in seg.SegmentSequence]
+    assert sorted(names) == ["liver 1", "liver, small parts", "nodule 2"]
+    held = dict(zip(names, pixels_of(seg), strict=True))
+    assert held["liver, small parts"] == 3
+    assert held["liver 1"] + 3 == (mask.array == 5).sum()
+    groups = hd.sr.srread(folder / "sr.dcm").content.get_volumetric_roi_measurement_groups()
+    assert [group.tracking_identifier for group in groups] == ["liver 1", "nodule 2"]
+
+
+def test_regions_whose_mask_lost_a_combination(tmp_path: Path) -> None:
+    """A core outside the whole is written as both: the whole has voxels more than its finding."""
+    ct_of("prone", tmp_path / "ct")
+    balls = [[(0.5, 0.5, 0.5, 6.0)], [(0.5, 0.5, 0.62, 4.0)]]
+    case = exported(tmp_path / "ct", tmp_path / "out", balls, REGIONS, kinds=["seg", "sr"])
+    seg = hd.seg.segread(case.files["seg"])
+    assert sorted(d.segment_label for d in seg.SegmentSequence) == ["core 2", "whole 1"]
+    groups = hd.sr.srread(case.files["sr"]).content.get_volumetric_roi_measurement_groups()
+    assert len(groups) == 2
+
+
+def test_no_finding_is_too_small_for_the_slices(tmp_path: Path) -> None:
+    """A voxel of a resampled scan may be less than half of any pixel."""
+    ct_of("uneven", tmp_path / "ct")
+    source = source_of(tmp_path / "ct")
+    folder = predict_by_hand(tmp_path / "out", source, [BALLS])
+    mask = read_label(folder / "mask.nii.gz")
+    for level in range(len(mask.array)):
+        lone = np.zeros_like(mask.array)
+        lone[level, 7, 9] = 1
+        write_scan(Scan(lone, mask.affine), folder / "mask.nii.gz")
+        write_findings(lesions_of_mask(source.case, lone, mask.grid), *csv_and_json(folder), FACTS)
+        (path,) = export_case(tmp_path / "out", source, tmp_path / "out", ["seg"])
+        seg = pydicom.dcmread(path)
+        (frame,) = seg.PerFrameFunctionalGroupsSequence
+        assert np.argwhere(seg.pixel_array.reshape(24, 30)).tolist() == [[7, 9]]
+        where = np.asarray(frame.PlanePositionSequence[0].ImagePositionPatient, float)
+        assert abs(where[2] - mask.grid.index_to_mm([level, 0, 0])[2]) <= 3.1 / 2 + 0.01
+
+
+def csv_and_json(folder: Path) -> tuple[Path, Path]:
+    return folder / "findings.csv", folder / "findings.json"
 
 
 def test_regions_overlap(tmp_path: Path, judge: Judge) -> None:

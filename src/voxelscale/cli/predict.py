@@ -179,8 +179,6 @@ def export_dicom(
     Writes OUT/<case>/<kind>.dcm, and page.html. The same prediction gives the same bytes and UIDs. Patient
     and study are those of the scan: the DICOM files identify the patient. For research, not for diagnosis.
     """
-    from voxelscale.predict.record import read_record
-
     asked = _kinds(kinds)
     out = out or predictions
     check_output(out)
@@ -188,11 +186,12 @@ def export_dicom(
         raise VoxelscaleError(f"{predictions}: no such folder", "run voxelscale predict first")
     settings = read_config(config, set_)
     sources = data_set(scans, settings, layout, keys=predictions).scans
-    record = read_record(predictions)
-    predicted = [s for s in sources if (predictions / s.case).is_dir() or record is None]
+    predicted = [s for s in sources if (predictions / s.case / "findings.json").is_file()]
     if not predicted:
         hint = "check that these scans were predicted into this folder"
         raise VoxelscaleError(f"{predictions}: no prediction of a scan of {scans}", hint)
+    if absent := len(sources) - len(predicted):
+        warn(f"{predictions}: no prediction of {count(absent, 'scan')}, which are left out")
     return _export(predictions, _came_as_dicom(predicted), out, asked, settings)[0]
 
 

@@ -36,6 +36,7 @@ ADDED: dict[str, object] = {
     "model.blocks": (),
     "model.preset": "none",
     "model.deep_supervision": False,
+    "augment.flip_axes": "zyx",
     "train.cuda_graph": None,
     "train.deterministic": False,
     "predict.probabilities": False,

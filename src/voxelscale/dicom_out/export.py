@@ -86,9 +86,16 @@ class Prediction:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """The voxels of each finding that the mask has, and of each class what is no finding."""
+        """The voxels of each finding that the mask has, and of each class what is no finding.
+
+        Raises:
+            VoxelscaleError: findings and mask contradict each other.
+        """
         merge_mm = float(self.facts.get("merge_mm", 0.0))
-        return parts_of(self.stored, self.classes, self.findings, self.original.grid, merge_mm)
+        try:
+            return parts_of(self.stored, self.classes, self.findings, self.original.grid, merge_mm)
+        except ValueError as error:
+            raise VoxelscaleError(f"{self.original.case}: {error}", AGAIN) from None
 
     @cached_property
     def of_findings(self) -> list[Segment]:

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 
 import numpy as np
@@ -21,7 +22,7 @@ from voxelscale.dataset.source import Source
 from voxelscale.dicom_out.objects import uid_of
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats.dicom import files_of, tags
-from voxelscale.formats.dicom.elements import DamagedError, DicomObject, read_object
+from voxelscale.formats.dicom.elements import LONGEST_UID, DamagedError, DicomObject, read_object
 from voxelscale.formats.dicom.header import INFLATED_HEADER
 from voxelscale.geometry import Grid, Slices
 from voxelscale.labels.dicom import free_text
@@ -171,7 +172,9 @@ def read_original(source: Source, reading: ReadingConfig) -> Original:
     first = found[frames[0].sop_uid]
     about = _about(source.case, first)
     date = about["StudyDate"] or next(filter(None, (_value(first, *d) for d in DATES.values())), "")
-    if not slices.frame_of_reference:
+    frame_of_reference = slices.frame_of_reference
+    if not is_uid(frame_of_reference):
+        frame_of_reference = uid_of("frame", first.data.text(tags.SERIES))
         warn(f"{source.case}: its slices name no frame of reference: one is made for the result")
     return Original(
         case=source.case,
@@ -181,7 +184,7 @@ def read_original(source: Source, reading: ReadingConfig) -> Original:
         about=about,
         series=first.data.text(tags.SERIES),
         modality=first.data.text(tags.MODALITY) or "OT",
-        frame_of_reference=slices.frame_of_reference or uid_of("frame", first.data.text(tags.SERIES)),
+        frame_of_reference=frame_of_reference,
         date=date or NO_DATE,
         time=(about["StudyTime"] or NO_TIME) if about["StudyDate"] else NO_TIME,
     )
@@ -208,11 +211,12 @@ def _frames(case: str, slices: Slices, found: Mapping[str, DicomObject]) -> Iter
         raise VoxelscaleError(f"{case}: two of its slices have one SOPInstanceUID", hint)
     whole = {uid for uid, number in names if number > 1}
     for place, (uid, number) in there:
-        if UID.fullmatch(uid) is None or uid not in found:
+        if not is_uid(uid) or uid not in found:
             raise VoxelscaleError(f"{case}: a slice without a valid SOPInstanceUID", hint)
         header = found[uid]
         several = uid in whole or _is_multiframe(header)
-        sop_class = header.data.text(tags.SOP_CLASS) or header.media_class or CT_IMAGE
+        named = (header.data.text(tags.SOP_CLASS), header.media_class, CT_IMAGE)
+        sop_class = next(filter(is_uid, named))
         yield Frame(place=place, sop_class=sop_class, sop_uid=uid, number=number if several else None)
 
 
@@ -229,10 +233,10 @@ def _about(case: str, header: DicomObject) -> dict[str, str]:
             broken.append(keyword)
         if text or keyword in REQUIRED:
             about[keyword] = text
-    if UID.fullmatch(about["StudyInstanceUID"]) is None:
+    if not is_uid(about["StudyInstanceUID"]):
         hint = "export the series again from the archive: results belong to its study"
         raise VoxelscaleError(f"{case}: has no valid StudyInstanceUID", hint)
-    if UID.fullmatch(header.data.text(tags.SERIES)) is None:
+    if not is_uid(header.data.text(tags.SERIES)):
         hint = "export the series again from the archive: results refer to it"
         raise VoxelscaleError(f"{case}: has no valid SeriesInstanceUID", hint)
     if broken:
@@ -241,10 +245,25 @@ def _about(case: str, header: DicomObject) -> dict[str, str]:
     return about
 
 
+def is_uid(text: str) -> bool:
+    """Whether it has a UID's form; leading zeros, which are forbidden, some programs write."""
+    return len(text) <= LONGEST_UID and UID.fullmatch(text) is not None
+
+
 def _value(header: DicomObject, tag: int, rule: str) -> str:
     """A text of the header, "" where it does not fit the rule."""
     with warnings.catch_warnings():  # which might quote the patient's data
         warnings.simplefilter("ignore")
         text = free_text(header, header.data, tag)
     text = "".join(c for c in text if c.isprintable()).strip()
-    return text if re.fullmatch(rule, text) else ""
+    fits = re.fullmatch(rule, text) and (rule not in (DATE, TIME) or _is_moment(text, rule))
+    return text if fits else ""
+
+
+def _is_moment(text: str, rule: str) -> bool:
+    """Whether a date or a time is one that there is: there is no 31st of June."""
+    form = "%Y%m%d" if rule == DATE else "%H%M%S"[: len(text.split(".")[0])]
+    try:
+        return not text or bool(datetime.strptime(text.split(".")[0], form))
+    except ValueError:
+        return False

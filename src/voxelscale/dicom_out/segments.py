@@ -22,6 +22,9 @@ SAME_INDEX, SAME_VOLUME = 1e-3, 1e-6
 """How far, in voxels and as a share, a component may be from the finding that it is: both were computed
 from the same voxels, and written with all digits."""
 
+LIKE = 2.0
+"""Volumes of a region's component and of its finding differ by at most this factor."""
+
 HALF = 0.5 - 1e-6
 STEPS = 255
 """Of a probability: as many as a byte holds."""
@@ -92,39 +95,50 @@ def parts_of(
     """The voxels of each finding that the mask has, in the order of the findings; then of each class what
     is no finding: components below ``predict.min_volume_mm3``.
 
+    Of regions the mask holds one value a voxel, so that a component may have some voxels more or less than
+    the finding that was measured: there the nearest one of about its size is it.
+
     Args:
         stored: labels (z, y, x).
         findings: most confident first; those below the threshold are not in the mask and give no part.
         merge_mm: ``predict.merge_mm`` in force.
+
+    Raises:
+        ValueError: the mask of the only class holds what is no finding.
     """
     found: list[Part] = []
     rest: list[Part] = []
     for at, (name, where) in enumerate(classes.each(stored)):
-        if not where.any():
-            continue
-        of_class = [
-            (rank, f) for rank, f in enumerate(findings, start=1) if classes.single or f.label == name
-        ]
-        left = []
-        for voxels in masked_regions(where, grid, merge_mm=merge_mm, least=0):
-            rank = _rank_of(voxels, of_class, grid)
-            if rank is None or any(part.rank == rank for part in found):
-                left.append(voxels)
-            else:
-                found.append(Part(at=at, voxels=voxels, rank=rank))
+        free = {rank: f for rank, f in enumerate(findings, start=1) if classes.single or f.label == name}
+        left = masked_regions(where, grid, merge_mm=merge_mm, least=0) if where.any() else []
+        for is_it in (_is_exactly, _is_about) if classes.regions else (_is_exactly,):
+            others = []
+            for voxels in left:
+                rank = next((rank for rank, f in free.items() if is_it(voxels, f, grid)), None)
+                if rank is None:
+                    others.append(voxels)
+                else:
+                    del free[rank]
+                    found.append(Part(at=at, voxels=voxels, rank=rank))
+            left = others
+        if left and classes.single:
+            raise ValueError("its mask holds what is none of its findings")
         if left:
             rest.append(Part(at=at, voxels=np.concatenate(left), rank=None))
     return [*sorted(found, key=lambda part: part.rank or 0), *rest]
 
 
-def _rank_of(voxels: Voxels, findings: Sequence[tuple[int, Finding]], grid: Grid) -> int | None:
-    """The rank of the finding that these voxels are."""
-    centre, volume = voxels.mean(axis=0), len(voxels) * grid.voxel_mm3
-    for rank, finding in findings:
-        near = np.abs(centre - finding.index).max() <= SAME_INDEX
-        if near and abs(volume - finding.volume_mm3) <= SAME_VOLUME * volume:
-            return rank
-    return None
+def _is_exactly(voxels: Voxels, finding: Finding, grid: Grid) -> bool:
+    volume = len(voxels) * grid.voxel_mm3
+    near = np.abs(voxels.mean(axis=0) - finding.index).max() <= SAME_INDEX
+    return bool(near and abs(volume - finding.volume_mm3) <= SAME_VOLUME * volume)
+
+
+def _is_about(voxels: Voxels, finding: Finding, grid: Grid) -> bool:
+    centre = grid.index_to_mm(voxels.mean(axis=0))
+    apart = np.linalg.norm(centre - (finding.x, finding.y, finding.z))
+    ratio = len(voxels) * grid.voxel_mm3 / finding.volume_mm3
+    return bool(apart <= finding.diameter_mm / 2 and 1 / LIKE <= ratio <= LIKE)
 
 
 def whole_classes(stored: NDArray[Any], classes: Classes) -> list[Part]:

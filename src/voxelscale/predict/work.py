@@ -179,6 +179,9 @@ class _Network:
         self._network: nn.Module = bundle.network(device)
         self._patch = config.patch_size or bundle.patch
         self._config = config
+        self._flips = bundle.config.augment.mirrored if config.test_time_augmentation else ""
+        if config.test_time_augmentation and not self._flips:
+            notice("warning: no test-time augmentation: the model was trained without mirroring")
         wanted = bundle.config.train.precision
         shape = (1, len(bundle.channels), *self._patch)
         self.precision = precision or choose_inference(self._network, shape, device, wanted)
@@ -237,7 +240,7 @@ class _Network:
             # Threads have a window each at a time: together they are a batch.
             batch_size=config.batch_size if threads == 1 else 1,
             grow=True,
-            flips=config.test_time_augmentation,
+            flips=self._flips,
             precision=self.precision,
             threads=threads,
         )
