@@ -36,6 +36,7 @@ HOSPITAL = """\
 model: {model}
 folder: service
 archive: {{url: {url}}}
+rules: {{slice_thickness: [0, 10], min_slices: 10}}
 every: 2
 stable: 5
 health: {{port: {health}}}
@@ -54,8 +55,8 @@ def main() -> None:
     given = parser.parse_args()
     folder = given.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    http, dicom, health = (free_port() for _ in range(3))
-    archive = start_orthanc(folder / "orthanc", http, dicom)
+    http, health = free_port(), free_port()
+    archive = start_orthanc(folder / "orthanc", http)
     listening = None
     try:
         url = f"http://127.0.0.1:{http}"
@@ -65,9 +66,9 @@ def main() -> None:
         config.write_text(HOSPITAL.format(**values), encoding="utf-8")
         command = [sys.executable, "-m", "voxelscale.cli", "listen", str(config)]
         listening = subprocess.Popen(command)
-        wait_until_answered(health, given.scans, listening)
+        ends = wait_until_answered(health, given.scans, listening)
         print(
-            f"\nanswered. The archive with scans and results: {url}/app/explorer.html"
+            f"\n{ends['stored']} of {given.scans} answered. The archive with scans and results: {url}/app/explorer.html"
             f"\nthe viewer: voxelscale view {folder / 'service' / 'predictions'} {folder / 'service' / 'scans'}"
             f"\nthe ledger: voxelscale listen {config} --ledger"
             f"\nhealth and metrics: http://127.0.0.1:{health}/health and /metrics",
@@ -92,7 +93,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_orthanc(folder: Path, http: int, dicom: int) -> subprocess.Popen[bytes]:
+def start_orthanc(folder: Path, http: int) -> subprocess.Popen[bytes]:
     """Start an Orthanc with DICOMweb on loopback."""
     places = (Path("/usr/share/orthanc/plugins"), *Path("/usr/lib").glob("*/orthanc"))
     plugin = next((p / PLUGIN for p in places if (p / PLUGIN).exists()), None)
@@ -110,7 +111,7 @@ def start_orthanc(folder: Path, http: int, dicom: int) -> subprocess.Popen[bytes
         "IndexDirectory": str(folder / "storage"),
         "Plugins": [str(plugin)],
         "HttpPort": http,
-        "DicomPort": dicom,
+        "DicomServerEnabled": False,  # it would listen to other machines, too
         "RemoteAccessAllowed": False,
         "AuthenticationEnabled": False,
     }
@@ -138,13 +139,13 @@ def upload(run: Path, scans: Path, count: int, url: str) -> None:
         web.send(sorted(place.glob("*.dcm")))
 
 
-def wait_until_answered(port: int, count: int, listening: subprocess.Popen[bytes]) -> None:
-    """Wait until no series is open any more."""
+def wait_until_answered(port: int, count: int, listening: subprocess.Popen[bytes]) -> dict[str, int]:
+    """Wait until no series is open any more; how many are in each state."""
     while listening.poll() is None:
         health = ask(f"http://127.0.0.1:{port}/health") or {"series": {}}
-        ends = sum(health["series"].get(state, 0) for state in ("stored", "skipped", "failed"))
-        if ends >= count:
-            return
+        states: dict[str, int] = health["series"]
+        if sum(states.get(state, 0) for state in ("stored", "skipped", "failed")) >= count:
+            return states
         time.sleep(0.5)
     raise SystemExit(listening.returncode)
 

@@ -48,6 +48,12 @@ def test_a_series_is_answered_once(orthanc: Orthanc, tmp_path: Path) -> None:
     assert report["PatientID"] == "P1"
     assert again.ledger.counts()["stored"] == 1
     assert not list((tmp_path / "l" / "work").rglob("*.dcm"))
+    with pytest.MonkeyPatch.context() as patch:  # a lost ledger: predicted again, but not sent again
+        patch.delattr(DICOMwebClient, "store_instances")
+        lost = listener(tmp_path / "l2", web(orthanc), answer, time)
+        settle(lost, time)
+    assert lost.ledger.counts()["stored"] == 1
+    assert len(answer.looked) == 2
 
 
 def settle(one: Listener, time: Time, rounds: int = 3) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import requests
 import yaml
-from tests.archive.hospital import PASSWORD, USER, Orthanc, free_port, series, uids
+from tests.archive.hospital import PASSWORD, USER, Orthanc, free_port, missing, required, series, uids
 from tests.conftest import Command
 
-from voxelscale.archive.settings import read_settings
+from voxelscale.archive.health import Meter, serve
+from voxelscale.archive.settings import HealthSettings, read_settings
 from voxelscale.errors import VoxelscaleError
 
 SMALL = {"model": "m.vxs", "folder": "f", "archive": {"url": "http://127.0.0.1/"}}
@@ -61,6 +62,33 @@ def test_the_example_of_the_docs(tmp_path: Path) -> None:
     read = read_settings(path)
     assert read.archive is not None
     assert set(yaml.safe_load(example)["rules"]) == set(vars(read.rules))
+
+
+def test_a_port_that_is_taken() -> None:
+    with serve(HealthSettings(port=0), Meter()) as port:
+        assert requests.get(f"http://127.0.0.1:{port}/health", timeout=10).status_code == 503
+        with (
+            pytest.raises(VoxelscaleError, match="cannot be opened"),
+            serve(HealthSettings(port=port), Meter()),
+        ):
+            pass
+
+
+@pytest.mark.slow
+def test_the_demonstration(trained: Path, tmp_path: Path) -> None:
+    """What `make demo-hospital` runs, with a smaller model."""
+    if why := missing():
+        (pytest.fail if required() else pytest.skip)(why)
+    script = DOCS.parents[1] / "examples" / "hospital.py"
+    places = [str(script), str(trained), str(tmp_path / "demo")]
+    command = [sys.executable, *places, "--scans", "2", "--once"]
+    for _ in range(2):  # again, it goes on
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "\n2 of 2 answered." in done.stdout
+    service = tmp_path / "demo" / "service"
+    assert len(list(service.glob("predictions/*/findings.json"))) == 2
+    assert len(list(service.glob("scans/*"))) == 2
 
 
 @pytest.fixture

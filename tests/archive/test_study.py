@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pydicom
 import pytest
-from tests.archive.hospital import PASSWORD, USER, Orthanc, uids
+from pydicom.uid import RLELossless
+from tests.archive.hospital import PASSWORD, USER, Orthanc, series, uids
 from tests.conftest import Command
+
+from voxelscale.archive.access import Access
+from voxelscale.archive.dicomweb import DicomWeb
 
 
 def test_from_orthanc_and_back(
@@ -20,7 +24,7 @@ def test_from_orthanc_and_back(
 ) -> None:
     orthanc = start_orthanc(AuthenticationEnabled=True, RegisteredUsers={USER: PASSWORD})
     orthanc.add(chest)
-    study, series = uids(chest)
+    study, one = uids(chest)
     keys = tmp_path / "keys.yaml"
     keys.write_text(f'user: {USER}\npassword: "{PASSWORD}"\n', encoding="utf-8")
     keys.chmod(0o600)
@@ -35,11 +39,27 @@ def test_from_orthanc_and_back(
     (case,) = (folder.name for folder in (out / "scans").iterdir())
     assert pydicom.dcmread(out / case / "sr.dcm").SOPInstanceUID == report["SOPInstanceUID"]
     assert (out / case / "findings.json").is_file()
-    again = voxelscale("-v", *command, "--series", series, "--send")
+    again = voxelscale("-v", *command, "--series", one, "--send")
     assert again[0] == 0
     assert "0 results sent" in again[1]
     everything = said + err + "".join(again[1:]) + "".join(map(str, out.rglob("*")))
-    assert not [w for w in ("PATIENT7", "SECRET", study, series, PASSWORD) if w in everything]
+    assert not [w for w in ("PATIENT7", "SECRET", study, one, PASSWORD) if w in everything]
+
+
+def test_compressed_series_arrive_as_they_are(orthanc: Orthanc, tmp_path: Path) -> None:
+    truth = [pydicom.dcmread(file).pixel_array for file in series(tmp_path / "a", "P1")]
+    files = series(
+        tmp_path / "b", "P1", change=lambda d: d.compress(RLELossless, generate_instance_uid=False)
+    )
+    orthanc.add(files)
+    web = DicomWeb(Access(url=orthanc.web))
+    (entry,) = web.series(uids(files)[0])
+    web.fetch(entry, tmp_path / "out")
+    fetched = sorted(
+        map(pydicom.dcmread, (tmp_path / "out").iterdir()), key=lambda dataset: dataset.InstanceNumber
+    )
+    assert {dataset.file_meta.TransferSyntaxUID for dataset in fetched} == {RLELossless}
+    assert all((one.pixel_array == other).all() for one, other in zip(fetched, truth, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,14 @@ class Fetched:
     """What was fetched of a study.
 
     Attributes:
-        folder: holds a folder of each series, called by its case.
-        entries: the series, by case.
-        failed: case, error and hint of each series that could not be used.
+        folder: holds a folder of each series, called by the keyed hash of its UID.
+        entries, places: what the archive said of each series, and its folder, by SeriesInstanceUID.
+        failed: name, error and hint of each series that could not be used.
     """
 
     folder: Path
     entries: Mapping[str, Entry]
+    places: Mapping[str, Path]
     failed: tuple[tuple[str, str, str], ...]
 
 
@@ -39,7 +40,7 @@ def fetch_study(web: DicomWeb, study: str, series: str, out: Path, names: Names)
 
     Args:
         series: only this one, whatever its modality; "": all CT series.
-        names: with the key by which the cases are called.
+        names: with the key of the hash.
 
     Raises:
         VoxelscaleError: a UID is none, or no series could be fetched.
@@ -53,18 +54,18 @@ def fetch_study(web: DicomWeb, study: str, series: str, out: Path, names: Names)
     if not wanted:
         what = "such series" if series else "CT series"
         raise VoxelscaleError(f"the archive has no {what} in this study", "check the UIDs")
-    entries: dict[str, Entry] = {}
-    failed = []
+    places = {entry.series: out / SCANS / names.case(entry.series) for entry in wanted}
+    failed = {}
     for entry in wanted:
-        case = names.case(entry.series)
+        name = places[entry.series].name
         try:
-            _fetch(web, entry, out / SCANS / case)
-            entries[case] = entry
+            _fetch(web, entry, places[entry.series])
         except UntrueError as error:
-            failed.append((case, f"{case}: {error.message}", error.hint))
+            failed[entry.series] = (name, f"{name}: {error.message}", error.hint)
+    entries = {entry.series: entry for entry in wanted if entry.series not in failed}
     if not entries:
-        raise VoxelscaleError(*failed[0][1:])
-    return Fetched(folder=out / SCANS, entries=entries, failed=tuple(failed))
+        raise VoxelscaleError(*next(iter(failed.values()))[1:])
+    return Fetched(folder=out / SCANS, entries=entries, places=places, failed=tuple(failed.values()))
 
 
 def _fetch(web: DicomWeb, entry: Entry, folder: Path) -> None:
@@ -83,21 +84,23 @@ def send_results(web: DicomWeb, fetched: Fetched, files: Mapping[str, Sequence[P
     """Store results with their scans' studies; how many the archive did not have yet.
 
     Args:
-        files: by case; those that are no DICOM are not sent.
+        files: by the scan's SeriesInstanceUID; those that are no DICOM are not sent.
 
     Raises:
         VoxelscaleError: one is for another patient or study than its scan, or the archive refuses it.
     """
     sent = 0
-    for case, written in files.items():
+    for series, written in files.items():
         of_case = [file for file in written if file.suffix == ".dcm"]
-        entry = fetched.entries[case]
-        header = read_header(next((fetched.folder / case).glob("*.dcm")))
+        entry, place = fetched.entries[series], fetched.places[series]
+        header = read_header(next(place.glob("*.dcm")))
         patient = text_of(header, "PatientID")
         check_results(of_case, entry, patient)
         now = web.patient(entry.study)
         if now and now != patient:
-            hint = f"delete {fetched.folder / case}, and run the command again"
-            raise VoxelscaleError(f"{case}: its study has another PatientID than when it was fetched", hint)
+            hint = f"delete {place}, and run the command again"
+            raise VoxelscaleError(
+                f"{place.name}: its study has another PatientID than when it was fetched", hint
+            )
         sent += web.send(of_case)
     return sent

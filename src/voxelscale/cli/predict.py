@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,9 +118,7 @@ def predict(
     data = data_set(scans, settings, layout, keys=store or out)
     sources = data.scans
     if fetched is not None:  # an earlier command may have left other studies there
-        sources = [
-            source for source in sources if source.series in {e.series for e in fetched.entries.values()}
-        ]
+        sources = [source for source in sources if source.series in fetched.entries]
     exported = _came_as_dicom(sources) if kinds else []
     data.names.keep_in(out)
     if store is not None:
@@ -145,7 +144,8 @@ def predict(
         failed, files = _export(out, done, out, kinds, settings)
         code = max(code, failed)
         if send and archive is not None and fetched is not None:
-            sent = send_results(archive, fetched, {s.case: files[s.case] for s in done if s.case in files})
+            by_series = {s.series: files[s.case] for s in done if s.case in files}
+            sent = send_results(archive, fetched, by_series)
             print(f"{count(sent, 'result')} sent to the archive")
     return code
 
@@ -213,6 +213,12 @@ def _archive(
         return None
     if study is None:
         raise VoxelscaleError("--dicomweb without --study", USAGE)
+    from voxelscale.ranks.place import fill
+
+    fill()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        hint = "predict with one process, or fetch first and predict OUT/scans with several"
+        raise VoxelscaleError("--dicomweb with several processes", hint)
     from voxelscale.archive.access import Access
     from voxelscale.archive.dicomweb import DicomWeb
 
