@@ -10,7 +10,7 @@ from typing import Any
 
 import pydicom
 import pytest
-from pydicom.uid import CTImageStorage, ImplicitVRLittleEndian
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 from pynetdicom import AE
 from tests.archive.hospital import Orthanc, StandIn, Time, free_port, listener, result, series, uids
 
@@ -30,15 +30,22 @@ class Port:
         self.counted: list[str] = []
         self.port = 0
 
-    def send(self, *files: Path, title: str = "VOXELSCALE", calling: str = "SCANNER") -> list[int]:
+    def send(
+        self,
+        *files: Path,
+        title: str = "VOXELSCALE",
+        calling: str = "SCANNER",
+        syntax: str = ImplicitVRLittleEndian,
+        end: str = "release",
+    ) -> list[int]:
         """Status of each; [] where the association is refused."""
         entity = AE(ae_title=calling)
-        entity.add_requested_context(CTImageStorage)
+        entity.add_requested_context(CTImageStorage, syntax)
         association = entity.associate("127.0.0.1", self.port, ae_title=title)
         if not association.is_established:
             return []
         codes = [int(association.send_c_store(file).Status) for file in files]
-        association.release()
+        getattr(association, end)()
         return codes
 
 
@@ -114,12 +121,32 @@ def test_duplicates_are_harmless(tmp_path: Path, port: Port, told: Callable[[], 
         thread.join()
     assert port.send(*files, *files) == [0] * 8
     assert Counter(port.counted) == {"received": 4, "again": 16}
+    assert port.send(*files, syntax=ExplicitVRLittleEndian) == [0] * 4
+    assert port.send(*series(tmp_path / "d", "P1", change=compress), syntax=RLELossless) == [0] * 4
     other = series(tmp_path / "b", "P1", change=lambda d: setattr(d, "PatientName", "OTHER"))
-    assert port.send(other[0]) == [0xA900]  # the sender hears that it was not taken
+    brighter = series(tmp_path / "c", "P1", change=brighten)
+    assert port.send(other[0], brighter[1]) == [0xA900] * 2  # the sender hears that they were not taken
     said = told()
     assert "two different instances have one SOPInstanceUID" in said
     assert "OTHER" not in said
     assert port.inbox.look()[0].instances == 4
+
+
+def brighten(dataset: pydicom.Dataset) -> None:
+    dataset.PixelData = bytes(len(dataset.PixelData))
+
+
+def compress(dataset: pydicom.Dataset) -> None:
+    dataset.compress(RLELossless, generate_instance_uid=False)
+
+
+def test_an_association_that_breaks_off(tmp_path: Path, port: Port) -> None:
+    files = series(tmp_path / "a", "P1")
+    assert port.send(*files[:2], end="abort") == [0] * 2
+    assert port.inbox.look()[0].instances == 2
+    assert port.send(*files) == [0] * 4
+    assert port.inbox.look()[0].instances == 4
+    assert not list((tmp_path / "l").rglob("*.part"))
 
 
 def test_another_patients_instance_in_a_series(tmp_path: Path, port: Port) -> None:
@@ -168,7 +195,7 @@ def test_a_result_is_sent_once(orthanc: Orthanc, tmp_path: Path) -> None:
     path.write_bytes(result(pydicom.dcmread(files[0])))
     to, done = sender(orthanc), list[str]()
     assert to.patient(uids(files)[0]) == "P1"
-    assert to.patient("1.2.3") == ""
+    assert to.patient("1.2.3") is None
     assert [to.send([path], done.append) for _ in range(2)] == [1, 0]
     assert len(done) == 2
 

@@ -313,6 +313,18 @@ def test_what_a_message_quotes_of_a_header(orthanc: Orthanc, tmp_path: Path) -> 
     assert row.reason == "ContrastBolusAgent=..., ... of ..., 5 slices missing"
 
 
+def test_a_study_that_is_deleted_meanwhile(orthanc: Orthanc, tmp_path: Path) -> None:
+    """Its result would be a study without a scan."""
+    orthanc.add(series(tmp_path / "a", "P1"))
+    time = Time()
+    answer = StandIn(before=lambda: orthanc.ask("DELETE", f"/patients/{orthanc.get('/patients')[0]}"))
+    one = listener(tmp_path / "l", web(orthanc), answer, time, attempts=2)
+    settle(one, time, 4)
+    (row,) = one.ledger.rows()
+    assert (row.state, row.reason) == ("failed", "the archive has no such study any more (2 attempts)")
+    assert not orthanc.get("/studies")
+
+
 def test_scans_are_kept_if_asked_for(orthanc: Orthanc, tmp_path: Path) -> None:
     files = series(tmp_path / "a", "P1")
     orthanc.add(files)

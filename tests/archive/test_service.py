@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,14 +12,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pydicom
 import pytest
 import requests
 import yaml
-from tests.archive.hospital import PASSWORD, USER, Orthanc, free_port, missing, required, series, uids
+from pydicom.uid import CTImageStorage
+from pynetdicom import AE
+from tests.archive.hospital import (
+    PASSWORD,
+    USER,
+    Orthanc,
+    StandIn,
+    Time,
+    free_port,
+    missing,
+    required,
+    series,
+    uids,
+)
 from tests.conftest import Command
 
 from voxelscale.archive.health import Meter, serve
-from voxelscale.archive.settings import HealthSettings, read_settings
+from voxelscale.archive.listen import Clock
+from voxelscale.archive.service import open_service
+from voxelscale.archive.settings import (
+    ArchiveSettings,
+    HealthSettings,
+    ListenSettings,
+    ReceiveSettings,
+    RulesSettings,
+    read_settings,
+)
+from voxelscale.dataset.names import Names
 from voxelscale.errors import VoxelscaleError
 
 SMALL = {"model": "m.vxs", "folder": "f", "archive": {"url": "http://127.0.0.1/"}}
@@ -55,13 +80,20 @@ def test_a_wrong_file(tmp_path: Path, changes: dict[str, Any], problem: str, hin
 
 
 def test_the_example_of_the_docs(tmp_path: Path) -> None:
-    """Is complete, and sets no key to what it would not take."""
+    """Is complete, and gives the defaults."""
     (example,) = re.findall(r"```yaml\n(model:.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.S)
     path = tmp_path / "hospital.yaml"
     path.write_text(example)
-    read = read_settings(path)
-    assert read.archive is not None
-    assert set(yaml.safe_load(example)["rules"]) == set(vars(read.rules))
+    archive = ArchiveSettings(
+        url="https://pacs.example.org/dicom-web", credentials="pacs.yaml", ca_file="hospital-ca.pem"
+    )
+    assert read_settings(path) == ListenSettings(model="run/", folder="/srv/voxelscale", archive=archive)
+    keys = yaml.safe_load(example)
+    assert {*keys, "receive", "send"} == set(vars(ListenSettings(model="", folder="")))
+    assert set(keys["rules"]) == set(vars(RulesSettings()))
+    (dimse,) = re.findall(r"```yaml\n(receive:.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.S)
+    path.write_text(f"model: run/\nfolder: f\n{dimse}")
+    assert read_settings(path).receive == ReceiveSettings(accept=("PACS",))
 
 
 def test_a_port_that_is_taken() -> None:
@@ -89,6 +121,44 @@ def test_the_demonstration(trained: Path, tmp_path: Path) -> None:
     service = tmp_path / "demo" / "service"
     assert len(list(service.glob("predictions/*/findings.json"))) == 2
     assert len(list(service.glob("scans/*"))) == 2
+
+
+@pytest.mark.parametrize("how", ["send", "archive"])
+def test_received_and_sent(orthanc: Orthanc, tmp_path: Path, how: str) -> None:
+    """The service receives by C-STORE, and sends by C-STORE or STOW-RS."""
+    files = series(tmp_path / "a", "P1")
+    receive, health = free_port(), free_port()
+    to = {"send": {"host": "127.0.0.1", "port": orthanc.dicom_port, "ae_title": "ORTHANC"}}
+    to = to if how == "send" else {"archive": {"url": orthanc.web}}
+    more = {"receive": {"port": receive}, "health": {"port": health}, "rules": {"min_slices": 3}}
+    path = tmp_path / "hospital.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", "folder": "service", **to, **more}))
+    time, waits, figures = Time(), list[float](), list[str]()
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        time.at += 200
+        if len(waits) == 1:
+            entity = AE(ae_title="SCANNER")
+            entity.add_requested_context(CTImageStorage)
+            association = entity.associate("127.0.0.1", receive, ae_title="VOXELSCALE")
+            assert [int(association.send_c_store(file).Status) for file in files] == [0] * 4
+            association.release()
+        elif len(waits) == 5:
+            figures.append(requests.get(f"http://127.0.0.1:{health}/metrics", timeout=10).text)
+            raise KeyboardInterrupt
+
+    service, answer = open_service(path), StandIn()
+    names = Names(how="hash", folder=service.predictions)
+    with pytest.raises(KeyboardInterrupt):
+        service.run(answer, names, clock=Clock(now=lambda: time.at, wait=wait))
+    assert len(answer.looked) == 1
+    assert [report["PatientID"] for report in orthanc.headers("SR")] == ["P1"]
+    assert 'voxelscale_listen_instances_total{end="received"} 4\n' in figures[0]
+    assert 'voxelscale_listen_steps_total{step="predicted",end="done"} 1\n' in figures[0]
+    for port in (receive, health):  # both are closed
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port))
 
 
 @pytest.fixture
@@ -123,6 +193,7 @@ def test_the_whole(
     orthanc.add(chest)
     gap = series(tmp_path / "gap", "PATIENT8", slices=40, description="of SECRET")
     orthanc.add([*gap[:20], *gap[25:]])
+    orthanc.add(series(tmp_path / "size", "PATIENT9", slices=40, change=without_spacing))
     (tmp_path / "keys.yaml").write_text(f'user: {USER}\npassword: "{PASSWORD}"\n', encoding="utf-8")
     (tmp_path / "keys.yaml").chmod(0o600)
     port = free_port()
@@ -155,7 +226,9 @@ def test_the_whole(
     assert (report["PatientID"], report["StudyInstanceUID"]) == ("PATIENT7", uids(chest)[0])
     code, said, _ = voxelscale("listen", path, "--ledger")
     assert code == 0
-    assert sorted(line.split(",")[1] for line in said.splitlines()) == ["failed", "state", "stored"]
+    states = sorted(line.split(",")[1] for line in said.splitlines())
+    assert states == ["failed", "failed", "state", "stored"]
+    assert "slices without a pixel spacing" in said
     names = "".join(map(str, (tmp_path / "service").rglob("*")))
     everything = out + err + figures + said + names + str(ended)
     assert not [w for w in ("PATIENT", "SECRET", "2.25.", PASSWORD) if w in everything]
@@ -164,7 +237,11 @@ def test_the_whole(
     assert "5 slices missing" in said
 
 
-COUNTS = {"seen": 0, "fetched": 0, "predicted": 0, "stored": 1, "skipped": 0, "failed": 1}
+COUNTS = {"seen": 0, "fetched": 0, "predicted": 0, "stored": 1, "skipped": 0, "failed": 2}
+
+
+def without_spacing(dataset: pydicom.Dataset) -> None:
+    del dataset.PixelSpacing
 
 
 def _await(

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from voxelscale.archive.access import Access
 from voxelscale.archive.identity import FIX, UID, Entry, Series, read_header, text_of
 from voxelscale.archive.troubles import AwayError, UntrueError, missing_extra, quiet_libraries
-from voxelscale.console import count
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 
@@ -104,18 +103,18 @@ class DicomWeb:
             )
         return entries
 
-    def patient(self, study: str) -> str:
-        """The PatientID of a study; "" where the service does not say it.
+    def patient(self, study: str) -> str | None:
+        """The PatientID of a study; "" where the service does not say it; None: there is no such study.
 
         Raises:
-            UntrueError: there is no such study, or more than one.
+            UntrueError: there is more than one.
         """
         filters = {"StudyInstanceUID": study}
         found = self._pages(self._client.search_for_studies, STUDY, filters)
         found = [item for item in found if _text(item, STUDY) == study]
-        if len(found) != 1:
-            raise UntrueError(f"the archive has {count(len(found), 'such study')}", "check the UID")
-        return _text(found[0], PATIENT)
+        if len(found) > 1:
+            raise UntrueError(f"the archive has {len(found)} studies of one UID", FIX)
+        return _text(found[0], PATIENT) if found else None
 
     def instances(self, study: str, series: str) -> list[str]:
         """The SOPInstanceUIDs of a series.
@@ -149,7 +148,10 @@ class DicomWeb:
         """
         from pydicom import dcmwrite
 
-        entry = replace(entry, patient=self.patient(entry.study))
+        patient = self.patient(entry.study)
+        if patient is None:
+            raise UntrueError("the archive has no such study any more", FIX)
+        entry = replace(entry, patient=patient)
         series = Series(entry, self.instances(entry.study, entry.series))
         number = 0
         with self._asked():

@@ -106,11 +106,11 @@ class Sender:
         except (AwayError, UntrueError):
             return False
 
-    def patient(self, study: str) -> str:
-        """The PatientID of a study; "" where the archive does not say it."""
+    def patient(self, study: str) -> str | None:
+        """The PatientID of a study; "" where the archive does not say it; None: it knows no such study."""
         with self._associated([]) as (association, may_find):
             found = self._find(association, may_find, "STUDY", StudyInstanceUID=study, PatientID="")
-        return text_of(found[0], "PatientID") if found else ""
+        return text_of(found[0], "PatientID") if found else None
 
     def send(self, files: Sequence[Path], done: Callable[[str], None] = lambda uid: None) -> int:
         """Store results that the archive does not have; see `DicomWeb.send`."""

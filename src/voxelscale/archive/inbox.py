@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import threading
 import time
@@ -19,6 +18,9 @@ from voxelscale.files import write_atomic
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
+
+PIXELS = 0x7FE00008
+"""Tag of the first attribute that may hold pixels."""
 
 
 class Inbox:
@@ -135,14 +137,16 @@ def _same(path: Path, dataset: Dataset, content: bytes) -> bool:
     """Whether a file holds the instance that was sent again, perhaps in another transfer syntax."""
     from pydicom import dcmread
 
-    held = path.read_bytes()
-    if held == content:
+    if path.read_bytes() == content:
         return True
-    with contextlib.suppress(Exception):
-        old = dcmread(path)
-        if old.file_meta.TransferSyntaxUID != dataset.file_meta.TransferSyntaxUID:
-            # Pixels are compressed otherwise; all else is to be the same.
-            old, new = old[:0x7FE00010], dataset[:0x7FE00010]
-            return bool(text_of(old, "PatientID") == text_of(new, "PatientID"))
-        return bool(old == dataset)
-    return False
+    old = dcmread(path)
+    if _words(old) != _words(dataset):
+        return False
+    # Pixels that are compressed otherwise cannot be compared byte by byte; of such all else must agree.
+    other = old.file_meta.TransferSyntaxUID != dataset.file_meta.TransferSyntaxUID
+    return other or bool(old.get("PixelData") == dataset.get("PixelData"))
+
+
+def _words(dataset: Dataset) -> dict[int, str]:
+    """The standard's attributes of a data set, but for sequences and pixels."""
+    return {e.tag: str(e.value) for e in dataset[:PIXELS] if not e.tag.is_private and e.VR != "SQ"}

@@ -246,6 +246,8 @@ class Listener:
         files = sorted(place.rglob("*.dcm"))
         headers = check_results(files, self._entry(row), patient)
         now_of = self.sink.patient(row.study)
+        if now_of is None and self.sink is self.scans:
+            raise UntrueError("the archive has no such study any more", "")
         if now_of and now_of != patient:
             what = "its study has another PatientID than when it was fetched"
             if self.sink is not self.scans:

@@ -97,6 +97,10 @@ def send_results(web: DicomWeb, fetched: Fetched, files: Mapping[str, Sequence[P
         patient = text_of(header, "PatientID")
         check_results(of_case, entry, patient)
         now = web.patient(entry.study)
+        if now is None:
+            raise VoxelscaleError(
+                f"{place.name}: the archive has no such study any more", "check the archive"
+            )
         if now and now != patient:
             hint = f"delete {place}, and run the command again"
             raise VoxelscaleError(
