@@ -251,6 +251,26 @@ def test_a_mask_that_is_none_of_the_findings_is_refused(tmp_path: Path) -> None:
     assert caught.value.hint == "run voxelscale predict again"
 
 
+def test_a_code_of_no_class_is_refused(tmp_path: Path, voxelscale: Command) -> None:
+    ct_of("prone", tmp_path / "ct")
+    predict_by_hand(tmp_path / "out", source_of(tmp_path / "ct"), [BALLS])
+    codes = "export.codes={nodul: [SCT, 27925004, Nodule]}"
+    code, _, err = voxelscale("export-dicom", tmp_path / "out", tmp_path / "ct", "--set", codes)
+    assert code == 2
+    assert "export.codes names nodul, but its classes are lesion" in err
+
+
+@pytest.mark.parametrize("facts", [{"merge_mm": "much"}, {"merge_mm": None}, {"classes": 5}])
+def test_facts_that_are_none(facts: dict[str, object], tmp_path: Path) -> None:
+    ct_of("prone", tmp_path / "ct")
+    source = source_of(tmp_path / "ct")
+    folder = predict_by_hand(tmp_path / "out", source, [BALLS])
+    content = json.loads((folder / "findings.json").read_text())
+    (folder / "findings.json").write_text(json.dumps(content | facts))
+    with pytest.raises(VoxelscaleError):
+        export_case(tmp_path / "out", source, tmp_path / "out", ["seg"])
+
+
 def test_probabilities_that_were_not_kept(tmp_path: Path) -> None:
     ct_of("prone", tmp_path / "ct")
     source = source_of(tmp_path / "ct")

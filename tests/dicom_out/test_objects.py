@@ -12,6 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from matplotlib.path import Path as Polygon
 from numpy.typing import NDArray
 from pydicom.uid import RLELossless
 from scipy import ndimage
@@ -169,6 +170,44 @@ def test_however_the_slices_lie(name: str, tmp_path: Path, judge: Judge) -> None
     assert np.allclose(shared.PixelMeasuresSequence[0].PixelSpacing, files[0].PixelSpacing, atol=1e-6)
 
 
+def frames_of(seg: pydicom.FileDataset) -> dict[tuple[int, str], NDArray[np.bool_]]:
+    """Pixels by segment and slice."""
+    pixels = seg.pixel_array.reshape(-1, seg.Rows, seg.Columns)
+    found = {}
+    for frame, values in zip(seg.PerFrameFunctionalGroupsSequence, pixels, strict=True):
+        number = frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        (source,) = frame.DerivationImageSequence[0].SourceImageSequence
+        found[number, source.ReferencedSOPInstanceUID] = values > 0
+    return found
+
+
+@pytest.mark.parametrize("name", ["sagittal", "tilted, uneven", "leaning"])
+def test_contours_hold_the_segments_pixels(name: str, tmp_path: Path) -> None:
+    """Both read by pydicom, filled by Matplotlib on the pixels that the slices' own headers describe."""
+    files = {file.SOPInstanceUID: file for file in ct_of(name, tmp_path / "ct")}
+    case = exported(tmp_path / "ct", tmp_path / "out", kinds=["seg", "rtstruct"])
+    wanted = frames_of(pydicom.dcmread(case.files["seg"]))
+    got: dict[tuple[int, str], NDArray[np.bool_]] = {}
+    for region in pydicom.dcmread(case.files["rtstruct"]).ROIContourSequence:
+        for contour in region.ContourSequence:
+            uid = contour.ContourImageSequence[0].ReferencedSOPInstanceUID
+            right, down = np.asarray(files[uid].ImageOrientationPatient, float).reshape(2, 3)
+            away = np.asarray(contour.ContourData, float).reshape(-1, 3) - np.asarray(
+                files[uid].ImagePositionPatient, float
+            )
+            assert np.abs(away @ np.cross(right, down)).max() < 1e-3
+            rows, columns = (
+                away @ axis / float(step)
+                for axis, step in zip((down, right), files[uid].PixelSpacing, strict=True)
+            )
+            index = np.indices((24, 30)).reshape(2, -1).T
+            filled = Polygon(np.column_stack([rows, columns])).contains_points(index).reshape(24, 30)
+            key = (int(region.ReferencedROINumber), uid)
+            got[key] = got.get(key, np.zeros((24, 30), bool)) ^ filled
+    assert got.keys() == wanted.keys()
+    assert all(np.array_equal(got[key], wanted[key]) for key in got)
+
+
 @pytest.mark.parametrize("name", ["feet first", "tilted"])
 def test_frames_of_one_file_in_any_order(name: str, tmp_path: Path, judge: Judge) -> None:
     steps, axes, shift = SERIES[name]
@@ -308,6 +347,36 @@ def test_no_finding_is_too_small_for_the_slices(tmp_path: Path) -> None:
 
 def csv_and_json(folder: Path) -> tuple[Path, Path]:
     return folder / "findings.csv", folder / "findings.json"
+
+
+def test_a_loss_of_the_source_is_not_concealed(tmp_path: Path, judge: Judge) -> None:
+    files = ct_of("prone", tmp_path / "ct")
+    for file in files:
+        file.LossyImageCompression, file.LossyImageCompressionRatio = "01", "12.5"
+        file.LossyImageCompressionMethod = "ISO_10918_1"
+    write(files, tmp_path / "ct")
+    case = exported(tmp_path / "ct", tmp_path / "out", kinds=["seg"])
+    judge(case.files["seg"])
+    seg = pydicom.dcmread(case.files["seg"])
+    assert seg.LossyImageCompression == "01"
+    assert (seg.LossyImageCompressionRatio, seg.LossyImageCompressionMethod) == (12.5, "ISO_10918_1")
+
+
+def test_classes_of_any_name(tmp_path: Path, judge: Judge) -> None:
+    names = ("Tumör\\Ödem", "very long " * 12, "腫瘍")
+    classes = Classes(names=names, values=((1,), (2,), (3,)))
+    ct_of("prone", tmp_path / "ct")
+    balls: list[list[Ball]] = [[(0.3, 0.3, 0.3, 5.0)], BALLS[1:], [(0.7, 0.3, 0.8, 4.0)]]
+    case = exported(tmp_path / "ct", tmp_path / "out", balls, classes)
+    for file in case.files.values():
+        judge(file)
+    for kind, sequence, name in (
+        ("seg", "SegmentSequence", "SegmentLabel"),
+        ("rtstruct", "StructureSetROISequence", "ROIName"),
+    ):
+        labels = {str(item[name].value) for item in pydicom.dcmread(case.files[kind])[sequence]}
+        assert {label[:-2] for label in labels} == {"Tumör/Ödem", ("very long " * 12)[:62], "腫瘍"}
+        assert all(len(label) <= 64 for label in labels)
 
 
 def test_regions_overlap(tmp_path: Path, judge: Judge) -> None:

@@ -19,7 +19,7 @@ from voxelscale.console import Progress, notice
 from voxelscale.dataset.source import Source
 from voxelscale.dicom_out import rtstruct, seg, sr
 from voxelscale.dicom_out.codes import Concept, concept_of
-from voxelscale.dicom_out.objects import Algorithm, finished, uid_of
+from voxelscale.dicom_out.objects import Algorithm, finished, plain, uid_of
 from voxelscale.dicom_out.original import Original, read_original
 from voxelscale.dicom_out.segments import (
     Part,
@@ -43,6 +43,9 @@ KINDS = ("seg", "probability", "sr", "rtstruct")
 
 ALL_KINDS = (*KINDS, "page")
 """What can be written of a case: beside these a page of HTML."""
+
+MOST_NAMED = 10
+"""Classes that a message names at most."""
 
 INSTALL = "pip install 'voxelscale[hospital]'"
 AGAIN = "run voxelscale predict again"
@@ -74,8 +77,8 @@ class Prediction:
     @property
     def algorithm(self) -> Algorithm:
         """What predicted it."""
-        version = str(self.facts.get("voxelscale", __version__))
-        return Algorithm(model=str(self.facts.get("model", "")), version=version)
+        version, model = (str(self.facts.get(key, "")) for key in ("voxelscale", "model"))
+        return Algorithm(model=plain(model), version=plain(version) or __version__)
 
     @cached_property
     def concepts(self) -> dict[str, Concept]:
@@ -91,10 +94,11 @@ class Prediction:
         Raises:
             VoxelscaleError: findings and mask contradict each other.
         """
-        merge_mm = float(self.facts.get("merge_mm", 0.0))
+        merge_mm = self.facts.get("merge_mm", 0.0)
         try:
+            merge_mm = float(merge_mm)
             return parts_of(self.stored, self.classes, self.findings, self.original.grid, merge_mm)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise VoxelscaleError(f"{self.original.case}: {error}", AGAIN) from None
 
     @cached_property
@@ -255,7 +259,8 @@ def read_predicted(
         raise VoxelscaleError(f"{source.case}: {what}", AGAIN)
     reading = _as_predicted(reading or ReadingConfig(), facts)
     original = read_original(source, reading)
-    classes = _classes(facts)
+    classes = _classes(source.case, facts)
+    _check_codes(source.case, options, classes)
     try:
         stored = classes.of_written(_on_scan(folder / "mask.nii.gz", original))
     except UnknownValues as error:
@@ -283,14 +288,22 @@ def _as_predicted(reading: ReadingConfig, facts: dict[str, Any]) -> ReadingConfi
     return reading
 
 
-def _classes(facts: dict[str, Any]) -> Classes:
+def _check_codes(case: str, options: ExportConfig, classes: Classes) -> None:
+    names = {name.casefold() for name in classes.names}
+    if wrong := [str(key) for key in options.codes if str(key).casefold() not in names]:
+        known = ", ".join(classes.names[:MOST_NAMED]) + ", ..." * (len(classes.names) > MOST_NAMED)
+        what = f"{case}: export.codes names {wrong[0]}, but its classes are {known}"
+        raise VoxelscaleError(what, "correct export.codes")
+
+
+def _classes(case: str, facts: dict[str, Any]) -> Classes:
     if "classes" not in facts:
         name = facts.get("class")
         return replace(LESION, names=(name,)) if isinstance(name, str) and name.isprintable() else LESION
     try:
         return Classes.from_dict(facts["classes"])
     except (KeyError, TypeError, ValueError):
-        raise VoxelscaleError("findings.json: its classes cannot be read", AGAIN) from None
+        raise VoxelscaleError(f"{case}: the classes in findings.json cannot be read", AGAIN) from None
 
 
 def _on_scan(path: Path, original: Original) -> NDArray[Any]:

@@ -28,6 +28,9 @@ RANDOM_ROOT = "1.2.826.0.1.3680043.10.511.3."
 
 IMPLEMENTATION = "VOXELSCALE"
 
+LONGEST_TEXT = 64
+"""Characters (PS3.5, 6.2: LO)."""
+
 TIMES = {"InstanceCreationDate", "InstanceCreationTime", "TimezoneOffsetFromUTC", "ContributionDateTime"}
 """Optional attributes that say when a program ran."""
 
@@ -48,6 +51,11 @@ class Algorithm:
     def serial_number(self) -> str:
         """What tells this model from others, as a device's serial number."""
         return self.model or "unknown"
+
+
+def plain(text: str, most: int = LONGEST_TEXT) -> str:
+    """A text that is one value of VR LO: a backslash would part it in two."""
+    return "".join(c if c.isprintable() else " " for c in text).replace("\\", "/").strip()[:most]
 
 
 def uid_of(*parts: object) -> str:

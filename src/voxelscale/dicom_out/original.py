@@ -60,6 +60,13 @@ REQUIRED = {
 DATES = {"SeriesDate": (0x00080021, DATE), "AcquisitionDate": (0x00080022, DATE)}
 """What may say when the scan was made, where the study does not."""
 
+LOSSY = {
+    "LossyImageCompression": (0x00282110, r"(00|01)?"),
+    "LossyImageCompressionRatio": (0x00282112, r"[0-9.\\]*"),
+    "LossyImageCompressionMethod": (0x00282114, r"[A-Z0-9_ \\]*"),
+}
+"""Whether pixels were ever compressed with a loss: what is derived from them must say so (C.7.6.1)."""
+
 NO_DATE, NO_TIME = "19000101", "000000"
 """Of a source without a date: an object must have one."""
 
@@ -69,7 +76,7 @@ UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 
 WANTED = {
     *(tags.CHARACTER_SET, tags.SOP_CLASS, tags.SOP_UID, tags.MODALITY, tags.SERIES, tags.STUDY),
-    *(tag for tag, _ in (*PATIENT_AND_STUDY.values(), *DATES.values())),
+    *(tag for tag, _ in (*PATIENT_AND_STUDY.values(), *DATES.values(), *LOSSY.values())),
 }
 
 
@@ -102,6 +109,7 @@ class Original:
         series, modality: SeriesInstanceUID, and "CT", ...
         frame_of_reference: UID of the system of coordinates.
         date, time: of the study.
+        lossy: attributes that say that its pixels were compressed with a loss, by keyword.
     """
 
     case: str
@@ -114,6 +122,7 @@ class Original:
     frame_of_reference: str
     date: str
     time: str
+    lossy: Mapping[str, str]
 
     @property
     def study(self) -> str:
@@ -176,6 +185,7 @@ def read_original(source: Source, reading: ReadingConfig) -> Original:
     if not is_uid(frame_of_reference):
         frame_of_reference = uid_of("frame", first.data.text(tags.SERIES))
         warn(f"{source.case}: its slices name no frame of reference: one is made for the result")
+    lossy = {keyword: _value(first, *what) for keyword, what in LOSSY.items()}
     return Original(
         case=source.case,
         grid=grid,
@@ -187,6 +197,7 @@ def read_original(source: Source, reading: ReadingConfig) -> Original:
         frame_of_reference=frame_of_reference,
         date=date or NO_DATE,
         time=(about["StudyTime"] or NO_TIME) if about["StudyDate"] else NO_TIME,
+        lossy={keyword: value for keyword, value in lossy.items() if value},
     )
 
 

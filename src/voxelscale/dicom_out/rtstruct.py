@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from voxelscale.dicom_out.codes import coded
-from voxelscale.dicom_out.objects import MANUFACTURER, PLACEHOLDER, RESEARCH, Algorithm
+from voxelscale.dicom_out.objects import MANUFACTURER, PLACEHOLDER, RESEARCH, Algorithm, plain
 from voxelscale.dicom_out.original import Frame, Original
 from voxelscale.dicom_out.outlines import outlines
 from voxelscale.dicom_out.seg import belong
@@ -92,9 +92,9 @@ def _region(segment: Segment, original: Original, algorithm: Algorithm) -> Any:
     region.ROINumber = segment.number
     region.ReferencedFrameOfReferenceUID = original.frame_of_reference
     region.ROIName = segment.name
-    region.ROIDescription = f"{RESEARCH}: {segment.class_name}"[:64]
+    region.ROIDescription = plain(f"{RESEARCH}: {segment.class_name}")
     region.ROIGenerationAlgorithm = "AUTOMATIC"
-    region.ROIGenerationDescription = f"{MANUFACTURER} {algorithm.version} {algorithm.model}".strip()[:64]
+    region.ROIGenerationDescription = plain(f"{MANUFACTURER} {algorithm.version} {algorithm.model}")
     return region
 
 

@@ -34,6 +34,8 @@ def sources_of(original: Original) -> list[Any]:
         one.SpecificCharacterSet = "ISO_IR 192"
         for keyword in REQUIRED:  # `belong` puts the values: others' warnings would quote the patient
             setattr(one, keyword, "")
+        for keyword, value in original.lossy.items():
+            setattr(one, keyword, value)
         one.StudyInstanceUID = original.study
         one.SOPClassUID = CT_IMAGE
         one.SOPInstanceUID = _stand_in(original, frame.place)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from voxelscale.classes import Classes
 from voxelscale.console import count, warn
 from voxelscale.dicom_out.codes import Concept
-from voxelscale.dicom_out.objects import uid_of
+from voxelscale.dicom_out.objects import LONGEST_TEXT, plain, uid_of
 from voxelscale.dicom_out.original import Original
 from voxelscale.findings import Finding
 from voxelscale.findings.regions import Voxels, box_of, masked_regions
@@ -28,9 +28,6 @@ LIKE = 2.0
 HALF = 0.5 - 1e-6
 STEPS = 255
 """Of a probability: as many as a byte holds."""
-
-LONGEST_LABEL = 64
-"""Characters (PS3.5, 6.2: LO)."""
 
 Box = tuple[slice, slice, slice]
 
@@ -137,7 +134,7 @@ def _is_exactly(voxels: Voxels, finding: Finding, grid: Grid) -> bool:
 def _is_about(voxels: Voxels, finding: Finding, grid: Grid) -> bool:
     centre = grid.index_to_mm(voxels.mean(axis=0))
     apart = np.linalg.norm(centre - (finding.x, finding.y, finding.z))
-    ratio = len(voxels) * grid.voxel_mm3 / finding.volume_mm3
+    ratio = len(voxels) * grid.voxel_mm3 / max(finding.volume_mm3, 1e-9)
     return bool(apart <= finding.diameter_mm / 2 and 1 / LIKE <= ratio <= LIKE)
 
 
@@ -210,7 +207,7 @@ def _tracking(
 def _label(name: str, rank: int | None, *, rest: bool) -> str:
     """What a segment is called: the class and the finding's number, as in the list of findings."""
     more = f" {rank}" if rank else ", small parts" if rest else ""
-    return name[: LONGEST_LABEL - len(more)] + more
+    return plain(name, LONGEST_TEXT - len(more)) + more
 
 
 def _drawn(voxels: Voxels, original: Original) -> tuple[IntTriple, NDArray[np.bool_]]:
