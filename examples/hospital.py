@@ -67,9 +67,11 @@ def main() -> None:
         command = [sys.executable, "-m", "voxelscale.cli", "listen", str(config)]
         listening = subprocess.Popen(command)
         ends = wait_until_answered(health, given.scans, listening)
+        service = folder / "service"
         print(
-            f"\n{ends['stored']} of {given.scans} answered. The archive with scans and results: {url}/app/explorer.html"
-            f"\nthe viewer: voxelscale view {folder / 'service' / 'predictions'} {folder / 'service' / 'scans'}"
+            f"\n{ends['stored']} of {given.scans} answered."
+            f"\nthe archive with scans and results: {url}/app/explorer.html"
+            f"\nthe viewer: voxelscale view {service / 'predictions'} {service / 'scans'}"
             f"\nthe ledger: voxelscale listen {config} --ledger"
             f"\nhealth and metrics: http://127.0.0.1:{health}/health and /metrics",
             flush=True,
