@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlencode
@@ -84,6 +85,28 @@ def view(
         serve(app, door, listener, host, fragment, browser)
     finally:
         viewer.close()
+
+
+@verb("Evaluation", name="compare-readers")
+def compare_readers(
+    predictions: Annotated[Path, typer.Argument(help="Folder that both readers looked at.")],
+    reader_a: Annotated[str, typer.Argument(help="Name of a reader, as given to voxelscale view.")],
+    reader_b: Annotated[str, typer.Argument(help="Name of the other reader.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Compare what two readers decided in voxelscale view.
+
+    \b
+    voxelscale compare-readers predictions/ "A. Smith" "B. Jones"
+
+    How often both accepted and rejected, Cohen's kappa, and the Dice of their masks of cases that both
+    finished.
+    """
+    from voxelscale.viewer.readers import compare_readers as compare
+    from voxelscale.viewer.readers import text_table
+
+    result = compare(predictions, reader_a, reader_b)
+    print(json.dumps(result) if as_json else "\n".join(text_table(result)))
 
 
 def _login_name() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -68,6 +69,7 @@ class CaseScans:
     def __init__(
         self, source: Source, mask: Path, reading: ReadingConfig, classes: Classes | None = None
     ) -> None:
+        self.case = source.case
         self.image = reorient(read_image(source, reading))
         self.classes = classes or source.classes
         self.window = window_of(self.image.array, source.channels[0])
@@ -78,20 +80,28 @@ class CaseScans:
             self.truth = read_truth(source, reading)
             check_same_place(source.labels[0], self.truth, source.image, self.image)
 
-    def block(self, title: str, note: str, place: Place | None = None) -> str:
-        """Slices in four views with a heading.
+    def block(self, title: str, note: str, place: Place | None = None, finding: int = 0) -> str:
+        """Slices in four views with a heading, and the command that shows them in the viewer.
 
         Args:
             title, note: plain text.
             place: where to look, with a ring around it; None: where the lesion is largest.
+            finding: its number in the case's list, from 1; 0: none in particular.
         """
         views = overlay_views(self.image, self.truth, self.prediction, place, self.classes, self.window)
         style = "case at" if place else "case"
         drawn = "".join(f"<div>{svg}{escape(caption)}</div>" for caption, svg in views)
         return (
             f'<div class="{style}"><h3>{escape(title)}<small>{escape(note)}</small></h3>'
-            f'<div class="views">{drawn}</div></div>'
+            f'<div class="views">{drawn}</div>'
+            f"<small>In the viewer: <code>{escape(view_command(self.case, finding))}</code></small></div>"
         )
+
+
+def view_command(case: str, finding: int = 0) -> str:
+    """The command that opens the viewer at a case and finding; folders are not named in a report."""
+    which = f" --finding {finding}" if finding else ""
+    return f"voxelscale view PREDICTIONS SCANS --case {shlex.quote(case)}{which}"
 
 
 def read_scans(

@@ -156,5 +156,5 @@ def _case(
         where = f"({finding.x:.1f}, {finding.y:.1f}, {finding.z:.1f}) mm"
         note = f"diameter {finding.diameter_mm:.1f} mm at {where}"
         at = Place(centre=(finding.x, finding.y, finding.z), diameter_mm=finding.diameter_mm)
-        parts.append(scans.block(title, note, at))
+        parts.append(scans.block(title, note, at, place))
     return "".join(parts)

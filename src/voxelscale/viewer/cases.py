@@ -181,7 +181,8 @@ class Prediction:
     def owners(self) -> NDArray[np.int32]:
         """For each voxel the finding that it belongs to, from 1; -1: of the mask, but of no finding."""
         owners = np.zeros(self.grid.shape, np.int32)
-        owners[self.stored > 0] = -1
+        for at in np.flatnonzero(self.stored.reshape(len(owners), -1).max(axis=1)).tolist():
+            owners[at][self.stored[at] > 0] = -1
         for number, voxels in reversed(list(enumerate(self.voxels, start=1))):
             owners[tuple(voxels.T)] = number
         return owners

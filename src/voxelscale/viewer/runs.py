@@ -16,21 +16,25 @@ Runs = NDArray[np.int32]
 
 
 def runs_of(mask: NDArray[Any]) -> Runs:
-    """The runs of voxels that are not 0, in the order of the array (z, y, x)."""
-    box = box_of(mask != 0)
-    part = mask[box]
-    if not part.size:
+    """The runs of voxels that are not 0, in the order of the array (z, y, x); none leaves its row."""
+    bytes_of = np.ascontiguousarray(mask).reshape(len(mask), -1).view(np.uint8)
+    planes = np.flatnonzero(bytes_of.max(axis=1, initial=0))
+    if not len(planes):
         return np.zeros((0, 3), np.int32)
+    first, last = int(planes[0]), int(planes[-1]) + 1
+    _, high, wide = box_of(mask[first:last] != 0)
+    box = (slice(first, last), high, wide)
+    part = mask[box]
     rows = part.reshape(-1, part.shape[-1])
     padded = np.zeros((len(rows), rows.shape[1] + 2), np.int32)
     padded[:, 1:-1] = rows
     row, at = np.nonzero(np.diff(padded, axis=1))
     values = padded[row, at + 1]
-    first = np.flatnonzero(values)  # a change to 0 only ends a run, and every run is ended by a change
-    z, y = np.divmod(row[first], part.shape[1])
-    places = (z + box[0].start, y + box[1].start, at[first] + box[2].start)
+    begin = np.flatnonzero(values)  # a change to 0 only ends a run, and every run is ended by a change
+    z, y = np.divmod(row[begin], part.shape[1])
+    places = (z + first, y + high.start, at[begin] + wide.start)
     start = np.ravel_multi_index(places, mask.shape)
-    return np.stack([start, at[first + 1] - at[first], values[first]], axis=1).astype(np.int32)
+    return np.stack([start, at[begin + 1] - at[begin], values[begin]], axis=1).astype(np.int32)
 
 
 def filled(runs: NDArray[Any], size: int) -> NDArray[np.int32]:
