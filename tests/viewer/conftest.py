@@ -158,7 +158,7 @@ def browser() -> Iterator[Any]:
     found.quit()
 
 
-def until(check: Callable[[], Any], seconds: float = 60) -> Any:
+def until(check: Callable[[], Any], seconds: float = 20) -> Any:
     """What a check gives once it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -73,8 +73,10 @@ class Viewer:
         case = self.cases.open(number)
         with self._lock:
             desk = self._desks.get(number)
-            if desk is None or desk.case is not case:
+            if desk is None or desk.case is not case or desk.outdated:
                 desk = self._desks[number] = Desk(case, self.shown.folder, self.shown.reader)
+                for other in set(self._desks) - self.cases.kept:
+                    del self._desks[other]
                 if desk.unsaved:
                     self._save(number)
             return desk

@@ -342,6 +342,12 @@ class Cases:
         self._kept: OrderedDict[int, Case] = OrderedDict()
         self._lock = threading.Lock()
 
+    @property
+    def kept(self) -> set[int]:
+        """The numbers of the cases in memory."""
+        with self._lock:
+            return set(self._kept)
+
     def open(self, number: int) -> Case:
         """A case, which begins to be read where it is not there yet.
 

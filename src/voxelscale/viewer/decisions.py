@@ -285,6 +285,7 @@ class Desk:
         self.case, self._top, self._reader = case, folder, reader
         self.folder = folder / case.name
         self._lock = threading.Lock()
+        self._size = _size(self.folder / JOURNAL)
         self._lines = read_journal(self.folder)
         digest = case.prediction.digest
         if any(line.get("prediction") != digest for line in self._lines):
@@ -313,10 +314,15 @@ class Desk:
                 except KeyError as error:
                     raise Refused(f"{error.args[0]} is missing") from None
             try:
+                if _size(self.folder / JOURNAL) != self._size:
+                    raise VoxelscaleError(
+                        f"{self.case.name}: decided in another window meanwhile", "open this page again"
+                    )
                 _append(self.folder / JOURNAL, whole)
             except VoxelscaleError:
                 self.state = replay(self.case, self._lines)
                 raise
+            self._size = _size(self.folder / JOURNAL)
             self._lines.append(whole)
             self.state = state
 
@@ -330,11 +336,16 @@ class Desk:
         with self._lock:
             if not self._lines:
                 return
-            stored, marks, finished = self.state.mask.copy(), self.outcome(), self.state.finished
-        written = self.case.classes.written(stored)
+            written, marks = self.case.classes.written(self.state.mask), self.outcome()
         write_scan(as_in_file(written, self.case.image.raw), self.folder / MASK)
         write_atomic(self.folder / OUTCOME, json.dumps(marks, indent=1))
-        tabulate(self._top, self.case.listed.source, finished)
+        tabulate(self._top, self.case.listed.source, marks["finished"])
+
+    @property
+    def outdated(self) -> bool:
+        """Whether another process has written to the journal."""
+        with self._lock:
+            return _size(self.folder / JOURNAL) != self._size
 
     @property
     def unsaved(self) -> bool:
@@ -380,6 +391,10 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
     """The lines of a case's journal; of one that a kill cut short there is none."""
     lines = read_json_lines(folder / JOURNAL)
     return [line for line in lines if isinstance(line, dict) and isinstance(line.get("action"), str)]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:

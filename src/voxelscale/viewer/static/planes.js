@@ -179,8 +179,8 @@ function outline(context, values, width, inside) {
 
 // The scan's slices, fetched when they are needed, and their neighbours.
 class Planes {
-  constructor(number, lattice, arrived) {
-    Object.assign(this, { number, lattice, arrived, kept: new Map(), asked: new Map() });
+  constructor(number, lattice, arrived, failed) {
+    Object.assign(this, { number, lattice, arrived, failed, kept: new Map(), asked: new Map() });
   }
   get(axis, at) {
     const key = `${axis}/${at}`, found = this.kept.get(key);
@@ -200,7 +200,7 @@ class Planes {
         if (this.kept.size > KEPT_PLANES) this.kept.delete(this.kept.keys().next().value);
         this.arrived(axis, at);
       })
-      .catch(() => {})
+      .catch(this.failed)
       .finally(() => this.asked.delete(key));
     this.asked.set(key, asked);
   }

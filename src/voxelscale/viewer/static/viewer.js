@@ -12,9 +12,11 @@ const LARGEST_PICTURE = 1.5; // device pixels a CSS pixel at most: a slice has n
 const view = {
   cases: [], facts: null, lattice: null, planes: null, truth: null, prediction: null, decided: null,
   voxel: [0, 0, 0], selected: "", threshold: 0, window: [0, 1], axis: 0, large: false, shown3d: true,
-  on: { truth: true, prediction: true, decided: true }, brush: "", number: -1, queue: Promise.resolve(),
+  on: { truth: true, prediction: true, decided: true }, brush: "", stroke: null, reloading: 0, number: -1, queue: Promise.resolve(),
 };
 window.voxelscale = view; // for tests and the curious
+
+const SOFTWARE = isSoftware();
 
 function isSoftware() {
   const gl = document.createElement("canvas").getContext("webgl2"), facts = gl && gl.getExtension("WEBGL_debug_renderer_info");
@@ -23,12 +25,12 @@ function isSoftware() {
 
 const niivue = new globalThis.niivue.Niivue({
   isRadiologicalConvention: true, sagittalNoseLeft: true, multiplanarShowRender: 0, isAntiAlias: false,
-  dragMode: globalThis.niivue.DRAG_MODE.pan, dragAndDropEnabled: false, isOrientationTextVisible: false, crosshairWidth: 0,
+  viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "", dragMode: globalThis.niivue.DRAG_MODE.pan, dragAndDropEnabled: false, isOrientationTextVisible: false, crosshairWidth: 0,
   backColor: [0, 0, 0, 1], logLevel: "error", loadingText: "", forceDevicePixelRatio: Math.min(devicePixelRatio, LARGEST_PICTURE),
 });
 const solid = new globalThis.niivue.Niivue({
-  sliceType: 4, isAntiAlias: false, dragAndDropEnabled: false, show3Dcrosshair: false, crosshairWidth: 1, backColor: [0, 0, 0, 1],
-  logLevel: "error", loadingText: "", forceDevicePixelRatio: isSoftware() ? 0.5 : 1, meshXRay: 0.5,
+  viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "", sliceType: 4, isAntiAlias: false, dragAndDropEnabled: false, show3Dcrosshair: false, crosshairWidth: 1, backColor: [0, 0, 0, 1],
+  logLevel: "error", loadingText: "", forceDevicePixelRatio: SOFTWARE ? 0.5 : 1, meshXRay: 0.5,
 });
 solid.scene.renderAzimuth = 180;
 solid.scene.renderElevation = 10;
@@ -43,6 +45,11 @@ async function start() {
   const [min, max] = CHEST;
   solid.addColormap("chest", { min, max, R: [0, 40, 120, 90, 200, 255], G: [0, 90, 150, 60, 185, 250], B: [0, 130, 170, 60, 150, 235],
     A: [0, 0, 16, 0, 0, 120], I: [0, 52, 82, 112, 175, 255] });
+  const drawScene = niivue.drawScene.bind(niivue);
+  niivue.drawScene = () => {
+    drawScene();
+    draw();
+  };
   niivue.onLocationChange = () => {
     view.voxel = view.lattice.ofShare(niivue.scene.crosshairPos);
     moved();
@@ -104,7 +111,7 @@ async function open(number, finding = "1") {
   }
   view.times = { asked: performance.now() - began };
   Object.assign(view, { facts, lattice: new Lattice(facts.lattice), truth: null, prediction: null, decided: null, brush: "" });
-  view.planes = new Planes(number, view.lattice, () => draw());
+  view.planes = new Planes(number, view.lattice, draw, (error) => say(`A slice was not read: ${error.message}`, true));
   view.windows = facts.lattice.ct ? CT_WINDOWS : [["Window", ...facts.lattice.range]];
   showFacts();
   await showVolumes(overview);
@@ -239,6 +246,7 @@ function summarise() {
     parts.push(`<b>${hit}</b> of ${facts.lesions.length} lesions found`, `<b>${wrong}</b> false positive${wrong === 1 ? "" : "s"}`);
   }
   $("summary").innerHTML = parts.join(" · "); // numbers only
+  $("summary").title = "Whole findings and their masks are filtered; the probabilities of single voxels are not kept.";
 }
 
 function select(name) {
@@ -293,6 +301,11 @@ function setWindow(number) {
   const [, low, high] = view.windows[number];
   view.window = [low, high];
   [...$("windows").children].forEach((b, n) => b.setAttribute("aria-pressed", n === number));
+  if (!SOFTWARE) {
+    // What is seen until the scan's own slice is there; without a GPU it takes longer than that.
+    Object.assign(niivue.volumes[0], { cal_min: low, cal_max: high });
+    niivue.updateGLVolume();
+  }
   draw();
 }
 
@@ -527,7 +540,8 @@ function draw3d() {
 // Judging: one thing after the other, so that the journal has them in the order they were done
 
 function act(line) {
-  const number = view.number;
+  const number = view.number, reloads = !["brush", "finish"].includes(line.action);
+  view.reloading += reloads;
   view.queue = view.queue.then(async () => {
     try {
       const state = await ask(`/api/case/${number}/act`, line);
@@ -538,14 +552,15 @@ function act(line) {
       if (line.action === "add") view.selected = state.marks[state.marks.length - 1].finding;
       if (!names().includes(view.selected)) view.selected = names()[0] || "";
       list();
-      if (!["brush", "finish"].includes(line.action)) await loadMask("decided");
+      if (reloads) await loadMask("decided");
       draw();
       draw3d();
       say("Saved");
     } catch (error) {
       say(error.message, true);
-      if (line.action === "brush" && number === view.number) await loadMask("decided");
+      if (line.action === "brush" && number === view.number) await loadMask("decided").catch(() => {});
     }
+    view.reloading -= reloads;
   });
   return view.queue;
 }
@@ -632,6 +647,7 @@ function buildPointer() {
   canvas.addEventListener("pointerdown", (event) => {
     const tile = tileAt(pixelOf(event));
     if (!tile || !view.brush || !view.decided) return;
+    if (view.reloading) return say("One moment: the mask is on its way", true);
     canvas.setPointerCapture(event.pointerId);
     view.axis = tile.axis;
     view.stroke = { tile, last: null };
@@ -747,9 +763,9 @@ const nameOf = (event) => {
 };
 
 function onKey(event) {
-  const field = event.target.closest("input, select, dialog");
-  if (!view.facts || (field && !(field.type === "range" && !event.key.startsWith("Arrow"))) || event.altKey) return;
-  if (event.key === " " && event.target.closest("button")) return;
+  const field = event.target.closest("input, select");
+  if (!view.facts || view.stroke || $("help").open || (field && !(field.type === "range" && !event.key.startsWith("Arrow"))) || event.altKey) return;
+  if ([" ", "Enter"].includes(event.key) && event.target.closest("button:not([data-act])")) return;
   const found = KEYS.find(([key]) => key === nameOf(event));
   if (!found || !found[2]) return;
   event.preventDefault();
