@@ -1,10 +1,9 @@
-"""Predictions of small phantoms, one of them oblique, and a real browser, where Debian's package is installed."""
+"""Predictions of small scans, one of them oblique, and a real browser where there is one."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +43,9 @@ def oblique() -> NDArray[np.float64]:
     return affine
 
 
-def scan_with_nodules(shape: tuple[int, int, int], affine: NDArray[np.float64], seed: int) -> tuple[Scan, Scan]:
+def scan_with_nodules(
+    shape: tuple[int, int, int], affine: NDArray[np.float64], seed: int
+) -> tuple[Scan, Scan]:
     """A scan in which every voxel's HU tells where it is, with four nodules, and their mask."""
     z, y, x = np.indices(shape)
     hu = (-1000 + 7 * z + 3 * y + x + 2 * ((z * y + x) % 5)).astype(np.int16)
@@ -133,32 +134,37 @@ def served(scans: Path, predictions: Path) -> Iterator[Served]:
     viewer.close()
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
+def chromium(width: int = 1280, height: int = 800) -> Any:
     """Headless Chromium, whose 3-D is drawn by the processor."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        if os.environ.get(REQUIRED) == "1":
-            pytest.fail("chromium or chromedriver is missing")
-        pytest.skip("needs Debian's chromium and chromium-driver")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = shutil.which("chromium") or ""
     for word in (
-        *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,800"),
+        *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}"),
         *("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),
     ):
         options.add_argument(word)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options, Service(driver))
-    found.set_script_timeout(60)
-    yield found
-    found.quit()
+    driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    driver.set_script_timeout(60)
+    return driver
 
 
-def until(check: Callable[[], Any], seconds: float = 20) -> Any:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser for all tests of a module."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        if os.environ.get(REQUIRED) == "1":
+            pytest.fail("chromium or chromedriver is missing")
+        pytest.skip("needs Debian's chromium and chromium-driver")
+    driver = chromium()
+    yield driver
+    driver.quit()
+
+
+def until(check: Callable[[], Any], seconds: float = 60) -> Any:
     """What a check gives once it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -166,10 +172,3 @@ def until(check: Callable[[], Any], seconds: float = 20) -> Any:
             return value
         time.sleep(0.05)
     raise AssertionError("it did not happen in time")
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])

@@ -54,7 +54,8 @@ class Page:
             "const s = voxelscale.lattice.shape, out = [];"
             "for (const [z, slice] of voxelscale.decided.slices) {"
             "  const runs = runsOf(slice, s[2]);"
-            "  for (let k = 0; k < runs.length; k += 3) out.push([z * s[1] * s[2] + runs[k], runs[k+1], runs[k+2]]);"
+            "  for (let k = 0; k < runs.length; k += 3)"
+            "    out.push([z * s[1] * s[2] + runs[k], runs[k + 1], runs[k + 2]]);"
             "} return [s, out.sort((a, b) => a[0] - b[0])]"
         )
         return filled(np.asarray(runs), int(np.prod(shape))).reshape(shape)
@@ -93,7 +94,8 @@ def test_a_click_on_a_finding_leads_there(page: Page, scans: Path, predictions: 
         # What stands there: the scan's own voxel. Each has a value of its own around.
         voxel = tuple(np.floor(image.grid.mm_to_index(place) + 0.5 + 1e-6).astype(int))
         where = "tellWhere(); return document.getElementById('where').textContent"
-        _, x, _, y, _, z, *_, hu, unit = until(lambda: t if "HU" in (t := page.js(where)) else "").split()
+        until(lambda: "HU" in page.js(where))  # noqa: B023
+        _, x, _, y, _, z, *_, hu, unit = page.js(where).split()
         assert [float(x), float(y), float(z)] == pytest.approx(place, abs=0.051)
         assert (int(hu), unit) == (image.array[voxel], "HU")
 
@@ -103,8 +105,16 @@ def test_what_is_drawn_is_what_is_there(page: Page, scans: Path) -> None:
     source = DataSet(path=scans).cases[1]
     image = reorient(read_image(source, ReadingConfig()))
     page.open("b", "2")
-    until(lambda: page.js("return [0, 1, 2].every((a) => voxelscale.planes.kept.has(`${a}/${Math.round(voxelscale.voxel[a])}`))"))
-    page.js("voxelscale.window = [-1000, 275]; voxelscale.on = {}; voxelscale.selected = ''; drawCross = () => {}; draw()")
+    until(
+        lambda: page.js(
+            "return [0, 1, 2].every((a) =>"
+            "  voxelscale.planes.kept.has(`${a}/${Math.round(voxelscale.voxel[a])}`))"
+        )
+    )
+    page.js(
+        "Object.assign(voxelscale, {window: [-1000, 275], on: {}, selected: ''});"
+        "drawCross = () => {}; draw()"
+    )
     places = [[row, column] for row in range(2, 18, 3) for column in range(3, 48, 6)]
     drawn = page.driver.execute_async_script(
         "const places = arguments[0], done = arguments[1];"
@@ -135,9 +145,14 @@ def test_threshold(page: Page) -> None:
     page.open("a")
     summary = "return document.getElementById('summary').textContent"
     assert page.js(summary) == "4 of 5 findings · 3 of 4 lesions found · 1 false positive"
-    page.js("const t = document.getElementById('threshold'); t.value = 0.85; t.dispatchEvent(new Event('input'))")
+    page.js(
+        "const slider = document.getElementById('threshold');"
+        "slider.value = 0.85; slider.dispatchEvent(new Event('input'))"
+    )
     assert page.js(summary).startswith("1 of 5 findings")
-    assert page.js("return [1, 2, 5].map((n) => document.getElementById(`finding-${n}`).classList.contains('below'))") == [
+    assert page.js(
+        "return [1, 2, 5].map((n) => document.getElementById(`finding-${n}`).classList.contains('below'))"
+    ) == [
         False,
         True,
         True,
@@ -166,7 +181,11 @@ def test_keys_alone(page: Page, predictions: Path) -> None:
     assert page.js(verdicts)[:3] == ["accepted", "open", "open"]
     before = page.js("return voxelscale.voxel.map(Math.round)")
     page.keys(Keys.ARROW_RIGHT, Keys.ARROW_DOWN, Keys.PAGE_UP)
-    assert page.js("return voxelscale.voxel.map(Math.round)") == [before[0] + 1, before[1] + 1, before[2] + 1]
+    assert page.js("return voxelscale.voxel.map(Math.round)") == [
+        before[0] + 1,
+        before[1] + 1,
+        before[2] + 1,
+    ]
     page.keys("2")
     assert page.js("return voxelscale.window") == [-160, 240]
     page.keys("t", "x")

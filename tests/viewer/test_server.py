@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import nibabel
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
-from tests.conftest import Command
+from tests.conftest import SHARED, Command
 from tests.viewer.conftest import READER, shown
 
+from voxelscale.classes import Classes
 from voxelscale.config import ReadingConfig
 from voxelscale.dataset import DataSet
 from voxelscale.dataset.reading import read_image, read_truth
 from voxelscale.errors import VoxelscaleError
-from voxelscale.formats import read_label
-from voxelscale.geometry import as_lps, reorient
+from voxelscale.findings import Finding, lesions_of_mask, write_findings
+from voxelscale.formats import read_label, write_scan
+from voxelscale.geometry import Scan, as_lps, reorient
 from voxelscale.viewer.app import Viewer, build
 from voxelscale.viewer.guard import Door
 from voxelscale.viewer.pages import build_pages
@@ -37,10 +40,10 @@ def door() -> Door:
 
 
 @pytest.fixture
-def opened(scans: Path, predictions: Path, door: Door, tmp_path: Path) -> Iterator[tuple[TestClient, Viewer, Path]]:
+def opened(
+    scans: Path, predictions: Path, door: Door, tmp_path: Path
+) -> Iterator[tuple[TestClient, Viewer, Path]]:
     """A client that has entered, with decisions in a folder of its own."""
-    from dataclasses import replace
-
     app, viewer = build(replace(shown(scans, predictions), folder=tmp_path / "reader"), door)
     client = TestClient(app, base_url=f"http://{HOST}")
     assert client.get(f"/?token={door.token}").status_code == 200
@@ -77,7 +80,10 @@ def test_who_is_let_in(scans: Path, predictions: Path, door: Door) -> None:
     assert client.get("/api/cases").status_code == 200
     # With the cookie: foreign pages, foreign names of this machine.
     assert client.get("/api/cases", headers={"origin": "http://evil.example"}).status_code == 403
-    assert client.get("/api/cases", headers={"origin": f"http://{HOST.replace('8123', '9')}"}).status_code == 403
+    assert (
+        client.get("/api/cases", headers={"origin": f"http://{HOST.replace('8123', '9')}"}).status_code
+        == 403
+    )
     assert client.get("/api/cases", headers={"sec-fetch-site": "cross-site"}).status_code == 403
     assert client.get("/api/cases", headers={"sec-fetch-site": "same-site"}).status_code == 403
     assert client.get("/api/cases", headers={"host": "evil.example:8123"}).status_code == 421
@@ -133,7 +139,8 @@ def test_voxels_and_places(opened: tuple[TestClient, Viewer, Path], scans: Path)
         overview = nibabel.Nifti1Image.from_bytes(client.get(f"/api/case/{number}/overview.nii").content)
         places = np.argwhere(expected)[::50]
         ras = image.grid.index_to_mm(places) * [-1, -1, 1]
-        voxels = np.rint(nibabel.affines.apply_affine(np.linalg.inv(overview.affine), ras)).astype(int)
+        inverse = np.linalg.inv(overview.affine)
+        voxels = np.rint(ras @ inverse[:3, :3].T + inverse[:3, 3]).astype(int)
         np.testing.assert_array_equal(
             overview.get_fdata()[tuple(voxels.T)], image.array[tuple(places.T)].astype(float)
         )
@@ -173,13 +180,16 @@ def test_decisions(opened: tuple[TestClient, Viewer, Path], scans: Path, predict
     state = act(client, 1, action="move", finding="2", mm=place)
     assert state["marks"][1]["moved"] is True
     moved = np.zeros(shape, bool)
-    moved[tuple((np.argwhere(owners == 2) + [1, 2, -3]).T)] = True
+    moved[tuple((np.argwhere(owners == 2) + np.asarray([1, 2, -3])).T)] = True
     np.testing.assert_array_equal(decided(client, 1, shape), moved | (owners == 1))
 
     blank = client.post("/api/case/1/act", json={"action": "finish", "value": True}, headers=ORIGIN)
     assert blank.status_code == 409
     assert "3, 4" in blank.json()["error"]
-    centre = np.asarray(facts["lattice"]["affine"])[:3, :3] @ [10, 20, 30] + np.asarray(facts["lattice"]["affine"])[:3, 3]
+    centre = (
+        np.asarray(facts["lattice"]["affine"])[:3, :3] @ [10, 20, 30]
+        + np.asarray(facts["lattice"]["affine"])[:3, 3]
+    )
     state = act(client, 1, action="add", mm=centre.tolist(), diameter_mm=8.0)
     assert state["marks"][-1]["finding"] == "a1"
     added = decided(client, 1, shape) - (moved | (owners == 1))
@@ -214,8 +224,6 @@ def test_decisions(opened: tuple[TestClient, Viewer, Path], scans: Path, predict
 
 def test_decisions_survive(scans: Path, predictions: Path, door: Door, tmp_path: Path) -> None:
     """The journal is what counts: whatever was not written yet follows from it."""
-    from dataclasses import replace
-
     what = replace(shown(scans, predictions), folder=tmp_path)
     app, viewer = build(what, door)
     client = TestClient(app, base_url=f"http://{HOST}")
@@ -305,7 +313,10 @@ def test_two_readers(scans: Path, predictions: Path, door: Door, voxelscale: Com
         viewer.close()
     result = compare_readers(predictions, "Ann", "Bob")
     counts = result["verdicts"]
-    assert counts == {"accepted": {"accepted": 1, "rejected": 1}, "rejected": {"accepted": 1, "rejected": 1}}
+    assert counts == {
+        "accepted": {"accepted": 1, "rejected": 1},
+        "rejected": {"accepted": 1, "rejected": 1},
+    }
     assert (result["findings"], result["agreement"], result["kappa"]) == (4, 0.5, 0.0)
     a, b = (read_label(predictions / "readers" / r / "a" / "mask.nii.gz").array for r in verdicts)
     assert result["dice"] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
@@ -341,10 +352,101 @@ def test_report_pages(tmp_path: Path, door: Door) -> None:
 
 def test_errors_of_the_command(voxelscale: Command, scans: Path, predictions: Path, tmp_path: Path) -> None:
     assert "no prediction" in voxelscale("view", tmp_path, scans)[2]
-    assert "no prediction of the case nobody" in voxelscale("view", predictions, scans, "--case", "nobody")[2]
+    assert (
+        "no prediction of the case nobody" in voxelscale("view", predictions, scans, "--case", "nobody")[2]
+    )
     assert "holds no report page" in voxelscale("view", tmp_path)[2]
 
 
 def test_loopback() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.8.8.8")))
     assert not any(map(is_loopback, ("0.0.0.0", "192.168.1.4", "example.org", "::")))
+
+
+def test_dicom_and_privacy(door: Door, tmp_path: Path) -> None:
+    """A DICOM series of real CT: places as SimpleITK has them; nothing says who the patient is."""
+    import pydicom
+    import SimpleITK as sitk
+
+    series = SHARED / "thorax_small" / "ct-64Dicom"
+    if not series.is_dir():
+        pytest.skip("the real scans are not here")
+    for file in series.iterdir():
+        slice_ = pydicom.dcmread(file)
+        slice_.PatientName, slice_.PatientID = "Planted^Name", "PLANTED-ID"
+        (tmp_path / "Planted").mkdir(exist_ok=True)
+        slice_.save_as(tmp_path / "Planted" / file.name)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "Planted")))
+    expected = reader.Execute()
+    (source,) = DataSet(path=tmp_path / "Planted").scans
+    image = read_image(source, ReadingConfig())
+    mask = np.zeros(image.array.shape, np.uint8)
+    mask[30:33, 20:24, 40:44] = 1
+    folder = tmp_path / "predictions" / source.case
+    write_scan(Scan(mask, image.affine), folder / "mask.nii.gz")
+    found = lesions_of_mask(source.case, mask, image.grid)
+    write_findings(found, folder / "findings.csv", folder / "findings.json")
+    what = shown(tmp_path / "Planted", tmp_path / "predictions")
+    for patients in (False, True):
+        app, viewer = build(replace(what, patients=patients), door)
+        client = TestClient(app, base_url=f"http://{HOST}")
+        client.get(f"/?token={door.token}")
+        answer = client.get("/api/case/0")
+        facts = answer.json()
+        assert ("PLANTED-ID" in answer.text) is patients
+        if not patients:
+            assert "lanted" not in answer.text + client.get("/api/cases").text + client.get("/").text
+        affine = np.asarray(facts["lattice"]["affine"])
+        for voxel in ((0, 0, 0), (30, 20, 40), (78, 63, 63)):
+            x, y, z = affine[:3, :3] @ voxel + affine[:3, 3]
+            index = expected.TransformPhysicalPointToIndex((x, y, z))
+            plane = np.frombuffer(client.get(f"/api/case/0/plane/0/{voxel[0]}").content, "<i2")
+            assert plane.reshape(64, 64)[voxel[1:]] == expected.GetPixel(index)
+        assert act(client, 0, action="accept", finding="1")["marks"][0]["verdict"] == "accepted"
+        assert act(client, 0, action="finish", value=True)["finished"] is True
+        viewer.close()
+    (case,) = DataSet(path=what.folder).cases
+    assert case.case == source.case
+    np.testing.assert_array_equal(
+        read_truth(case, ReadingConfig()).array, reorient(Scan(mask, image.affine)).array
+    )
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_several_classes(door: Door, tmp_path: Path, regions: bool) -> None:
+    """Two classes, and two regions of which one holds the other: each is written with its value."""
+    classes = Classes(
+        names=("outer", "inner"),
+        values=((3, 7), (7,)) if regions else ((3,), (7,)),
+        regions=regions,
+        order=(3, 7) if regions else (),
+    )
+    written = np.zeros((12, 16, 18), np.uint8)
+    written[2:8, 2:9, 3:11], written[4:6, 4:7, 5:9], written[9:11, 10:14, 12:15] = 3, 7, 7
+    stored = classes.of_written(written)
+    scan = Scan(np.where(written > 0, 2.5, 0.1).astype(np.float32), np.diag([1.0, 1, 1, 1])[[2, 1, 0, 3]])
+    write_scan(scan, tmp_path / "scans" / "one.nii.gz")
+    folder = tmp_path / "predictions" / "one"
+    write_scan(Scan(written, scan.affine), folder / "mask.nii.gz")
+    found: list[Finding] = []
+    for name, where in classes.each(stored):
+        lesions = lesions_of_mask("one", where, scan.grid)
+        found += [replace(f, label=name, probability=0.9 - 0.1 * len(found)) for f in lesions]
+    facts = {"classes": classes.to_dict()}
+    write_findings(found, folder / "findings.csv", folder / "findings.json", facts, labelled=True)
+    app, viewer = build(shown(tmp_path / "scans", tmp_path / "predictions"), door)
+    client = TestClient(app, base_url=f"http://{HOST}")
+    client.get(f"/?token={door.token}")
+    assert client.get("/api/case/0").json()["classes"] == ["outer", "inner"]
+    for number in range(1, len(found) + 1):
+        act(client, 0, action="accept", finding=str(number))
+    np.testing.assert_array_equal(decided(client, 0, written.shape), stored)
+    act(client, 0, action="reject", finding="1")
+    expected = stored.copy()
+    expected[2:8][expected[2:8] == 1] = 0
+    expected[2:8][expected[2:8] == 3] = 2  # of regions: the inner one without the outer one
+    np.testing.assert_array_equal(decided(client, 0, written.shape), expected)
+    viewer.close()
+    mask = read_label(tmp_path / "predictions" / "readers" / READER / "one" / "mask.nii.gz").array
+    np.testing.assert_array_equal(mask, classes.written(expected))

@@ -87,7 +87,7 @@ class State:
     """
 
     marks: dict[str, Mark]
-    mask: NDArray[np.int16]
+    mask: NDArray[Any]
     finished: bool = False
 
 
@@ -114,7 +114,8 @@ def replay(case: Case, lines: Sequence[Mapping[str, Any]]) -> State:
     findings, classes = case.prediction.findings, case.classes
     labels = {name: at for at, name in enumerate(classes.names)}
     marks = {str(n): Mark(label=labels.get(f.label, 0)) for n, f in enumerate(findings, start=1)}
-    state = State(marks=marks, mask=np.zeros(case.prediction.grid.shape, np.int16))
+    kind = np.uint8 if classes.single else np.int16
+    state = State(marks=marks, mask=np.zeros(case.prediction.grid.shape, kind))
     for line in _kept(lines):
         apply(case, state, line)
     return state
@@ -208,9 +209,7 @@ def _has_mask(case: Case, name: str) -> bool:
     return name.isdigit() and len(case.prediction.voxels[int(name) - 1]) > 0
 
 
-def _put(
-    classes: Classes, mask: NDArray[np.int16], voxels: NDArray[np.int64], label: int, there: bool
-) -> None:
+def _put(classes: Classes, mask: NDArray[Any], voxels: NDArray[np.int64], label: int, there: bool) -> None:
     """Set or clear a class at voxels; where another class is, it stays."""
     at = tuple(voxels.T)
     values = mask[at]

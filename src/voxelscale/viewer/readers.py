@@ -34,7 +34,7 @@ def compare_readers(predictions: Path, a: str, b: str) -> dict[str, Any]:
     if not shared:
         raise VoxelscaleError(f"{predictions}: {a} and {b} share no case", "let both read the same cases")
     counts = {first: dict.fromkeys(VERDICTS, 0) for first in VERDICTS}
-    cases = []
+    cases: list[dict[str, Any]] = []
     for case in shared:
         one, other = mine[case], theirs[case]
         if one["prediction"] != other["prediction"]:
@@ -46,7 +46,11 @@ def compare_readers(predictions: Path, a: str, b: str) -> dict[str, Any]:
             if mark["finding"].isdigit() and pair[0] in VERDICTS and pair[1] in VERDICTS:
                 counts[pair[0]][pair[1]] += 1
         both = one["finished"] and other["finished"]
-        dice = _dice(*(reader_folder(predictions, reader) / case / MASK for reader in (a, b))) if both else None
+        dice = (
+            _dice(*(reader_folder(predictions, reader) / case / MASK for reader in (a, b)))
+            if both
+            else None
+        )
         cases.append({"case": case, "dice": dice, "added": [_added(one), _added(other)]})
     return {
         "readers": [a, b],

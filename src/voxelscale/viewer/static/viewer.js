@@ -232,9 +232,8 @@ function row(name, f) {
 }
 
 function measured(f) {
-  const axes = f.short_axis_mm == null ? `${f.axial_diameter_mm.toFixed(1)} mm` : `${f.axial_diameter_mm.toFixed(1)} × ${f.short_axis_mm.toFixed(1)} mm`;
   const hu = f.mean_hu == null ? "" : ` · ${Math.round(f.mean_hu)} HU`;
-  return `${axes} · ${Math.round(f.volume_mm3).toLocaleString("en")} mm³${hu}`;
+  return `${lengths(f)} · ${Math.round(f.volume_mm3).toLocaleString("en")} mm³${hu}`;
 }
 
 function summarise() {
@@ -426,22 +425,28 @@ function drawMeasures(context, tile, at, scale) {
     context.stroke();
   }
   if (!f || tile.axis !== 0 || (mark && mark.moved)) return;
-  for (const [ends, length] of [[f.axial_ends, f.axial_diameter_mm], [f.short_axis_ends, f.short_axis_mm]]) {
+  let right = null; // the rightmost end, beside which the lengths are written
+  for (const ends of [f.axial_ends, f.short_axis_ends]) {
     if (!ends) continue;
     const voxels = ends.map((p) => view.lattice.toVoxel(p));
     // Measured in one slice; in the others of the finding it is dashed.
-    const away = Math.abs((voxels[0][0] + voxels[1][0]) / 2 - at), reach = f.diameter_mm / 2 / view.lattice.spacing[0];
-    if (away > Math.max(1, reach)) continue;
+    const away = Math.abs((voxels[0][0] + voxels[1][0]) / 2 - at);
+    if (away > 1 + f.diameter_mm / 2 / view.lattice.spacing[0]) continue;
     context.setLineDash(away <= 0.75 ? [] : [4 * scale, 4 * scale]);
-    const [[ax, ay], [bx, by]] = voxels.map((v) => toPixel(tile, inPlane(v, 0)));
+    const [first, second] = voxels.map((v) => toPixel(tile, inPlane(v, 0)));
     context.beginPath();
-    context.moveTo(ax, ay);
-    context.lineTo(bx, by);
+    context.moveTo(...first);
+    context.lineTo(...second);
     context.stroke();
-    context.setLineDash([]);
-    const [tx, ty] = ax > bx ? [ax, ay] : [bx, by];
-    write(context, `${length.toFixed(1)} mm`, tx + 6 * scale, ty + (ends === f.axial_ends ? -6 : 15) * scale, scale);
+    for (const end of [first, second]) if (!right || end[0] > right[0]) right = end;
   }
+  context.setLineDash([]);
+  if (right) write(context, lengths(f), right[0] + 8 * scale, right[1] + 4 * scale, scale);
+}
+
+function lengths(f) {
+  const long = f.axial_diameter_mm.toFixed(1);
+  return f.short_axis_mm == null ? `${long} mm` : `${long} × ${f.short_axis_mm.toFixed(1)} mm`;
 }
 
 // Text that stays readable over bright tissue.
