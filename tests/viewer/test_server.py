@@ -356,6 +356,9 @@ def test_errors_of_the_command(voxelscale: Command, scans: Path, predictions: Pa
         "no prediction of the case nobody" in voxelscale("view", predictions, scans, "--case", "nobody")[2]
     )
     assert "holds no report page" in voxelscale("view", tmp_path)[2]
+    anywhere = voxelscale("view", predictions, scans, "--host", "0.0.0.0")
+    assert anywhere[0] == 2
+    assert "name the one that others use" in anywhere[2]
 
 
 def test_loopback() -> None:

@@ -114,7 +114,7 @@ def replay(case: Case, lines: Sequence[Mapping[str, Any]]) -> State:
     findings, classes = case.prediction.findings, case.classes
     labels = {name: at for at, name in enumerate(classes.names)}
     marks = {str(n): Mark(label=labels.get(f.label, 0)) for n, f in enumerate(findings, start=1)}
-    kind = np.uint8 if classes.single else np.int16
+    kind = np.uint8 if classes.single and not classes.regions else np.int16
     state = State(marks=marks, mask=np.zeros(case.prediction.grid.shape, kind))
     for line in _kept(lines):
         apply(case, state, line)

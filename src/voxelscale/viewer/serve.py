@@ -33,8 +33,10 @@ def listening(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0: any free one.
 
     Raises:
-        VoxelscaleError: it cannot listen there.
+        VoxelscaleError: it cannot listen there, or no browser can ask for that address.
     """
+    if host in ("", "0.0.0.0", "::"):  # noqa: S104
+        raise VoxelscaleError(f"--host {host}: no address of one machine", "name the one that others use")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family)
