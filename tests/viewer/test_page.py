@@ -13,7 +13,7 @@ from tests.viewer.conftest import Served, until
 from voxelscale.config import ReadingConfig
 from voxelscale.dataset import DataSet
 from voxelscale.dataset.reading import read_image
-from voxelscale.findings import read_findings
+from voxelscale.findings import lesions_of_mask, read_findings
 from voxelscale.formats import read_label
 from voxelscale.geometry import reorient
 from voxelscale.viewer.runs import filled
@@ -139,6 +139,15 @@ def test_what_is_drawn_is_what_is_there(page: Page, scans: Path) -> None:
     assert tiles[0]["cs"] > 0 and tiles[0]["rs"] > 0  # noqa: PT018
     assert tiles[1]["cs"] > 0 and tiles[1]["rs"] < 0  # noqa: PT018
     assert tiles[2]["cs"] > 0 and tiles[2]["rs"] < 0  # noqa: PT018
+
+
+def test_a_link_leads_to_a_lesion_of_the_truth(page: Page, scans: Path) -> None:
+    page.open("b", "t2")
+    source = next(s for s in DataSet(path=scans).cases if s.case == "b")
+    mask = reorient(read_label(source.labels[0]))
+    lesion = lesions_of_mask("b", mask.array, mask.grid)[1]
+    mm = page.js("return voxelscale.lattice.toMm(voxelscale.voxel)")
+    assert mm == pytest.approx([lesion.x, lesion.y, lesion.z], abs=0.1)
 
 
 def test_threshold(page: Page) -> None:

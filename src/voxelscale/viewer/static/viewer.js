@@ -560,7 +560,7 @@ function act(line) {
       if (reloads) await loadMask("decided");
       draw();
       draw3d();
-      say("Saved");
+      say(line.action === "finish" && state.finished ? "Finished: N leads to the next case" : "Saved");
     } catch (error) {
       say(error.message, true);
       if (line.action === "brush" && number === view.number) await loadMask("decided").catch(() => {});
@@ -668,6 +668,12 @@ function buildPointer() {
   $("views").addEventListener("pointerdown", (event) => {
     const tile = view.tiles && tileAt(pixelOf(event));
     if (tile) view.axis = tile.axis;
+  }, true);
+  $("views").addEventListener("dblclick", (event) => {
+    const tile = view.tiles && tileAt(pixelOf(event));
+    if (!tile || view.brush) return;
+    Object.assign(view, { axis: tile.axis, large: !view.large });
+    layout();
   }, true);
   $("views").addEventListener("wheel", (event) => {
     const tile = view.tiles && tileAt(pixelOf(event));
@@ -808,6 +814,13 @@ function buildControls() {
     $("keys").append(line);
   }
   for (const one of document.querySelectorAll("[data-act]")) one.addEventListener("click", () => ACTS[one.dataset.act]());
+  for (const [text, key] of [["▲", "PageUp"], ["▼", "PageDown"], ["+", "+"], ["−", "-"], ["⤢", "Z"]]) {
+    const [, what, act] = KEYS.find(([name]) => name === key), out = element("button", "", text);
+    out.title = `${what} (${key})`;
+    out.setAttribute("aria-label", what);
+    out.addEventListener("click", () => act(false));
+    $("picture").append(out);
+  }
   $("previous").addEventListener("click", () => open(view.number - 1));
   $("next").addEventListener("click", () => open(view.number + 1));
   $("case").addEventListener("change", () => open(Number($("case").value)));
