@@ -5,25 +5,36 @@ RUN := $(VENV)/bin
 
 .PHONY: install quickstart test test-slow lint clean
 
+PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
+# What runs Voxelscale. Python compiles what it imports: to compile all that is installed takes longer.
+
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or newer is needed"; echo "hint: make PYTHON=python3.12 install"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -e .
+	@touch $@
+
+# What the checks and the tests need besides. They start many processes, so all is compiled beforehand; what
+# packages hold for other versions of Python cannot be.
+$(VENV)/dev: $(VENV)/installed
+	$(PIP) -e '.[dev]'
+	@-$(RUN)/python -m compileall -qq -j 0 $(VENV)/lib
 	@touch $@
 
 quickstart: install
 	$(RUN)/voxelscale quickstart quickstart
 
-test: install
+test: $(VENV)/dev
 	$(RUN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
-test-slow: install
+test-slow: $(VENV)/dev
 	VOXELSCALE_COLD_STARTS=1 $(RUN)/python -m pytest -m slow -n 2 --dist worksteal
 
-lint: install
+lint: $(VENV)/dev
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/lint-imports --no-logo --no-cache

@@ -5,8 +5,9 @@
 
 One U-Net, one volume (a phantom), 64 x 64 x 64 windows, half overlap, the same Gaussian weights for all;
 rounds in turns within one run. MONAI's window positions are ours where sizes divide, as they do here.
-"MONAI, channels last" has its network and its windows put into the format that is faster on CPUs, which
-a user would have to do by hand. nnU-Net sums in float16, so its output is that much less exact.
+"channels last" has MONAI's network and windows put into the format that is faster on CPUs, which a user
+would have to do by hand; "bf16" is autocast around the network, which nnU-Net has on GPUs only. nnU-Net
+sums in float16, so its output is that much less exact.
 
 --memory: `voxelscale predict` with the default network on a scan of 800 x 512 x 512 voxels at the network's
 own spacing, in a process of its own, and the peak of its memory.
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -32,7 +32,7 @@ from typing import Any
 import nnunetv2.inference.predict_from_raw_data as nnunet
 import numpy as np
 import torch
-from monai import __version__ as monai_version
+from machine import machine  # type: ignore[import-not-found]
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
@@ -74,10 +74,13 @@ def contenders(network: nn.Module, scan: Scan) -> dict[str, Look]:
     body = torch.from_numpy(body_field(scan))
     lungs = lung_field(scan).slices
 
-    def monai(model: nn.Module, batch: int, order: torch.memory_format) -> Tensor:
+    def monai(model: nn.Module, batch: int, low: bool = False) -> Tensor:
+        order = torch.channels_last_3d if model is last else torch.contiguous_format
+
         def look(windows: Tensor) -> Tensor:
-            logits: Tensor = model(windows.contiguous(memory_format=order))
-            return logits
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                logits: Tensor = model(windows.contiguous(memory_format=order))
+            return logits.float()
 
         with torch.inference_mode():
             logits: Any = sliding_window_inference(
@@ -91,11 +94,28 @@ def contenders(network: nn.Module, scan: Scan) -> dict[str, Look]:
         "ours, air skipped": lambda: predict_volume(own, hu, ours, prepare=CT, within=body),
         "ours, lungs' box": lambda: predict_volume(own, hu[lungs], ours, prepare=CT),
         "ours, bf16": lambda: predict_volume(own, hu, half, prepare=CT),
-        "MONAI, 1 window": lambda: monai(network, 1, torch.contiguous_format),
-        "MONAI, 4 windows": lambda: monai(network, 4, torch.contiguous_format),
-        "MONAI, channels last": lambda: monai(last, 4, torch.channels_last_3d),
+        "MONAI, 1 window": lambda: monai(network, 1),
+        "MONAI, 4 windows": lambda: monai(network, 4),
+        "MONAI, 1, channels last": lambda: monai(last, 1),
+        "MONAI, 4, channels last": lambda: monai(last, 4),
+        "MONAI, 1, bf16": lambda: monai(network, 1, low=True),
+        "MONAI, 1, last, bf16": lambda: monai(last, 1, low=True),
         "nnU-Net": nnunet_way(network, normal, weight),
+        "nnU-Net, bf16": nnunet_way(_Low(network), normal, weight),
     }
+
+
+class _Low(nn.Module):
+    """A network in bfloat16, but for its answer."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._network = network
+
+    def forward(self, windows: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits: Tensor = self._network(windows)
+        return logits.float()
 
 
 def nnunet_way(network: nn.Module, normal: Tensor, weight: Tensor) -> Look:
@@ -209,9 +229,8 @@ def main() -> None:
     else:
         table = compare(options.filters, options.norm, options.rounds)
         show(table)
-    versions = {"torch": torch.__version__, "monai": monai_version, "python": platform.python_version()}
-    machine = {"threads": torch.get_num_threads(), "processor": platform.processor(), **versions}
-    options.out.write_text(json.dumps({"machine": machine, **table}, indent=1), encoding="utf-8")
+    facts = {**machine(), "threads": torch.get_num_threads()}
+    options.out.write_text(json.dumps({"machine": facts, **table}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -22,12 +23,13 @@ import numpy as np
 from machine import machine  # type: ignore[import-not-found]
 
 from .data import DATA_SETS, score, split_of
-from .protocol import Job, Place, has_bf16
+from .pace import ROUNDS, SECONDS, Paces, smallest_mean
+from .protocol import Course, EndedEarly, Job, Place, has_bf16
 from .table import best_rate, show
 
 MODULES = {"ours": "contest.ours", "nnunet": "contest.nnunet", "dynunet": "contest.dynunet"}
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-LOOKS = Path(__file__).resolve().parents[1] / "results" / "looks.jsonl"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "BLOSC_NTHREADS")
 
 
@@ -35,7 +37,8 @@ def main(text: str) -> None:
     """Read the arguments; train what is missing; print."""
     options = _parser(text).parse_args()
     if options.job:
-        _run_here(Job(**json.loads(options.job)), options)
+        job = Job(**json.loads(options.job))
+        _run_here(replace(job, settings=tuple(job.settings)), options)
         return
     contenders = [_contender(word) for word in options.contenders]
     jobs = [
@@ -54,12 +57,10 @@ def main(text: str) -> None:
             for name, settings in contenders
             for seed in options.seeds
         ]
-        _note_look(frozen)
+        _note_look(frozen, options.results)
         _run_missing(frozen, options)
         results = _results(options)
         show(results, options.data, options.fold, "judge")
-    if options.out:
-        options.out.write_text("".join(f"{json.dumps(result)}\n" for result in results))
 
 
 def _parser(text: str) -> argparse.ArgumentParser:
@@ -73,9 +74,10 @@ def _parser(text: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first one chooses rates")
     parser.add_argument("--processes", type=int, default=1, help="jobs at a time")
     parser.add_argument("--judge", action="store_true", help="train on all cases, look at the judge cases")
-    parser.add_argument("--out", type=Path, help="write all results of the data set and fold, a line each")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of paces, results and looks")
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder of the data sets")
     parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--updates", type=int, help=argparse.SUPPRESS)
     return parser
 
 
@@ -124,44 +126,82 @@ def _place(options: argparse.Namespace, job: Job) -> Place:
 
 def _run_missing(jobs: Sequence[Job], options: argparse.Namespace) -> None:
     """Each in a process of its own; what failed is reported and left."""
-    missing = [job for job in jobs if not (_where(options, job) / "result.json").is_file()]
+    known = {result["name"] for result in _results(options)}
+    missing = [job for job in jobs if job.name not in known]
     if not missing:
         return
     for name in dict.fromkeys(job.contender for job in missing):
         module = import_module(MODULES[name])
         module.prepare(_place(options, missing[0]))
+    paces = _measured(missing, options)
     with ThreadPoolExecutor(options.processes) as pool:
-        list(pool.map(lambda job: _run_apart(job, options), missing))
+        list(pool.map(lambda job: _train(job, paces.updates(job), options), missing))
 
 
-def _run_apart(job: Job, options: argparse.Namespace) -> None:
+def _measured(jobs: Sequence[Job], options: argparse.Namespace) -> Paces:
+    """The paces of all contenders; those that are missing are measured in turn."""
+    paces = Paces(options.results / "accuracy_paces.json")
+    missing = paces.missing(jobs)
+    rounds: dict[Job, list[float]] = {job: [] for job in missing}
+    for _ in range(ROUNDS):
+        for job in missing:
+            if found := _apart(job, options, 0):
+                rounds[job].append(smallest_mean(found["ticks"]))
+    for job, means in rounds.items():
+        if not means:
+            raise SystemExit(f"{job.name}: its pace could not be measured")
+        paces.add(job, means, machine())
+        print(f"{job.contender} {' '.join(job.settings)}: {min(means):.4f} s an update, rounds {means}")
+    return paces
+
+
+def _train(job: Job, updates: int, options: argparse.Namespace) -> None:
+    """In a process of its own; a line of the results comes of it."""
+    found = _apart(job, options, updates)
+    if found is None:
+        return
+    line = f"{json.dumps(found)}\n"
+    with (options.results / f"accuracy_{job.data}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line)
+    dice = np.mean(found["score"]["dice"])
+    words = [f"{time.strftime('%H:%M')} {job.name} {' '.join(job.settings)}: Dice {dice:.4f}"]
+    words += [f"{updates} updates in {found['seconds']:.0f} s"]
+    print(", ".join(words), flush=True)
+
+
+def _apart(job: Job, options: argparse.Namespace, updates: int) -> dict[str, Any] | None:
+    """What a process with one thread finds out; 0 updates: only their ticks, for `SECONDS`."""
     own = _where(options, job)
     own.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, sys.argv[0], str(options.folder), "--shared", str(options.shared)]
-    words += ["--job", json.dumps(asdict(job))]
+    words += ["--job", json.dumps(asdict(job)), "--updates", str(updates)]
     environment = os.environ | dict.fromkeys(ONE_THREAD, "1")
     with (own / "log.txt").open("a") as log:
         code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
         print(f"{job.name} failed: {own / 'log.txt'}", flush=True)
-        return
-    found = json.loads((own / "result.json").read_text())
-    dice = np.mean(found["score"]["dice"])
-    words = [f"{time.strftime('%H:%M')} {job.name} {' '.join(job.settings)}: Dice {dice:.4f}"]
-    words += [f"{found['seconds']:.0f} s", f"{found['samples']} samples"]
-    print(", ".join(words), flush=True)
+        return None
+    found: dict[str, Any] = json.loads((own / "result.json").read_text())
+    return found
 
 
 def _run_here(job: Job, options: argparse.Namespace) -> None:
-    """Train, predict, score, and write what came out."""
-    job = replace(job, settings=tuple(job.settings))
+    """Train, predict, score, and write what came out; or measure a pace."""
     place, before = _place(options, job), machine()
     lock = (place.own / "lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
     except BlockingIOError:
         raise SystemExit("another process trains this") from None
-    trained = import_module(MODULES[job.contender]).train(job, place)
+    train = import_module(MODULES[job.contender]).train
+    if not options.updates:
+        course = Course(10**7, SECONDS)
+        with contextlib.suppress(EndedEarly):
+            train(job, place, course)
+        _write(place, {"ticks": course.ticks})
+        return
+    course = Course(options.updates)
+    trained = train(job, place, course)
     names = place.split.choose if job.on == "choose" else place.split.judge
     masks = {name: trained.predict(place.data.cases[name]) for name in names}
     scored = score(place.data, names, masks)
@@ -169,30 +209,35 @@ def _run_here(job: Job, options: argparse.Namespace) -> None:
         place.own / "masks.npz", **{name: mask.astype(np.uint8) for name, mask in masks.items()}
     )
     found: dict[str, Any] = {
+        "name": job.name,
         "job": asdict(job),
-        "seconds": trained.seconds,
-        "samples": trained.samples,
-        "updates": trained.updates,
+        "seconds": course.used,
+        "updates": options.updates,
+        "batch": trained.batch,
         "facts": trained.facts,
         "score": scored,
         "machine": {**before, "threads": 1},
         "load_after": os.getloadavg(),
     }
+    _write(place, found)
+
+
+def _write(place: Place, found: dict[str, Any]) -> None:
     part = place.own / "result.part"
-    part.write_text(json.dumps(found, indent=1))
+    part.write_text(json.dumps(found))
     part.rename(place.own / "result.json")
 
 
 def _results(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Of all jobs that are there, of this data set and fold."""
-    folder = Path(options.folder).absolute() / f"{options.data}-{options.fold}" / "jobs"
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
+    path = options.results / f"accuracy_{options.data}.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [result for line in lines if (result := json.loads(line))["job"]["fold"] == options.fold]
 
 
-def _note_look(jobs: Sequence[Job]) -> None:
+def _note_look(jobs: Sequence[Job], results: Path) -> None:
     """Every look at judge cases leaves a line, before it is taken."""
     what = [asdict(job) for job in jobs]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    LOOKS.parent.mkdir(exist_ok=True)
-    with LOOKS.open("a", encoding="utf-8") as file:
+    with (results / "looks.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"date": date.today().isoformat(), "digest": digest, "jobs": what}) + "\n")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from .data import Case
 from .nnunet import plan_of
 from .nnunet import prepare as prepare_nnunet
-from .protocol import Budget, Job, Place, Trained, set_seeds
+from .protocol import Course, EndedEarly, Job, Place, Trained, set_seeds
 
 RATE, MOMENTUM, DECAY = 0.01, 0.99, 3e-5
 MOST_FILTERS = 320
@@ -34,7 +34,7 @@ def prepare(place: Place) -> None:
     prepare_nnunet(place)
 
 
-def train(job: Job, place: Place) -> Trained:
+def train(job: Job, place: Place, course: Course) -> Trained:
     """Settings: plan=default|small, precision=fp32|bf16, format=as_is|channels_last, mirror=true|false,
     lr, and of the network filters of the first level and heads of the deep supervision."""
     set_seeds(job.seed)
@@ -72,10 +72,9 @@ def train(job: Job, place: Place) -> Trained:
     weights /= weights.sum()
     random = np.random.default_rng(job.seed)
     network.train()
-    budget, updates = Budget(job.budget), 0
-    while budget.used < job.budget:
+    while not course.done:
         for group in optimiser.param_groups:
-            group["lr"] = rate * budget.decay
+            group["lr"] = rate * course.decay
         drawn = [data[int(random.integers(len(data)))][0] for _ in range(batch)]
         image, label = (torch.stack([one[key] for one in drawn]) for key in ("image", "label"))
         optimiser.zero_grad(set_to_none=True)
@@ -86,8 +85,9 @@ def train(job: Job, place: Place) -> Trained:
         value.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
         optimiser.step()
-        updates += 1
-    seconds = budget.used
+        course.tick()
+    if course.used > course.seconds:
+        raise EndedEarly
     network.eval()
     look = mt.Compose(loading(["image"]))
 
@@ -98,13 +98,10 @@ def train(job: Job, place: Place) -> Trained:
         return np.asarray(logits[0].argmax(0)).transpose(2, 1, 0)
 
     return Trained(
-        seconds=seconds,
-        samples=updates * batch,
-        updates=updates,
+        batch=batch,
         predict=predict,
         facts={
             "patch": patch,
-            "batch": batch,
             "lr": rate,
             "precision": job.value("precision", "fp32"),
             "parameters": sum(weight.numel() for weight in network.parameters()),

@@ -1,7 +1,7 @@
 """nnU-Net's own planner, preprocessor, trainer and predictor.
 
-Two things are changed. The schedule is fitted to the budget: the learning rate falls with the processor
-time that is spent, step by step, and there are no validations meanwhile. And there may be bfloat16, which
+Two things are changed. The schedule is fitted to the number of updates, step by step, and there are no
+validations meanwhile. And there may be bfloat16, which
 nnU-Net has not on processors: the forward pass under autocast, as its own on GPUs is.
 """
 
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from .data import Case
-from .protocol import Budget, Job, Place, Trained, set_seeds
+from .protocol import Course, EndedEarly, Job, Place, Trained, set_seeds
 
 NAME = "Dataset001_Contest"
 TARGETS = {"default": 8.0, "small": 0.25}
@@ -94,7 +94,7 @@ def plan_of(place: Place, plan: str) -> dict[str, Any]:
     return found
 
 
-def train(job: Job, place: Place) -> Trained:
+def train(job: Job, place: Place, course: Course) -> Trained:
     """Settings: plan=default|small, precision=fp32|bf16, format=as_is|channels_last, lr and
     mirror=true|false."""
     _paths(place)
@@ -114,21 +114,18 @@ def train(job: Job, place: Place) -> Trained:
     if (precision := job.value("precision", "fp32")) == "bf16":
         _in_bf16(network)
     network.train()
-    budget, updates = Budget(job.budget), 0
-    while budget.used < job.budget:
+    while not course.done:
         for group in trainer.optimizer.param_groups:
-            group["lr"] = trainer.initial_lr * budget.decay
+            group["lr"] = trainer.initial_lr * course.decay
         trainer.train_step(next(trainer.dataloader_train))
-        updates += 1
-    seconds = budget.used
+        course.tick()
+    if course.used > course.seconds:
+        raise EndedEarly
     return Trained(
-        seconds=seconds,
-        samples=updates * trainer.batch_size,
-        updates=updates,
+        batch=trainer.batch_size,
         predict=_Predictor(trainer),
         facts={
             "patch": list(trainer.configuration_manager.patch_size),
-            "batch": trainer.batch_size,
             "lr": trainer.initial_lr,
             "precision": precision,
             "parameters": sum(weight.numel() for weight in network.parameters()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from voxelscale.train.plan import report_plan
 
 from .data import Case
 from .nnunet import write_raw
-from .protocol import Job, Place, Trained
+from .protocol import Course, EndedEarly, Job, Place, Trained
 
 FIXED = (
     "train.ranks=1",
@@ -40,8 +39,6 @@ FIXED = (
     "train.checkpoint_every=1000000000",
     "train.checkpoint_seconds=0",
 )
-PROBE_SHARE, PROBE_LEAST = 0.05, 8.0
-"""Of the budget, and seconds: how long the time of a step is measured, before the training."""
 
 
 def prepare(place: Place) -> None:
@@ -61,22 +58,15 @@ def prepare(place: Place) -> None:
             report_plan(config, store)
 
 
-def train(job: Job, place: Place) -> Trained:
-    """As many samples as the budget takes, by the time of a step that a short run before it measures."""
+def train(job: Job, place: Place, course: Course) -> Trained:
+    """Settings: keys of the config."""
     store = place.shared / "ours" / job.on
-    config = _config(job, store)
-    probe = place.own / "probe"
-    shutil.rmtree(probe, ignore_errors=True)
-    limit = max(PROBE_LEAST, PROBE_SHARE * job.budget)
-    ticks = _timed(replace(config, train=replace(config.train, samples=10**7)), store, probe, limit)
-    shutil.rmtree(probe)
-    step = (ticks[-1] - ticks[0]) / (len(ticks) - 1)
-    updates = max(1, round(job.budget / step))
-    samples = updates * config.train.batch_size
+    config = _config(job, store, course)
     run = place.own / "run"
     shutil.rmtree(run, ignore_errors=True)
-    final = replace(config, train=replace(config.train, samples=samples))
-    ticks = _timed(final, store, run, math.inf)
+    _timed(config, store, run, course)
+    if course.used > course.seconds:
+        raise EndedEarly
     bundle = read_bundle(run)
     shutil.rmtree(run / "checkpoints")
     predictor = Predictor(bundle, bundle.config.predict, torch.device("cpu"))
@@ -86,14 +76,10 @@ def train(job: Job, place: Place) -> Trained:
 
     facts = json.loads((run / "environment.json").read_text())
     return Trained(
-        seconds=ticks[-1],
-        samples=samples,
-        updates=updates,
+        batch=config.train.batch_size,
         predict=predict,
         facts={
-            "step_of_probe": step,
             "patch": config.data.patch_size,
-            "batch": config.train.batch_size,
             "lr": config.optim.lr,
             "precision": facts["precision"],
             "parameters": sum(weight.numel() for weight in bundle.weights.values()),
@@ -101,29 +87,32 @@ def train(job: Job, place: Place) -> Trained:
     )
 
 
-def _config(job: Job, store: Path) -> Config:
+def _config(job: Job, store: Path, course: Course) -> Config:
     fold = ["data.fold=0"] if job.on == "choose" else []
     # The plan is that of all training cases, as nnU-Net's is.
     config = load(
         store.parent / "judge" / PLAN_FILE, [*FIXED, *fold, f"train.seed={job.seed}", *job.settings]
     )
-    return replace(config, optim=replace(config.optim, lr=config.optim.lr * job.rate))
+    samples = course.updates * config.train.batch_size
+    return replace(
+        config,
+        optim=replace(config.optim, lr=config.optim.lr * job.rate),
+        train=replace(config.train, samples=samples),
+    )
 
 
-def _timed(config: Config, store: Path, run: Path, limit: float) -> list[float]:
-    """Train until the end, or the limit; processor seconds from the training's start to each step's end."""
-    ticks: list[float] = []
+def _timed(config: Config, store: Path, run: Path, course: Course) -> None:
+    """Train until the end, or the course's limit; each step's end is a tick of the course."""
     go = Engine.go
 
     def timed(engine: Engine, asked: Callable[[], bool]) -> Result:
-        began = time.process_time()
+        course.ticks = [time.process_time()]
 
         def ask() -> bool:
-            ticks.append(time.process_time() - began)
-            return asked() or ticks[-1] > limit
+            course.tick()
+            return asked() or course.used > course.seconds
 
         return go(engine, ask)
 
     with patch.object(Engine, "go", timed):
         start(config, store, run)
-    return ticks

@@ -1,9 +1,10 @@
-"""What all contenders keep to: a job, its budget of processor time, and what is noted of it."""
+"""What all contenders keep to: a job, its number of updates, and what is noted of it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ class Job:
         rate: factor of the contender's own learning rate.
         settings: of the contender, as key=value.
         on: the cases that are scored: ``choose`` (trained on the others of the fold) or ``judge``.
-        budget: seconds of the process's time.
+        budget: seconds of the process's time, at the contender's pace (`contest.pace`).
     """
 
     data: str
@@ -78,33 +79,49 @@ class Trained:
     """What came of a training.
 
     Attributes:
-        seconds: of the process's time that the training took.
-        samples: patches seen.
+        batch: patches of an update.
         facts: patch, batch, learning rate, precision and the like.
     """
 
-    seconds: float
-    samples: int
-    updates: int
+    batch: int
     predict: Predict
     facts: dict[str, Any]
 
 
-class Budget:
-    """Processor time, from the moment it is made; the whole process's, all its threads."""
+class EndedEarly(Exception):
+    """A training was ended by its seconds, before its last update: there is no model."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self._began = seconds, time.process_time()
+
+class Course:
+    """A training's updates: how many there are, how far it is, and when each one ended.
+
+    Args:
+        updates: all in all; the schedule ends with them.
+        seconds: of the process's time after which it ends all the same.
+    """
+
+    def __init__(self, updates: int, seconds: float = math.inf) -> None:
+        self.updates, self.seconds = updates, seconds
+        self.ticks = [time.process_time()]
+
+    @property
+    def done(self) -> bool:
+        """Whether there is no further update."""
+        return len(self.ticks) > self.updates or self.used > self.seconds
 
     @property
     def used(self) -> float:
-        """Seconds."""
-        return time.process_time() - self._began
+        """Seconds of the process's time, all its threads, until the end of the last update."""
+        return self.ticks[-1] - self.ticks[0]
 
     @property
     def decay(self) -> float:
-        """What the learning rate is multiplied by: 1 at first, 0 when the budget is spent."""
-        return float(max(0.0, 1 - self.used / self.seconds) ** POWER)
+        """What the learning rate of the next update is multiplied by: 1 at first, towards 0 at the end."""
+        return float((1 - (len(self.ticks) - 1) / self.updates) ** POWER)
+
+    def tick(self) -> None:
+        """An update has ended."""
+        self.ticks.append(time.process_time())
 
 
 def has_bf16() -> bool:

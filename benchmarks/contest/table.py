@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
-OFF = 0.05
-"""A training that took this much more or less than its budget is marked."""
 Key = tuple[str, tuple[str, ...], float]
 """Contender, settings, budget."""
 
@@ -29,7 +27,7 @@ def show(results: list[dict[str, Any]], data: str, fold: int, on: str) -> None:
     columns = (
         f"{'budget':>6} {'rate':>5} {'Dice':>6} {'labels':>13} {'surface':>7} {'less ours (95 %)':>24}"
     )
-    print(f"{columns} {'s':>5} {'samples':>8} {'of rates':>20}  contender")
+    print(f"{columns} {'updates':>7} {'samples':>7} {'of rates':>20}  contender")
     table = _by_rate(results, on)
     for budget in sorted({key[2] for key in table}):
         reference = _best(table, ("ours", (), budget))
@@ -46,15 +44,14 @@ def _row(
 ) -> None:
     name, settings, budget = key
     labels = np.mean([np.mean(run["score"]["dice"], axis=0) for run in runs], axis=0)
+    updates = runs[0]["updates"]
     each = " ".join(f"{_mean(rates[rate], 'dice'):.4f}" for rate in sorted(rates))
     apart = "" if runs is reference or not reference else difference(runs, reference)
-    seconds = np.mean([run["seconds"] for run in runs])
-    mark = "!" if abs(seconds / budget - 1) > OFF else " "
     print(
         f"{budget:6.0f} {runs[0]['job']['rate']:5.2f} {_mean(runs, 'dice'):6.4f} "
         f"{' '.join(f'{value:.4f}' for value in labels):>13} {_mean(runs, 'surface_dice_1mm'):7.4f} "
-        f"{apart:>24} {seconds:5.0f}{mark}"
-        f"{np.mean([run['samples'] for run in runs]):8.0f} {each:>20}  {name} {' '.join(settings)}"
+        f"{apart:>24} {updates:7} {updates * runs[0]['batch']:7} {each:>20}  "
+        f"{name} {' '.join(settings)}"
     )
 
 

@@ -50,7 +50,7 @@ def test_windows_go_without_a_wait(
     with_free(monkeypatch, free)
     volume, within = scan(channels, size), torch.zeros(size, dtype=torch.bool)
     within[:, 20:] = True
-    windows = Windows(patch=PATCH, flips=True, batch_size=3)
+    windows = Windows(patch=PATCH, flips="zyx", batch_size=3)
     passes: list[int] = []
     model = network(channels, outputs)
     model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))

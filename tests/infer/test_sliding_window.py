@@ -110,11 +110,13 @@ def test_mirrored_copies_make_the_prediction_symmetric() -> None:
     plain = predict_volume(model, volume, Windows(patch=(16, 16, 16)))
     mirrored = predict_volume(model, volume.flip(2), Windows(patch=(16, 16, 16))).flip(2)
     assert (plain - mirrored).abs().max() > 1e-3
-    first = predict_volume(model, volume, Windows(patch=(16, 16, 16), flips=True))
-    second = predict_volume(model, volume.flip(2), Windows(patch=(16, 16, 16), flips=True)).flip(2)
+    first = predict_volume(model, volume, Windows(patch=(16, 16, 16), flips="zyx"))
+    second = predict_volume(model, volume.flip(2), Windows(patch=(16, 16, 16), flips="zyx")).flip(2)
     assert torch.allclose(first, second, atol=1e-5)
     assert len(flip_axes((16, 16, 16))) == 8
     assert len(flip_axes((1, 16, 16))) == 4
+    assert flip_axes((16, 16, 16), "zx") == [(), (2,), (4,), (2, 4)]
+    assert flip_axes((16, 16, 16), "") == [()]
 
 
 def test_two_dimensional_windows() -> None:
@@ -253,8 +255,15 @@ def filled(
     return out, boxes
 
 
-@pytest.mark.parametrize("flips", [False, True])
-def test_several_channels_and_classes_by_definition(flips: bool) -> None:
+MIRRORED: dict[str, list[tuple[int, ...]]] = {
+    "": [()],
+    "yx": [(), (3,), (4,), (3, 4)],
+    "zyx": [(), (2,), (3,), (4,), (2, 3), (2, 4), (3, 4), (2, 3, 4)],
+}
+
+
+@pytest.mark.parametrize("flips", MIRRORED)
+def test_several_channels_and_classes_by_definition(flips: str) -> None:
     torch.manual_seed(0)
     model = UNet(dims=3, depth=2, filters=4, in_channels=2, classes=3).eval()
     volume, patch, overlap = torch.randn(2, 14, 20, 25), (8, 12, 10), 0.4
@@ -265,7 +274,7 @@ def test_several_channels_and_classes_by_definition(flips: bool) -> None:
     lattice = [window_starts(n, p, overlap) for n, p in zip(volume.shape[1:], patch, strict=True)]
     for start in product(*lattice):
         box = tuple(slice(s, s + p) for s, p in zip(start, patch, strict=True))
-        mirrored = flip_axes(patch) if flips else [()]
+        mirrored = MIRRORED[flips]
         with torch.inference_mode():
             given = volume[:, *box][None]
             copies = [model(given.flip(axes)).flip(axes)[0] for axes in mirrored]

@@ -197,6 +197,21 @@ def test_what_is_found_on_other_voxels(wide: Config, classes: Classes) -> None:
         assert np.allclose(image.grid.index_to_mm(finding.index), (finding.x, finding.y, finding.z))
 
 
+@pytest.mark.parametrize("classes", [ORGANS, REGIONS])
+def test_the_probabilities_that_are_kept(wide: Config, classes: Classes) -> None:
+    bundle = made(wide, classes, T1, spacing=(5.0, 4.0, 4.5))
+    image = scan(3, (26, 49, 65), spacing=(2.2, 2.6, 3.1))  # 16 x 32 x 32 there
+    found = Predictor(bundle, wide.predict, CPU, torch.float32).see("a", image)
+    kept = dict(found.probabilities)
+    assert list(kept) == [f"probability_{at + 1}.nii.gz" for at in range(len(classes.names))]
+    of_each = probabilities(bundle, [image])[not classes.regions :]
+    for values, wanted in zip(kept.values(), of_each, strict=True):
+        assert values.dtype == np.uint8
+        # What is hardly probable is not kept; a voxel between two of the network's has a part of each.
+        assert np.abs(values / 255 - wanted)[wanted > 0.1].max() < 0.03
+        assert np.abs(values / 255 - wanted).mean() < 0.01
+
+
 def test_a_network_of_one_class_and_other_channels(wide: Config) -> None:
     bundle = made(wide, LESION, T1)
     image = scan(4, scale=1e-3)
@@ -207,6 +222,9 @@ def test_a_network_of_one_class_and_other_channels(wide: Config) -> None:
     seen = Predictor(bundle, wide.predict, CPU, torch.float32).see("a", image)
     assert np.array_equal(seen.mask.array > 0, seen.mask.array == 1)
     assert {f.label for f in seen.findings} == {""}
+    ((name, kept),) = seen.probabilities
+    assert name == "probability.nii.gz"
+    assert np.abs(kept / 255 - probability).max() <= 0.5 / 255 + 1e-6
     with pytest.raises(ValueError, match="of its own"):
         Predictor(made(wide, ORGANS, T1), wide.predict, CPU, torch.float32).probability(image)
 

@@ -16,6 +16,7 @@ from tests.conftest import SHARED, Command
 from tests.formats.test_formats import write_series
 
 from voxelscale.config import Config, ReadingConfig
+from voxelscale.console import set_verbosity
 from voxelscale.dataset.listing import Source, list_sources
 from voxelscale.dataset.reading import read_case
 from voxelscale.findings import components, read_prediction
@@ -338,6 +339,34 @@ def test_findings_outside_the_lungs_are_left_out_and_counted(
         assert (seen.mask.array[truth > 0] == 1).all()
     unknown = Predictor(untrained(tiny), config, cpu, torch.float32).see("a", image)
     assert (len(unknown.findings), unknown.lungs) == (count + 1, None)
+
+
+def test_averaged_copies_are_mirrored_as_the_training_did(
+    tiny: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model that never saw a mirrored patch, or saw it mirrored along x alone."""
+    set_verbosity(1)
+    size = tiny.data.patch_size
+    noise = np.random.default_rng(0).integers(-900, 300, size).astype(np.int16)
+    affine = np.eye(4)[[2, 1, 0, 3]] * [*SPACING, 1]
+    scan = Scan(noise, affine)
+    config = replace(tiny.predict, skip_air=False, lungs=False)
+
+    def probability(image: Scan, flip_axes: str, average: bool) -> NDArray[np.float32]:
+        augment = replace(tiny.augment, flip=bool(flip_axes), flip_axes=flip_axes or "zyx")
+        bundle = untrained(replace(tiny, augment=augment))
+        chosen = replace(config, test_time_augmentation=average)
+        return Predictor(bundle, chosen, torch.device("cpu"), torch.float32).probability(image)
+
+    plain = probability(scan, "x", False)
+    assert "warning" not in capsys.readouterr().err
+    other = probability(replace(scan, array=np.ascontiguousarray(noise[..., ::-1])), "x", False)[..., ::-1]
+    averaged = probability(scan, "x", True)
+    logit = [np.log(p / (1 - p)) for p in (plain, other)]
+    np.testing.assert_allclose(averaged, 1 / (1 + np.exp(-np.mean(logit, axis=0))), atol=1e-5)
+    assert np.abs(averaged - plain).max() > 1e-4
+    assert (probability(scan, "", True) == plain).all()
+    assert "trained without mirroring" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- said in the files, and on the screen

@@ -338,6 +338,13 @@ def test_no_strength_leaves_the_flips() -> None:
     assert all(plan.region == (8, 8, 8) for plan in none)
 
 
+def test_only_some_axes_are_mirrored() -> None:
+    plans = drawn(AugmentConfig(flip_axes="zx"), 50)
+    whole = drawn(AugmentConfig(), 50)
+    assert [plan.mirrored for plan in plans] == [(z, False, x) for z, _, x in (p.mirrored for p in whole)]
+    assert not any(any(plan.mirrored) for plan in drawn(AugmentConfig(flip=False), 50))
+
+
 def test_double_strength_doubles_frequencies() -> None:
     count = 2000
     config = AugmentConfig(p_brightness=0.6)

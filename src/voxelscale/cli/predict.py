@@ -1,15 +1,25 @@
-"""The command predict."""
+"""The commands predict and export-dicom."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from voxelscale.cli.common import ConfigFile, Layout, Sets, data_set, print_failed, read_config, verb
+from voxelscale.console import count, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output
+
+if TYPE_CHECKING:
+    from voxelscale.config import Config
+    from voxelscale.dataset import Source
+
+MOST_NAMED = 10
+"""Cases that a warning names at most."""
 
 
 @verb("Prediction", goes_on=True)
@@ -21,6 +31,10 @@ def predict(
         Path | None, typer.Option(help="Predict only the cases in this store's --split.")
     ] = None,
     split: Annotated[str, typer.Option(help="With --store: train, val or test.")] = "test",
+    dicom_out: Annotated[
+        str | None,
+        typer.Option(metavar="KINDS", help="Also write DICOM: seg, sr, rtstruct, ..."),
+    ] = None,
     layout: Layout = "auto",
     config: ConfigFile = None,
     set_: Sets = None,
@@ -32,6 +46,7 @@ def predict(
     voxelscale predict model.vxs dicom_folder/ predictions/ --set predict.test_time_augmentation=true
     voxelscale predict run/ scans/ predictions/ --store store/ --split test
     voxelscale predict run_of_fold_0/ scans/ predictions/ --store store/ --split val
+    voxelscale predict run/ dicom_folder/ predictions/ --dicom-out seg,sr,rtstruct
     torchrun --nproc-per-node 4 -m voxelscale.cli predict run/ scans/ predictions/
 
     For each case writes mask.nii.gz (on the scan's own voxels), findings.csv (LUNA16's columns, LPS mm) and
@@ -41,6 +56,8 @@ def predict(
     levels, two slices) is an error. A model of chests predicts only in and around the lungs
     (predict.lungs). reading.fill_gaps allows missing slices; reading.select chooses one of several
     acquisitions in a series.
+
+    --dicom-out writes DICOM beside them, for scans that came as DICOM: see voxelscale export-dicom --help.
 
     names.csv lists the path and series of each case: it identifies patients, do not share it.
     """
@@ -56,8 +73,12 @@ def predict(
     bundle = read_bundle(model)
     settings = read_config(config, set_, bundle.config)
     settings = with_channels_of(bundle, settings, scans)
+    kinds = _kinds(dicom_out)
+    if "probability" in kinds:
+        settings = replace(settings, predict=replace(settings.predict, probabilities=True))
     data = data_set(scans, settings, layout, keys=store or out)
     sources = data.scans
+    exported = _came_as_dicom(sources) if kinds else []
     data.names.keep_in(out)
     if store is not None:
         opened = open_fold(store, settings.data.fold)
@@ -67,6 +88,7 @@ def predict(
             hint = "check --split, and that reading.names is the same as in voxelscale prepare"
             raise VoxelscaleError(f"{scans}: no case of the split {split} of {store}", hint)
         record_cases(out, (source.case for source in sources), split, opened.fingerprint["digest"])
+        exported = [source for source in exported if source in sources]
     write_names(sources, out)
     outcome = run_predict(sources, bundle, settings.predict, out, settings.reading)
     if outcome.rank:
@@ -74,4 +96,93 @@ def predict(
     code = print_failed(outcome.failed, "predicted")
     print("\n".join(lines(outcome, settings.predict, bundle.classes)))
     print(f"masks and findings in {out}")
+    if kinds:
+        done = [source for source in exported if source.case in outcome.findings]
+        code = max(code, _export(out, done, out, kinds, settings))
+    return code
+
+
+@verb("Prediction", name="export-dicom")
+def export_dicom(
+    predictions: Annotated[Path, typer.Argument(help="Folder that predict wrote.")],
+    scans: Annotated[Path, typer.Argument(help="The scans that were predicted, as DICOM.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the files; default: PREDICTIONS.")] = None,
+    kinds: Annotated[
+        str, typer.Option(help="What to write: seg, probability, sr, rtstruct, page; with commas.")
+    ] = "seg,sr,rtstruct",
+    layout: Layout = "auto",
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> int:
+    """Write predictions as DICOM, on the slices that the scans came as.
+
+    \b
+    voxelscale export-dicom predictions/ dicom_folder/
+    voxelscale export-dicom predictions/ dicom_folder/ --out results/ --kinds seg,sr
+    voxelscale export-dicom predictions/ dicom_folder/ --set export.segments=class
+
+    \b
+    seg           segmentation, one segment a finding or a class (export.segments)
+    probability   fractional segmentation; needs a prediction with predict.probabilities=true
+    sr            report of the measurements of each finding (TID 1500)
+    rtstruct      contours
+    page          the findings on one printable page, HTML; names the patient with export.patient_names
+
+    Writes OUT/<case>/<kind>.dcm, and page.html. The same prediction gives the same bytes and UIDs. Patient
+    and study are those of the scan: the DICOM files identify the patient. For research, not for diagnosis.
+    """
+    asked = _kinds(kinds)
+    out = out or predictions
+    check_output(out)
+    if not predictions.is_dir():
+        raise VoxelscaleError(f"{predictions}: no such folder", "run voxelscale predict first")
+    settings = read_config(config, set_)
+    sources = data_set(scans, settings, layout, keys=predictions).scans
+    predicted = [s for s in sources if (predictions / s.case / "findings.json").is_file()]
+    if not predicted:
+        hint = "check that these scans were predicted into this folder"
+        raise VoxelscaleError(f"{predictions}: no prediction of a scan of {scans}", hint)
+    if absent := len(sources) - len(predicted):
+        warn(f"{predictions}: no prediction of {count(absent, 'scan')}, which are left out")
+    return _export(predictions, _came_as_dicom(predicted), out, asked, settings)
+
+
+def _kinds(text: str | None) -> tuple[str, ...]:
+    """What is to be written as DICOM, if that can be done at all."""
+    if text is None:
+        return ()
+    from voxelscale.dicom_out.export import check_installed, kinds_of
+
+    kinds = kinds_of(text)
+    check_installed()
+    return kinds
+
+
+def _came_as_dicom(sources: Sequence[Source]) -> list[Source]:
+    """Those of the scans that came as DICOM; a warning names the others.
+
+    Raises:
+        VoxelscaleError: none did.
+    """
+    from voxelscale.dicom_out.original import NOT_DICOM, is_dicom_scan
+
+    came = [source for source in sources if is_dicom_scan(source)]
+    others = [source.case for source in sources if source not in came]
+    if not came:
+        raise VoxelscaleError(f"{others[0]}: did not come as DICOM, as no scan here did", NOT_DICOM)
+    if others:
+        named = ", ".join(others[:MOST_NAMED]) + ", ..." * (len(others) > MOST_NAMED)
+        warn(f"did not come as DICOM, so no DICOM is written of {named}: {NOT_DICOM}")
+    return came
+
+
+def _export(
+    predictions: Path, sources: Sequence[Source], out: Path, kinds: Sequence[str], settings: Config
+) -> int:
+    from voxelscale.dicom_out.export import export_cases
+
+    done = export_cases(predictions, sources, out, kinds, settings.export, settings.reading)
+    code = print_failed(done.failed, "written as DICOM")
+    files = sum(map(len, done.files.values()))
+    print(f"{count(files, 'file')} of {count(len(done.files), 'case')} in {out}")
     return code

@@ -15,7 +15,10 @@ class AugmentConfig(Section):
     enabled: bool = True
     """Whether to augment; false: no augmentation."""
     flip: bool = True
-    """Mirror each axis with probability one half."""
+    """Mirror each axis of `flip_axes` with probability one half."""
+    flip_axes: str = "zyx"
+    """Axes that may be mirrored, of the letters z, y and x; those along which classes are told apart are
+    better left out. `predict.test_time_augmentation` mirrors the same ones."""
     strength: float = 1.0
     """Factor of every p, to at most 1; mirroring is not changed."""
     p_affine: float = 0.3
@@ -45,7 +48,14 @@ class AugmentConfig(Section):
     low_resolution: tuple[float, float] = (0.5, 1.0)
     """Range of the down-sampling factor."""
 
+    @property
+    def mirrored(self) -> str:
+        """The axes that are mirrored, all in all."""
+        return self.flip_axes if self.enabled and self.flip else ""
+
     def rules(self) -> Sequence[Rule]:
+        each_once = len(set(self.flip_axes)) == len(self.flip_axes) and set(self.flip_axes) <= set("zyx")
         return [
+            ("flip_axes", each_once, "letters of zyx, each at most once"),
             ("strength", self.strength >= 0, "at least 0"),
         ]

@@ -31,7 +31,8 @@ class PredictConfig(Section):
     min_volume_mm3: float = 10.0
     """Smaller components are dropped; a 3 mm sphere has 14 mm3."""
     test_time_augmentation: bool = False
-    """Test-time augmentation: average over all mirrored copies, 8 times the work in 3-D."""
+    """Test-time augmentation: average over the copies mirrored along the axes that the training mirrored;
+    for all three 8 times the work."""
     lungs: bool | None = None
     """Whether to predict only in and around the lungs, if they are found; null: if the model was trained on
     chests."""
@@ -40,6 +41,8 @@ class PredictConfig(Section):
     false: it is predicted with a warning."""
     skip_air: bool = True
     """Whether to skip windows with nothing but air around the patient."""
+    probabilities: bool = False
+    """Whether to keep each class's probability, in steps of 1/255, on the scan's own voxels."""
 
     def rules(self) -> Sequence[Rule]:
         return [

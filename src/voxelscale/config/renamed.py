@@ -36,8 +36,13 @@ ADDED: dict[str, object] = {
     "model.blocks": (),
     "model.preset": "none",
     "model.deep_supervision": False,
+    "augment.flip_axes": "zyx",
     "train.cuda_graph": None,
     "train.deterministic": False,
+    "predict.probabilities": False,
+    "export.segments": "finding",
+    "export.codes": {},
+    "export.patient_names": False,
 }
 """Keys that came after the first digests were made, and the defaults with which they are left out."""
 

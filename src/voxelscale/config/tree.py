@@ -17,6 +17,7 @@ import yaml
 
 from voxelscale.config.augment import AugmentConfig
 from voxelscale.config.data import DataConfig
+from voxelscale.config.export import ExportConfig
 from voxelscale.config.loss import LossConfig
 from voxelscale.config.model import ModelConfig
 from voxelscale.config.optim import OptimConfig
@@ -52,6 +53,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -12,7 +12,7 @@ from voxelscale.console import count, notice, warn
 from voxelscale.dataset.classes import settled, values_of
 from voxelscale.dataset.source import PICTURES, Source
 from voxelscale.errors import VoxelscaleError
-from voxelscale.geometry import SAME_MM, Grid, Scan, as_lps, reorient
+from voxelscale.geometry import SAME_MM, Grid, Scan, Slices, as_lps, reorient
 from voxelscale.labels import kind_of, read_labels
 from voxelscale.labels.annotation import Labels
 from voxelscale.labels.stored import kind_of_stored, stored_in
@@ -41,6 +41,17 @@ def read_lattice(source: Source, reading: ReadingConfig) -> Grid:
     from voxelscale.formats import read_grid
 
     return read_grid(*_choice(source, reading))
+
+
+def read_slices(source: Source, reading: ReadingConfig) -> tuple[Grid, Slices | None]:
+    """The lattice of `read_lattice`, and the DICOM slices that the scan is made of; None: it is no DICOM.
+
+    Raises:
+        VoxelscaleError: as `read_lattice`.
+    """
+    from voxelscale.formats import read_slices as slices_in
+
+    return slices_in(*_choice(source, reading)[:-1])
 
 
 def read_more(source: Source, reading: ReadingConfig, first: Grid | None = None) -> list[Scan]:

@@ -27,7 +27,7 @@ from voxelscale.formats._voxels import (
     not_finite,
     several_volumes,
 )
-from voxelscale.geometry import Grid, IntTriple, Scan, crop_or_pad, to_itk
+from voxelscale.geometry import Grid, IntTriple, Scan, Slices, crop_or_pad, to_itk
 
 # DICOM may begin as a TIFF.
 FAMILIES = {"nifti": nifti, "metaimage": meta, "nrrd": nrrd, "dicom": dicom, "picture": picture}
@@ -176,6 +176,23 @@ def read_grid(
     if volume is None:
         _check_single(path, opened)
     return opened.grid
+
+
+def read_slices(
+    path: Path,
+    series: str = "",
+    fill_gaps: int = 0,
+    files: Sequence[Path] = (),
+    select: Sequence[str] = (),
+) -> tuple[Grid, Slices | None]:
+    """The lattice that `read_scan` would give, and the DICOM slices that it is made of; None: no DICOM.
+
+    Raises:
+        VoxelscaleError: as `read_grid`.
+    """
+    with _reported(path):
+        opened = _open(path, series, fill_gaps, files, select)
+    return opened.grid, opened.slices
 
 
 def _open(

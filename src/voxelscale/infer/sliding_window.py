@@ -51,7 +51,8 @@ class Windows:
         batch_size: windows per forward pass; fewer go from the first pass on that they do not fit.
         grow: whether on a GPU more go after the first pass, up to `MOST_VOXELS`, where there is room; what
             else computes on the GPU is taken for part of a window.
-        flips: average over the eight mirrored copies (four in 2-D).
+        flips: of the axes "zyx", those along which the copies are mirrored that are averaged; all: eight
+            copies (four in 2-D).
         precision: float32 or bfloat16 autocast.
         threads: batches that go through the network at a time, one thread each, on a CPU; 1: one batch
             at a time, with PyTorch's own threads.
@@ -61,7 +62,7 @@ class Windows:
     overlap: float = 0.5
     batch_size: int = 4
     grow: bool = False
-    flips: bool = False
+    flips: str = ""
     precision: torch.dtype = torch.float32
     threads: int = 1
 
@@ -264,7 +265,7 @@ def _logits(
     threads: int,
 ) -> Iterator[tuple[Place, Tensor]]:
     """Every window's place and logits (outputs, z, y, x), in the order of `places`."""
-    axes = flip_axes(windows.patch) if windows.flips else [()]
+    axes = flip_axes(windows.patch, windows.flips)
 
     def predict(batch: list[Place]) -> Tensor:
         try:
@@ -412,9 +413,11 @@ def gaussian_profile(patch: int) -> Tensor:
     return torch.exp(-0.5 * (offsets / (patch / 8)) ** 2).clamp_min(1e-2)
 
 
-def flip_axes(patch: Sequence[int]) -> list[tuple[int, ...]]:
-    """Every set of axes of ``(batch, 1, z, y, x)`` along which a patch can be mirrored."""
-    usable = [axis + 2 for axis, n in enumerate(patch) if n > 1]
+def flip_axes(patch: Sequence[int], flips: str = "zyx") -> list[tuple[int, ...]]:
+    """Every set of axes of ``(batch, 1, z, y, x)`` along which a patch is mirrored, the empty one first."""
+    usable = [
+        axis + 2 for axis, (name, n) in enumerate(zip("zyx", patch, strict=True)) if name in flips and n > 1
+    ]
     return [c for count in range(len(usable) + 1) for c in itertools.combinations(usable, count)]
 
 

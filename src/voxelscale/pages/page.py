@@ -68,7 +68,16 @@ def palette(selector: str) -> str:
 
 
 def write_page(title: str, sections: Sequence[str], out: Path, scripts: Sequence[str] = ()) -> None:
-    """Write a page with styles and scripts of its own.
+    """Write the page of `page_of`.
+
+    Raises:
+        VoxelscaleError: the file cannot be written.
+    """
+    write_atomic(out, page_of(title, sections, scripts))
+
+
+def page_of(title: str, sections: Sequence[str], scripts: Sequence[str] = ()) -> str:
+    """The HTML of a page with styles and scripts of its own.
 
     The page runs these scripts and no others: its security policy names their digests, so that a script
     that found its way into `sections` would not run.
@@ -77,9 +86,6 @@ def write_page(title: str, sections: Sequence[str], out: Path, scripts: Sequence
         title: plain text, of the browser's tab.
         sections: HTML, from the top.
         scripts: JavaScript beside the page's own, run before it.
-
-    Raises:
-        VoxelscaleError: the file cannot be written.
     """
     files = resources.files("voxelscale.pages")
     page = files.joinpath("page.html").read_text(encoding="utf-8")
@@ -91,7 +97,7 @@ def write_page(title: str, sections: Sequence[str], out: Path, scripts: Sequence
         "scripts": "\n".join(f"<script>{script}</script>" for script in scripts),
         "trusted": " ".join(f"'sha256-{_digest(script)}'" for script in scripts),
     }
-    write_atomic(out, Template(page).substitute(parts))
+    return Template(page).substitute(parts)
 
 
 def _digest(script: str) -> str:

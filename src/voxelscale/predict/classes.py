@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -115,6 +115,28 @@ def classes_by(
         findings += found
         stored[box][mask & ~kept] = 0
     return ranked(findings), stored
+
+
+def kept_probabilities(
+    classes: Classes, found: NDArray[np.float32] | list[Maps], grid: Grid
+) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """The file of each class's probabilities, and these, (z, y, x) in steps of 1/255.
+
+    Args:
+        found: probabilities of the only class on the grid, or maps of all classes.
+    """
+    for at, name in enumerate(classes.names):
+        kept = np.zeros(grid.shape, np.uint8)
+        if not isinstance(found, list):
+            kept[:] = np.rint(found * 255)
+        elif (there := on_grid(found, at if classes.regions else at + 1, grid)) is not None:
+            kept[there[0]] = np.rint(there[1] * 255)
+        yield probability_file(classes, name), kept
+
+
+def probability_file(classes: Classes, name: str) -> str:
+    """The file of a class's probabilities in the folder of a case."""
+    return f"probability{'' if classes.single else f'_{classes.names.index(name) + 1}'}.nii.gz"
 
 
 def _start(box: Box) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -43,7 +43,7 @@ from voxelscale.infer.sliding_window import Share, Windows, predict_boxes, predi
 from voxelscale.lungs import Lungs, body_field, lung_field
 from voxelscale.model.bundle import Bundle
 from voxelscale.model.false_positives import crop_shape, crop_start
-from voxelscale.predict.classes import classes_by, least_kept, lesions_by
+from voxelscale.predict.classes import classes_by, kept_probabilities, least_kept, lesions_by
 from voxelscale.predict.maps import Maps
 from voxelscale.samples.batch import normalisation_of, prepared
 from voxelscale.store import AIR_HU, overlap_slices
@@ -97,6 +97,7 @@ class Seen:
         lungs: as they were found; None: the whole scan was predicted, without regard to them.
         left_out: what was found further than `LUNG_MARGIN_MM` from the lungs, and is not listed.
         share: of the scan that was predicted.
+        probabilities: the file of each class's, and these in steps of 1/255; made as they are asked for.
     """
 
     findings: list[Finding]
@@ -104,6 +105,7 @@ class Seen:
     lungs: Lungs | None
     left_out: int
     share: float
+    probabilities: Iterator[tuple[str, NDArray[np.uint8]]] = field(default=iter(()), repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +179,9 @@ class _Network:
         self._network: nn.Module = bundle.network(device)
         self._patch = config.patch_size or bundle.patch
         self._config = config
+        self._flips = bundle.config.augment.mirrored if config.test_time_augmentation else ""
+        if config.test_time_augmentation and not self._flips:
+            notice("warning: no test-time augmentation: the model was trained without mirroring")
         wanted = bundle.config.train.precision
         shape = (1, len(bundle.channels), *self._patch)
         self.precision = precision or choose_inference(self._network, shape, device, wanted)
@@ -235,7 +240,7 @@ class _Network:
             # Threads have a window each at a time: together they are a batch.
             batch_size=config.batch_size if threads == 1 else 1,
             grow=True,
-            flips=config.test_time_augmentation,
+            flips=self._flips,
             precision=self.precision,
             threads=threads,
         )
@@ -404,6 +409,7 @@ class Predictor:
             lungs=lungs if self._lungs else None,
             left_out=near.left_out if near else 0,
             share=min((region.share for region in regions.values()), default=1.0),
+            probabilities=kept_probabilities(self._classes, found, image.grid),
         )
 
 
@@ -566,6 +572,9 @@ class Work:
         seen = self.predictor.see(source.case, images[0], together, lungs, images[1:])
         facts = self._facts_of(source.case, seen, warnings)
         write_scan(seen.mask, folder / "mask.nii.gz")
+        if self._config.probabilities:
+            for name, kept in seen.probabilities:
+                write_scan(Scan(kept, seen.mask.affine), folder / name)
         paths = folder / "findings.csv", folder / "findings.json"
         write_findings(seen.findings, *paths, facts, labelled=not self._bundle.classes.single)
         seconds = round(time.monotonic() - started, 2)
@@ -583,9 +592,9 @@ class Work:
 
     @property
     def _named(self) -> dict[str, Any]:
-        """What a case's facts say of the classes, where there are several."""
+        """What a case's facts say of the classes: the only one's name, or all of several."""
         classes = self._bundle.classes
-        return {} if classes.single else {"classes": classes.to_dict()}
+        return {"class": classes.names[0]} if classes.single else {"classes": classes.to_dict()}
 
     def _of_channels(self, source: Source) -> list[str]:
         """The warnings of channels that may be others than the model's.
@@ -643,6 +652,7 @@ class Work:
                 "low": config.low_threshold,
                 "candidates": config.candidates,
             },
+            "merge_mm": config.merge_mm,
             "fill_gaps": self._reading.fill_gaps,
             "select": list(self._reading.select),
             "model": self._bundle.identity,

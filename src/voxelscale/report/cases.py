@@ -72,7 +72,8 @@ class CaseScans:
         self.case = source.case
         self.image = reorient(read_image(source, reading))
         self.classes = classes or source.classes
-        self.window = window_of(self.image.array, source.channels[0])
+        self.channel = source.channels[0]
+        self.window = window_of(self.image.array, self.channel)
         self.prediction = labels_in(mask, self.classes)
         check_same_place(mask, self.prediction, source.image, self.image)
         self.truth = Scan(0 * self.prediction.array, self.prediction.affine)

@@ -101,8 +101,8 @@ def training_panels(events: Sequence[Mapping[str, Any]]) -> list[Panel]:
 def _smooth(events: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
     """A running mean over a twentieth of the events: single batches differ wildly.
 
-    An event without the number is left out: the first of several ranks precedes any sum of theirs, a training
-    that diverged has no loss, and a loss of one's own may come without a Dice.
+    An event without the number is left out: the first of several ranks precedes any sum of theirs, a
+    training that diverged has no loss, and a loss of one's own may come without a Dice.
     """
     known = [e for e in events if e.get(name) is not None]
     width = max(1, len(known) // 20)

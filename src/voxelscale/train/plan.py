@@ -33,7 +33,7 @@ from voxelscale.store.fingerprint import open_fold
 from voxelscale.train.memory import available_memory, estimate_memory, gib, step_memory, too_much
 from voxelscale.train.patch_sizes import isotropic_patches, scaled_patches, with_patch
 
-MOST_BATCH = 16
+LEAST_BATCH, MOST_BATCH = 2, 16
 DATA_SHARE = 0.05
 """A batch covers at most this share of the training voxels."""
 PRESET_GIB = {"resenc_m": 8, "resenc_l": 24, "resenc_xl": 40}
@@ -67,13 +67,20 @@ class Plan:
     reasons: tuple[str, ...]
 
 
-def make_plan(config: Config, store: Store, measure: Callable[[Config], int], budget: int) -> Plan:
+def make_plan(
+    config: Config,
+    store: Store,
+    measure: Callable[[Config], int],
+    budget: int,
+    most_batch: int = MOST_BATCH,
+) -> Plan:
     """The largest patch that the memory takes, its depth and its batch.
 
     Args:
         config: its model (but the depth), optimiser and precision are what is planned for.
         measure: bytes of a config's training step.
         budget: bytes of one device.
+        most_batch: patches of a step at most.
 
     Raises:
         VoxelscaleError: not even the smallest patch fits.
@@ -87,7 +94,7 @@ def make_plan(config: Config, store: Store, measure: Callable[[Config], int], bu
     def planned(patch: IntTriple, depth: int, batch: int) -> Config:
         return _with(config, store.spacing, patch, depth, batch)
 
-    fitting = _fitting(ladder, lambda choice: measure(planned(*choice, 2)) <= usable)
+    fitting = _fitting(ladder, lambda choice: measure(planned(*choice, LEAST_BATCH)) <= usable)
     if not fitting:
         smallest = " x ".join(map(str, ladder[0][0]))
         narrower = "" if config.model.preset in PRESET_GIB else ", or lower model.filters"
@@ -95,7 +102,8 @@ def make_plan(config: Config, store: Store, measure: Callable[[Config], int], bu
         raise VoxelscaleError(f"plan: no patch fits into {gib(budget)}, not even {smallest}", hint)
     patch, depth = fitting[-1]
     voxels = sum(math.prod(c.shape) for c in cases)
-    batch = _batch(patch, lambda n: measure(planned(patch, depth, n)), usable, voxels)
+    most = min(most_batch, int(DATA_SHARE * voxels / math.prod(patch)))
+    batch = _batch(most, lambda n: measure(planned(patch, depth, n)), usable)
     chosen = planned(patch, depth, batch)
     memory = measure(chosen)
     bound = (
@@ -114,7 +122,9 @@ def make_plan(config: Config, store: Store, measure: Callable[[Config], int], bu
 def plan_store(config: Config, store: Store) -> Plan:
     """Plan for the memory that `config.prepare.memory_gib` says, and write the store's ``plan.yaml``.
 
-    Where that is 0, it is the preset's, or else what the device has that a training here would use.
+    Where that is 0, it is the preset's, or else what the device has that a training here would use. If
+    that is a CPU, the batch is the smallest: a larger one takes as long per patch there, and makes fewer
+    updates.
 
     Raises:
         VoxelscaleError: not even the smallest patch fits, or the file cannot be written.
@@ -129,7 +139,9 @@ def plan_store(config: Config, store: Store) -> Plan:
         channels=len(store.channels),
         classes=store.classes,
     )
-    plan = make_plan(config, store, measure, budget)
+    here = not (config.prepare.memory_gib or config.model.preset in PRESET_GIB)
+    most_batch = LEAST_BATCH if here and device.type == "cpu" else MOST_BATCH
+    plan = make_plan(config, store, measure, budget, most_batch)
     write_atomic(store.path / PLAN_FILE, plan_text(plan, config))
     return plan
 
@@ -256,14 +268,14 @@ def plan_text(plan: Plan, config: Config) -> str:
     return comments + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
 
 
-def _batch(patch: IntTriple, measure: Callable[[int], int], usable: float, voxels: int) -> int:
-    """Two patches at least; more where memory is left and the data set is large enough for them."""
-    most = int(min(MOST_BATCH, max(2, DATA_SHARE * voxels / math.prod(patch))))
-    if most == 2:
-        return 2
-    two, three = measure(2), measure(3)
+def _batch(most: int, measure: Callable[[int], int], usable: float) -> int:
+    """The smallest one at least; more where memory is left."""
+    if most <= LEAST_BATCH:
+        return LEAST_BATCH
+    least, next_one = measure(LEAST_BATCH), measure(LEAST_BATCH + 1)
     # Everything but weights is proportional to the batch.
-    return max(2, min(most, 2 + int((usable - two) / max(1, three - two))))
+    more = int((usable - least) / max(1, next_one - least))
+    return max(LEAST_BATCH, min(most, LEAST_BATCH + more))
 
 
 def _with(config: Config, spacing: Triple, patch: IntTriple, depth: int, batch: int) -> Config:
@@ -304,7 +316,8 @@ def _reasons(
         f"Depth {model.depth}: pooled while every level still halves an axis to 4 voxels or more, coarse "
         f"axes later (shortest edge {shortest}).",
         *([flat] if coarse else []),
-        f"Batch {batch}: patch before batch; at least 2, at most {DATA_SHARE:.0%} of the training voxels.",
+        f"Batch {batch}: patch before batch; at least {LEAST_BATCH}, at most {DATA_SHARE:.0%} of the "
+        f"training voxels; {LEAST_BATCH} on CPUs, where a larger batch only makes fewer updates.",
         f"Memory: a step needs {gib(memory[0])} of {gib(memory[1])}, with {model.settled.filters} "
         f"filters and {chosen.optim.name}.",
     )

@@ -12,8 +12,11 @@ Mirrored = tuple[bool, bool, bool]
 
 
 def draw(config: AugmentConfig, draws: Draws, dims: int) -> Mirrored:
-    """Each axis with probability one half; never z of a slice."""
-    z, y, x = (config.flip and bool(share < 0.5) for share in draws.mirrors)
+    """Each axis of the config's with probability one half; never z of a slice."""
+    z, y, x = (
+        axis in config.mirrored and bool(share < 0.5)
+        for axis, share in zip("zyx", draws.mirrors, strict=True)
+    )
     return z and dims == 3, y, x
 
 
