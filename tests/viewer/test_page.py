@@ -197,6 +197,8 @@ def test_keys_alone(page: Page, predictions: Path) -> None:
     ]
     page.keys("2")
     assert page.js("return voxelscale.window") == [-160, 240]
+    page.keys("w")
+    assert page.js("return voxelscale.window") == pytest.approx([40 - 230, 40 + 230])
     page.keys("t", "x")
     assert page.js("return [voxelscale.on.truth, voxelscale.axis]") == [False, 1]
     page.keys("d")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -326,6 +327,23 @@ def test_two_readers(scans: Path, predictions: Path, door: Door, voxelscale: Com
     code, _, errors = voxelscale("compare-readers", predictions, "Ann", "Eve")
     assert code == 2
     assert "no decisions of Eve" in errors
+
+
+def test_a_case_that_cannot_be_read(scans: Path, predictions: Path, door: Door, tmp_path: Path) -> None:
+    """One line that says why, without the scan's path; the other cases are shown."""
+    here = tmp_path / "Miller^Anna"
+    shutil.copytree(scans, here)
+    image = here / "images" / "a.nii.gz"
+    image.write_bytes(image.read_bytes()[:2000])
+    app, viewer = build(shown(here, predictions, "Eve"), door)
+    client = TestClient(app, base_url=f"http://{HOST}")
+    client.get(f"/?token={door.token}")
+    answer = client.get("/api/case/0")
+    assert answer.status_code == 422
+    assert answer.json()["error"].startswith("a: ")
+    assert "Miller" not in answer.text
+    assert client.get("/api/case/1").status_code == 200
+    viewer.close()
 
 
 def test_kappa() -> None:

@@ -69,7 +69,6 @@ class CaseScans:
     def __init__(
         self, source: Source, mask: Path, reading: ReadingConfig, classes: Classes | None = None
     ) -> None:
-        self.case = source.case
         self.image = reorient(read_image(source, reading))
         self.classes = classes or source.classes
         self.channel = source.channels[0]
@@ -81,21 +80,22 @@ class CaseScans:
             self.truth = read_truth(source, reading)
             check_same_place(source.labels[0], self.truth, source.image, self.image)
 
-    def block(self, title: str, note: str, place: Place | None = None, finding: int = 0) -> str:
-        """Slices in four views with a heading, and the command that shows them in the viewer.
+    def block(self, title: str, note: str, place: Place | None = None, command: str = "") -> str:
+        """Slices in four views with a heading.
 
         Args:
             title, note: plain text.
             place: where to look, with a ring around it; None: where the lesion is largest.
-            finding: its number in the case's list, from 1; 0: none in particular.
+            command: what shows them in the viewer; "": is not said.
         """
         views = overlay_views(self.image, self.truth, self.prediction, place, self.classes, self.window)
         style = "case at" if place else "case"
+        below = f"<small>In the viewer: <code>{escape(command)}</code></small>" if command else ""
         drawn = "".join(f"<div>{svg}{escape(caption)}</div>" for caption, svg in views)
         return (
             f'<div class="{style}"><h3>{escape(title)}<small>{escape(note)}</small></h3>'
             f'<div class="views">{drawn}</div>'
-            f"<small>In the viewer: <code>{escape(view_command(self.case, finding))}</code></small></div>"
+            f"{below}</div>"
         )
 
 

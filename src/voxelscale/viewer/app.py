@@ -219,7 +219,9 @@ def build(shown: Shown, door: Door) -> tuple[Guard, Viewer]:
     ]
     if shown.cases:
         viewer.cases.open(0)  # is read while the browser starts
-    return Guard(Starlette(routes=routes), door), viewer
+    app = Starlette(routes=routes)
+    app.state.cases = shown.cases
+    return Guard(app, door), viewer
 
 
 def _get(answer: Answer) -> Callable[[Request], Any]:
@@ -238,7 +240,10 @@ async def _answered(answer: Answer, request: Request) -> Response:
     except IndexError as error:
         return JSONResponse({"error": str(error)}, 404)
     except VoxelscaleError as error:
-        return JSONResponse({"error": error.message, "hint": error.hint}, 422)
+        # Files may be named after the patient: the page says the case's name instead.
+        source = request.app.state.cases[int(request.path_params["number"])].source
+        message, hint = (source.without_paths(text) for text in (error.message, error.hint))
+        return JSONResponse({"error": message, "hint": hint}, 422)
     if isinstance(content, bytes):
         return Response(content, media_type="application/octet-stream")
     return JSONResponse(content)

@@ -298,14 +298,25 @@ function nudge(axis, steps) {
 function setWindow(number) {
   if (!view.windows[number]) return;
   const [, low, high] = view.windows[number];
-  view.window = [low, high];
+  showWindow(low, high);
   [...$("windows").children].forEach((b, n) => b.setAttribute("aria-pressed", n === number));
+}
+
+function showWindow(low, high) {
+  view.window = [low, high];
   if (!SOFTWARE) {
     // What is seen until the scan's own slice is there; without a GPU it takes longer than that.
     Object.assign(niivue.volumes[0], { cal_min: low, cal_max: high });
     niivue.updateGLVolume();
   }
   draw();
+}
+
+// Moves and widens the window by shares of its width.
+function changeWindow(level, width) {
+  const [low, high] = view.window, middle = (low + high) / 2 + level * (high - low), half = ((high - low) / 2) * width;
+  for (const one of $("windows").children) one.setAttribute("aria-pressed", "false");
+  showWindow(middle - half, middle + half);
 }
 
 // Drawing
@@ -498,8 +509,9 @@ function tellWhere() {
   const mm = view.lattice.toMm(view.voxel), value = view.planes.value(view.voxel.map(Math.round));
   view.mm = mm;
   const words = mm.map((v, i) => `${"xyz"[i]} ${v.toFixed(1)}`).join("  ");
-  const unit = view.facts.lattice.ct ? " HU" : "";
+  const unit = view.facts.lattice.ct ? " HU" : "", [low, high] = view.window.map(Math.round);
   $("where").textContent = `${words} mm (LPS)${value == null ? "" : `   ${Math.round(value)}${unit}`}`;
+  $("window").textContent = `${low} to ${high}${unit}`;
 }
 
 // 3-D
@@ -727,6 +739,8 @@ const KEYS = [
   ["1", "lung window", () => setWindow(0)],
   ["2", "mediastinum window", () => setWindow(1)],
   ["3", "bone window", () => setWindow(2)],
+  ["W", "wider window (Shift: narrower)", (back) => changeWindow(0, back ? 1 / 1.15 : 1.15)],
+  ["L", "higher level (Shift: lower)", (back) => changeWindow(back ? -0.05 : 0.05, 1)],
   ...LAYERS.map(([layer, name, key]) => [key, `${name.toLowerCase()} on or off`, () => toggle(layer)]),
   ["V", "3-D on or off", () => { view.shown3d = !view.shown3d; layout(); draw3d(); }],
   ["Judging"],
