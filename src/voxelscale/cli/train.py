@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,11 +24,18 @@ from voxelscale.console import count, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output
 
+if TYPE_CHECKING:
+    from voxelscale.config import Config
+
 
 @verb("Training", goes_on=True)
 def train(
     store: Annotated[Path, typer.Argument(help="Training store, from voxelscale prepare.")],
     run: Annotated[Path, typer.Argument(help="Folder of the run; an unfinished run is resumed.")],
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="MODEL", help="Begin with the weights of a model or checkpoint."),
+    ] = None,
     fit_memory: Annotated[
         bool,
         typer.Option("--fit-memory", help="Take the largest patch of the same shape that fits."),
@@ -48,6 +56,7 @@ def train(
     voxelscale train store/ run/
     voxelscale train store/ run/ --set train.samples=20000 --set model.filters=16
     voxelscale train store/ run/ --set train.ranks=2          two processes on this machine
+    voxelscale train store/ run/ --from model.vxs             fine-tune another model
     voxelscale train store/ run/ --fit-memory                 the largest patch that fits
     voxelscale train store/ run/ --nodes 2 --meet node1:29500   on each of two machines
     srun -N 2 -n 8 voxelscale train store/ run/                  eight tasks of Slurm
@@ -55,6 +64,10 @@ def train(
     The budget is train.samples patches, whatever the number of workers. Ctrl-C saves a checkpoint. After
     it, or after a crash, the same command resumes with the next sample. run/model.vxs is the model of the
     best validation; metrics.jsonl and tensorboard/ have the curves.
+
+    --from takes a model.vxs, a run, a checkpoint in run/checkpoints/, or nnU-Net's checkpoint_final.pth.
+    The network is that of the model, unless --config or --set say otherwise; what fits by name and shape is
+    taken, and what is not is listed. train.freeze and optim.pretrained_lr hold what was taken back.
     """
     check_output(run)
     from voxelscale.config import load_stored
@@ -66,7 +79,11 @@ def train(
     if wait is not None:
         os.environ[WAIT] = str(wait)
     begun = run / "config.yaml"
-    settings = read_config(config, set_, load_stored(begun) if begun.is_file() else None)
+    base = load_stored(begun) if begun.is_file() else None
+    if from_ is not None:
+        base = base or _network_of(from_)
+        set_ = [*(set_ or ()), f"train.start_from={json.dumps(str(from_.absolute()))}"]
+    settings = read_config(config, set_, base)
     if fit_memory and not begun.is_file():
         if together.count > 1:
             hint = "find it on one machine, then --set data.patch_size=..."
@@ -82,6 +99,12 @@ def train(
         return 130
     print(f"model in {run / 'model.vxs'}")
     return 0
+
+
+def _network_of(path: Path) -> Config:
+    from voxelscale.train.pretrained import config_like
+
+    return config_like(path)
 
 
 @verb("Training", goes_on=True)

@@ -64,6 +64,8 @@ class OptimConfig(Section):
     """Milestones of schedule=step, as shares of the budget after the warm-up."""
     step_factor: float = 0.1
     """Factor of the learning rate at each milestone of schedule=step."""
+    pretrained_lr: float = 1.0
+    """Factor of the learning rate of the weights taken from `train.start_from`; 0.1 changes them slowly."""
     warmup: float = 0.05
     """Linear warm-up from 0, as a share of the samples."""
     gradient_clipping: float = 12.0
@@ -91,6 +93,7 @@ class OptimConfig(Section):
     def rules(self) -> Sequence[Rule]:
         return [
             ("lr", self.lr > 0, "above 0"),
+            ("pretrained_lr", 0 < self.pretrained_lr <= 1, "above 0, at most 1"),
             ("reference_batch", self.reference_batch >= 1, "at least 1"),
             ("momentum", self.momentum is None or 0 <= self.momentum < 1, "at least 0 and below 1"),
             ("weight_decay", self.weight_decay is None or self.weight_decay >= 0, "at least 0"),

@@ -23,6 +23,13 @@ class TrainConfig(Section):
     """Workers that each rank emulates, one after another."""
     recipe: Literal["none", "auto", "large_batch"] = "none"
     """Settings for large global batches, which override `optim`; auto: large_batch from 8 workers on."""
+    start_from: str = ""
+    """Model file, run's folder, checkpoint, or nnU-Net's checkpoint_final.pth whose weights a new run
+    begins with, as far as they fit by name and shape; "": random weights. A resumed run does not read it
+    again."""
+    freeze: Literal["nothing", "encoder", "all_but_head"] = "nothing"
+    """Which of the weights taken from `start_from` are not trained. Of the encoder, or of all but the head,
+    those that were not taken are trained."""
     seed: int = 0
     """Seed of the initial weights and, with its index, of every sample."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -72,6 +79,7 @@ class TrainConfig(Section):
 
     def rules(self) -> Sequence[Rule]:
         return [
+            ("freeze", self.freeze == "nothing" or bool(self.start_from), "nothing without start_from"),
             ("samples", self.samples >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("ranks", self.ranks >= 0, "at least 0"),

@@ -90,7 +90,7 @@ class Engine:
         share = config.optim.ema
         self.trained = Trained(
             model=self.model,
-            optimizer=make_optimizer(self.model, config.optim),
+            optimizer=make_optimizer(self.model, config.optim, task.pretrained),
             average=AveragedWeights(self.model, share) if share else None,
         )
         self.state = State(digest=task.digest)

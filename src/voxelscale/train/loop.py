@@ -43,6 +43,7 @@ from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.engine import Engine, Result
 from voxelscale.train.log import note_out_of_memory
 from voxelscale.train.memory import TooLarge, ran_out, require_memory
+from voxelscale.train.pretrained import begin_from
 from voxelscale.train.recipes import resolve
 from voxelscale.train.task import Task
 from voxelscale.train.validate import ScanScoring
@@ -74,6 +75,7 @@ def train(config: Config, store_path: Path, run: Path) -> Result:
             check_memory(config, store, workers)
             settled = settle_arithmetic(config, store, run, workers)
             task = patch_task(settled, store, workers.device)
+            task = replace(task, pretrained=begin_from(task.model, config, store, run, workers))
             # What the model is kept with must not tie it to this device's arithmetic.
             task = replace(task, keep=partial(_write_bundle, run / "model.vxs", config, store))
             engine = Engine(task, settled, run, workers, batch_size)
@@ -259,8 +261,10 @@ def _collate(
 def _write_bundle(
     path: Path, config: Config, store: Store, model: nn.Module, facts: dict[str, Any]
 ) -> None:
+    # A model goes to others: where its own beginning lay says something of this machine.
+    begun = Path(config.train.start_from).name
     bundle = Bundle(
-        config=config,
+        config=replace(config, train=replace(config.train, start_from=begun)),
         weights=model.state_dict(),
         spacing=store.spacing,
         normalisation=Normalisation.of_fingerprint(store.fingerprint["lesion_hu"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,21 +13,30 @@ from torch.optim import Optimizer
 from voxelscale.config import OptimConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+def make_optimizer(model: nn.Module, config: OptimConfig, pretrained: Collection[str] = ()) -> Optimizer:
     """The update rule by name.
 
     ``adamw`` (Loshchilov and Hutter 2019), ``sgd`` with Nesterov momentum, ``lars`` (You, Gitman and
     Ginsburg 2017), ``lamb`` (You et al. 2020), ``muon`` (Jordan et al. 2024). Norms and biases are not
     decayed; LARS and LAMB do not adapt their rates either, as the papers' own code excludes them. Momentum
     and decay that the config leaves open are the rule's own (`voxelscale.config.optim.OWN`).
+
+    Args:
+        pretrained: names of the parameters whose rate is `config.pretrained_lr` of the others'.
     """
     momentum, weight_decay, _ = config.used
-    named = [p for p in model.parameters() if p.requires_grad]
-    kernels, others = [p for p in named if p.ndim > 1], [p for p in named if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": kernels, "weight_decay": weight_decay, "adapt": True},
-        {"params": others, "weight_decay": 0.0, "adapt": False},
-    ]
+    slow = frozenset(pretrained) if config.pretrained_lr < 1 else frozenset[str]()
+    named = [(name in slow, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = []
+    for kept in (False, True) if slow else (False,):
+        kernels, others = (
+            [p for old, p in named if old == kept and (p.ndim > 1) == k] for k in (True, False)
+        )
+        more = {"rate": config.pretrained_lr} if kept else {}
+        groups += [
+            {"params": kernels, "weight_decay": weight_decay, "adapt": True, **more},
+            {"params": others, "weight_decay": 0.0, "adapt": False, **more},
+        ]
     if config.name == "lars":
         return Lars(groups, lr=config.lr, momentum=momentum, trust=config.trust)
     if config.name == "lamb":
@@ -262,9 +271,9 @@ def learning_rate(config: OptimConfig, seen: int, samples: int, global_batch: in
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give it to every parameter group."""
+    """Give it to every parameter group, times the group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate", 1.0)
 
 
 class AveragedWeights:

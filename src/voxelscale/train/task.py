@@ -53,6 +53,7 @@ class Task:
         keep: called by rank 0 with the best model so far and facts about it.
         about: one line for a person on the samples and on the validation; "" for nothing.
         too_large: the error if a step runs out of memory.
+        pretrained: names of the parameters that were taken from another model.
     """
 
     model: nn.Module
@@ -65,3 +66,4 @@ class Task:
     keep: Callable[[nn.Module, dict[str, Any]], None] | None = None
     about: str = ""
     too_large: Callable[[], VoxelscaleError] = _too_large
+    pretrained: frozenset[str] = frozenset()
