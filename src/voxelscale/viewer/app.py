@@ -27,12 +27,8 @@ from voxelscale.viewer.decisions import Desk, Refused, read_journal
 from voxelscale.viewer.guard import Door, Guard
 from voxelscale.viewer.runs import runs_of
 
-FILES = {
-    "viewer.js": "text/javascript",
-    "planes.js": "text/javascript",
-    "viewer.css": "text/css",
-    "niivue.js": "text/javascript",
-}
+SCRIPTS = ("niivue", "planes", "viewer", "findings", "drawing", "brush", "keys")
+FILES = {"viewer.css": "text/css", **{f"{name}.js": "text/javascript" for name in SCRIPTS}}
 """What is served of ``static/``, beside the page itself; nothing else is."""
 
 MASKS = ("truth", "prediction", "decided")

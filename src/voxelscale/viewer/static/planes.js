@@ -3,7 +3,11 @@
 // LPS mm. NiiVue has a coarse copy of the scan; its planes are overdrawn with the scan's own voxels.
 
 const AXES = ["axial", "coronal", "sagittal"];
-const EDGES = [["A", "P", "R", "L"], ["H", "F", "R", "L"], ["H", "F", "A", "P"]]; // top, bottom, left, right
+const EDGES = [
+  ["A", "P", "R", "L"],
+  ["H", "F", "R", "L"],
+  ["H", "F", "A", "P"],
+]; // top, bottom, left, right
 const KEPT_PLANES = 160;
 
 class Lattice {
@@ -59,13 +63,20 @@ class RunMask {
     return this.cached.get(key);
   }
   cut(axis, at) {
-    const [nz, ny, nx] = this.shape, runs = this.runs, area = ny * nx;
+    const [nz, ny, nx] = this.shape,
+      runs = this.runs,
+      area = ny * nx;
     const out = new Int32Array([area, nz * nx, nz * ny][axis]);
-    let any = false, first = 0;
+    let any = false,
+      first = 0;
     if (axis === 0) first = 3 * firstFrom(runs, at * area);
     for (let k = first; k < runs.length; k += 3) {
-      const start = runs[k], z = Math.floor(start / area), inside = start - z * area;
-      const y = Math.floor(inside / nx), x = inside - y * nx, length = runs[k + 1];
+      const start = runs[k],
+        z = Math.floor(start / area),
+        inside = start - z * area;
+      const y = Math.floor(inside / nx),
+        x = inside - y * nx,
+        length = runs[k + 1];
       if (axis === 0) {
         if (z > at) break;
         out.fill(runs[k + 2], inside, inside + length);
@@ -83,7 +94,8 @@ class RunMask {
 }
 
 function firstFrom(runs, start) {
-  let low = 0, high = runs.length / 3;
+  let low = 0,
+    high = runs.length / 3;
   while (low < high) {
     const middle = (low + high) >> 1;
     if (runs[3 * middle] < start) low = middle + 1;
@@ -100,7 +112,8 @@ class PaintedMask {
     this.changed = new Set();
     const area = shape[1] * shape[2];
     for (let k = 0; k < runs.length; k += 3) {
-      const z = Math.floor(runs[k] / area), inside = runs[k] - z * area;
+      const z = Math.floor(runs[k] / area),
+        inside = runs[k] - z * area;
       this.slice(z).fill(runs[k + 2], inside, inside + runs[k + 1]);
     }
   }
@@ -113,8 +126,18 @@ class PaintedMask {
     return slice ? slice[y * this.shape[2] + x] : 0;
   }
   set([z, y, x], value, bits) {
-    const slice = this.slice(z), place = y * this.shape[2] + x, old = slice[place];
-    const now = bits ? (value > 0 ? old | value : old & value) : value > 0 ? value : old === -value ? 0 : old;
+    const slice = this.slice(z),
+      place = y * this.shape[2] + x,
+      old = slice[place];
+    const now = bits
+      ? value > 0
+        ? old | value
+        : old & value
+      : value > 0
+        ? value
+        : old === -value
+          ? 0
+          : old;
     if (now === old) return;
     slice[place] = now;
     this.changed.add(z);
@@ -141,7 +164,9 @@ class PaintedMask {
 function runsOf(slice, nx) {
   const out = [];
   for (let k = 0; k < slice.length;) {
-    const value = slice[k], start = k, end = (Math.floor(k / nx) + 1) * nx;
+    const value = slice[k],
+      start = k,
+      end = (Math.floor(k / nx) + 1) * nx;
     while (k < end && slice[k] === value) k++;
     if (value) out.push(start, k - start, value);
   }
@@ -151,11 +176,13 @@ function runsOf(slice, nx) {
 // Adds to a path the borders of where `inside` is, in voxels [column, row] of the plane.
 function outline(context, values, width, inside) {
   const height = values.length / width;
-  let first = 0, last = values.length - 1;
+  let first = 0,
+    last = values.length - 1;
   while (first <= last && !inside(values[first])) first++;
   while (last >= first && !inside(values[last])) last--;
   if (first > last) return false;
-  const top = Math.floor(first / width), bottom = Math.floor(last / width);
+  const top = Math.floor(first / width),
+    bottom = Math.floor(last / width);
   for (let row = top; row <= bottom + 1 && row <= height; row++) {
     let from = -1; // horizontal borders, joined
     for (let column = 0; column <= width; column++) {
@@ -183,7 +210,8 @@ class Planes {
     Object.assign(this, { number, lattice, arrived, failed, kept: new Map(), asked: new Map() });
   }
   get(axis, at) {
-    const key = `${axis}/${at}`, found = this.kept.get(key);
+    const key = `${axis}/${at}`,
+      found = this.kept.get(key);
     if (found) {
       this.kept.delete(key);
       this.kept.set(key, found);
@@ -212,9 +240,13 @@ class Planes {
     if (plane.window !== name) {
       const [height, width] = this.lattice.shape.filter((_, i) => i !== axis);
       plane.picture ||= new OffscreenCanvas(width, height);
-      const context = plane.picture.getContext("2d"), image = context.createImageData(width, height);
-      const pixels = new Uint32Array(image.data.buffer), values = plane.values;
-      const { slope, inter } = this.lattice, scale = (255 * slope) / (high - low), shift = (255 * (inter - low)) / (high - low);
+      const context = plane.picture.getContext("2d"),
+        image = context.createImageData(width, height);
+      const pixels = new Uint32Array(image.data.buffer),
+        values = plane.values;
+      const { slope, inter } = this.lattice,
+        scale = (255 * slope) / (high - low),
+        shift = (255 * (inter - low)) / (high - low);
       for (let k = 0; k < values.length; k++) {
         const grey = Math.max(0, Math.min(255, Math.round(values[k] * scale + shift)));
         pixels[k] = 0xff000000 | (grey << 16) | (grey << 8) | grey;
@@ -226,20 +258,27 @@ class Planes {
   }
   value([z, y, x]) {
     const plane = this.kept.get(`0/${z}`);
-    return plane ? plane.values[y * this.lattice.shape[2] + x] * this.lattice.slope + this.lattice.inter : null;
+    return plane
+      ? plane.values[y * this.lattice.shape[2] + x] * this.lattice.slope + this.lattice.inter
+      : null;
   }
 }
 
 // Where a tile of NiiVue's canvas shows which voxels: column = c0 + cs * px, row = r0 + rs * py.
 function tileOf(niivue, number, lattice) {
-  const slice = niivue.screenSlices[number], axis = slice.axCorSag;
+  const slice = niivue.screenSlices[number],
+    axis = slice.axCorSag;
   let [left, top, width, height] = slice.leftTopWidthHeight;
   if (width < 0) [left, width] = [left + width, -width];
   const place = (sx, sy) =>
-    lattice.ofShare(niivue.screenXY2TextureFrac(left + sx * width, top + sy * height, number, false)).filter((_, i) => i !== axis);
+    lattice
+      .ofShare(niivue.screenXY2TextureFrac(left + sx * width, top + sy * height, number, false))
+      .filter((_, i) => i !== axis);
   const [[ra, ca], [rb, cb]] = [place(0.25, 0.25), place(0.75, 0.75)];
-  const cs = (cb - ca) / (0.5 * width), rs = (rb - ra) / (0.5 * height);
-  const c0 = ca - cs * (left + 0.25 * width), r0 = ra - rs * (top + 0.25 * height);
+  const cs = (cb - ca) / (0.5 * width),
+    rs = (rb - ra) / (0.5 * height);
+  const c0 = ca - cs * (left + 0.25 * width),
+    r0 = ra - rs * (top + 0.25 * height);
   return { axis, left, top, width, height, cs, rs, c0, r0 };
 }
 
