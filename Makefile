@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: install quickstart test test-slow lint clean
+.PHONY: install quickstart demo-hospital test test-slow lint clean
 
 PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
@@ -27,6 +27,15 @@ $(VENV)/dev: $(VENV)/installed
 
 quickstart: install
 	$(RUN)/voxelscale quickstart quickstart
+
+# Needs Debian's packages orthanc and orthanc-dicomweb; Ctrl-C ends it.
+demo-hospital: $(VENV)/hospital
+	test -e quickstart/run/model.vxs || $(RUN)/voxelscale quickstart quickstart
+	$(RUN)/python examples/hospital.py quickstart/run demo-hospital
+
+$(VENV)/hospital: $(VENV)/installed
+	$(PIP) -e '.[hospital]'
+	@touch $@
 
 test: $(VENV)/dev
 	$(RUN)/python -m pytest -m "not slow" -n 2 --dist worksteal

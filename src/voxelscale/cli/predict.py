@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,11 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output
 
 if TYPE_CHECKING:
+    from voxelscale.archive.dicomweb import DicomWeb
     from voxelscale.config import Config
     from voxelscale.dataset import Source
+
+USAGE = "voxelscale predict MODEL OUT --dicomweb URL --study UID"
 
 MOST_NAMED = 10
 """Cases that a warning names at most."""
@@ -25,8 +29,10 @@ MOST_NAMED = 10
 @verb("Prediction", goes_on=True)
 def predict(
     model: Annotated[Path, typer.Argument(help="Folder of a run, or a model file.")],
-    scans: Annotated[Path, typer.Argument(help="Scan, DICOM folder, folder of scans, or CSV.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the predictions.")],
+    scans: Annotated[
+        Path, typer.Argument(help="Scan, DICOM folder, folder of scans, or CSV; not with --dicomweb.")
+    ],
+    out: Annotated[Path | None, typer.Argument(help="Folder of the predictions.")] = None,
     store: Annotated[
         Path | None, typer.Option(help="Predict only the cases in this store's --split.")
     ] = None,
@@ -34,6 +40,24 @@ def predict(
     dicom_out: Annotated[
         str | None,
         typer.Option(metavar="KINDS", help="Also write DICOM: seg, sr, rtstruct, ..."),
+    ] = None,
+    dicomweb: Annotated[
+        str | None, typer.Option(metavar="URL", help="Fetch the scans from this DICOMweb service.")
+    ] = None,
+    study: Annotated[
+        str | None, typer.Option(metavar="UID", help="With --dicomweb: the study; its CT series.")
+    ] = None,
+    series: Annotated[
+        str | None, typer.Option(metavar="UID", help="With --dicomweb: only this series of it.")
+    ] = None,
+    send: Annotated[
+        bool, typer.Option("--send", help="With --dicomweb: send the results back (seg,sr by default).")
+    ] = False,
+    credentials: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --dicomweb: user and password, or token.")
+    ] = None,
+    ca_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --dicomweb: certificates to trust, PEM.")
     ] = None,
     layout: Layout = "auto",
     config: ConfigFile = None,
@@ -47,6 +71,7 @@ def predict(
     voxelscale predict run/ scans/ predictions/ --store store/ --split test
     voxelscale predict run_of_fold_0/ scans/ predictions/ --store store/ --split val
     voxelscale predict run/ dicom_folder/ predictions/ --dicom-out seg,sr,rtstruct
+    voxelscale predict run/ predictions/ --dicomweb https://pacs/dicom-web --study 1.2.3 --send
     torchrun --nproc-per-node 4 -m voxelscale.cli predict run/ scans/ predictions/
 
     For each case writes mask.nii.gz (on the scan's own voxels), findings.csv (LUNA16's columns, LPS mm) and
@@ -58,10 +83,20 @@ def predict(
     acquisitions in a series.
 
     --dicom-out writes DICOM beside them, for scans that came as DICOM: see voxelscale export-dicom --help.
+    --dicomweb fetches a study into OUT/scans, which identifies the patient; credentials are in a file or
+    in the environment (docs/hospital.md).
 
     names.csv lists the path and series of each case: it identifies patients, do not share it.
     """
+    archive = _archive(dicomweb, study, series, send, credentials, ca_file)
+    if archive is not None:
+        if out is not None or store is not None:
+            raise VoxelscaleError("--dicomweb takes the place of SCANS and --store", USAGE)
+        out, dicom_out = scans, dicom_out or ("seg,sr" if send else None)
+    if out is None:
+        raise VoxelscaleError("predict: missing argument OUT", "voxelscale predict MODEL SCANS OUT")
     check_output(out)
+    from voxelscale.archive.study import fetch_study, send_results
     from voxelscale.dataset.names_table import write_names
     from voxelscale.model.bundle import read_bundle
     from voxelscale.predict.predict import predict as run_predict
@@ -72,12 +107,18 @@ def predict(
 
     bundle = read_bundle(model)
     settings = read_config(config, set_, bundle.config)
+    kinds, fetched = _kinds(dicom_out), None
+    if archive is not None:
+        names = data_set(out, settings, keys=out).names
+        fetched = fetch_study(archive, study or "", series or "", out, names)
+        scans = fetched.folder
     settings = with_channels_of(bundle, settings, scans)
-    kinds = _kinds(dicom_out)
     if "probability" in kinds:
         settings = replace(settings, predict=replace(settings.predict, probabilities=True))
     data = data_set(scans, settings, layout, keys=store or out)
     sources = data.scans
+    if fetched is not None:  # an earlier command may have left other studies there
+        sources = [source for source in sources if source.series in fetched.entries]
     exported = _came_as_dicom(sources) if kinds else []
     data.names.keep_in(out)
     if store is not None:
@@ -96,9 +137,16 @@ def predict(
     code = print_failed(outcome.failed, "predicted")
     print("\n".join(lines(outcome, settings.predict, bundle.classes)))
     print(f"masks and findings in {out}")
+    if fetched is not None:
+        code = max(code, print_failed(fetched.failed, "fetched"))
     if kinds:
         done = [source for source in exported if source.case in outcome.findings]
-        code = max(code, _export(out, done, out, kinds, settings))
+        failed, files = _export(out, done, out, kinds, settings)
+        code = max(code, failed)
+        if send and archive is not None and fetched is not None:
+            by_series = {s.series: files[s.case] for s in done if s.case in files}
+            sent = send_results(archive, fetched, by_series)
+            print(f"{count(sent, 'result')} sent to the archive")
     return code
 
 
@@ -144,7 +192,37 @@ def export_dicom(
         raise VoxelscaleError(f"{predictions}: no prediction of a scan of {scans}", hint)
     if absent := len(sources) - len(predicted):
         warn(f"{predictions}: no prediction of {count(absent, 'scan')}, which are left out")
-    return _export(predictions, _came_as_dicom(predicted), out, asked, settings)
+    return _export(predictions, _came_as_dicom(predicted), out, asked, settings)[0]
+
+
+def _archive(
+    url: str | None,
+    study: str | None,
+    series: str | None,
+    send: bool,
+    credentials: Path | None,
+    ca_file: Path | None,
+) -> DicomWeb | None:
+    """The service that the options name; None where scans come from the disk."""
+    if url is None:
+        given: dict[str, object] = {"--study": study, "--series": series, "--send": send or None}
+        given |= {"--credentials": credentials, "--ca-file": ca_file}
+        for option, value in given.items():
+            if value is not None:
+                raise VoxelscaleError(f"{option} without --dicomweb", USAGE)
+        return None
+    if study is None:
+        raise VoxelscaleError("--dicomweb without --study", USAGE)
+    from voxelscale.ranks.place import fill
+
+    fill()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        hint = "predict with one process, or fetch first and predict OUT/scans with several"
+        raise VoxelscaleError("--dicomweb with several processes", hint)
+    from voxelscale.archive.access import Access
+    from voxelscale.archive.dicomweb import DicomWeb
+
+    return DicomWeb(Access(url=url, credentials=credentials, ca_file=ca_file))
 
 
 def _kinds(text: str | None) -> tuple[str, ...]:
@@ -178,11 +256,12 @@ def _came_as_dicom(sources: Sequence[Source]) -> list[Source]:
 
 def _export(
     predictions: Path, sources: Sequence[Source], out: Path, kinds: Sequence[str], settings: Config
-) -> int:
+) -> tuple[int, dict[str, list[Path]]]:
+    """Exit code, and the files that were written, by case."""
     from voxelscale.dicom_out.export import export_cases
 
     done = export_cases(predictions, sources, out, kinds, settings.export, settings.reading)
     code = print_failed(done.failed, "written as DICOM")
     files = sum(map(len, done.files.values()))
     print(f"{count(files, 'file')} of {count(len(done.files), 'case')} in {out}")
-    return code
+    return code, done.files

@@ -1,4 +1,4 @@
-"""Commands that run many trainings: search, scale."""
+"""Commands that run many trainings: search, scale, cv."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from voxelscale.cli.common import ConfigFile, Sets, read_config, search_app, verb
+from voxelscale.cli.common import (
+    ConfigFile,
+    Layout,
+    Sets,
+    data_set,
+    print_failed,
+    read_config,
+    rows_of,
+    search_app,
+    verb,
+)
+from voxelscale.console import count, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output
 
@@ -151,3 +162,58 @@ def scale(
     findings = run_scale(read_config(config, [*(set_ or []), *sets]), store, out)
     print(table(findings))
     print(f"figure in {out / 'scaling.html'}")
+
+
+@verb("Studies", goes_on=True)
+def cv(
+    store: Annotated[Path, typer.Argument(help="Training store with folds: prepared with prepare.folds.")],
+    scans: Annotated[Path, typer.Argument(help="Data set that the store was prepared from.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the study; an unfinished study is resumed.")],
+    folds: Annotated[str | None, typer.Option(help="Only these folds, such as 0,1; default: all.")] = None,
+    layout: Layout = "auto",
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> int:
+    """Cross-validate: train every fold, predict what it has not seen, evaluate all of it.
+
+    \b
+    voxelscale prepare scans/ store/ --set prepare.folds=5
+    voxelscale cv store/ scans/ cv/ --config store/plan.yaml
+    voxelscale cv store/ scans/ cv/ --folds 2                only fold 2, as in a job of its own
+
+    Trains OUT/fold_0/run and so on, and predicts each fold's validation scans. When all folds are there,
+    their predictions are put together in OUT/predictions and evaluated as one: Dice with intervals, FROC
+    and CPM over all scans, each predicted by a model that was not trained on it. With
+    train.validate_every=0 the last model of a fold counts; otherwise that of its best validation, which
+    the same scans chose. Ctrl-C saves; the same command resumes. Writes cv.json and evaluation/.
+    """
+    check_output(out)
+    from voxelscale.evaluate.text import text_summary
+    from voxelscale.experiments.folds import evaluate_folds, missing_folds, run_folds
+    from voxelscale.store import open_store
+
+    settings = read_config(config, set_)
+    data = data_set(scans, settings, layout, keys=store)
+    wanted = _numbers(folds) if folds is not None else range(len(open_store(store).folds))
+    if not wanted:
+        raise VoxelscaleError(f"{store}: has no folds", "prepare with prepare.folds=5")
+    if not run_folds(settings, store, data, out, wanted):
+        notice("stopped and saved; the same command resumes")
+        return 130
+    if missing := missing_folds(store, data, out):
+        print(f"{count(len(missing), 'fold')} to go: {', '.join(map(str, missing))}")
+        return 0
+    summary, rows = evaluate_folds(store, data, out)
+    for row in rows:
+        dice = "no Dice, as all masks are empty" if row["dice"] is None else f"Dice {row['dice']:.3f}"
+        print(f"fold {row['fold']}: {count(row['cases'], 'case')}, {dice}")
+    print("\n".join(text_summary(summary)))
+    print(f"predictions of all folds in {out / 'predictions'}")
+    return print_failed(rows_of(summary), "evaluated")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        raise VoxelscaleError(f"--folds {text}: not numbers", "write --folds 0,1") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,7 @@ def evaluate_folder(
     out: Path,
     *,
     missing_is_empty: bool = False,
+    one_model: bool = True,
 ) -> dict[str, Any]:
     """Score every case of a data set that has a prediction; write ``evaluation.json`` and ``cases.csv``.
 
@@ -155,6 +156,7 @@ def evaluate_folder(
         data: the data set with the true masks; its ``nodules.csv`` counts, too, where it is synthetic.
         out: where the tables go.
         missing_is_empty: score a case without a prediction as if nothing had been found in it.
+        one_model: warn where predictions are of several models.
 
     Returns:
         the content of ``evaluation.json``: `summarise`, or `summarise_classes` where there are several;
@@ -165,6 +167,7 @@ def evaluate_folder(
         VoxelscaleError: no case has both a mask and a prediction that can be read.
     """
     cases = predicted_cases(predictions, data, missing_is_empty=missing_is_empty)
+    cases = cases if one_model else replace(cases, other_models=())
     # A table of nodules says nothing of other classes.
     single = all(source.classes.single for source in cases.predicted)
     nodules = read_nodules(data.path) if single else {}

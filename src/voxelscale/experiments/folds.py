@@ -1,0 +1,153 @@
+"""Cross-validation: every fold trained, its validation scans predicted, all of them evaluated as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from voxelscale.config import Config
+from voxelscale.console import count, notice
+from voxelscale.errors import VoxelscaleError
+from voxelscale.files import write_atomic
+from voxelscale.ranks.place import fill
+
+if TYPE_CHECKING:
+    from voxelscale.dataset import DataSet
+    from voxelscale.dataset.listing import Source
+
+PREDICTIONS, EVALUATION = "predictions", "evaluation"
+
+
+def run_folds(config: Config, store: Path, data: DataSet, out: Path, folds: Sequence[int]) -> bool:
+    """Train the folds one after another in ``<out>/fold_<k>/run``; predict each one's validation scans.
+
+    Run again it goes on where it stopped, and keeps what is done.
+
+    Args:
+        config: of each training, but for ``data.fold``.
+        data: the scans that the store was made of.
+        folds: numbers from 0.
+
+    Returns:
+        whether all are done; False where a training was asked to stop.
+
+    Raises:
+        VoxelscaleError: the store has no such folds, or a step failed.
+    """
+    from voxelscale.model.bundle import read_bundle
+    from voxelscale.predict.predict import predict
+    from voxelscale.train.launch import start
+
+    _check(config, out)
+    unseen = {fold: _unseen(store, data, fold) for fold in folds}
+    for fold, sources in unseen.items():
+        run = out / f"fold_{fold}" / "run"
+        notice(f"fold {fold}: {count(len(sources), 'case')} to predict")
+        if not start(replace(config, data=replace(config.data, fold=fold)), store, run):
+            return False
+        outcome = predict(
+            sources, read_bundle(run), config.predict, _predictions(out, fold), config.reading
+        )
+        if outcome.failed:
+            case, message, hint = outcome.failed[0]
+            raise VoxelscaleError(f"fold {fold}: {case}: {message}", hint)
+    return True
+
+
+def missing_folds(store: Path, data: DataSet, out: Path) -> list[int]:
+    """The store's folds of which a validation scan has not been predicted."""
+    from voxelscale.store import open_store
+
+    return [
+        fold
+        for fold in range(len(open_store(store).folds))
+        if any(
+            not (_predictions(out, fold) / source.case / "findings.json").is_file()
+            for source in _unseen(store, data, fold)
+        )
+    ]
+
+
+def evaluate_folds(store: Path, data: DataSet, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Put the predictions of all folds together in ``<out>/predictions`` and evaluate them as one.
+
+    No scan was predicted by a model that was trained on it. But where a fold's best validation was kept,
+    its validation scans chose it; `train.validate_every=0` keeps the last model, which nothing chose.
+    Writes ``<out>/evaluation`` and ``<out>/cv.json``.
+
+    Returns:
+        what `voxelscale.evaluate.evaluate.evaluate_folder` does, and of each fold its number, cases, and
+        mean Dice over cases and classes (None where all masks are empty).
+    """
+    from voxelscale.evaluate.evaluate import evaluate_folder
+    from voxelscale.predict.record import record_cases
+    from voxelscale.store import open_store
+
+    each = {fold: _unseen(store, data, fold) for fold in range(len(open_store(store).folds))}
+    with _replaced(out / PREDICTIONS) as together:
+        record_cases(together, [source.case for sources in each.values() for source in sources])
+        data.names.keep_in(together)
+        for fold, sources in each.items():
+            for source in sources:
+                shutil.copytree(_predictions(out, fold) / source.case, together / source.case)
+    summary = evaluate_folder(out / PREDICTIONS, data, out / EVALUATION, one_model=False)
+    rows = [_fold(fold, sources, summary["cases"]) for fold, sources in each.items()]
+    write_atomic(out / "cv.json", json.dumps({"folds": rows}, indent=1))
+    return summary, rows
+
+
+def _fold(fold: int, sources: Sequence[Source], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = {source.case for source in sources}
+    dice = [row["dice"] for row in rows if row["case"] in names and row["dice"] is not None]
+    return {"fold": fold, "cases": len(names), "dice": float(np.mean(dice)) if dice else None}
+
+
+def _check(config: Config, out: Path) -> None:
+    fill()
+    if "RANK" in os.environ:
+        hint = "start it alone, with train.ranks processes; or each fold as a job: --folds 0"
+        raise VoxelscaleError(f"{out}: cv was started as one of several ranks", hint)
+    if config.data.fold is not None:
+        raise VoxelscaleError(
+            f"data.fold is {config.data.fold}, but cv trains each fold", "name them by --folds"
+        )
+
+
+def _unseen(store: Path, data: DataSet, fold: int) -> list[Source]:
+    """The validation scans of a fold.
+
+    Raises:
+        VoxelscaleError: the store has no such fold, or its scans are not in the data set.
+    """
+    from voxelscale.store.fingerprint import open_fold
+
+    wanted = {info.case for info in open_fold(store, fold).split("val")}
+    sources = [source for source in data.scans if source.case in wanted]
+    if len(sources) < len(wanted):
+        lost = min(wanted - {source.case for source in sources})
+        hint = "name the data set that the store was prepared from, with the same reading.names"
+        raise VoxelscaleError(f"{data.path}: holds no {lost}, which is in {store}", hint)
+    return sources
+
+
+def _predictions(out: Path, fold: int) -> Path:
+    return out / f"fold_{fold}" / PREDICTIONS
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of the old one when it is whole."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
