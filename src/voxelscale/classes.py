@@ -261,7 +261,13 @@ def _values_in(mask: NDArray[Any]) -> list[int]:
     """The values of a mask, ascending; by counting where they are small, as sorting takes seconds."""
     most = int(mask.max())
     if most < 65536:
-        return np.flatnonzero(np.bincount(mask.ravel().astype(np.uint16, copy=False))).tolist()
+        there = np.zeros(most + 1, bool)
+        for plane in mask.reshape(len(mask), -1):  # of a whole scan at once the count takes 8 bytes a voxel
+            if plane.max() == 0:
+                there[0] = True
+            else:
+                there |= np.bincount(plane.astype(np.uint16, copy=False), minlength=most + 1) > 0
+        return np.flatnonzero(there).tolist()
     return [int(value) for value in np.unique(mask)]
 
 

@@ -59,6 +59,7 @@ def test_findings_alone(voxelscale: Command, scans: Path, predicted: Path, tmp_p
     assert code == 0, errors
     assert "page.html" in printed
     html = out.read_text()
+    assert "voxelscale view PREDICTIONS SCANS --case phantom_0000 --finding 1</code>" in html
     page = checked(html)
     assert "phantom_0004" in errors, "the scan without a prediction is named"
     assert "Not predicted" in html

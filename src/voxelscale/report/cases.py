@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -79,20 +80,29 @@ class CaseScans:
             self.truth = read_truth(source, reading)
             check_same_place(source.labels[0], self.truth, source.image, self.image)
 
-    def block(self, title: str, note: str, place: Place | None = None) -> str:
+    def block(self, title: str, note: str, place: Place | None = None, command: str = "") -> str:
         """Slices in four views with a heading.
 
         Args:
             title, note: plain text.
             place: where to look, with a ring around it; None: where the lesion is largest.
+            command: what shows them in the viewer; "": is not said.
         """
         views = overlay_views(self.image, self.truth, self.prediction, place, self.classes, self.window)
         style = "case at" if place else "case"
+        below = f"<small>In the viewer: <code>{escape(command)}</code></small>" if command else ""
         drawn = "".join(f"<div>{svg}{escape(caption)}</div>" for caption, svg in views)
         return (
             f'<div class="{style}"><h3>{escape(title)}<small>{escape(note)}</small></h3>'
-            f'<div class="views">{drawn}</div></div>'
+            f'<div class="views">{drawn}</div>'
+            f"{below}</div>"
         )
+
+
+def view_command(case: str, finding: int = 0) -> str:
+    """The command that opens the viewer at a case and finding; folders are not named in a report."""
+    which = f" --finding {finding}" if finding else ""
+    return f"voxelscale view PREDICTIONS SCANS --case {shlex.quote(case)}{which}"
 
 
 def read_scans(

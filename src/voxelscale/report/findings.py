@@ -15,7 +15,7 @@ from voxelscale.dataset import DataSet, Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import Finding, read_prediction
 from voxelscale.pages.page import cards, legend, notes, write_page
-from voxelscale.report.cases import finding_table, read_scans, toggles
+from voxelscale.report.cases import finding_table, read_scans, toggles, view_command
 from voxelscale.report.facts import head, model_lines, model_section, models, warnings_of
 from voxelscale.report.overlays import Place, window_name
 
@@ -156,5 +156,5 @@ def _case(
         where = f"({finding.x:.1f}, {finding.y:.1f}, {finding.z:.1f}) mm"
         note = f"diameter {finding.diameter_mm:.1f} mm at {where}"
         at = Place(centre=(finding.x, finding.y, finding.z), diameter_mm=finding.diameter_mm)
-        parts.append(scans.block(title, note, at))
+        parts.append(scans.block(title, note, at, view_command(case, place)))
     return "".join(parts)

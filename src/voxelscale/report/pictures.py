@@ -9,7 +9,7 @@ from typing import Any
 from voxelscale.config import ReadingConfig
 from voxelscale.dataset import Source
 from voxelscale.evaluate.text import text_value
-from voxelscale.report.cases import read_scans
+from voxelscale.report.cases import read_scans, view_command
 from voxelscale.report.overlays import Place
 from voxelscale.report.tables import WRONG, Listed
 
@@ -24,7 +24,7 @@ def pictures(
     for title, case, place, note in shown:
         scans = read_scans(case, sources, predictions, reading)
         if scans is not None:
-            yield scans.block(title, f"{case}{note}", place)
+            yield scans.block(title, f"{case}{note}", place, view_command(case))
 
 
 def chosen(cases: Sequence[Mapping[str, Any]], figure: str = "Dice") -> Iterator[Shown]:

@@ -1,0 +1,473 @@
+"""The viewer's server, asked by a plain client: who is let in, what is answered, what is kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+from tests.conftest import SHARED, Command
+from tests.viewer.conftest import READER, shown
+
+from voxelscale.classes import Classes
+from voxelscale.config import ReadingConfig
+from voxelscale.dataset import DataSet
+from voxelscale.dataset.reading import read_image, read_truth
+from voxelscale.errors import VoxelscaleError
+from voxelscale.findings import Finding, lesions_of_mask, write_findings
+from voxelscale.formats import read_label, write_scan
+from voxelscale.geometry import Scan, as_lps, reorient
+from voxelscale.viewer.app import Viewer, build
+from voxelscale.viewer.guard import Door
+from voxelscale.viewer.pages import build_pages
+from voxelscale.viewer.readers import agreement, compare_readers
+from voxelscale.viewer.runs import filled, runs_of
+from voxelscale.viewer.serve import is_loopback
+
+HOST = "127.0.0.1:8123"
+ORIGIN = {"origin": f"http://{HOST}"}
+
+
+@pytest.fixture
+def door() -> Door:
+    return Door(hosts=frozenset({HOST, "localhost:8123"}))
+
+
+@pytest.fixture
+def opened(
+    scans: Path, predictions: Path, door: Door, tmp_path: Path
+) -> Iterator[tuple[TestClient, Viewer, Path]]:
+    """A client that has entered, with decisions in a folder of its own."""
+    app, viewer = build(replace(shown(scans, predictions), folder=tmp_path / "reader"), door)
+    client = TestClient(app, base_url=f"http://{HOST}")
+    assert client.get(f"/?token={door.token}").status_code == 200
+    yield client, viewer, tmp_path / "reader"
+    viewer.close()
+
+
+def act(client: TestClient, case: int = 0, **line: Any) -> Any:
+    answer = client.post(f"/api/case/{case}/act", json=line, headers=ORIGIN)
+    return answer.json() if answer.status_code == 200 else answer
+
+
+def decided(client: TestClient, case: int, shape: tuple[int, ...]) -> Any:
+    runs = np.frombuffer(client.get(f"/api/case/{case}/decided").content, "<i4")
+    return filled(runs, int(np.prod(shape))).reshape(shape)
+
+
+def test_who_is_let_in(scans: Path, predictions: Path, door: Door) -> None:
+    app, viewer = build(shown(scans, predictions), door)
+    client = TestClient(app, base_url=f"http://{HOST}")
+    assert client.get("/api/cases").status_code == 401
+    assert client.get("/").status_code == 401
+    assert client.get("/?token=wrong").status_code == 401
+    assert client.get("/static/viewer.js").status_code == 401
+    entered = client.get(f"/?token={door.token}")
+    assert entered.status_code == 200
+    cookie = entered.headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+    policy = entered.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    assert client.get("/api/cases").status_code == 200
+    # With the cookie: foreign pages, foreign names of this machine.
+    assert client.get("/api/cases", headers={"origin": "http://evil.example"}).status_code == 403
+    assert (
+        client.get("/api/cases", headers={"origin": f"http://{HOST.replace('8123', '9')}"}).status_code
+        == 403
+    )
+    assert client.get("/api/cases", headers={"sec-fetch-site": "cross-site"}).status_code == 403
+    assert client.get("/api/cases", headers={"sec-fetch-site": "same-site"}).status_code == 403
+    assert client.get("/api/cases", headers={"host": "evil.example:8123"}).status_code == 421
+    assert client.get("/api/cases", headers={"host": "127.0.0.1"}).status_code == 421
+    body = {"action": "accept", "finding": "1"}
+    assert client.post("/api/case/0/act", json=body).status_code == 403
+    foreign = {"origin": "null"}
+    assert client.post("/api/case/0/act", json=body, headers=foreign).status_code == 403
+    huge = {**ORIGIN, "content-length": str(2**30)}
+    assert client.post("/api/case/0/act", content=b"{}", headers=huge).status_code == 413
+    # A link in a report leads here from another page; only the entry may be reached so.
+    crossing = {"sec-fetch-site": "cross-site"}
+    assert client.get(f"/?token={door.token}", headers=crossing).status_code == 200
+    assert not list(predictions.glob("readers/*/*/decisions.jsonl"))
+    viewer.close()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/static/../app.py",
+        "/static/%2e%2e/app.py",
+        "/static/..%2fapp.py",
+        "/static/viewer.html",
+        "/api/case/-1",
+        "/api/case/2",
+        "/api/case/0/plane/3/0",
+        "/api/case/0/plane/0/9999",
+        "/api/case/..%2f..%2fetc%2fpasswd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/api/case/0/mask.nii.gz",
+    ],
+)
+def test_nothing_else_is_served(opened: tuple[TestClient, Viewer, Path], path: str) -> None:
+    assert opened[0].get(path).status_code == 404
+
+
+def test_voxels_and_places(opened: tuple[TestClient, Viewer, Path], scans: Path) -> None:
+    client, *_ = opened
+    for number, source in enumerate(DataSet(path=scans).cases):
+        facts = client.get(f"/api/case/{number}").json()
+        image = reorient(read_image(source, ReadingConfig()))
+        shape = image.array.shape
+        assert facts["lattice"]["shape"] == list(shape)
+        np.testing.assert_allclose(facts["lattice"]["affine"], image.affine)
+        for axis in range(3):
+            plane = np.frombuffer(client.get(f"/api/case/{number}/plane/{axis}/5").content, "<i2")
+            np.testing.assert_array_equal(plane, image.array.take(5, axis).ravel())
+        truth = np.frombuffer(client.get(f"/api/case/{number}/truth").content, "<i4")
+        expected = read_truth(source, ReadingConfig()).array
+        np.testing.assert_array_equal(filled(truth, image.array.size).reshape(shape), expected)
+        # NiiVue's copy, as nibabel reads it: the same values at the same RAS positions.
+        overview = nibabel.Nifti1Image.from_bytes(client.get(f"/api/case/{number}/overview.nii").content)
+        places = np.argwhere(expected)[::50]
+        ras = image.grid.index_to_mm(places) * [-1, -1, 1]
+        inverse = np.linalg.inv(overview.affine)
+        voxels = np.rint(ras @ inverse[:3, :3].T + inverse[:3, 3]).astype(int)
+        np.testing.assert_array_equal(
+            overview.get_fdata()[tuple(voxels.T)], image.array[tuple(places.T)].astype(float)
+        )
+        owners = np.frombuffer(client.get(f"/api/case/{number}/prediction").content, "<i4")
+        owners = filled(owners, image.array.size).reshape(shape)
+        for at, finding in enumerate(facts["findings"], start=1):
+            there = np.argwhere(owners == at)
+            assert len(there) == finding["voxels"]
+            if len(there):
+                np.testing.assert_allclose(there.mean(axis=0), finding["voxel"], atol=1e-3)
+        assert [f["truth"] for f in facts["findings"]].count("hit") == 3
+        assert [f["truth"] for f in facts["findings"]].count("false") == 2
+        assert sorted(len(lesion["hits"]) for lesion in facts["lesions"]) == [0, 1, 1, 1]
+        assert facts["patient"] == ""
+
+
+def test_decisions(opened: tuple[TestClient, Viewer, Path], scans: Path, predictions: Path) -> None:
+    client, viewer, folder = opened
+    source = DataSet(path=scans).cases[1]  # the oblique one
+    facts = client.get("/api/case/1").json()
+    shape = tuple(facts["lattice"]["shape"])
+    raw = read_label(predictions / "b" / "mask.nii.gz")
+    owners = np.frombuffer(client.get("/api/case/1/prediction").content, "<i4")
+    owners = filled(owners, int(np.prod(shape))).reshape(shape)
+
+    act(client, 1, action="accept", finding="1")
+    np.testing.assert_array_equal(decided(client, 1, shape), owners == 1)
+    act(client, 1, action="accept", finding="2")
+    act(client, 1, action="reject", finding="1")
+    np.testing.assert_array_equal(decided(client, 1, shape), owners == 2)
+    act(client, 1, action="undo")
+    np.testing.assert_array_equal(decided(client, 1, shape), (owners == 1) | (owners == 2))
+
+    second = facts["findings"][1]
+    step = np.asarray(facts["lattice"]["affine"])[:3, :3] @ [1, 2, -3]
+    place = (np.asarray([second["x"], second["y"], second["z"]]) + step).tolist()
+    state = act(client, 1, action="move", finding="2", mm=place)
+    assert state["marks"][1]["moved"] is True
+    moved = np.zeros(shape, bool)
+    moved[tuple((np.argwhere(owners == 2) + np.asarray([1, 2, -3])).T)] = True
+    np.testing.assert_array_equal(decided(client, 1, shape), moved | (owners == 1))
+
+    blank = client.post("/api/case/1/act", json={"action": "finish", "value": True}, headers=ORIGIN)
+    assert blank.status_code == 409
+    assert "3, 4" in blank.json()["error"]
+    centre = (
+        np.asarray(facts["lattice"]["affine"])[:3, :3] @ [10, 20, 30]
+        + np.asarray(facts["lattice"]["affine"])[:3, 3]
+    )
+    state = act(client, 1, action="add", mm=centre.tolist(), diameter_mm=8.0)
+    assert state["marks"][-1]["finding"] == "a1"
+    added = decided(client, 1, shape) - (moved | (owners == 1))
+    voxels = np.argwhere(added > 0)
+    spacing = np.asarray(facts["lattice"]["spacing"])
+    np.testing.assert_allclose(voxels.mean(axis=0), [10, 20, 30], atol=0.01)
+    assert np.linalg.norm((voxels - [10, 20, 30]) * spacing, axis=1).max() <= 4.0
+    assert len(voxels) * spacing.prod() == pytest.approx(np.pi * 8**3 / 6, rel=0.15)
+    act(client, 1, action="brush", slices={"3": [7, 2, 1, 100, 3, 1]})
+    for name in ("3", "4"):
+        act(client, 1, action="reject", finding=name)
+    now = decided(client, 1, shape)
+    assert np.flatnonzero(now[3].ravel()).tolist() == [7, 8, 100, 101, 102]
+    assert act(client, 1, action="finish", value=True)["finished"] is True
+    viewer.close()
+
+    written = read_label(folder / "b" / "mask.nii.gz")
+    assert written.grid.same_as(raw.grid)
+    order, flipped, _ = as_lps(raw.grid)
+    np.testing.assert_array_equal(np.flip(written.array.transpose(order), tuple(flipped)), now)
+    outcome = json.loads((folder / "b" / "decisions.json").read_text())
+    assert outcome["reader"] == READER
+    assert outcome["time"].endswith("+00:00")
+    verdicts = [mark["verdict"] for mark in outcome["marks"]]
+    assert verdicts == ["accepted", "accepted", "rejected", "rejected", "open", "accepted"]
+    # What the data set's reader makes of the finished case.
+    (case,) = DataSet(path=folder).cases
+    assert (case.case, case.image) == ("b", source.image)
+    np.testing.assert_array_equal(read_truth(case, ReadingConfig()).array, now)
+    assert (folder / "dataset.csv").stat().st_mode & 0o077 == 0
+
+
+def test_decisions_survive(scans: Path, predictions: Path, door: Door, tmp_path: Path) -> None:
+    """The journal is what counts: whatever was not written yet follows from it."""
+    what = replace(shown(scans, predictions), folder=tmp_path)
+    app, viewer = build(what, door)
+    client = TestClient(app, base_url=f"http://{HOST}")
+    client.get(f"/?token={door.token}")
+    act(client, 0, action="accept", finding="1")
+    before = client.get("/api/case/0/decided").content
+    viewer.close()
+    journal = tmp_path / "a" / "decisions.jsonl"
+    with journal.open("ab") as handle:
+        handle.write(b'{"action":"rej')  # killed while writing
+    (tmp_path / "a" / "mask.nii.gz").unlink()
+    (tmp_path / "a" / "decisions.json").unlink()
+    app, viewer = build(what, door)
+    client = TestClient(app, base_url=f"http://{HOST}")
+    client.get(f"/?token={door.token}")
+    assert client.get("/api/case/0/decided").content == before
+    assert client.get("/api/cases").json()["cases"][0]["state"] == "begun"
+    act(client, 0, action="reject", finding="2")
+    viewer.close()
+    assert (tmp_path / "a" / "mask.nii.gz").is_file()
+    lines = journal.read_text().splitlines()
+    assert [json.loads(line)["action"] for line in (lines[0], lines[-1])] == ["accept", "reject"]
+    # A new prediction of the case has other findings: the old decisions are not applied to them.
+    changed = json.loads(lines[0]) | {"prediction": "another"}
+    journal.write_text(json.dumps(changed) + "\n")
+    app, viewer = build(what, door)
+    client = TestClient(app, base_url=f"http://{HOST}")
+    client.get(f"/?token={door.token}")
+    answer = client.get("/api/case/0")
+    assert answer.status_code == 422
+    assert "another prediction" in answer.json()["error"]
+    viewer.close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"action": "format"},
+        {"action": "accept"},
+        {"action": "accept", "finding": "99"},
+        {"action": "accept", "finding": ["1"]},
+        {"action": "undo"},
+        {"action": "add", "mm": [1e9, 0, 0], "diameter_mm": 5},
+        {"action": "add", "mm": [9000, 0, 0], "diameter_mm": 5},
+        {"action": "add", "mm": [0, 0, 0], "diameter_mm": -1},
+        {"action": "add", "mm": [0, 0, 0], "diameter_mm": 5, "label": 3},
+        {"action": "move", "finding": "1", "mm": ["a", 0, 0]},
+        {"action": "move", "finding": "1", "mm": [9000, 0, 0]},
+        {"action": "brush", "slices": {"../x": [0, 1, 1]}},
+        {"action": "brush", "slices": {"9999": [0, 1, 1]}},
+        {"action": "brush", "slices": {"0": [0, 10**9, 1]}},
+        {"action": "brush", "slices": {"0": [0, 5, 1, 3, 2, 1]}},
+        {"action": "brush", "slices": {"0": [0, 5, 7]}},
+        {"action": "brush", "slices": {"0": [0, 5]}},
+        {"action": "brush", "slices": {"0": "abc"}},
+        [],
+    ],
+)
+def test_refused_lines(opened: tuple[TestClient, Viewer, Path], line: Any) -> None:
+    client, _, folder = opened
+    answer = client.post("/api/case/0/act", json=line, headers=ORIGIN)
+    assert answer.status_code == 409
+    assert answer.json()["error"]
+    assert not (folder / "a").exists()
+    assert not client.get("/api/case/0/decided").content
+
+
+def test_runs_are_the_mask() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(60):
+        mask = rng.integers(-1, 3, rng.integers(1, 7, 3)).astype(np.int16)
+        runs = runs_of(mask)
+        np.testing.assert_array_equal(filled(runs, mask.size).reshape(mask.shape), mask)
+        rows = runs[:, 0] // mask.shape[2]
+        np.testing.assert_array_equal(rows, (runs[:, 0] + runs[:, 1] - 1) // mask.shape[2])
+
+
+def test_two_readers(scans: Path, predictions: Path, door: Door, voxelscale: Command) -> None:
+    verdicts = {"Ann": "aarr", "Bob": "arra"}
+    for reader, each in verdicts.items():
+        app, viewer = build(shown(scans, predictions, reader), door)
+        client = TestClient(app, base_url=f"http://{HOST}")
+        client.get(f"/?token={door.token}")
+        for number, verdict in enumerate(each, start=1):
+            act(client, 0, action="accept" if verdict == "a" else "reject", finding=str(number))
+        act(client, 0, action="finish", value=True)
+        viewer.close()
+    result = compare_readers(predictions, "Ann", "Bob")
+    counts = result["verdicts"]
+    assert counts == {
+        "accepted": {"accepted": 1, "rejected": 1},
+        "rejected": {"accepted": 1, "rejected": 1},
+    }
+    assert (result["findings"], result["agreement"], result["kappa"]) == (4, 0.5, 0.0)
+    a, b = (read_label(predictions / "readers" / r / "a" / "mask.nii.gz").array for r in verdicts)
+    assert result["dice"] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+    code, printed, _ = voxelscale("compare-readers", predictions, "Ann", "Bob")
+    assert code == 0
+    assert "only Ann accepted: 1" in printed
+    code, _, errors = voxelscale("compare-readers", predictions, "Ann", "Eve")
+    assert code == 2
+    assert "no decisions of Eve" in errors
+
+
+def test_a_case_that_cannot_be_read(scans: Path, predictions: Path, door: Door, tmp_path: Path) -> None:
+    """One line that says why, without the scan's path; the other cases are shown."""
+    here = tmp_path / "Miller^Anna"
+    shutil.copytree(scans, here)
+    image = here / "images" / "a.nii.gz"
+    image.write_bytes(image.read_bytes()[:2000])
+    app, viewer = build(shown(here, predictions, "Eve"), door)
+    client = TestClient(app, base_url=f"http://{HOST}")
+    client.get(f"/?token={door.token}")
+    answer = client.get("/api/case/0")
+    assert answer.status_code == 422
+    assert answer.json()["error"].startswith("a: ")
+    assert "Miller" not in answer.text
+    assert client.get("/api/case/1").status_code == 200
+    viewer.close()
+
+
+def test_kappa() -> None:
+    """Cohen's own kind of table: 45 and 15, 25 and 15 of 100 (observed 0.6, by chance 0.54)."""
+    counts = {"accepted": {"accepted": 45, "rejected": 15}, "rejected": {"accepted": 25, "rejected": 15}}
+    assert agreement(counts)["kappa"] == pytest.approx((0.60 - 0.54) / (1 - 0.54))
+
+
+def test_report_pages(tmp_path: Path, door: Door) -> None:
+    (tmp_path / "search.html").write_text("<p>found</p>")
+    (tmp_path / "secret.txt").write_text("secret")
+    client = TestClient(build_pages(tmp_path, door), base_url=f"http://{HOST}")
+    assert client.get("/page/0").status_code == 401
+    assert "search.html" in client.get(f"/?token={door.token}").text
+    page = client.get("/page/0")
+    assert "found" in page.text
+    assert page.headers["content-security-policy"].startswith("sandbox")
+    assert client.get("/page/1").status_code == 404
+    assert client.get("/page/..%2fsecret.txt").status_code == 404
+    (tmp_path / "search.html").unlink()
+    with pytest.raises(VoxelscaleError, match="no report page"):
+        build_pages(tmp_path, door)
+
+
+def test_errors_of_the_command(voxelscale: Command, scans: Path, predictions: Path, tmp_path: Path) -> None:
+    assert "no prediction" in voxelscale("view", tmp_path, scans)[2]
+    assert (
+        "no prediction of the case nobody" in voxelscale("view", predictions, scans, "--case", "nobody")[2]
+    )
+    assert "holds no report page" in voxelscale("view", tmp_path)[2]
+    anywhere = voxelscale("view", predictions, scans, "--host", "0.0.0.0")
+    assert anywhere[0] == 2
+    assert "name the one that others use" in anywhere[2]
+
+
+def test_loopback() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.8.8.8")))
+    assert not any(map(is_loopback, ("0.0.0.0", "192.168.1.4", "example.org", "::")))
+
+
+def test_dicom_and_privacy(door: Door, tmp_path: Path) -> None:
+    """A DICOM series of real CT: places as SimpleITK has them; nothing says who the patient is."""
+    import pydicom
+    import SimpleITK as sitk
+
+    series = SHARED / "thorax_small" / "ct-64Dicom"
+    if not series.is_dir():
+        pytest.skip("the real scans are not here")
+    for file in series.iterdir():
+        slice_ = pydicom.dcmread(file)
+        slice_.PatientName, slice_.PatientID = "Planted^Name", "PLANTED-ID"
+        (tmp_path / "Planted").mkdir(exist_ok=True)
+        slice_.save_as(tmp_path / "Planted" / file.name)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "Planted")))
+    expected = reader.Execute()
+    (source,) = DataSet(path=tmp_path / "Planted").scans
+    image = read_image(source, ReadingConfig())
+    mask = np.zeros(image.array.shape, np.uint8)
+    mask[30:33, 20:24, 40:44] = 1
+    folder = tmp_path / "predictions" / source.case
+    write_scan(Scan(mask, image.affine), folder / "mask.nii.gz")
+    found = lesions_of_mask(source.case, mask, image.grid)
+    write_findings(found, folder / "findings.csv", folder / "findings.json")
+    what = shown(tmp_path / "Planted", tmp_path / "predictions")
+    for patients in (False, True):
+        app, viewer = build(replace(what, patients=patients), door)
+        client = TestClient(app, base_url=f"http://{HOST}")
+        client.get(f"/?token={door.token}")
+        answer = client.get("/api/case/0")
+        facts = answer.json()
+        assert ("PLANTED-ID" in answer.text) is patients
+        if not patients:
+            assert "lanted" not in answer.text + client.get("/api/cases").text + client.get("/").text
+        affine = np.asarray(facts["lattice"]["affine"])
+        for voxel in ((0, 0, 0), (30, 20, 40), (78, 63, 63)):
+            x, y, z = affine[:3, :3] @ voxel + affine[:3, 3]
+            index = expected.TransformPhysicalPointToIndex((x, y, z))
+            plane = np.frombuffer(client.get(f"/api/case/0/plane/0/{voxel[0]}").content, "<i2")
+            assert plane.reshape(64, 64)[voxel[1:]] == expected.GetPixel(index)
+        assert act(client, 0, action="accept", finding="1")["marks"][0]["verdict"] == "accepted"
+        assert act(client, 0, action="finish", value=True)["finished"] is True
+        viewer.close()
+    (case,) = DataSet(path=what.folder).cases
+    assert case.case == source.case
+    np.testing.assert_array_equal(
+        read_truth(case, ReadingConfig()).array, reorient(Scan(mask, image.affine)).array
+    )
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_several_classes(door: Door, tmp_path: Path, regions: bool) -> None:
+    """Two classes, and two regions of which one holds the other: each is written with its value."""
+    classes = Classes(
+        names=("outer", "inner"),
+        values=((3, 7), (7,)) if regions else ((3,), (7,)),
+        regions=regions,
+        order=(3, 7) if regions else (),
+    )
+    written = np.zeros((12, 16, 18), np.uint8)
+    written[2:8, 2:9, 3:11], written[4:6, 4:7, 5:9], written[9:11, 10:14, 12:15] = 3, 7, 7
+    stored = classes.of_written(written)
+    scan = Scan(np.where(written > 0, 2.5, 0.1).astype(np.float32), np.diag([1.0, 1, 1, 1])[[2, 1, 0, 3]])
+    write_scan(scan, tmp_path / "scans" / "one.nii.gz")
+    folder = tmp_path / "predictions" / "one"
+    write_scan(Scan(written, scan.affine), folder / "mask.nii.gz")
+    found: list[Finding] = []
+    for name, where in classes.each(stored):
+        lesions = lesions_of_mask("one", where, scan.grid)
+        found += [replace(f, label=name, probability=0.9 - 0.1 * len(found)) for f in lesions]
+    facts = {"classes": classes.to_dict()}
+    write_findings(found, folder / "findings.csv", folder / "findings.json", facts, labelled=True)
+    app, viewer = build(shown(tmp_path / "scans", tmp_path / "predictions"), door)
+    client = TestClient(app, base_url=f"http://{HOST}")
+    client.get(f"/?token={door.token}")
+    assert client.get("/api/case/0").json()["classes"] == ["outer", "inner"]
+    for number in range(1, len(found) + 1):
+        act(client, 0, action="accept", finding=str(number))
+    np.testing.assert_array_equal(decided(client, 0, written.shape), stored)
+    act(client, 0, action="reject", finding="1")
+    expected = stored.copy()
+    expected[2:8][expected[2:8] == 1] = 0
+    expected[2:8][expected[2:8] == 3] = 2  # of regions: the inner one without the outer one
+    np.testing.assert_array_equal(decided(client, 0, written.shape), expected)
+    viewer.close()
+    mask = read_label(tmp_path / "predictions" / "readers" / READER / "one" / "mask.nii.gz").array
+    np.testing.assert_array_equal(mask, classes.written(expected))
