@@ -108,6 +108,25 @@ class Seen:
     probabilities: Iterator[tuple[str, NDArray[np.uint8]]] = field(default=iter(()), repr=False)
 
 
+def check_usable(bundle: Bundle, one: About, name: str, refuse: bool) -> list[str]:
+    """The warnings for a scan.
+
+    Args:
+        one: what the scan is.
+        name: of the scan, for a person.
+        refuse: whether it is an error where the model cannot be meant for it.
+
+    Raises:
+        VoxelscaleError: it cannot be a scan that the model is for.
+    """
+    found = against(one, bundle.trained_on, low=bundle.normalisation.low, depth=bundle.patch[0])
+    errors = [text for severity, text in found if severity == "error"]
+    if errors and refuse:
+        hint = "give a scan like the training scans, or set predict.refuse_unusable=false"
+        raise VoxelscaleError(f"{name}: not a scan for this model: {errors[0]}", hint)
+    return [text for _, text in found]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Region:
     """A case as a network takes it.
@@ -561,7 +580,8 @@ class Work:
         if self._bundle.of_ct:
             upright = reorient(images[0])
             lungs = lung_field(upright)
-            warnings += self._against(source, about(upright, lungs, source))
+            one, refuse = about(upright, lungs, source), self._config.refuse_unusable
+            warnings += check_usable(self._bundle, one, str(source.image), refuse)
             del upright
         if together is not None and together.part:
             self.predictor.assist(images, together, lungs)
@@ -616,20 +636,6 @@ class Work:
             f"{source.image}: has the {_list('channel', names)}, the model the {_list('channel', known)}",
             f"if they are the same, set reading.channels=[{', '.join(known)}]",
         )
-
-    def _against(self, source: Source, one: About) -> list[str]:
-        """The warnings for a scan.
-
-        Raises:
-            VoxelscaleError: it cannot be a scan that the model is for.
-        """
-        bundle = self._bundle
-        found = against(one, bundle.trained_on, low=bundle.normalisation.low, depth=bundle.patch[0])
-        errors = [text for severity, text in found if severity == "error"]
-        if errors and self._config.refuse_unusable:
-            hint = "give a scan like the training scans, or set predict.refuse_unusable=false"
-            raise VoxelscaleError(f"{source.image}: not a scan for this model: {errors[0]}", hint)
-        return [text for _, text in found]
 
     def _facts_of(self, case: str, seen: Seen, warnings: Sequence[str]) -> dict[str, Any]:
         """What ``findings.json`` says beside the findings (docs/measures.md, "What predict writes")."""
