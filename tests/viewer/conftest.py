@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from voxelscale.config import ReadingConfig
 from voxelscale.dataset import DataSet
-from voxelscale.findings import lesions_of_mask, write_findings
+from voxelscale.findings import Finding, components, lesions_of_mask, write_findings
 from voxelscale.formats import write_scan
 from voxelscale.geometry import Scan
 from voxelscale.viewer.app import Shown, Viewer, build
@@ -59,6 +59,16 @@ def scan_with_nodules(
     return Scan(hu, affine), Scan(mask, affine)
 
 
+def probabilities(mask: Scan, findings: Sequence[Finding]) -> NDArray[np.uint8]:
+    """Of each finding its confidence at the first voxel, falling to 0.51 at the last; 0.02 elsewhere."""
+    values = np.full(mask.array.shape, 5, np.uint8)
+    for places in components(mask.array > 0):
+        centre = mask.grid.index_to_mm(places.mean(axis=0))
+        nearest = min(findings, key=lambda f: float(np.linalg.norm(centre - [f.x, f.y, f.z])))
+        values[tuple(places.T)] = np.round(255 * np.linspace(nearest.probability, 0.51, len(places)))
+    return values
+
+
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two scans with true masks: a plain one, and an oblique, anisotropic one."""
@@ -92,6 +102,8 @@ def predictions(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cx, cy, cz = image.grid.index_to_mm((4, 30, 8))
         candidate = replace(listed[0], x=cx, y=cy, z=cz, index=(4, 30, 8), diameter_mm=6.0, probability=0.2)
         here = folder / source.case
+        if source.case == "b":
+            write_scan(Scan(probabilities(mask, listed), mask.affine), here / "probability.nii.gz")
         write_scan(mask, here / "mask.nii.gz")
         facts = {"warnings": ["a warning"], "thresholds": {"threshold": 0.5}}
         write_findings([*listed, candidate], here / "findings.csv", here / "findings.json", facts)

@@ -172,6 +172,29 @@ def test_threshold(page: Page) -> None:
     assert page.js(summary) == "5 of 5 findings · 3 of 4 lesions found · 2 false positives"
 
 
+def test_a_mask_follows_the_threshold_where_probabilities_are_known(page: Page, predictions: Path) -> None:
+    """In every plane through a finding, voxel by voxel; at the prediction's threshold it is the mask."""
+    page.open("b", "1")
+    until(lambda: page.js("return Boolean(voxelscale.probability)"))
+    kept = reorient(read_label(predictions / "b" / "probability.nii.gz")).array
+    mask = reorient(read_label(predictions / "b" / "mask.nii.gz")).array
+    voxel = [round(v) for v in page.js("return voxelscale.voxel")]
+    for threshold in (0.5, 0.62, 0.85):
+        page.js("setThreshold(arguments[0])", threshold)
+        for axis in range(3):
+            inside = page.js(
+                "const [, [rule], source] = layers().find(([,, source]) => source === 'probability');"
+                "return [...(voxelscale[source].plane(arguments[0], arguments[1]) || [])].map(rule.inside)",
+                axis,
+                voxel[axis],
+            )
+            wanted = kept.take(voxel[axis], axis) >= 255 * threshold
+            assert np.array_equal(np.reshape(inside, wanted.shape), wanted)
+            if threshold == 0.5:
+                assert np.array_equal(wanted, mask.take(voxel[axis], axis) > 0)
+    assert not page.js("return layers().find(([name]) => name === 'truth')[2]")
+
+
 def test_keys_alone(page: Page, predictions: Path) -> None:
     from selenium.webdriver.common.keys import Keys
 

@@ -31,7 +31,7 @@ SCRIPTS = ("niivue", "planes", "viewer", "findings", "drawing", "brush", "keys")
 FILES = {"viewer.css": "text/css", **{f"{name}.js": "text/javascript" for name in SCRIPTS}}
 """What is served of ``static/``, beside the page itself; nothing else is."""
 
-MASKS = ("truth", "prediction", "decided")
+MASKS = ("truth", "prediction", "probability", "decided")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,10 @@ class Shown:
     folder: Path
     reader: str
     patients: bool = False
+
+
+LEAST_SHOWN = 13
+"""Of 255: lower probabilities of voxels, which nearly all of a scan has, are not sent."""
 
 
 class Viewer:
@@ -127,6 +131,7 @@ class Viewer:
             "warnings": list(prediction.facts.get("warnings", [])),
             "findings": findings,
             "has_truth": case.truth is not None,
+            "has_probability": prediction.probability is not None,
             "lesions": lesions,
             **state_of(desk),
         }
@@ -134,8 +139,12 @@ class Viewer:
     def runs(self, number: int, what: str) -> bytes:
         """The runs of a mask, little-endian int32."""
         case = self.cases.open(number)
+        nothing = np.zeros((1, 1, 1), np.uint8)
         if what == "truth":
-            mask = case.truth.mask.array if case.truth else np.zeros((1, 1, 1), np.uint8)
+            mask = case.truth.mask.array if case.truth else nothing
+        elif what == "probability":
+            found = case.prediction.probability
+            mask = nothing if found is None else np.where(found >= LEAST_SHOWN, found, 0)
         else:
             mask = case.prediction.owners if what == "prediction" else self.desk(number).state.mask
         return runs_of(mask).astype("<i4").tobytes()

@@ -23,7 +23,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import inside_any, lies_in
 from voxelscale.evaluate.truth import Truth, findings_in, labels_in, truth_of
 from voxelscale.findings import Finding, components, lesions_of_mask, read_prediction
-from voxelscale.formats import check_same_place
+from voxelscale.formats import SAME_PLACE_MM, check_same_place, read_label
 from voxelscale.geometry import Grid, Scan, as_lps, reorient
 
 OVERVIEW_VOXELS = 3_000_000
@@ -124,13 +124,15 @@ class Case:
         classes = _classes_in(facts) or self.listed.source.classes
         mask = labels_in(folder / "mask.nii.gz", classes)
         findings = findings_in(folder / "findings.json", mask.grid, classes)
+        voxels = voxels_of(findings, mask, classes)
         return Prediction(
             findings=findings,
             facts=facts,
             classes=classes,
             grid=mask.grid,
-            voxels=voxels_of(findings, mask, classes),
+            voxels=voxels,
             stored=mask.array,
+            probability=_probability(folder, mask.grid, classes, findings, voxels),
             digest=_digest(folder / "findings.json", folder / "mask.nii.gz"),
         )
 
@@ -166,6 +168,8 @@ class Prediction:
         grid: the scan's lattice in LPS order.
         voxels: (n, 3) of each finding, indices (z, y, x) of `grid`; none of one below the threshold.
         stored: stored labels on `grid`.
+        probability: of each voxel on `grid`, in steps of 1/255, where ``predict.probabilities`` kept it for
+            the only class, and a finding's confidence is the highest of its voxels; else None.
         digest: of both files: by which a later prediction is told from this one.
     """
 
@@ -175,6 +179,7 @@ class Prediction:
     grid: Grid
     voxels: list[NDArray[np.int64]]
     stored: NDArray[Any]
+    probability: NDArray[np.uint8] | None
     digest: str
 
     @property
@@ -319,6 +324,31 @@ class _Image:
         image.header["cal_min"], image.header["cal_max"] = self.low, self.high
         content: bytes = image.to_bytes()
         return content
+
+
+def _probability(
+    folder: Path,
+    grid: Grid,
+    classes: Classes,
+    findings: Sequence[Finding],
+    voxels: Sequence[NDArray[np.int64]],
+) -> NDArray[np.uint8] | None:
+    """The only class's probability on a lattice; None where it was not kept, or confidences are no voxel's.
+
+    After calibration, or false-positive reduction, a threshold of confidences is none of voxels.
+    """
+    path = folder / "probability.nii.gz"
+    if not classes.single or not path.is_file():
+        return None
+    found = reorient(read_label(path))
+    if not found.grid.same_as(grid, SAME_PLACE_MM):
+        return None
+    values: NDArray[np.uint8] = found.array.astype(np.uint8)
+    for finding, places in zip(findings, voxels, strict=True):
+        highest = values[tuple(places.T)].max(initial=0) / 255
+        if len(places) and abs(highest - finding.probability) > 1 / 255:
+            return None
+    return values
 
 
 def _digest(*files: Path) -> str:

@@ -119,8 +119,8 @@ function drawTile(context, tile) {
     context.stroke();
   };
   const fill = Number($("fill").value);
-  for (const [layer, rules] of layers()) {
-    const values = view.on[layer] && view[layer] && view[layer].plane(axis, at);
+  for (const [layer, rules, source = layer] of layers()) {
+    const values = view.on[layer] && view[source] && view[source].plane(axis, at);
     if (!values) continue;
     if (fill > 0) paintFill(context, values, width, rules[0].inside, COLOURS[layer], fill, inVoxels);
     for (const { inside, line, dash, colour } of rules)
@@ -133,18 +133,23 @@ function drawTile(context, tile) {
   context.restore();
 }
 
-// Each layer with what of it is drawn and how; the first rule is also filled.
+// Each layer with what of it is drawn and how, and whose voxels these are; the first rule is also filled.
+// Where the voxels' probabilities are known, the prediction is what reaches the threshold.
 function layers() {
   const chosen = Number(view.selected) || 0,
     marks = view.facts.marks;
   const rejected = new Set(marks.filter((m) => m.verdict === "rejected").map((m) => Number(m.finding)));
   const visible = (v) => v !== 0 && !(v > 0 && (rejected.has(v) || !shows(String(v))));
+  const sure = { inside: (v) => v > 0 && v >= 255 * view.threshold, line: 1.5 };
+  const all = { inside: visible, line: 1.5 },
+    none = { inside: () => false, line: 1 };
   return [
     ["truth", [{ inside: (v) => v > 0, line: 1.5 }]],
+    ...(view.probability ? [["prediction", [sure], "probability"]] : []),
     [
       "prediction",
       [
-        { inside: visible, line: 1.5 },
+        view.probability ? none : all,
         { inside: (v) => v > 0 && rejected.has(v), line: 1, dash: [3, 4] },
         { inside: (v) => v === chosen && visible(v), line: 2.5 },
       ],

@@ -24,6 +24,7 @@ const view = {
   planes: null,
   truth: null,
   prediction: null,
+  probability: null,
   decided: null,
   voxel: [0, 0, 0],
   selected: "",
@@ -180,6 +181,7 @@ async function open(number, finding = "1") {
     lattice: new Lattice(facts.lattice),
     truth: null,
     prediction: null,
+    probability: null,
     decided: null,
     brush: "",
   });
@@ -192,7 +194,7 @@ async function open(number, finding = "1") {
   view.times.shown = performance.now() - began;
   $("loading").hidden = true;
   select(view.facts.findings.length ? finding : "");
-  await Promise.all(["prediction", "truth", "decided"].map(loadMask));
+  await Promise.all(["prediction", "truth", "decided", "probability"].map(loadMask));
   view.times.masks = performance.now() - began;
   view.ready = true;
   draw();
@@ -219,6 +221,7 @@ async function showSolid(overview) {
 
 async function loadMask(what) {
   if (what === "truth" && !view.facts.has_truth) return;
+  if (what === "probability" && !view.facts.has_probability) return;
   const number = view.number,
     runs = new Int32Array(await ask(`/api/case/${number}/${what}`));
   if (number !== view.number) return;
