@@ -432,6 +432,46 @@ def test_simpleitk_reads_a_class_as_it_lies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("segments", ["finding", "class"])
+@pytest.mark.parametrize("name", ["sagittal", "prone"])
+def test_dcmqi_reads_the_same(name: str, segments: str, tmp_path: Path) -> None:
+    """QIICR's own programs: voxels, places and segments of a SEG; tracking and measurements of an SR."""
+    dcmqi = pytest.importorskip("dcmqi")
+    ct_of(name, tmp_path / "ct")
+    options = ExportConfig(segments="class" if segments == "class" else "finding")
+    case = exported(tmp_path / "ct", tmp_path / "out", options=options)
+    (tmp_path / "read").mkdir()
+    words = [
+        "--inputDICOM",
+        str(case.files["seg"]),
+        "--outputDirectory",
+        str(tmp_path / "read"),
+        "-t",
+        "nrrd",
+    ]
+    assert dcmqi._program("segimage2itkimage", words) == 0
+    count = len(pydicom.dcmread(case.files["seg"]).SegmentSequence)
+    got = np.zeros(case.mask.shape, int)
+    for number in range(1, count + 1):
+        image = sitk.ReadImage(str(tmp_path / "read" / f"{number}.nrrd"))
+        index = np.argwhere(sitk.GetArrayFromImage(image) > 0)
+        points = [image.TransformIndexToPhysicalPoint(tuple(map(int, i[::-1]))) for i in index]
+        there = case.scan.grid.mm_to_index(points)
+        assert np.abs(there - np.rint(there)).max() < 0.01
+        got[tuple(np.rint(there).astype(int).T)] += 1
+    assert np.array_equal(got, (case.mask > 0).astype(int))
+    words = ["--inputDICOM", str(case.files["sr"]), "--outputMetadata", str(tmp_path / "sr.json")]
+    assert dcmqi._program("tid1500reader", words) == 0
+    groups = json.loads((tmp_path / "sr.json").read_text())["Measurements"]
+    findings = [f for f in case.findings if f.probability >= 0.5]
+    assert len(groups) == len(findings)
+    for group, finding in zip(groups, findings, strict=True):
+        measured = {m["quantity"]["CodeMeaning"]: float(m["value"]) for m in group["measurementItems"]}
+        assert measured["Volume"] == pytest.approx(finding.volume_mm3)
+        assert measured["Long Axis"] == pytest.approx(finding.axial_diameter_mm)
+        assert 1 <= group["ReferencedSegment"] <= count
+
+
+@pytest.mark.parametrize("segments", ["finding", "class"])
 def test_the_report_says_what_was_measured(segments: str, tmp_path: Path) -> None:
     ct_of("coronal", tmp_path / "ct")
     options = ExportConfig(segments="class" if segments == "class" else "finding")
