@@ -144,3 +144,10 @@ def test_a_key_under_both_names_is_refused(tmp_path: Path) -> None:
 def test_every_renamed_key_has_a_name_of_today() -> None:
     assert set(RENAMED.values()) <= set(keys())
     assert not set(RENAMED) & set(keys())
+
+
+def test_every_config_can_be_a_key_of_a_table() -> None:
+    """As results are kept by config; the keys that are tables themselves do not count."""
+    sets = ("export.codes={a: [SCT, 1, b]}", "search.space={model.depth: {int: [2, 5]}}")
+    assert hash(load(None, sets)) == hash(Config())
+    assert hash(load(None, ("train.seed=1",))) != hash(Config())

@@ -18,7 +18,7 @@ class ExportConfig(Section):
 
     segments: Literal["finding", "class"] = "finding"
     """Segments of a SEG and regions of an RTSTRUCT: one a finding, or one a class."""
-    codes: dict[str, Any] = field(default_factory=dict)
+    codes: dict[str, Any] = field(default_factory=dict, hash=False)
     """Codes of classes, as {vessel: [SCT, 59820001, Blood vessel]}: scheme, value, meaning. Without one a
     class that is named as a DICOM concept (nodule, liver, ...) has that one's, any other a lesion's."""
     patient_names: bool = False
