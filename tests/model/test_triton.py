@@ -28,7 +28,10 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 NAMES = ("voxelscale.model.fast.triton_norm", "voxelscale.model.fast.triton_pool")
 
 
-@pytest.mark.parametrize("part", ["network", "pool and not network", "not pool and not network"])
+REST = pytest.param("not pool and not network", marks=pytest.mark.slow)  # over a minute
+
+
+@pytest.mark.parametrize("part", ["network", "pool and not network", REST])
 def test_in_the_interpreter(part: str) -> None:
     """`interpreted_kernels.py` in a process of its own: other tests must not run in the interpreter."""
     pytest.importorskip("triton", reason="Triton is not installed (it is on Linux on x86-64 only)")
