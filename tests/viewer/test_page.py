@@ -48,6 +48,16 @@ class Page:
         """Wait until all that was asked for has been answered."""
         self.driver.execute_async_script("voxelscale.queue.then(arguments[0])")
 
+    def steady(self) -> None:
+        """Wait until the planes have kept their places for ten frames: a busy machine draws late."""
+        self.driver.execute_async_script(
+            "const done = arguments[0]; let before = '', same = 0;"
+            "const look = () => {"
+            "  const now = JSON.stringify([voxelscale.tiles, $('drawn').getBoundingClientRect()]);"
+            "  same = now === before ? same + 1 : 0; before = now;"
+            "  same >= 10 ? done() : requestAnimationFrame(look); }; look()"
+        )
+
     def mask(self) -> Any:
         """The reader's mask (z, y, x) as the page has it."""
         shape, runs = self.js(
@@ -251,30 +261,22 @@ def test_brush_strokes_survive_a_reload(page: Page, predictions: Path, axis: int
     page.js("document.getElementById('brush-size').value = 3; setBrush('paint')")
     page.settled()
     before = page.mask() if not before.any() else before
-
-    def stroke() -> Any:
-        """Five voxels along the columns of the plane, through a free place; the mask if it has changed.
-
-        On a busy machine the browser may move the planes meanwhile, or lose the mouse.
-        """
-        from_to = page.js(
-            "const axis = arguments[0], tile = voxelscale.tiles.find((t) => t.axis === axis);"
-            "const s = $('drawn'), box = s.getBoundingClientRect(), scale = s.width / box.width;"
-            "return [[12, 20], [12, 24]].map((p) => toPixel(tile, p).map((v) => v / scale))",
-            axis,
-        )
-        drawn = page.driver.find_element(By.ID, "drawn")
-        size = drawn.size
-        (ax, ay), (bx, by) = [[x - size["width"] / 2, y - size["height"] / 2] for x, y in from_to]
-        chain = ActionChains(page.driver, duration=20)
-        chain.move_to_element_with_offset(drawn, round(ax), round(ay)).click_and_hold()
-        chain.move_to_element_with_offset(drawn, round(bx), round(by)).release().perform()
-        page.settled()
-        assert page.js("return $('said').className") == ""
-        now = page.mask()
-        return None if np.array_equal(now, before) else (now,)
-
-    (painted,) = until(stroke)
+    # Five voxels along the columns of the plane, through a free place.
+    page.steady()
+    from_to = page.js(
+        "const axis = arguments[0], tile = voxelscale.tiles.find((t) => t.axis === axis), s = $('drawn');"
+        "const box = s.getBoundingClientRect(), scale = s.width / box.width;"
+        "return [[12, 20], [12, 24]].map((p) => toPixel(tile, p).map((v) => v / scale))",
+        axis,
+    )
+    drawn = page.driver.find_element(By.ID, "drawn")
+    size = drawn.size
+    (ax, ay), (bx, by) = [[x - size["width"] / 2, y - size["height"] / 2] for x, y in from_to]
+    chain = ActionChains(page.driver, duration=20).move_to_element_with_offset(drawn, round(ax), round(ay))
+    chain.click_and_hold().move_to_element_with_offset(drawn, round(bx), round(by)).release().perform()
+    page.settled()
+    assert page.js("return $('said').className") == ""
+    painted = page.mask()
     at = page.js("return Math.round(voxelscale.voxel[arguments[0]])", axis)
     new = np.argwhere((painted > 0) & (before == 0))
     assert set(new[:, axis]) <= {at}

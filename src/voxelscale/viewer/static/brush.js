@@ -81,7 +81,12 @@ function buildPointer() {
   });
   canvas.addEventListener(
     "pointermove",
-    (event) => view.stroke && strokeTo(view.stroke.tile, ...pixelOf(event)),
+    (event) => {
+      if (!view.stroke) return;
+      // Where the plane lies now: the window may have changed since the stroke began.
+      const tile = view.tiles.find((t) => t.axis === view.stroke.tile.axis) || view.stroke.tile;
+      strokeTo(tile, ...pixelOf(event));
+    },
   );
   for (const name of ["pointerup", "pointercancel"])
     canvas.addEventListener(name, () => {
