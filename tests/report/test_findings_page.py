@@ -110,7 +110,7 @@ def test_what_the_report_of_an_evaluation_says(
     assert all(p["interval"][0] <= p["sensitivity"] <= p["interval"][1] for p in points)
     path = predicted / "evaluation.json"
     kept = json.loads(path.read_text())
-    kept["coverage"]["missing"] = ["case-<1>"]
+    kept["coverage"]["missing"] = [f"case-<{n}>" for n in range(1, 13)]
     path.write_text(json.dumps(kept))
     out = tmp_path / "report.html"
     assert voxelscale("report", predicted, scans, "--out", out)[0] == 0
@@ -122,7 +122,9 @@ def test_what_the_report_of_an_evaluation_says(
     assert "Most confident false positive: 0.540<small>phantom_0004" in html
     assert len(page.all("circle", "mark")) == 4 * 2
     assert html.count("<b>false positive</b>") == 5
-    assert "Have no prediction, and are not in the figures: 1 case" in html
+    assert "Have no prediction, and are not in the figures: 12 cases" in html
+    folded = html.split("<summary>and 7 more</summary>")[1].split("</details>")[0]
+    assert [f"case-&lt;{n}&gt;" in folded for n in range(1, 13)] == [False] * 5 + [True] * 7
     assert "case-&lt;1&gt;" in html
     assert ">95 % interval</text>" in html
     for said in (f"voxelscale {__version__}", "level -600 HU, width 1500 HU", "model 0123456789abcdef"):

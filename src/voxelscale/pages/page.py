@@ -160,10 +160,18 @@ def cards(facts: Sequence[tuple[str, str, str]]) -> str:
     return f'<div class="cards">{body}</div>'
 
 
+MOST_NOTES = 5
+"""Lines of a block that are shown at once."""
+
+
 def notes(title: str, lines: Sequence[str], style: str = "") -> str:
-    """A block that stands out with lines of plain text; "" where there are none."""
+    """A block that stands out with lines of plain text, many of them folded; "" where there are none."""
     if not lines:
         return ""
     colour = f' style="border-color:{style}"' if style else ""
-    body = "".join(f"<div>{escape(line)}</div>" for line in lines)
+    each = [f"<div>{escape(line)}</div>" for line in lines]
+    shown = len(each) if len(each) <= MOST_NOTES + 1 else MOST_NOTES
+    body, rest = "".join(each[:shown]), "".join(each[shown:])
+    if rest:
+        body += f"<details><summary>and {len(each) - shown} more</summary>{rest}</details>"
     return f'<div class="warn"{colour}><b>{escape(title)}</b>{body}</div>'
