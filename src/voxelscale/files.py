@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -87,6 +88,20 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which then takes the place of `folder`: what is there is always whole.
+
+    An old one goes first. After an error the part stays until the next attempt.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    for old in (part, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    os.replace(part, folder)
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:

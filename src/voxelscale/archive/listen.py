@@ -30,7 +30,7 @@ from voxelscale.archive.troubles import AwayError, UntrueError
 from voxelscale.console import notice, warn
 from voxelscale.dataset.names import Names
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import check_output
+from voxelscale.files import check_output, whole_folder
 
 LONGEST_REASON = 300
 """Characters of a reason in the ledger."""
@@ -219,24 +219,16 @@ class Listener:
         if reason := against(self.settings.rules, self.scans.describe(entry), row.instances):
             notice(f"{row.name}: skipped: {reason}", level=2)
             return self.ledger.move(row, "skipped", self.clock.now(), reason)
-        part, place = self._place(row, "scan.part"), self._place(row, "scan")
-        for old in (part, place):
-            shutil.rmtree(old, ignore_errors=True)
-        part.mkdir(parents=True)
-        patient = self.scans.fetch(entry, part)
-        os.replace(part, place)
+        with whole_folder(self._place(row, "scan")) as part:
+            patient = self.scans.fetch(entry, part)
         return self.ledger.move(row, "fetched", self.clock.now(), patient=self.names.patient(patient))
 
     def _predict(self, row: Row) -> Row:
-        part, place = self._place(row, "results.part"), self._place(row, "results")
-        for old in (part, place):
-            shutil.rmtree(old, ignore_errors=True)
         patient = self._patient(row)
         if patient is None:
             return self._again(row)
-        part.mkdir(parents=True)
-        check_results(self.answer(self._place(row, "scan"), part), self._entry(row), patient)
-        os.replace(part, place)
+        with whole_folder(self._place(row, "results")) as part:
+            check_results(self.answer(self._place(row, "scan"), part), self._entry(row), patient)
         return self.ledger.move(row, "predicted", self.clock.now())
 
     def _send(self, row: Row) -> Row:

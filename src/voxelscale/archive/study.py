@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from voxelscale.archive.troubles import UntrueError
 from voxelscale.console import notice
 from voxelscale.dataset.names import Names
 from voxelscale.errors import VoxelscaleError
+from voxelscale.files import whole_folder
 
 SCANS = "scans"
 """Folder of the fetched series in that of the predictions."""
@@ -71,12 +70,8 @@ def fetch_study(web: DicomWeb, study: str, series: str, out: Path, names: Names)
 def _fetch(web: DicomWeb, entry: Entry, folder: Path) -> None:
     if folder.is_dir() and len(list(folder.glob("*.dcm"))) == entry.instances:
         return
-    part = folder.with_name(f".{folder.name}.part")
-    for old in (part, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    part.mkdir(parents=True)
-    web.fetch(entry, part)
-    os.replace(part, folder)
+    with whole_folder(folder) as part:
+        web.fetch(entry, part)
     notice(f"{folder.name}: {entry.instances} instances fetched")
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import numpy as np
 from voxelscale.config import Config
 from voxelscale.console import count, notice
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import write_atomic
+from voxelscale.files import whole_folder, write_atomic
 from voxelscale.ranks.place import fill
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def evaluate_folds(store: Path, data: DataSet, out: Path) -> tuple[dict[str, Any
     from voxelscale.store import open_store
 
     each = {fold: _unseen(store, data, fold) for fold in range(len(open_store(store).folds))}
-    with _replaced(out / PREDICTIONS) as together:
+    with whole_folder(out / PREDICTIONS) as together:
         record_cases(together, [source.case for sources in each.values() for source in sources])
         data.names.keep_in(together)
         for fold, sources in each.items():
@@ -140,14 +139,3 @@ def _unseen(store: Path, data: DataSet, fold: int) -> list[Source]:
 
 def _predictions(out: Path, fold: int) -> Path:
     return out / f"fold_{fold}" / PREDICTIONS
-
-
-@contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of the old one when it is whole."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    yield part
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
