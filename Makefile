@@ -5,9 +5,8 @@ RUN := $(VENV)/bin
 
 .PHONY: install quickstart demo-hospital test test-slow lint clean
 
+# Without compiling: Python compiles what it imports, and most of what is installed is never imported.
 PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
-
-# What runs Voxelscale. Python compiles what it imports: to compile all that is installed takes longer.
 
 install: $(VENV)/installed
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,7 @@ class Model:
         """(z, y, x) mm that scans are resampled to."""
         return self._bundle.spacing
 
-    @cached_property
+    @property
     def config(self) -> Config:
         """Of its training, with the settings of prediction."""
         return self._bundle.config

@@ -96,7 +96,6 @@ def predict(
     if out is None:
         raise VoxelscaleError("predict: missing argument OUT", "voxelscale predict MODEL SCANS OUT")
     check_output(out)
-    from voxelscale.archive.study import fetch_study, send_results
     from voxelscale.dataset.names_table import write_names
     from voxelscale.model.bundle import read_bundle
     from voxelscale.predict.predict import predict as run_predict
@@ -109,6 +108,8 @@ def predict(
     settings = read_config(config, set_, bundle.config)
     kinds, fetched = _kinds(dicom_out), None
     if archive is not None:
+        from voxelscale.archive.study import fetch_study
+
         names = data_set(out, settings, keys=out).names
         fetched = fetch_study(archive, study or "", series or "", out, names)
         scans = fetched.folder
@@ -144,6 +145,8 @@ def predict(
         failed, files = _export(out, done, out, kinds, settings)
         code = max(code, failed)
         if send and archive is not None and fetched is not None:
+            from voxelscale.archive.study import send_results
+
             by_series = {s.series: files[s.case] for s in done if s.case in files}
             sent = send_results(archive, fetched, by_series)
             print(f"{count(sent, 'result')} sent to the archive")

@@ -1,9 +1,9 @@
 """One training of many: in processes of its own, watched through what it writes.
 
-A search and a scaling study train through `train_once` and know nothing else of a
-training. The config is frozen into a file before the training starts, its validations come back through
-``metrics.jsonl``, and a file asks all its ranks to save and stop together. A function of the same
-signature (`TrainOnce`) can take its place, as in tests.
+A search and a scaling study train through `train_once` and know nothing else of a training. The config is
+frozen into a file before the training starts, its validations come back through ``metrics.jsonl``, and a
+file asks all its ranks to save and stop together. A function of the same signature (`TrainOnce`) can take
+its place, as in tests.
 """
 
 from __future__ import annotations
