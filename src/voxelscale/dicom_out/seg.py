@@ -60,6 +60,31 @@ def _stand_in(original: Original, place: int) -> str:
     return uid_of("stand-in", original.series, place)
 
 
+def made_by(original: Original, algorithm: Algorithm, what: str, **numbers: int) -> dict[str, Any]:
+    """What highdicom's objects have in common: by whom and when they were made.
+
+    The UIDs stand for those that `objects.finished` puts.
+
+    Args:
+        what: the object is, in its series' description.
+        numbers: of the series and the instance.
+    """
+    return {
+        "series_instance_uid": PLACEHOLDER,
+        "sop_instance_uid": PLACEHOLDER,
+        "manufacturer": MANUFACTURER,
+        "manufacturer_model_name": MANUFACTURER,
+        "software_versions": algorithm.version,
+        "device_serial_number": algorithm.serial_number,
+        "series_description": f"{RESEARCH}: {MANUFACTURER} {what}",
+        "content_date": original.date,
+        "content_time": original.time,
+        "series_date": original.date,
+        "series_time": original.time,
+        **numbers,
+    }
+
+
 def belong(dataset: Any, original: Original) -> None:
     """Say whose an object is, and of which study."""
     dataset.SpecificCharacterSet = "ISO_IR 192"
@@ -156,14 +181,6 @@ def segmentation(
         pixel_array=_pixels(segments, places, original, fractional=fractional),
         segmentation_type=kind,
         segment_descriptions=[_description(n, s, algorithm) for n, s in enumerate(segments, start=1)],
-        series_instance_uid=PLACEHOLDER,
-        series_number=SERIES_NUMBER[kind],
-        sop_instance_uid=PLACEHOLDER,
-        instance_number=instance,
-        manufacturer=MANUFACTURER,
-        manufacturer_model_name=MANUFACTURER,
-        software_versions=algorithm.version,
-        device_serial_number=algorithm.serial_number,
         fractional_type="PROBABILITY",
         max_fractional_value=STEPS,
         plane_positions=[
@@ -175,11 +192,7 @@ def segmentation(
         content_label="PROBABILITY" if fractional else "FINDINGS",
         content_description=f"{RESEARCH}: {what} by {MANUFACTURER}",
         content_creator_name=f"{MANUFACTURER}^",
-        series_description=f"{RESEARCH}: {MANUFACTURER} {what}",
-        content_date=original.date,
-        content_time=original.time,
-        series_date=original.date,
-        series_time=original.time,
+        **made_by(original, algorithm, what, series_number=SERIES_NUMBER[kind], instance_number=instance),
     )
     belong(dataset, original)
     refer(dataset, original)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from voxelscale.dicom_out.codes import LUNG, Concept, Triplet, coded
-from voxelscale.dicom_out.objects import MANUFACTURER, PLACEHOLDER, RESEARCH, Algorithm, uid_of
+from voxelscale.dicom_out.objects import MANUFACTURER, Algorithm, uid_of
 from voxelscale.dicom_out.original import Original
-from voxelscale.dicom_out.seg import belong, refer, sources_of
+from voxelscale.dicom_out.seg import belong, made_by, refer, sources_of
 from voxelscale.findings import Finding
 from voxelscale.findings.calipers import Ends
 
@@ -70,22 +70,10 @@ def report(
     dataset = hd.sr.Comprehensive3DSR(
         evidence=[*sources_of(original), *shown.values()],
         content=content,
-        series_instance_uid=PLACEHOLDER,
-        series_number=SERIES_NUMBER,
-        sop_instance_uid=PLACEHOLDER,
-        instance_number=1,
-        manufacturer=MANUFACTURER,
         is_complete=True,
         is_final=False,
         is_verified=False,
-        manufacturer_model_name=MANUFACTURER,
-        software_versions=algorithm.version,
-        device_serial_number=algorithm.serial_number,
-        series_description=f"{RESEARCH}: {MANUFACTURER} measurements",
-        content_date=original.date,
-        content_time=original.time,
-        series_date=original.date,
-        series_time=original.time,
+        **made_by(original, algorithm, "measurements", series_number=SERIES_NUMBER, instance_number=1),
     )
     belong(dataset, original)
     refer(dataset, original)
