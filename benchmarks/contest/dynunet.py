@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from .data import Case
 from .nnunet import plan_of
 from .nnunet import prepare as prepare_nnunet
-from .protocol import Course, EndedEarly, Job, Place, Trained, set_seeds
+from .protocol import Course, Job, Place, Trained, set_seeds
 
 RATE, MOMENTUM, DECAY = 0.01, 0.99, 3e-5
 MOST_FILTERS = 320
@@ -86,8 +86,7 @@ def train(job: Job, place: Place, course: Course) -> Trained:
         torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
         optimiser.step()
         course.tick()
-    if course.used > course.seconds:
-        raise EndedEarly
+    course.finish()
     network.eval()
     look = mt.Compose(loading(["image"]))
 

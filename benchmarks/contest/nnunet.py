@@ -1,8 +1,8 @@
 """nnU-Net's own planner, preprocessor, trainer and predictor.
 
 Two things are changed. The schedule is fitted to the number of updates, step by step, and there are no
-validations meanwhile. And there may be bfloat16, which
-nnU-Net has not on processors: the forward pass under autocast, as its own on GPUs is.
+validations meanwhile. And there may be bfloat16, which nnU-Net has not on processors: the forward pass
+under autocast, as its own on GPUs is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from .data import Case
-from .protocol import Course, EndedEarly, Job, Place, Trained, set_seeds
+from .protocol import Course, Job, Place, Trained, set_seeds
 
 NAME = "Dataset001_Contest"
 TARGETS = {"default": 8.0, "small": 0.25}
@@ -119,8 +119,7 @@ def train(job: Job, place: Place, course: Course) -> Trained:
             group["lr"] = trainer.initial_lr * course.decay
         trainer.train_step(next(trainer.dataloader_train))
         course.tick()
-    if course.used > course.seconds:
-        raise EndedEarly
+    course.finish()
     return Trained(
         batch=trainer.batch_size,
         predict=_Predictor(trainer),

@@ -27,7 +27,7 @@ from voxelscale.train.plan import report_plan
 
 from .data import Case
 from .nnunet import write_raw
-from .protocol import Course, EndedEarly, Job, Place, Trained
+from .protocol import Course, Job, Place, Trained
 
 FIXED = (
     "train.ranks=1",
@@ -65,8 +65,7 @@ def train(job: Job, place: Place, course: Course) -> Trained:
     run = place.own / "run"
     shutil.rmtree(run, ignore_errors=True)
     _timed(config, store, run, course)
-    if course.used > course.seconds:
-        raise EndedEarly
+    course.finish()
     bundle = read_bundle(run)
     shutil.rmtree(run / "checkpoints")
     predictor = Predictor(bundle, bundle.config.predict, torch.device("cpu"))

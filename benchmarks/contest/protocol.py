@@ -123,6 +123,11 @@ class Course:
         """An update has ended."""
         self.ticks.append(time.process_time())
 
+    def finish(self) -> None:
+        """Raise an EndedEarly where the seconds ended it."""
+        if self.used > self.seconds:
+            raise EndedEarly
+
 
 def has_bf16() -> bool:
     """Whether the processor computes in bfloat16."""
