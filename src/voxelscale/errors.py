@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+HOSPITAL_EXTRA = "pip install 'voxelscale[hospital]'"
+"""Hint where a package of the extra is missing: DICOM out, archives, the viewer."""
+
 
 class VoxelscaleError(Exception):
     """Something about the input or the environment is wrong, and a person can fix it.

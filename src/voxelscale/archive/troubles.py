@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
-from voxelscale.errors import VoxelscaleError
+from voxelscale.errors import HOSPITAL_EXTRA, VoxelscaleError
 
 
 class AwayError(VoxelscaleError):
@@ -18,7 +18,7 @@ class UntrueError(VoxelscaleError):
 
 def missing_extra(package: str) -> VoxelscaleError:
     """A package of the extra is not installed."""
-    return VoxelscaleError(f"the package {package} is not installed", "pip install 'voxelscale[hospital]'")
+    return VoxelscaleError(f"the package {package} is not installed", HOSPITAL_EXTRA)
 
 
 def quiet_libraries() -> None:

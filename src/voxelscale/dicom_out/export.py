@@ -30,7 +30,7 @@ from voxelscale.dicom_out.segments import (
     whole_classes,
     with_probabilities,
 )
-from voxelscale.errors import VoxelscaleError
+from voxelscale.errors import HOSPITAL_EXTRA, VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.findings import Finding, read_prediction
 from voxelscale.formats import SAME_PLACE_MM, read_label
@@ -47,7 +47,6 @@ ALL_KINDS = (*KINDS, "page")
 MOST_NAMED = 10
 """Classes that a message names at most."""
 
-INSTALL = "pip install 'voxelscale[hospital]'"
 AGAIN = "run voxelscale predict again"
 
 
@@ -241,7 +240,9 @@ def check_installed() -> None:
     try:
         import highdicom  # noqa: F401
     except ImportError:
-        raise VoxelscaleError("DICOM is written by highdicom, which is not installed", INSTALL) from None
+        raise VoxelscaleError(
+            "DICOM is written by highdicom, which is not installed", HOSPITAL_EXTRA
+        ) from None
 
 
 def read_predicted(

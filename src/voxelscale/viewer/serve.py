@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from voxelscale.console import notice, warn
-from voxelscale.errors import VoxelscaleError
+from voxelscale.errors import HOSPITAL_EXTRA, VoxelscaleError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -26,7 +26,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 def needs_server() -> None:
     """Raise a VoxelscaleError where Starlette or uvicorn is missing."""
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
-        raise VoxelscaleError(f"{missing[0]} is not installed", "pip install 'voxelscale[hospital]'")
+        raise VoxelscaleError(f"{missing[0]} is not installed", HOSPITAL_EXTRA)
 
 
 def listening(host: str, port: int) -> socket.socket:
