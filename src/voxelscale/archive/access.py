@@ -61,8 +61,9 @@ class Access:
             warn(f"{parts.hostname}: the credentials are sent without encryption; use https")
 
     def secrets(self) -> Mapping[str, str]:
-        """``user`` and ``password``, or ``token``; nothing where nobody asks for them. Read anew each time,
-        because tokens expire.
+        """``user`` and ``password``, or ``token``; nothing where nobody asks for them.
+
+        Read again each time, because tokens expire.
 
         Raises:
             VoxelscaleError: the file is missing or holds something else.
