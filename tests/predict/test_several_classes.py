@@ -396,7 +396,7 @@ def test_what_is_small_or_not_the_largest_leaves_mask_and_findings_of_its_class(
     """Components of 144, 64 and 1 voxel and a candidate; the first may be too far from the lungs."""
     classes, shape = KINDS[kind], (12, 30, 30)
     affine = affine_from_itk((0, 0, 0), (1, 1, 1), np.eye(3))
-    boxes = {144: np.s_[2:6, 2:8, 2:8], 64: np.s_[4:8, 15:19, 15:19], 1: np.s_[9, 20, 25]}
+    boxes: dict[int, Any] = {144: np.s_[2:6, 2:8, 2:8], 64: np.s_[4:8, 15:19, 15:19], 1: np.s_[9, 20, 25]}
     dense = np.zeros((2, *shape), np.float32)
     for box in boxes.values():
         dense[0][box] = 0.9
@@ -406,7 +406,7 @@ def test_what_is_small_or_not_the_largest_leaves_mask_and_findings_of_its_class(
     maps = dense if kind == "regions" else np.concatenate([1 - dense.max(0, keepdims=True), dense])
     found = dense[0] if single else stacked(maps, classes, affine)
 
-    def left(**rules: Any) -> tuple[list[float], list[int], list[int]]:
+    def left(**rules: Any) -> tuple[list[int], list[int], list[int]]:
         config = PredictConfig(candidates=0.2, min_volume_mm3=0, **rules)
         findings, stored = found_by(
             config, "x", classes, found, Grid(shape, affine), keep=lambda v: near or v[:, 1].min() > 8

@@ -170,6 +170,7 @@ def cv(
     scans: Annotated[Path, typer.Argument(help="Data set that the store was prepared from.")],
     out: Annotated[Path, typer.Argument(help="Folder of the study; an unfinished study is resumed.")],
     folds: Annotated[str | None, typer.Option(help="Only these folds, such as 0,1; default: all.")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Folds at a time; 0: as many as there are GPUs.")] = 0,
     layout: Layout = "auto",
     config: ConfigFile = None,
     set_: Sets = None,
@@ -179,16 +180,20 @@ def cv(
     \b
     voxelscale prepare scans/ store/ --set prepare.folds=5
     voxelscale cv store/ scans/ cv/ --config store/plan.yaml
+    voxelscale cv store/ scans/ cv/ --jobs 2                 two folds at a time
     voxelscale cv store/ scans/ cv/ --folds 2                only fold 2, as in a job of its own
+    sbatch examples/slurm/folds.sh store/ scans/ cv/         each fold a job
 
-    Trains OUT/fold_0/run and so on, and predicts each fold's validation scans. When all folds are there,
-    their predictions are put together in OUT/predictions and evaluated as one: Dice with intervals, FROC
-    and CPM over all scans, each predicted by a model that was not trained on it. With
+    Trains OUT/fold_0/run and so on, and predicts each fold's validation scans. With several GPUs each fold
+    has its own (train.ranks of them); --jobs 1 trains one fold at a time on all. When all folds are there,
+    their predictions are put together in OUT/predictions and evaluated as one: Dice of each class with
+    intervals, FROC and CPM over all scans, each predicted by a model that was not trained on it. With
     train.validate_every=0 the last model of a fold counts; otherwise that of its best validation, which
     the same scans chose. Ctrl-C saves; the same command resumes. Writes cv.json and evaluation/.
     """
     check_output(out)
     from voxelscale.evaluate.text import text_summary
+    from voxelscale.experiments.at_once import jobs_for, run_at_once
     from voxelscale.experiments.folds import evaluate_folds, missing_folds, run_folds
     from voxelscale.store import open_store
 
@@ -197,7 +202,13 @@ def cv(
     wanted = _numbers(folds) if folds is not None else range(len(open_store(store).folds))
     if not wanted:
         raise VoxelscaleError(f"{store}: has no folds", "prepare with prepare.folds=5")
-    if not run_folds(settings, store, data, out, wanted):
+    jobs = min(jobs or jobs_for(settings, len(wanted)), len(wanted))
+    done = (
+        run_at_once(settings, store, data, out, wanted, jobs)
+        if jobs > 1
+        else run_folds(settings, store, data, out, wanted)
+    )
+    if not done:
         notice("stopped and saved; the same command resumes")
         return 130
     if missing := missing_folds(store, data, out):
