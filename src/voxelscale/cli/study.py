@@ -1,4 +1,4 @@
-"""Commands that run many trainings: search, scale, cv."""
+"""Commands that run many trainings, or choose among them: search, scale, cv, best."""
 
 from __future__ import annotations
 
@@ -221,6 +221,47 @@ def cv(
     print("\n".join(text_summary(summary)))
     print(f"predictions of all folds in {out / 'predictions'}")
     return print_failed(rows_of(summary), "evaluated")
+
+
+@verb("Studies")
+def best(
+    studies: Annotated[list[Path], typer.Argument(help="Folders that voxelscale cv wrote, one or more.")],
+    scans: Annotated[Path, typer.Argument(help="Data set with the true masks.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    metric: Annotated[str, typer.Option(help="What is compared and tuned: dice or cpm.")] = "dice",
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of the bootstrap.")] = 0,
+    layout: Layout = "auto",
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> None:
+    """Choose the best of cross-validated configurations, and find its settings.
+
+    \b
+    voxelscale cv store/ scans/ small/ --set predict.probabilities=true
+    voxelscale cv store/ scans/ large/ --set predict.probabilities=true --set model.filters=32
+    voxelscale best small/ large/ scans/ best/
+    voxelscale predict best/model.vxs new_scans/ predictions/
+
+    Compares the configurations, and the average of each two, on what their folds predicted of unseen scans:
+    mean Dice, CPM and sensitivity at 1 false positive per scan, with 95 % intervals and p-values by paired
+    bootstrap over patients. The single one with the highest mean Dice (--metric cpm: CPM) is chosen; an
+    average instead only where it is better with p < 0.05. Then looks for the threshold, the smallest
+    component, and the classes of which only the largest component stays, and says what they give on folds
+    that did not choose them. Writes OUT/model.vxs with all folds' networks and these settings, best.json
+    and best.html. Averages and thresholds need probabilities.
+    """
+    check_output(out)
+    from voxelscale.experiments.best.best import best as run_best
+    from voxelscale.experiments.best.figures import METRICS
+    from voxelscale.experiments.best.page import text
+
+    if metric not in METRICS:
+        raise VoxelscaleError(f"--metric {metric}: no such metric", f"choose {' or '.join(METRICS)}")
+    data = data_set(scans, read_config(config, set_), layout)
+    result = run_best(studies, data, out, "cpm" if metric == "cpm" else "dice", seed)
+    print("\n".join(text(result)))
+    print(f"model of {count(result['networks'], 'network')} in {out / 'model.vxs'}")
+    print(f"report in {out / 'best.html'}")
 
 
 def _numbers(text: str) -> list[int]:

@@ -21,8 +21,13 @@ MOST_KEPT = 255
 """What a probability of 1 is kept as."""
 
 
+MOST_REMEMBERED = 2**30
+"""Bytes of a case's probabilities that stay in memory, for all rules that are tried; of more only one
+class's."""
+
+
 class KeptMaps:
-    """Probabilities of all classes on a scan's own voxels; of one output at a time in memory.
+    """Probabilities of all classes on a scan's own voxels; one output at a time.
 
     Args:
         classes: what the outputs are; of those that exclude each other output 0 is the background.
@@ -78,13 +83,24 @@ def read_kept(folder: Path, classes: Classes, image: Path, scan: Scan) -> KeptMa
         VoxelscaleError: when they are asked for: a file is missing, damaged or of another scan.
     """
 
+    known: dict[int, NDArray[Any]] = {}
+    remember = scan.array.size * len(classes.names) <= MOST_REMEMBERED
+
     def of_class(at: int) -> NDArray[np.float32]:
+        if at not in known:
+            values = read(at)
+            if not remember:
+                known.clear()
+            known[at] = values
+        return np.asarray(known[at] / np.float32(MOST_KEPT), np.float32)
+
+    def read(at: int) -> NDArray[Any]:
         path = folder / probability_file(classes, classes.names[at])
         kept = reorient(read_label(path))
         check_same_place(path, kept, image, scan)
         if kept.array.max(initial=0) > MOST_KEPT:
             raise VoxelscaleError(f"{path}: no probabilities", "run voxelscale predict again")
-        return kept.array.astype(np.float32) / MOST_KEPT
+        return kept.array
 
     return KeptMaps(classes, scan.grid, of_class)
 
