@@ -342,7 +342,7 @@ def test_what_only_fits_the_cases_that_chose_it_is_not_kept(
     assert code == 0, errors
     tuning = read(tmp_path / "best")["tuning"]
     assert tuning["found"]
-    assert tuning["after_on_the_same_cases"] > tuning["before"] > tuning["after_on_left_out_folds"]
+    assert tuning["after_on_the_same_cases"] > tuning["before"] >= tuning["after_on_left_out_folds"]
     assert not tuning["kept"]
     assert "the settings stay as they were" in text
     predict = read_bundle(tmp_path / "best" / "model.vxs").config.predict

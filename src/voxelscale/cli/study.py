@@ -194,8 +194,9 @@ def cv(
     check_output(out)
     from voxelscale.evaluate.text import text_summary
     from voxelscale.experiments.at_once import jobs_for, run_at_once
-    from voxelscale.experiments.folds import evaluate_folds, missing_folds, run_folds
+    from voxelscale.experiments.folds import evaluate_folds, missing_folds, run_folds, tell
     from voxelscale.store import open_store
+    from voxelscale.train.track import tracked_study
 
     settings = read_config(config, set_)
     data = data_set(scans, settings, layout, keys=store)
@@ -203,18 +204,21 @@ def cv(
     if not wanted:
         raise VoxelscaleError(f"{store}: has no folds", "prepare with prepare.folds=5")
     jobs = min(jobs or jobs_for(settings, len(wanted)), len(wanted))
-    done = (
-        run_at_once(settings, store, data, out, wanted, jobs)
-        if jobs > 1
-        else run_folds(settings, store, data, out, wanted)
-    )
-    if not done:
-        notice("stopped and saved; the same command resumes")
-        return 130
-    if missing := missing_folds(store, data, out):
-        print(f"{count(len(missing), 'fold')} to go: {', '.join(map(str, missing))}")
-        return 0
-    summary, rows = evaluate_folds(store, data, out)
+    with tracked_study(settings, out, ["cv.json"]) as tracking:
+        done = (
+            run_at_once(settings, store, data, out, wanted, jobs)
+            if jobs > 1
+            else run_folds(settings, store, data, out, wanted)
+        )
+        if not done:
+            notice("stopped and saved; the same command resumes")
+            return 130
+        if missing := missing_folds(store, data, out):
+            print(f"{count(len(missing), 'fold')} to go: {', '.join(map(str, missing))}")
+            return 0
+        summary, rows = evaluate_folds(store, data, out)
+        if tracking:
+            tell(tracking, rows, summary)
     for row in rows:
         dice = "no Dice, as all masks are empty" if row["dice"] is None else f"Dice {row['dice']:.3f}"
         print(f"fold {row['fold']}: {count(row['cases'], 'case')}, {dice}")

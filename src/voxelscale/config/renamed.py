@@ -43,6 +43,8 @@ ADDED: dict[str, object] = {
     "train.cuda_graph": None,
     "train.deterministic": False,
     "predict.probabilities": False,
+    "train.track": (),
+    "train.track_to": "",
     "predict.smallest_mm3": {},
     "predict.largest_only": (),
     "export.segments": "finding",

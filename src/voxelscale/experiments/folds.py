@@ -19,6 +19,7 @@ from voxelscale.console import count, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import whole_folder, write_atomic
 from voxelscale.ranks.place import fill
+from voxelscale.train.track import Tracking
 
 if TYPE_CHECKING:
     from voxelscale.dataset import DataSet
@@ -135,6 +136,23 @@ def _pooled(summary: Mapping[str, Any]) -> dict[str, Any]:
     if "classes" in summary:
         return {"classes": classes, "mean_dice": summary["mean_dice"]}
     return classes[""]
+
+
+def tell(tracking: Tracking, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+    """Tell the trackers what `evaluate_folds` returned: figures, and no case."""
+    for row in rows:
+        if row["dice"] is not None:
+            tracking.log({"fold/dice": row["dice"]}, row["fold"])
+    pooled = _pooled(summary)
+    for name, own in pooled.get("classes", {"": pooled}).items():
+        figures = {"dice": own["dice"]["mean"], "cpm": own["cpm"]}
+        for key, bounds in (("dice", own["dice"]["interval"]), ("cpm", own["cpm_interval"])):
+            figures |= dict(zip((f"{key}_low", f"{key}_high"), bounds or (), strict=False))
+        told = {"/".join(filter(None, ("cv", name, key))): v for key, v in figures.items() if v is not None}
+        tracking.log(told, len(rows))
+    if "mean_dice" in pooled and pooled["mean_dice"]["mean"] is not None:
+        tracking.log({"cv/mean_dice": pooled["mean_dice"]["mean"]}, len(rows))
+    tracking.done = True
 
 
 def _link(file: str, link: str) -> None:
