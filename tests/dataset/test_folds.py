@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.conftest import SHARED
+from tests.conftest import SHARED, Command
 from tests.dataset.test_layouts import decathlon, image, mask, nnunet
 
 from voxelscale.config import ReadingConfig
@@ -19,6 +19,7 @@ from voxelscale.dataset.folds import Fold, folds_of, kfold
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import write_scan
 from voxelscale.geometry import to_itk
+from voxelscale.store import open_store
 
 TWO = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]
 
@@ -52,6 +53,22 @@ def test_luna16s_subsets_are_its_folds(tmp_path: Path) -> None:
     assert single.folds == (), "one part alone is no cross-validation"
 
 
+def test_a_store_of_luna16_has_its_folds(tmp_path: Path, voxelscale: Command) -> None:
+    for number in range(4):
+        luna16_scan(tmp_path / "luna" / f"subset{number % 2}", f"1.2.{number}")
+    centre = image().grid.index_to_mm((5, 8, 9))
+    rows = [f"1.2.{number},{','.join(map(str, centre))},6.0" for number in range(4)]
+    header = "seriesuid,coordX,coordY,coordZ,diameter_mm"
+    (tmp_path / "luna" / "annotations.csv").write_text("\n".join([header, *rows]) + "\n")
+    sets = ["--set", "prepare.workers=1", "--set", "prepare.plan=false", "--set", "prepare.spacing=[2,1,1]"]
+    code, _, errors = voxelscale("-v", "prepare", tmp_path / "luna", tmp_path / "store", *sets)
+    assert code == 0, errors
+    assert "2 folds as the data set says" in errors
+    store = open_store(tmp_path / "store")
+    assert [fold.val for fold in store.folds] == [("1.2.0", "1.2.2"), ("1.2.1", "1.2.3")]
+    assert {info.case: info.split for info in store.cases} == store.folds[0].split_of
+
+
 def test_luna16s_table_says_the_folds_of_scans_that_lie_elsewhere(tmp_path: Path) -> None:
     for number in range(3):
         luna16_scan(tmp_path / "scans", f"1.2.{number}")
@@ -72,7 +89,7 @@ def test_the_real_table_of_luna16() -> None:
 
 
 def luna16_scan(folder: Path, uid: str) -> str:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(to_itk(image()), str(folder / f"{uid}.mhd"))
     return uid
 

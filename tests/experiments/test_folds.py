@@ -41,6 +41,7 @@ def settings(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
         train=replace(tiny.train, samples=40, validate_every=0),
         prepare=replace(tiny.prepare, folds=2),
         optim=replace(tiny.optim, lr=0.01),
+        predict=replace(tiny.predict, probabilities=True),
     )
     path = tmp_path_factory.mktemp("settings") / "cv.yaml"
     path.write_text(dump(quick))
@@ -83,6 +84,16 @@ def test_every_scan_is_predicted_by_a_model_that_has_not_seen_it(
             assert np.array_equal(mask, same)
 
     assert voxelscale(*command)[1] == text, "again it only reports"
+
+    best = tmp_path / "best"
+    code, _, errors = voxelscale("best", out, scans, best)
+    assert code == 0, errors
+    (row,) = json.loads((best / "best.json").read_text())["configurations"]
+    assert row["dice"] == pytest.approx(summary["dice"]["mean"], abs=1e-9), "near the lungs, too"
+    assert row["cpm"] == pytest.approx(summary["cpm"], abs=0.02), "scores are in steps of 1/255"
+    assert len(read_bundle(best / "model.vxs").networks) == 2
+    assert not read_bundle(best / "model.vxs").config.predict.probabilities
+    assert voxelscale("predict", best / "model.vxs", scans, tmp_path / "new")[0] == 0
 
 
 def test_an_error_of_one_of_several_at_a_time_is_one_line(
