@@ -23,6 +23,7 @@ import torch
 from tests.conftest import Command
 from voxelscale.config import Config, dump, load
 from voxelscale.errors import VoxelscaleError
+from voxelscale.experiments.folds import tell
 from voxelscale.model.bundle import read_bundle
 from voxelscale.store import Store
 from voxelscale.train import track
@@ -208,6 +209,25 @@ def test_parts_of_a_study_name_it(tiny: Config, tmp_path: Path, recorded: type[R
     with tracked_study(tiny, tmp_path / "other") as none:
         assert none is None
     assert not (tmp_path / "other").exists()
+
+
+def test_folds_tell_figures_and_no_case(tiny: Config, tmp_path: Path, recorded: type[Recorded]) -> None:
+    own = {"dice": {"mean": 0.7, "interval": [0.6, 0.8]}, "sensitivity_at_1_fp": 0.5}
+    own |= {"froc": {"cpm": 0.4, "cpm_interval": None}}
+    summary = {"classes": {"a": own, "b": own}, "mean_dice": {"mean": 0.7}, "cases": [{"case": "Smith"}]}
+    rows = [{"fold": 0, "dice": 0.6, "cases": 2}, {"fold": 1, "dice": None, "cases": 2}]
+    with tracked_study(tracked(tiny), tmp_path / "cv") as tracking:
+        assert tracking is not None
+        tell(tracking, rows, summary)
+    told = [value for what, value in recorded.told if what == "log"]
+    assert told[0] == ({"fold/dice": 0.6}, 0)
+    for name in "ab":
+        numbers = {"dice": 0.7, "cpm": 0.4, "dice_low": 0.6, "dice_high": 0.8}
+        assert ({f"cv/{name}/{key}": value for key, value in numbers.items()}, 2) in told
+    assert told[-1] == ({"cv/mean_dice": 0.7}, 2)
+    assert len(told) == 4
+    assert recorded.told[-1] == ("end", "FINISHED")
+    assert "Smith" not in repr(recorded.told)
 
 
 def test_what_is_sent_has_no_path_and_no_server(tiny: Config) -> None:

@@ -12,7 +12,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from voxelscale.console import notice
 from voxelscale.dataset import DataSet
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.bootstrap import RESAMPLES
@@ -46,8 +45,6 @@ def best(
     each, sources = read_cross_validations(folders, data)
     unseen = Unseen(each=tuple(each), sources=tuple(sources), reading=data.reading)
     left_out = lacking(each, names)
-    if left_out:
-        notice(left_out)
     candidates = _candidates(len(each), averages=not left_out)
     asked = [
         Asked(members=members, settings=None if left_out else unseen.settings(members))

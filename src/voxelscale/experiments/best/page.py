@@ -34,6 +34,7 @@ def text(result: Mapping[str, Any]) -> list[str]:
         f"{_cases(result)}, {count(len(result['folds']), 'fold')}",
         head,
         *(_line(row, width) for row in rows),
+        *filter(None, [result["left_out"]]),
         f"chosen: {result['chosen']}",
         f"rule: {result['rule']}",
         *_tuning_lines(result["tuning"], METRICS[result["metric"]]),
