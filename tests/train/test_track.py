@@ -215,7 +215,10 @@ def test_folds_tell_figures_and_no_case(tiny: Config, tmp_path: Path, recorded: 
     own = {"dice": {"mean": 0.7, "interval": [0.6, 0.8]}, "sensitivity_at_1_fp": 0.5}
     own |= {"froc": {"cpm": 0.4, "cpm_interval": None}}
     summary = {"classes": {"a": own, "b": own}, "mean_dice": {"mean": 0.7}, "cases": [{"case": "Smith"}]}
-    rows = [{"fold": 0, "dice": 0.6, "cases": 2}, {"fold": 1, "dice": None, "cases": 2}]
+    rows: list[dict[str, Any]] = [
+        {"fold": 0, "dice": 0.6, "cases": 2},
+        {"fold": 1, "dice": None, "cases": 2},
+    ]
     with tracked_study(tracked(tiny), tmp_path / "cv") as tracking:
         assert tracking is not None
         tell(tracking, rows, summary)
