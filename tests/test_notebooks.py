@@ -14,6 +14,10 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parents[1] / "examples" / "notebooks"
 
 
+def opened(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+
+
 def kinds(notebook: Any) -> list[set[tuple[str, ...]]]:
     """What each code cell gave: texts, tables, figures."""
     outputs = (cell.outputs for cell in notebook.cells if cell.cell_type == "code")
@@ -31,7 +35,7 @@ def test_a_notebook_runs_and_gives_what_is_shown(
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     path = FOLDER / f"{name}.ipynb"
-    kept, run = (nbformat.read(path, as_version=4) for _ in range(2))
+    kept, run = opened(path), opened(path)
     NotebookClient(run, timeout=1200, kernel_name="python3").execute()
     assert kinds(run) == kinds(kept)
     # A command's exit code is not the cell's: what failed only says so.
@@ -41,5 +45,5 @@ def test_a_notebook_runs_and_gives_what_is_shown(
 
 def test_the_notebooks_are_whole_and_small() -> None:
     for path in FOLDER.glob("*.ipynb"):
-        nbformat.validate(nbformat.read(path, as_version=4))
+        nbformat.validate(opened(path))
         assert path.stat().st_size < 100_000, path.name

@@ -69,20 +69,9 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel in an environment of its own, which sees the packages that it needs in the present one."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
-    python = folder / "bin" / "python"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-index",
-        wheel,
-    ]
-    subprocess.run(command, check=True)
+    into = ["--python", str(folder / "bin" / "python")]
+    pip = [sys.executable, "-m", "pip", *into, "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*pip, wheel], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "present.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return folder

@@ -20,20 +20,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("site")
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-W",
-        "--keep-going",
-        "-q",
-        "-b",
-        "html",
-        "-d",
-        out / "trees",
-    ]
+    sphinx = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(out / "trees")]
     done = subprocess.run(
-        [*command, ROOT / "docs", out / "html"], capture_output=True, text=True, check=False
+        [*sphinx, ROOT / "docs", out / "html"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     return out / "html"
