@@ -102,7 +102,11 @@ def _output(output: dict[str, Any]) -> str:
         picture = "".join("".join(data["image/png"]).split())
         return f'<img alt="Figure drawn by the cell above" src="data:image/png;base64,{picture}">'
     if "text/html" in data:  # a blank line would end it as HTML
-        lines = "".join(data["text/html"]).splitlines()
+        lines = (
+            "".join(data["text/html"])
+            .replace('border="1" class="dataframe"', 'class="docutils"')
+            .splitlines()
+        )
         return "<div>\n" + "\n".join(line for line in lines if line.strip()) + "\n</div>"
     text = CONTROL.sub("", "".join(output.get("text", data.get("text/plain", ""))))
     return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
