@@ -150,6 +150,49 @@ def test_the_installed_wheel_runs_the_quickstart(environment: Path, tiny: Config
     assert '"report": "all/report.html"' in told
 
 
+PROGRAM = """
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from voxelscale.api import Finding, Model, Points, array_of, evaluate, fit, froc, load_scan, load_weights
+from voxelscale.config import Config, load
+
+
+def look(path: Path, model: Model) -> list[Finding]:
+    array, affine = array_of(load_scan(path))
+    prediction = model.predict(array, affine=affine, settings=["predict.threshold=0.3"])
+    dice: float = evaluate(prediction, "truth.nii.gz").overlap.dice
+    curve = froc([Points(marks=[(1, 2, 3, 0.5)], lesions=[(1, 2, 3, 4)]), evaluate("a.nii.gz", "b.nii.gz")])
+    print(dice, curve.cpm, prediction.probability.mean())
+    return [finding for finding in prediction.findings if (finding.mean_hu or 0) > -300]
+
+
+class Samples:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        raise IndexError(i)
+
+
+config: Config = load(sets=["train.samples=10"])
+result = fit(nn.Linear(1, 1), nn.MSELoss(), Samples(), config, run="run", validate=lambda model: 0.5)
+weights: dict[str, Tensor] = load_weights("run")
+seen: str = result.seen
+"""
+
+
+@pytest.mark.slow
+def test_a_users_program_is_checked_strictly_against_the_wheel(environment: Path, tmp_path: Path) -> None:
+    """Its last line is wrong. That this alone is found shows: the types are the wheel's, and whole."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--cache-dir", "cache"]
+    mypy += ["--python-executable", str(environment / "bin" / "python"), "program.py"]
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(mypy, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    (found,) = done.stdout.splitlines()
+    assert found.startswith(f"program.py:{PROGRAM.count(chr(10))}: error: Incompatible types in assignment")
+
+
 def test_all_say_the_same_version() -> None:
     """Package, citation, changelog and README."""
     said = {
