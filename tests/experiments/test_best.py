@@ -20,6 +20,7 @@ from voxelscale.config import Config, PredictConfig
 from voxelscale.dataset import DataSet
 from voxelscale.evaluate.bootstrap import drawn
 from voxelscale.evaluate.evaluate import evaluate_folder
+from voxelscale.experiments.best import figures
 from voxelscale.experiments.best.figures import choose
 from voxelscale.findings import write_findings
 from voxelscale.formats import write_scan
@@ -35,6 +36,12 @@ CASES, FOLDS = 7, 3
 Array = NDArray[np.float32]
 Draw = Callable[[np.random.Generator, Array, int], Array]
 """Probabilities from a random number generator, a true class (0 or 1) and the number of the case."""
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the bootstrap: enough for p below 0.05."""
+    monkeypatch.setattr(figures, "RESAMPLES", 200)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from voxelscale.experiments.folds import tell
 from voxelscale.model.bundle import read_bundle
 from voxelscale.store import Store
 from voxelscale.train import track
+from voxelscale.train.engine import Engine
 from voxelscale.train.log import read_events
 from voxelscale.train.track import FILE, Begun, Tracking, settings_of, tracked_study
 
@@ -69,14 +70,20 @@ def check_training(where: str, run: Path, settings: Path, *, whole: bool = True)
     return str(told.info.run_id)
 
 
-def test_a_training_is_told_to_mlflow_in_a_folder(
-    settings: Path, store: Store, tmp_path: Path, voxelscale: Command
+def test_a_training_is_told_to_mlflow_in_a_folder_and_resumed_in_the_same_run(
+    settings: Path, store: Store, tmp_path: Path, voxelscale: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, where = tmp_path / "run", tmp_path / "mlflow"
     words = ["--config", settings, "--set", "train.track=[mlflow]", "--set", f"train.track_to={where}"]
+    with monkeypatch.context() as stopping:
+        seen = Engine._stop_file
+        stopping.setattr(Engine, "_stop_file", lambda engine: engine.state.seen >= 10 or seen(engine))
+        assert voxelscale("train", store.path, run, *words)[0] == 130
+    uri = f"sqlite:///{where}/mlflow.db"
+    known = check_training(uri, run, settings, whole=False)
     code, _, errors = voxelscale("--quiet", "train", store.path, run, *words)
     assert (code, errors) == (0, "")
-    known = check_training(f"sqlite:///{where}/mlflow.db", run, settings)
+    assert check_training(uri, run, settings) == known
     assert json.loads((run / FILE).read_text()) == {"mlflow": known}
     (model,) = where.glob("artifacts/**/model.vxs")
     assert model.read_bytes() == (run / "model.vxs").read_bytes()
@@ -88,27 +95,8 @@ def test_a_training_is_told_to_mlflow_in_a_folder(
         assert str(secret).encode() not in told
     kept = read_bundle(run).config.train
     assert (kept.track, kept.track_to) == ((), "")
-
-
-def test_a_resumed_training_goes_on_in_the_same_run(
-    settings: Path, store: Store, tmp_path: Path, voxelscale: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from voxelscale.train.engine import Engine
-
-    run, where = tmp_path / "run", tmp_path / "mlflow"
-    words = ["--config", settings, "--set", "train.track=[mlflow]", "--set", f"train.track_to={where}"]
-    with monkeypatch.context() as stopping:
-        seen = Engine._stop_file
-        stopping.setattr(Engine, "_stop_file", lambda engine: engine.state.seen >= 10 or seen(engine))
-        assert voxelscale("train", store.path, run, *words)[0] == 130
-    uri = f"sqlite:///{where}/mlflow.db"
-    first = check_training(uri, run, settings, whole=False)
-    code, _, errors = voxelscale("--quiet", "train", store.path, run, *words)
-    assert (code, errors) == (0, "")
-    assert check_training(uri, run, settings) == first
     (run / FILE).write_text(json.dumps({"mlflow": "0" * 32}))
-    tracking = Tracking(load(settings, ["train.track=[mlflow]", f"train.track_to={where}"]), run)
-    tracking.end("FINISHED")
+    Tracking(load(settings, ["train.track=[mlflow]", f"train.track_to={where}"]), run).end("FINISHED")
     assert len(runs_in(uri)) == 2, "one that the server does not know begins anew"
 
 
