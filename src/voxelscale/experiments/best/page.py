@@ -100,7 +100,7 @@ def write_best_page(result: Mapping[str, Any], out: Path) -> None:
         "<h2>Configurations</h2>",
         _configurations(result["configurations"], result["chosen"]),
         f"<p>Chosen is {escape(result['rule'])}. Differences are to the best single configuration; p of "
-        "averages is corrected for their number.</p>",
+        "averages is corrected for their number. In brackets are 95 % intervals.</p>",
         _by_class(result["configurations"], classes) if len(classes) > 1 else "",
         "<h2>Settings of prediction</h2>",
         _tuning(result["tuning"], METRICS[result["metric"]]),
@@ -120,16 +120,20 @@ def _interval(bounds: Sequence[float] | None) -> str:
     return "no interval" if bounds is None else f"95 % {bounds[0]:.3f} to {bounds[1]:.3f}"
 
 
+def _brackets(bounds: Sequence[float] | None) -> str:
+    return "" if bounds is None else f" ({bounds[0]:.3f} to {bounds[1]:.3f})"
+
+
 def _configurations(rows: Sequence[Mapping[str, Any]], chosen: str) -> str:
     columns = ("Configuration", "Mean Dice", "CPM", "Sensitivity at 1 FP/scan", "Difference", "p")
     cells = []
     for row in rows:
         name = escape(row["name"])
         figures = (
-            f"{text_value(row[key])} ({_interval(row[f'{key}_interval'])})"
+            f"{text_value(row[key])}{_brackets(row[f'{key}_interval'])}"
             for key in ("dice", "cpm", "sensitivity_at_1_fp")
         )
-        apart = "-" if row["p"] is None else f"{row['difference']:+.3f} ({_interval(row['interval'])})"
+        apart = "-" if row["p"] is None else f"{row['difference']:+.3f}{_brackets(row['interval'])}"
         cells.append(
             [f"<b>{name}</b>" if row["name"] == chosen else name, *figures, apart, text_value(_p(row))]
         )
@@ -152,7 +156,7 @@ def _tuning(tuning: Mapping[str, Any], metric: str) -> str:
         return f"<p>{escape(told.capitalize())}.</p>"
     rows = [[escape(words), text_value(tuning[key])] for key, words in JUDGED.items()]
     if tuning["p"] is not None:
-        apart = f"{tuning['difference']:+.3f} ({_interval(tuning['interval'])}), p = {tuning['p']:.3f}"
+        apart = f"{tuning['difference']:+.3f}{_brackets(tuning['interval'])}, p = {tuning['p']:.3f}"
         rows.append(["difference of the last to the first", apart])
     without = [
         [escape(fold), escape(_said(own, " = ") or "as they were")]
@@ -162,5 +166,6 @@ def _tuning(tuning: Mapping[str, Any], metric: str) -> str:
     return (
         f"<p>Found: {escape(_said(tuning['found'], ' = '))}. {kept}</p>"
         + plain_table(("Settings", metric), rows, "What the settings give")
+        + "<p>Without each fold was found:</p>"
         + plain_table(("Without fold", "Settings found"), without, "Settings of each fold")
     )
