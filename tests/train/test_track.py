@@ -154,7 +154,7 @@ def test_one_that_fails_warns_once_and_nothing_waits(
         tracking.log({"train/loss": 1.0}, samples)
     tracking.end("FINISHED", [tmp_path / "model.vxs"])
     errors = capsys.readouterr().err
-    assert errors == "warning: MLflow: not told any more (the server is away); the run itself goes on\n"
+    assert errors == "warning: MLflow: logging stopped (the server is away); the training continues\n"
 
 
 def test_one_that_hangs_is_given_up_at_the_end(
@@ -398,5 +398,5 @@ def test_a_server_that_is_away_does_not_stop_a_training(
     code, _, errors = voxelscale("--quiet", "train", store.path, tmp_path / "run", *words)
     assert code == 0
     assert errors.count("\n") == 1, errors
-    assert errors.startswith("warning: MLflow: not told any more (")
+    assert errors.startswith("warning: MLflow: logging stopped (")
     assert (tmp_path / "run" / "model.vxs").is_file()

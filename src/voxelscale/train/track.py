@@ -1,7 +1,7 @@
-"""MLflow and Weights & Biases: they are told a run's settings, numbers and files, and nothing of its scans.
+"""MLflow and Weights & Biases: a run's settings, metrics and files are logged there, nothing of its scans.
 
-Each is told by a thread of its own, so that no training waits for a server. One that fails is warned of
-once and told no more. Nothing here is imported before `train.track` asks for it. `docs/guide.md`,
+Each has a thread of its own, so that no training waits for a server. One that fails gives one warning and
+gets nothing more. Nothing here is imported before `train.track` asks for it. `docs/guide.md`,
 "Tracking", says what is sent.
 """
 
@@ -212,7 +212,7 @@ class _Wandb:
         self._run.config.update(dict(facts), allow_val_change=True)
 
     def keep(self, path: Path) -> None:
-        # A copy: a link would tell where the run lies, and change with it.
+        # A copy: a link would show where the run lies, and change with it.
         copied = shutil.copy2(path, self._run.dir)
         self._run.save(copied, base_path=self._run.dir, policy="now")
 
@@ -253,7 +253,7 @@ class Tracking:
                 where=config.train.track_to,
                 settings=settings_of(config),
             )
-            self._threads.append(_Telling(kind, begun))
+            self._threads.append(_Sender(kind, begun))
 
     def ready(self, seconds: float = PATIENCE) -> None:
         """Wait until all know the run, so that parts of it can name it; at most so long."""
@@ -264,12 +264,12 @@ class Tracking:
     def log(self, numbers: Mapping[str, float], samples: int) -> None:
         """Numbers after so many samples; those that are not finite are left out."""
         finite = {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
-        self._tell(lambda tracker: tracker.log(finite, samples))
+        self._send(lambda tracker: tracker.log(finite, samples))
 
     def note(self, facts: Mapping[str, object]) -> None:
         """Words about the run."""
         words = {name: str(value) for name, value in facts.items()}
-        self._tell(lambda tracker: tracker.note(words))
+        self._send(lambda tracker: tracker.note(words))
 
     def end(self, how: str, files: Sequence[Path] = ()) -> None:
         """Send the files that are there, and how it ended: FINISHED, KILLED or FAILED.
@@ -278,13 +278,13 @@ class Tracking:
         """
         for path in files:
             if path.is_file():
-                self._tell(partial(_keep, path))
-        self._tell(lambda tracker: tracker.end(how))
+                self._send(partial(_keep, path))
+        self._send(lambda tracker: tracker.end(how))
         deadline = time.monotonic() + PATIENCE
         for one in self._threads:
             one.finish(max(0.0, deadline - time.monotonic()))
 
-    def _tell(self, what: Callable[[Tracker], None]) -> None:
+    def _send(self, what: Callable[[Tracker], None]) -> None:
         for one in self._threads:
             one.queue.put(what)
 
@@ -314,8 +314,8 @@ def _keep(path: Path, tracker: Tracker) -> None:
     tracker.keep(path)
 
 
-class _Telling:
-    """A thread that tells one tracker what is in its queue; None ends it."""
+class _Sender:
+    """A thread that calls one tracker with what is in its queue; None ends it."""
 
     def __init__(self, kind: str, run: Begun) -> None:
         self.queue: SimpleQueue[Callable[[Tracker], None] | None] = SimpleQueue()
@@ -340,7 +340,7 @@ class _Telling:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if isinstance(error, ModuleNotFoundError):
             reason = f"{error.name} is not installed: {TO_INSTALL}"
-        warn(f"{CALLED[self._kind]}: not told any more ({reason}); the run itself goes on")
+        warn(f"{CALLED[self._kind]}: logging stopped ({reason}); the training continues")
 
     def finish(self, seconds: float) -> None:
         """Wait for the end, at most so long."""

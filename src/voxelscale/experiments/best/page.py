@@ -64,8 +64,8 @@ def _p(row: Mapping[str, Any]) -> float | None:
 
 
 def _tuning_lines(tuning: Mapping[str, Any], metric: str) -> list[str]:
-    if told := _as_they_were(tuning):
-        return [f"settings: {told}"]
+    if line := _as_they_were(tuning):
+        return [f"settings: {line}"]
     lines = [f"settings found: {_said(tuning['found'], '=')}"]
     lines += [f"  {metric} {text_value(tuning[key])} {words}" for key, words in JUDGED.items()]
     return lines if tuning["kept"] else [*lines, "  no better there: the settings stay as they were"]
@@ -152,8 +152,8 @@ def _by_class(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> str:
 
 
 def _tuning(tuning: Mapping[str, Any], metric: str) -> str:
-    if told := _as_they_were(tuning):
-        return f"<p>{escape(told.capitalize())}.</p>"
+    if line := _as_they_were(tuning):
+        return f"<p>{escape(line.capitalize())}.</p>"
     rows = [[escape(words), text_value(tuning[key])] for key, words in JUDGED.items()]
     if tuning["p"] is not None:
         apart = f"{tuning['difference']:+.3f}{_brackets(tuning['interval'])}, p = {tuning['p']:.3f}"

@@ -93,7 +93,7 @@ def _judged(unseen: Unseen, scores: Sequence[Scored], metric: Metric, seed: int)
 
 
 def _with(settings: Settings, found: Mapping[str, Any]) -> Settings:
-    """The settings with what `changes` told."""
+    """The settings with those that were found."""
     values = {key.removeprefix("predict."): value for key, value in found.items()}
     if "largest_only" in values:
         values["largest_only"] = tuple(values["largest_only"])
