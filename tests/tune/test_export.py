@@ -1,4 +1,4 @@
-"""Exported networks in their own runtimes, against the model; and a scan predicted by MONAI and by the example."""
+"""Exported networks in their own runtimes, against the model; scans predicted by MONAI and the example."""
 
 from __future__ import annotations
 
@@ -291,9 +291,8 @@ def test_the_example_predicts_as_predict_does(
     scan = tmp_path / "scans" / "case.nii.gz"
     write_scan(turned, scan)
     assert voxelscale("predict", trained, tmp_path / "scans", tmp_path / "out")[0] == 0
-    subprocess.run(
-        [sys.executable, EXAMPLE, tmp_path / "model.onnx", tmp_path / "mask.nii.gz", scan], check=True
-    )
+    arguments = [tmp_path / "model.onnx", tmp_path / "mask.nii.gz", scan]
+    subprocess.run([sys.executable, EXAMPLE, *arguments], check=True)
     ours, theirs = (
         read_scan(path) for path in (next(tmp_path.glob("out/*/mask.nii.gz")), tmp_path / "mask.nii.gz")
     )
@@ -372,16 +371,10 @@ def test_monai_verifies_and_runs_a_bundle(
     code, text, err = voxelscale("export", tmp_path / "model.vxs", "--to", "monai-bundle", "--out", out)
     assert (code, err) == (0, "")
     assert float(text.split(" by ")[1].split()[0]) < 1e-4
-    configs = [
-        "--config_file",
-        out / "configs/inference.json",
-        "--meta_file",
-        out / "configs/metadata.json",
-    ]
-    command = [sys.executable, "-m", "monai.bundle", "verify_net_in_out", "network", *configs]
-    done = subprocess.run(
-        [*command, "--bundle_root", out, "--device", "cpu"], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "monai.bundle", "verify_net_in_out", "network", "--device", "cpu"]
+    command += ["--config_file", f"{out}/configs/inference.json", "--bundle_root", str(out)]
+    command += ["--meta_file", f"{out}/configs/metadata.json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

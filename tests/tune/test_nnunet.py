@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
-from tests.conftest import Command
+from tests.conftest import SHARED, Command
 from torch import nn
 
 from voxelscale.api import Model
@@ -25,6 +25,7 @@ from voxelscale.geometry import Scan, resample
 from voxelscale.infer.sliding_window import gaussian_profile, window_starts
 from voxelscale.model.bundle import read_bundle, write_bundle
 from voxelscale.predict.nnunet import coarse_axis, prepare
+from voxelscale.tune.export import export_model
 from voxelscale.tune.nnunet import import_nnunet
 
 PLAIN, RESIDUAL = (
@@ -464,6 +465,49 @@ def test_files_that_are_none_are_one_line(saved: Saved, tmp_path: Path, voxelsca
     assert "not understood" in told()
     saved.fold(0, {"a": 1}, None)
     assert "weights of another network" in told()
+
+
+def test_its_folds_are_exported_as_one(saved: Saved, tmp_path: Path) -> None:
+    other = {name: 1.1 * weight for name, weight in own_weights(saved, 3).items()}
+    saved.fold(1, other, (0, 2))
+    bundle = import_nnunet(saved.folder, tmp_path / "model.vxs")
+    assert export_model(tmp_path / "model.vxs", "torchscript", tmp_path / "model.ts") < 1e-4
+    network = torch.jit.load(tmp_path / "model.ts")  # type: ignore[no-untyped-call]
+    window = torch.randn(1, 1, 16, 24, 16)
+    with torch.inference_mode():
+        logits = [one.network(torch.device("cpu"))(window) for one in bundle.networks]
+        assert torch.allclose(network(window), torch.stack(logits).mean(0).softmax(1), atol=1e-4)
+    with pytest.raises(VoxelscaleError, match="MONAI's transforms do not prepare scans as nnU-Net does"):
+        export_model(tmp_path / "model.vxs", "monai-bundle", tmp_path / "bundle")
+
+
+def test_an_ensemble_is_of_networks_that_are_used_alike(
+    saved: Saved, tmp_path: Path, voxelscale: Command
+) -> None:
+    import_nnunet(saved.folder, tmp_path / "a.vxs")
+    saved.plans["configurations"]["base"]["use_mask_for_norm"] = [True]
+    saved.write()
+    import_nnunet(saved.folder, tmp_path / "b.vxs")
+    out = tmp_path / "both.vxs"
+    code, _, err = voxelscale("ensemble", tmp_path / "a.vxs", tmp_path / "b.vxs", "--out", out)
+    assert code == 2
+    assert "goes together only with those that are used like it" in err
+    assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("peers")
+def test_masks_of_real_scans_are_nnunets(saved: Saved, tmp_path: Path) -> None:
+    scans = sorted((SHARED / "msd_hippocampus" / "imagesTr").glob("*.nii.gz"))[:3]
+    if not scans:
+        pytest.skip("no scans beside the checkout")
+    import_nnunet(saved.folder, tmp_path / "model.vxs")
+    images = [read_scan(path) for path in scans]
+    images.append(resample(images[0], images[0].grid.with_spacing((2.1, 0.7, 1.3))))
+    for at, image in enumerate(images):
+        write_scan(image, tmp_path / f"{at}.nii.gz")
+        ours = Model.load(tmp_path / "model.vxs").predict(tmp_path / f"{at}.nii.gz").mask.array
+        assert agreement(ours, by_nnunet(saved.folder, (0,), [tmp_path / f"{at}.nii.gz"])) >= 0.999
 
 
 def test_channels_on_other_lattices_are_refused(saved: Saved, tmp_path: Path) -> None:

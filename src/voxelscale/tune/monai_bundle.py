@@ -234,7 +234,7 @@ Exported by Voxelscale {__version__}. For research only; not a medical device.
 Takes {files},
 and writes a mask on each scan's own lattice. It needs MONAI, pytorch-ignite, fire and nibabel, but not
 Voxelscale. The network in `models/model.ts` takes windows of {list(bundle.patch)} voxels (z, y, x) at
-{list(bundle.spacing)} mm and gives probabilities; what exactly is in `configs/metadata.json`, under `voxelscale`."""
+{list(bundle.spacing)} mm and gives probabilities; `configs/metadata.json` says more under `voxelscale`."""
 
 
 def _licence() -> str:
