@@ -27,6 +27,7 @@ from voxelscale.model.bundle import Bundle, read_bundle
 from voxelscale.samples.batch import normalisation_of, prepared
 from voxelscale.store.channels import Kept
 from voxelscale.tune.exported import (
+    CHEST,
     INPUT,
     OUTPUT,
     exported,
@@ -123,7 +124,8 @@ def write_torch_export(bundle: Bundle, out: Path, *, free: bool) -> float:
         if free:
             for axis, step in enumerate(step_of(bundle), start=2):
                 sizes[axis] = step * dimension(f"{'zyx'[axis - example.ndim]}_steps", min=2, max=4096)
-        program = torch.export.export(network, (example,), dynamic_shapes=(sizes,))
+        # Of one sample it would take the batch for fixed.
+        program = torch.export.export(network, (torch.cat([example] * 2),), dynamic_shapes=(sizes,))
         facts = facts_of(bundle, free=free, multiple=step_of(bundle))
         torch.export.save(program, path, extra_files={FACTS: json.dumps(facts)})
 
@@ -166,7 +168,7 @@ def write_monai_bundle(bundle: Bundle, out: Path, *, free: bool) -> float:
         found = monai_bundle.probabilities_by_monai(bundle, part, trial, Path(folder, "found"))
         whole = float(np.abs(found - probabilities(bundle, trial.values)).max())
         if not whole <= MOST_APART:
-            refuse(out, whole, "a synthetic chest by monai.bundle run")
+            refuse(out, whole, f"{CHEST} by monai.bundle run")
         os.replace(part, out)
     return max(apart, whole)
 
@@ -181,15 +183,12 @@ def _written(
 ) -> float:
     """Write under a temporary name, try it, and give it its name."""
     patch: tuple[int, ...] = bundle.patch[-bundle.config.model.dims :]
-    shapes = [patch]
-    if free:
-        shapes.append(tuple(n + 2 * step for n, step in zip(patch, step_of(bundle), strict=True)))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder, _plainly():
         part = Path(folder) / out.name
         network = exported(bundle)
         try:
-            write(part, network, torch.zeros(2, len(bundle.channels), *patch))
+            write(part, network, torch.zeros(1, len(bundle.channels), *patch))
             loaded = load(part)
         except OSError as error:
             raise not_written(out, error) from None
@@ -197,19 +196,25 @@ def _written(
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             hint = "choose another --to, or leave out --free-patch" if free else "choose another --to"
             raise VoxelscaleError(f"{out}: the network cannot be exported ({reason})", hint) from None
-        worst = max(_apart(bundle, shape, loaded, out) for shape in shapes)
+        worst = _apart(bundle, patch, loaded, out, "noise", CHEST)
+        if free:
+            more = [n + 2 * step for n, step in zip(patch, step_of(bundle), strict=True)]
+            worst = max(worst, _apart(bundle, more, loaded, out, "noise"))
         put_in_place(part, out)
     return worst
 
 
-def _apart(bundle: Bundle, shape: Sequence[int], loaded: Network, out: Path) -> float:
+def _apart(bundle: Bundle, shape: Sequence[int], loaded: Network, out: Path, *kinds: str) -> float:
     """How far a written network is from the model's own on windows of a shape.
+
+    Args:
+        kinds: of `trial_inputs`.
 
     Raises:
         VoxelscaleError: too far.
     """
     worst = 0.0
-    for name, values in trial_inputs(bundle, shape).items():
+    for name, values in trial_inputs(bundle, shape, kinds).items():
         apart = np.abs(loaded(values) - probabilities(bundle, values)).max()
         if not apart <= MOST_APART:
             refuse(out, float(apart), name)

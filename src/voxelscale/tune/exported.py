@@ -23,6 +23,11 @@ from voxelscale.samples.batch import Normalisation
 
 INPUT, OUTPUT = "image", "probability"
 
+CHEST = "a synthetic chest"
+
+LARGE = 2**20
+"""Voxels of a window from which on one is enough to try a network on."""
+
 UNBOUNDED = 3e38
 """Instead of infinity, which not every runtime takes as a bound."""
 
@@ -197,20 +202,29 @@ def _channel_facts(bundle: Bundle, at: int) -> dict[str, Any]:
     return facts
 
 
-def trial_inputs(bundle: Bundle, shape: Sequence[int]) -> dict[str, NDArray[np.float32]]:
-    """Windows to try an exported network on, ``(2, channel, *shape)``: noise, and a synthetic chest."""
-    channels, random = bundle.channels, np.random.default_rng(0)
-    noise = random.normal(size=(2, len(channels), *shape))
-    chest = np.broadcast_to(_chest(tuple(shape)), noise.shape).astype(np.float64)
-    for at, channel in enumerate(channels):
-        if channel.scheme == "ct":
-            noise[:, at] = 500 * noise[:, at] - 300
-            continue
-        scale = {"zscore": 1.0, "minmax": 0.2, "rgb": 50.0, "none": 1.0}[channel.scheme]
-        noise[:, at] = scale * (noise[:, at] + 1)
-        chest[:, at] = scale * ((chest[:, at] - chest[:, at].mean()) / (chest[:, at].std() or 1.0) + 1)
-    chest[1] = chest[1, ..., ::-1]
-    return {"noise": noise.astype(np.float32), "a synthetic chest": chest.astype(np.float32)}
+def trial_inputs(
+    bundle: Bundle, shape: Sequence[int], kinds: Sequence[str] = ("noise", CHEST)
+) -> dict[str, NDArray[np.float32]]:
+    """Windows to try an exported network on, ``(batch, channel, *shape)``: noise, and a synthetic chest.
+
+    There are two of each, or one where they are large.
+    """
+    count, random = 2 if math.prod(shape) <= LARGE else 1, np.random.default_rng(0)
+    each = {}
+    for kind in kinds:
+        values = random.normal(size=(count, len(bundle.channels), *shape))
+        if kind == CHEST:
+            chest = _chest(tuple(shape))
+            values[:] = chest if count == 1 else np.stack([chest, chest[..., ::-1]])[:, None]
+        for at, channel in enumerate(bundle.channels):
+            if channel.scheme == "ct":
+                values[:, at] = values[:, at] if kind == CHEST else 500 * values[:, at] - 300
+                continue
+            scale = {"zscore": 1.0, "minmax": 0.2, "rgb": 50.0, "none": 1.0}[channel.scheme]
+            spread = values[:, at].std() or 1.0
+            values[:, at] = scale * ((values[:, at] - values[:, at].mean()) / spread + 1)
+        each[kind] = values.astype(np.float32)
+    return each
 
 
 @lru_cache(maxsize=4)

@@ -25,7 +25,7 @@ from voxelscale.geometry import Scan
 from voxelscale.model.bundle import Bundle
 from voxelscale.samples.batch import normalisation_of
 from voxelscale.store.channels import keep
-from voxelscale.tune.exported import facts_of, softmax_of, step_of, trial_inputs
+from voxelscale.tune.exported import CHEST, facts_of, softmax_of, step_of, trial_inputs
 
 SCHEMA = (
     "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/"
@@ -267,7 +267,7 @@ def write_trial(bundle: Bundle, folder: Path) -> Trial:
         normalisation=bundle.normalisation,
         trained={},
     )
-    chest = np.rint(trial_inputs(ct, shape)["a synthetic chest"][0, 0]).astype(np.int16)
+    chest = np.rint(trial_inputs(ct, shape, [CHEST])[CHEST][0, 0]).astype(np.int16)
     affine = np.zeros((4, 4))
     for axis, step in enumerate(bundle.spacing):
         affine[2 - axis, axis] = step
