@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: install quickstart demo-hospital test test-slow lint clean
+.PHONY: install quickstart demo-hospital docs site notebooks test test-slow lint clean
 
 # Without compiling: Python compiles what it imports, and most of what is installed is never imported.
 PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
@@ -35,6 +35,25 @@ demo-hospital: $(VENV)/hospital
 $(VENV)/hospital: $(VENV)/installed
 	$(PIP) -e '.[hospital]'
 	@touch $@
+
+# The site; every warning is an error. Nothing in it is loaded from elsewhere, so its files can be read where they are.
+SITE := build/site/index.html
+
+site: $(VENV)/docs
+	$(RUN)/sphinx-build -W --keep-going -q -j auto -b html docs build/site
+
+docs: site
+	@$(RUN)/python -m webbrowser "file://$(CURDIR)/$(SITE)" > /dev/null 2>&1 || true
+	@echo $(CURDIR)/$(SITE)
+
+$(VENV)/docs: $(VENV)/installed
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+# Runs the notebooks and keeps what their cells give; look at the difference before you commit it.
+notebooks: $(VENV)/dev
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/jupyter execute --inplace --NotebookClient.record_timing=False \
+		examples/notebooks/*.ipynb
 
 test: $(VENV)/dev
 	$(RUN)/python -m pytest -m "not slow" -n 2 --dist worksteal

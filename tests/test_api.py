@@ -4,17 +4,39 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import assert_type
 
 import nibabel as nib
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tests.conftest import Command
-from voxelscale.api import Model, VoxelscaleError, evaluate_case, froc, load_scan, scan_of
-from voxelscale.config import Config
+from voxelscale import api
+from voxelscale.api import (
+    CaseResult,
+    Classes,
+    Config,
+    Finding,
+    Froc,
+    Model,
+    Points,
+    Prediction,
+    Scan,
+    VoxelscaleError,
+    array_of,
+    evaluate,
+    froc,
+    load_scan,
+    save_scan,
+    scan_of,
+    summarise,
+)
 from voxelscale.dataset.listing import list_sources
+from voxelscale.findings import lesions_of_mask
 from voxelscale.formats import read_label
 from voxelscale.store import Store
 from voxelscale.train.launch import start
@@ -47,9 +69,125 @@ def test_a_prediction_is_that_of_the_command(
     assert list(found.warnings) == json.loads((folder / "findings.json").read_text())["warnings"]
     fewer = model.predict(load_scan(source.image), settings=["predict.candidates=0.9"])
     assert len(fewer.findings) <= len(found.findings)
+    with pytest.raises(VoxelscaleError, match="an affine, but no array"):
+        model.predict(source.image, affine=np.eye(4))
+
+
+def test_an_array_is_predicted_as_its_file_is(run: Path, scans: Path, tmp_path: Path) -> None:
+    source, model = list_sources(scans)[0], Model.load(run)
+    image = nib.load(source.image)
+    of_file = model.predict(source.image)
+    of_array = model.predict(np.asanyarray(image.dataobj), affine=image.affine)
+    assert len(of_file.findings) == len(of_array.findings) > 0
+    for one, other in zip(of_file.findings, of_array.findings, strict=True):
+        np.testing.assert_allclose([one.x, one.y, one.z], [other.x, other.y, other.z], atol=1e-3)
+    array, affine = array_of(of_array.mask)
+    np.testing.assert_allclose(affine, image.affine, atol=1e-4)
+    assert np.array_equal(array, np.transpose(of_file.mask.array, (2, 1, 0)))
+    save_scan(of_array.mask, tmp_path / "mask.nii.gz")
+    assert np.array_equal(np.asanyarray(nib.load(tmp_path / "mask.nii.gz").dataobj), array)
+    probability = of_file.probability
+    assert np.array_equal(np.rint(probability * 255), of_file.probabilities["lesion"])
+    with pytest.raises(VoxelscaleError, match="array without an affine"):
+        model.predict(np.asanyarray(image.dataobj))
+
+
+def test_the_same_figures_as_the_command(
+    run: Path, scans: Path, tmp_path: Path, voxelscale: Command
+) -> None:
+    assert voxelscale("predict", run, scans, tmp_path / "predictions")[0] == 0
+    assert voxelscale("evaluate", tmp_path / "predictions", scans, "--out", tmp_path / "out")[0] == 0
+    theirs = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    model, sources = Model.load(run), list_sources(scans)
+    results = [evaluate(model.predict(s.image), s.labels[0], case=s.case) for s in sources]
+    ours = summarise(results)
+    for key in ("dice", "surface_dice", "hd95_mm", "iou", "cases"):
+        assert ours[key] == theirs[key]
+    assert froc(results).cpm == theirs["froc"]["cpm"]
+
+
+def test_masks_held_against_each_other(scans: Path, tmp_path: Path) -> None:
+    source = list_sources(scans)[0]
     truth = read_label(source.labels[0])
-    result = evaluate_case("scan", truth, found.mask, found.findings)
-    assert 0 <= froc([result.matches]).sensitivity[-1] <= 1
+    same = evaluate(source.labels[0], truth)
+    assert same.overlap.dice == 1
+    assert same.matches.hits == (1.0,) * len(lesions_of_mask("", truth.array, truth.grid))
+    flipped = scan_of(*array_of(truth))  # the same place
+    flipped = Scan(flipped.array[:, ::-1], flipped.grid.affine @ _mirrored(flipped.array.shape[1]))
+    assert evaluate(flipped, source.labels[0]) == same
+    as_floats = Scan(truth.array.astype(np.float64), truth.affine)
+    assert evaluate(as_floats, truth) == same
+    with pytest.raises(VoxelscaleError, match=r"the prediction: values that are no whole numbers"):
+        evaluate(Scan(as_floats.array * 0.5, truth.affine), truth)
+    moved = truth.affine.copy()
+    moved[2, 3] += 3
+    with pytest.raises(VoxelscaleError, match=r"lies up to 3\.00 mm away"):
+        evaluate(Scan(truth.array, moved), truth)
+    with pytest.raises(VoxelscaleError, match="no class is called tumour"):
+        evaluate(truth, truth, label="tumour")
+
+
+def _mirrored(length: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    affine = np.diag([1.0, -1.0, 1.0, 1.0])
+    affine[1, 3] = length - 1
+    return affine
+
+
+def test_one_class_of_several() -> None:
+    """Values are the data set's own, as in a mask of the model; an ignored voxel does not count."""
+    classes = Classes(names=("organ", "tumour"), values=((3,), (5,)), ignore=(9,))
+    truth, mask = (np.zeros((4, 6, 6), np.uint8) for _ in range(2))
+    truth[1, 1:3, 1:3], truth[2, 3:5, 3:5], truth[3] = 3, 5, 9
+    mask[1, 1:3, 1:3], mask[2, 3:5, 3], mask[3, 0, 0] = 3, 5, 5
+    prediction = Prediction(
+        findings=(), mask=Scan(mask, np.eye(4)), probabilities={}, warnings=(), classes=classes
+    )
+    assert evaluate(prediction, Scan(truth, np.eye(4)), label="organ").overlap.dice == 1
+    assert evaluate(prediction, Scan(truth, np.eye(4)), label="tumour").overlap.dice == pytest.approx(2 / 3)
+    with pytest.raises(VoxelscaleError, match="one class is needed of organ, tumour"):
+        evaluate(prediction, Scan(truth, np.eye(4)))
+    with pytest.raises(VoxelscaleError, match="the truth: values without a name: 4"):
+        evaluate(prediction, Scan(np.full_like(truth, 4), np.eye(4)), label="organ")
+    with pytest.raises(VoxelscaleError, match="one class is needed"):
+        _ = prediction.probability
+
+
+def test_froc_of_points() -> None:
+    """Two lesions, one found, twice; one mark on what is excluded, one wrong."""
+    scans = [
+        Points(
+            marks=[(0, 0, 0, 0.9), (1, 0, 0, 0.8), (50, 0, 0, 0.7), (90, 0, 0, 0.6)],
+            lesions=[(0, 0, 0, 6), (20, 0, 0, 6)],
+            excluded=[(50, 0, 0, 5)],
+        ),
+        Points(marks=(), lesions=()),
+    ]
+    curve = froc(scans)
+    assert curve.fp_per_scan.tolist() == [0, 0, 0.5]
+    assert curve.sensitivity.tolist() == [0, 0.5, 0.5]
+    assert curve.cpm == 0.5
+    with pytest.raises(VoxelscaleError, match="lesions of scan 0 are no rows of four numbers"):
+        froc([Points(marks=(), lesions=[(1, 2, 3)])])
+    with pytest.raises(VoxelscaleError, match="lesions of scan 0: a diameter is not above 0"):
+        froc([Points(marks=(), lesions=[(1, 2, 3, 0)])])
+    with pytest.raises(VoxelscaleError, match="no scan has a lesion"):
+        froc([Points(marks=[(1, 2, 3, 0.5)], lesions=())])
+
+
+def test_a_users_program_needs_no_casts(run: Path, scans: Path) -> None:
+    """`make lint` holds these types against what is declared."""
+    source = list_sources(scans)[0]
+    prediction = Model.load(run).predict(source.image)
+    assert_type(prediction, Prediction)
+    assert_type(prediction.findings, tuple[Finding, ...])
+    assert_type(prediction.findings[0].diameter_mm, float)
+    assert_type(prediction.probability, NDArray[np.float32])
+    result = evaluate(prediction, source.labels[0])
+    assert_type(result, CaseResult)
+    assert_type(result.overlap.dice, float)
+    assert_type(froc([result]), Froc)
+    assert_type(froc([result]).sensitivity_at(1.0), float)
+    assert {name for name in api.__all__ if getattr(api, name).__doc__} == set(api.__all__)
 
 
 def test_an_array_lies_where_nibabel_says(tmp_path: Path) -> None:
@@ -81,8 +219,14 @@ def test_what_is_no_scan_for_the_model(run: Path, scans: Path) -> None:
 
 
 def test_findings_as_a_table(run: Path, scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     found = Model.load(run).predict(list_sources(scans)[0].image)
     table = found.to_pandas()
     assert isinstance(table, pandas.DataFrame)
     assert list(table["diameter_mm"]) == [finding.diameter_mm for finding in found.findings]
+    none = replace(found, findings=()).to_pandas()
+    assert list(none.columns) == list(table.columns)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(VoxelscaleError, match="pandas is not installed"):
+        found.to_pandas()

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -61,6 +62,11 @@ def not_written(path: Path, error: Exception) -> VoxelscaleError:
     return VoxelscaleError(f"{path}: cannot be written ({words.splitlines()[-1]})", TO_WRITE)
 
 
+def own_word() -> str:
+    """For the name of a temporary file: no other thread's, nor that of a process on another machine."""
+    return secrets.token_hex(4)
+
+
 def put_in_place(temporary: Path, path: Path) -> None:
     """Bring a whole temporary file onto the disk, then give it its name."""
     with temporary.open("rb") as handle:
@@ -75,7 +81,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         VoxelscaleError: the file cannot be written (no space, no permission).
     """
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{own_word()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as handle:

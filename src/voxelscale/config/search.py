@@ -15,7 +15,7 @@ class SearchConfig(Section):
 
     space: dict[str, Any] = field(default_factory=dict, hash=False)
     """Search space: keys and their bounds, such as {model.depth: {int: [2, 5]}}; {}: a default space
-    (docs/search.md)."""
+    (docs/searching.md)."""
     trials: int = 50
     """Number of trials, including pruned and failed ones; proposals that cannot run do not count."""
     samples: int = 0

@@ -26,7 +26,7 @@ class Overlap:
 
     @property
     def dice(self) -> float:
-        """2|A∩B| / (|A| + |B|) (Dice 1945); 1 where both are empty."""
+        """``2|A∩B| / (|A| + |B|)`` (Dice 1945); 1 where both are empty."""
         size = self.truth + self.prediction
         return 2 * self.both / size if size else 1.0
 

@@ -5,7 +5,6 @@ One file per family, each with ``matches(path, head)`` and ``open_scan(path)``; 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from voxelscale.console import count, warn
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import TO_WRITE, not_written, put_in_place
+from voxelscale.files import TO_WRITE, not_written, own_word, put_in_place
 from voxelscale.formats import dicom, meta, nifti, nrrd, picture
 from voxelscale.formats._itk import reported_as
 from voxelscale.formats._voxels import (
@@ -395,7 +394,7 @@ def write_scan(scan: Scan, path: Path) -> None:
     extension = next((e for e in WRITTEN if path.name.lower().endswith(e)), None)
     if extension is None:
         raise VoxelscaleError(f"{path}: not a format to write", f"use one of {', '.join(WRITTEN)}")
-    temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
+    temporary = path.with_name(f".{own_word()}.part.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with reported_as(path, "cannot be written", TO_WRITE):
