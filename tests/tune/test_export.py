@@ -16,7 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
-from tests.conftest import Command
+from tests.conftest import SHARED, Command
 
 from voxelscale.channels import Channel
 from voxelscale.classes import LESION, Classes
@@ -423,3 +423,27 @@ def test_monai_predicts_a_scan_as_predict_does(
     assert theirs.grid.same_as(turned.grid)
     assert ours.array.sum() > 10
     assert dice(ours.array, theirs.array) >= 0.99
+
+
+@pytest.mark.slow
+def test_monai_predicts_a_real_scan_as_predict_does(
+    tiny: Config, tmp_path: Path, voxelscale: Command
+) -> None:
+    """MRI, by the statistics of the whole image, in one window."""
+    pytest.importorskip("ignite")
+    scans = sorted((SHARED / "msd_hippocampus" / "imagesTr").glob("*.nii.gz"))
+    if not scans:
+        pytest.skip("no scans beside the checkout")
+    sets = ["data.patch_size=[32,48,32]", "model.depth=3", "model.filters=4", "predict.min_volume_mm3=0"]
+    bundle = made(load(sets=sets, base=tiny), ORGANS, (Channel(name="MRI", scheme="zscore"),))
+    write_bundle(tmp_path / "model.vxs", replace(bundle, spacing=(1.0, 1.0, 1.0)))
+    write_scan(crop_or_pad(read_scan(scans[0]), (1, 1, 1), (32, 48, 32)), tmp_path / "scans" / "a.nii.gz")
+    assert voxelscale("predict", tmp_path / "model.vxs", tmp_path / "scans", tmp_path / "out")[0] == 0
+    export.export_model(tmp_path / "model.vxs", "monai-bundle", tmp_path / "bundle")
+    run_bundle(tmp_path / "bundle", tmp_path / "scans", tmp_path / "masks")
+    ours, theirs = (
+        read_scan(next(tmp_path.glob(where))) for where in ("out/*/mask.nii.gz", "masks/*.nii.gz")
+    )
+    assert theirs.grid.same_as(ours.grid)
+    assert {0, 2, 5} == set(np.unique(ours.array))
+    assert (ours.array == theirs.array).mean() >= 0.999
