@@ -90,8 +90,8 @@ def export_model(model: Path, kind: str, out: Path, *, free: bool = False) -> fl
 def write_onnx(bundle: Bundle, out: Path, *, free: bool) -> float:
     """By PyTorch's exporter that traces; its facts are the metadata's key ``voxelscale``.
 
-    PyTorch's two exporters are both right to 1e-6 on all of our networks; the newer one takes 20 times as
-    long and needs two packages more.
+    PyTorch's two exporters are both right to 1e-6; the newer one takes 20 times as long and needs two
+    packages more (docs/export.md).
     """
 
     def write(path: Path, network: nn.Module, example: Tensor) -> None:
