@@ -29,6 +29,8 @@ VERBS = [
     "prepare",
     "train",
     "scale",
+    "cv",
+    "best",
     "predict",
     "calibrate",
     "evaluate",

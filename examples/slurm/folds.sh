@@ -1,7 +1,8 @@
 #!/bin/bash
-# The five folds of a store that was prepared with prepare.folds=5, each on one GPU, into runs/fold_0 to fold_4:
-#     sbatch folds.sh store/ runs/
-# Each saves two minutes before its time is up, is queued again, and goes on.
+# A cross-validation of the five folds of a store that was prepared with prepare.folds=5, each on one GPU:
+#     sbatch folds.sh store/ scans/ cv/
+#     sbatch --array=0-9 folds.sh luna/ luna16/ cv/        LUNA16's ten
+# Each saves two minutes before its time is up, is queued again, and goes on. The last to end evaluates all of them.
 #SBATCH --job-name=folds
 #SBATCH --array=0-4
 #SBATCH --nodes=1
@@ -14,14 +15,13 @@
 #SBATCH --open-mode=append
 #SBATCH --output=folds-%A_%a.log
 
-store=$1 runs=$2 fold=$SLURM_ARRAY_TASK_ID
-shift 2
-mkdir -p "$runs"
+store=$1 scans=$2 out=$3 fold=$SLURM_ARRAY_TASK_ID
+shift 3
 
 # Slurm signals this script (B:), which hands it on.
 trap 'asked=1; kill -TERM $!' TERM
 
-voxelscale train "$store" "$runs/fold_$fold" --set data.fold="$fold" "$@" &
+voxelscale cv "$store" "$scans" "$out" --folds "$fold" "$@" &
 wait $!
 code=$?
 while kill -0 $! 2> /dev/null; do # it was the signal that ended the wait

@@ -23,6 +23,7 @@ def map_processes(
     label: str,
     name: Callable[[Item], str],
     workers: int = 0,
+    here: bool = False,
 ) -> Iterator[tuple[Item, Made | VoxelscaleError]]:
     """Each item with its result, or with the fault of its input, in the order they are ready.
 
@@ -31,8 +32,12 @@ def map_processes(
         label: what the progress bar says.
         name: what it says of an item.
         workers: processes; 0: one a core.
+        here: whether to do it in this process, one after another.
     """
     if not items:
+        return
+    if here:
+        yield from _one_by_one(work, items, label, name)
         return
     count = min(workers or os.cpu_count() or 1, len(items))
     # spawn: the threads of ITK and Blosc2 do not survive a fork.
@@ -55,6 +60,20 @@ def map_processes(
             # Waiting here: the pool's own exit would take the cancelling back.
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _one_by_one(
+    work: Callable[[Item], Made], items: Sequence[Item], label: str, name: Callable[[Item], str]
+) -> Iterator[tuple[Item, Made | VoxelscaleError]]:
+    with Progress(label, len(items)) as progress:
+        for done, item in enumerate(items, start=1):
+            result: Made | VoxelscaleError
+            try:
+                result = work(item)
+            except VoxelscaleError as error:
+                result = error
+            progress.update(done, name(item))
+            yield item, result
 
 
 def _begin_worker() -> None:

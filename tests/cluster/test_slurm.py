@@ -126,15 +126,16 @@ def test_a_cancelled_training_saves_and_stays_cancelled(
 
 @pytest.mark.slow
 def test_folds_are_an_array(job: Job, settings: Path, tiny: Config, scans: Path, tmp_path: Path) -> None:
-    store, runs = tmp_path / "store", tmp_path / "runs"
+    store, out = tmp_path / "store", tmp_path / "cv"
     prepare = [sys.executable, "-m", "voxelscale.cli", "prepare", scans, store, "--config", settings]
     subprocess.run(
         [*map(str, prepare), "--set", "prepare.folds=2"], check=True, capture_output=True, env=environment()
     )
-    number = job.submit("folds.sh", store, runs, "--config", settings, option="--array=0-1")
+    number = job.submit("folds.sh", store, scans, out, "--config", settings, option="--array=0-1")
     job.end(f"{number}_0")
     job.end(f"{number}_1")
-    assert seen_in(runs / "fold_0")[-1] == seen_in(runs / "fold_1")[-1] == 40
+    assert seen_in(out / "fold_0" / "run")[-1] == seen_in(out / "fold_1" / "run")[-1] == 40
+    assert len(json.loads((out / "cv.json").read_text())["folds"]) == 2, "the last one has evaluated all"
 
 
 @pytest.mark.slow

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.conftest import SHARED
+from tests.conftest import SHARED, Command
 from tests.dataset.test_layouts import decathlon, image, mask, nnunet
 
 from voxelscale.config import ReadingConfig
 from voxelscale.dataset import DataSet
-from voxelscale.dataset.folds import Fold, kfold
+from voxelscale.dataset.folds import Fold, folds_of, kfold
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import write_scan
+from voxelscale.geometry import to_itk
+from voxelscale.store import open_store
 
 TWO = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]
 
@@ -35,6 +38,60 @@ def test_the_file_beside_a_data_set(tmp_path: Path) -> None:
     assert DataSet(path=tmp_path, splits=str(tmp_path / "mine.json")).folds == data.folds
     with pytest.raises(VoxelscaleError, match=r"none\.json: no such file"):
         _ = DataSet(path=tmp_path, splits=str(tmp_path / "none.json")).folds
+
+
+def test_luna16s_subsets_are_its_folds(tmp_path: Path) -> None:
+    uids = [luna16_scan(tmp_path / f"subset{number % 10}", f"1.2.{number}") for number in range(12)]
+    data = DataSet(path=tmp_path)
+    assert [fold.val for fold in data.folds] == [
+        (uids[0], uids[10]),
+        (uids[1], uids[11]),
+        *((uid,) for uid in uids[2:10]),
+    ]
+    assert all(sorted(fold.train + fold.val) == sorted(uids) for fold in data.folds)
+    single = DataSet(path=tmp_path / "subset0", layout="luna16")
+    assert single.folds == (), "one part alone is no cross-validation"
+
+
+def test_a_store_of_luna16_has_its_folds(tmp_path: Path, voxelscale: Command) -> None:
+    for number in range(4):
+        luna16_scan(tmp_path / "luna" / f"subset{number % 2}", f"1.2.{number}")
+    centre = image().grid.index_to_mm((5, 8, 9))
+    rows = [f"1.2.{number},{','.join(map(str, centre))},6.0" for number in range(4)]
+    header = "seriesuid,coordX,coordY,coordZ,diameter_mm"
+    (tmp_path / "luna" / "annotations.csv").write_text("\n".join([header, *rows]) + "\n")
+    sets = ["--set", "prepare.workers=1", "--set", "prepare.plan=false", "--set", "prepare.spacing=[2,1,1]"]
+    code, _, errors = voxelscale("-v", "prepare", tmp_path / "luna", tmp_path / "store", *sets)
+    assert code == 0, errors
+    assert "2 folds as the data set says" in errors
+    store = open_store(tmp_path / "store")
+    assert [fold.val for fold in store.folds] == [("1.2.0", "1.2.2"), ("1.2.1", "1.2.3")]
+    assert {info.case: info.split for info in store.cases} == store.folds[0].split_of
+
+
+def test_luna16s_table_says_the_folds_of_scans_that_lie_elsewhere(tmp_path: Path) -> None:
+    for number in range(3):
+        luna16_scan(tmp_path / "scans", f"1.2.{number}")
+    table = tmp_path / "folds.json"
+    table.write_text(json.dumps({"1": ["1.2.0"], "0": ["1.2.2", "1.2.1"]}))
+    reading = ReadingConfig(names="hash")
+    data = DataSet(path=tmp_path / "scans", layout="luna16", splits=str(table), reading=reading)
+    called = {source.series: source.case for source in data.cases}
+    assert [fold.val for fold in data.folds] == [(called["1.2.2"], called["1.2.1"]), (called["1.2.0"],)]
+
+
+@pytest.mark.skipif(not (SHARED / "luna16").is_dir(), reason="no real tables beside the checkout")
+def test_the_real_table_of_luna16() -> None:
+    content = json.loads((SHARED / "luna16" / "subset_to_filenames.json").read_text())
+    folds = folds_of("table", content, lambda name: name)
+    assert [len(fold.val) for fold in folds] == [89] * 8 + [88] * 2
+    assert {len(fold.train) + len(fold.val) for fold in folds} == {888}
+
+
+def luna16_scan(folder: Path, uid: str) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(to_itk(image()), str(folder / f"{uid}.mhd"))
+    return uid
 
 
 def test_folds_name_cases_as_files_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +123,10 @@ def test_folds_name_cases_as_files_are_called(tmp_path: Path, monkeypatch: pytes
         ([{"train": ["a"], "val": []}], "fold 0 has no case in 'val'"),
         ([["a"], ["b"]], "fold 0 has no list 'train'"),
         ({"train": ["a"], "val": ["b"]}, "no list of 1 to 1000 folds"),
+        ({"0": ["a", "b"], "1": ["b"]}, "b is in fold 0 and in fold 1"),
+        ({"0": ["a"], "1": "b"}, "fold 1 is no list of names"),
+        ({"0": ["a"], "1": ["b", "c"]}, "names c, which the data set does not list"),
+        ({"0": ["a", "b"]}, "fold 0 has no case in 'train'"),
         ([], "no list of 1 to 1000 folds"),
         ([TWO[0]] * 1001, "no list of 1 to 1000 folds"),
         ("[{", "not readable as JSON"),
@@ -128,9 +189,7 @@ def test_columns_that_cannot_be(tmp_path: Path, header: str, rows: tuple[str, ..
 
 def test_a_patient_on_both_sides_of_a_fold(tmp_path: Path) -> None:
     data = table(tmp_path, "patient,fold", "p,0", "p,1", "q,1")
-    with pytest.raises(
-        VoxelscaleError, match=r"column fold: fold 0: c1 \(train\) and c0 \(val\) are of one"
-    ):
+    with pytest.raises(VoxelscaleError, match=r"its folds: fold 0: c1 \(train\) and c0 \(val\) are of one"):
         _ = data.folds
     (tmp_path / "mine.json").write_text(json.dumps([{"train": ["c0"], "val": ["c1"]}]))
     mine = DataSet(path=tmp_path / "cases.csv", splits=str(tmp_path / "mine.json"))

@@ -31,7 +31,7 @@ from voxelscale.geometry import Grid, IntTriple, Scan, Triple, affine_from_itk, 
 from voxelscale.infer.sliding_window import Share
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, write_bundle
-from voxelscale.predict.classes import classes_by, least_kept
+from voxelscale.predict.classes import check_names, classes_by, found_by, least_kept
 from voxelscale.predict.maps import Maps
 from voxelscale.predict.work import Predictor
 from voxelscale.samples.batch import Normalisation
@@ -379,6 +379,54 @@ def test_small_parts_stay_in_the_mask_of_classes_and_go_from_that_of_regions() -
     )
     assert not nowhere
     assert not stored.any()
+
+
+KINDS = {
+    "one": Classes(names=("a",)),
+    "classes": Classes(names=("a", "b"), values=((1,), (2,))),
+    "regions": Classes(names=("a", "b"), values=((1, 2), (2,)), regions=True, order=(1, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("near", [True, False])
+def test_what_is_small_or_not_the_largest_leaves_mask_and_findings_of_its_class(
+    kind: str, near: bool
+) -> None:
+    """Components of 144, 64 and 1 voxel and a candidate; the first may be too far from the lungs."""
+    classes, shape = KINDS[kind], (12, 30, 30)
+    affine = affine_from_itk((0, 0, 0), (1, 1, 1), np.eye(3))
+    boxes: dict[int, Any] = {144: np.s_[2:6, 2:8, 2:8], 64: np.s_[4:8, 15:19, 15:19], 1: np.s_[9, 20, 25]}
+    dense = np.zeros((2, *shape), np.float32)
+    for box in boxes.values():
+        dense[0][box] = 0.9
+    dense[0, 2:6, 25:28, 2:8] = 0.3
+    dense[1, 8:12, 10:13, 2:5] = dense[1, 10:12, 20:22, 8:10] = 0.8  # the other class: 36 and 8 voxels
+    single = kind == "one"
+    maps = dense if kind == "regions" else np.concatenate([1 - dense.max(0, keepdims=True), dense])
+    found = dense[0] if single else stacked(maps, classes, affine)
+
+    def left(**rules: Any) -> tuple[list[int], list[int], list[int]]:
+        config = PredictConfig(candidates=0.2, min_volume_mm3=0, **rules)
+        findings, stored = found_by(
+            config, "x", classes, found, Grid(shape, affine), keep=lambda v: near or v[:, 1].min() > 8
+        )
+        assert kind == "one" or number_of_each(findings)["b"] == 2, "the rules are for the other one"
+        volumes = sorted(round(f.volume_mm3) for f in findings if f.label in ("", "a"))
+        there = [size for size, box in boxes.items() if stored[box].all()]
+        assert (classes.where(stored, 0)).sum() == sum(there)
+        return volumes, there, [] if single else [int(classes.where(stored, 1).sum())]
+
+    first = [144] * near
+    others = [] if single else [44]
+    assert left() == (sorted([1, 64, 72, *first]), [*first, 64, 1], others)
+    assert left(smallest_mm3={"a": 64}) == (sorted([64, 72, *first]), [*first, 64], others)
+    assert left(smallest_mm3={"a": 65}) == (sorted([72, *first]), first, others)
+    largest = 144 if near else 64
+    assert left(largest_only=("a",)) == ([largest], [largest], others)
+    assert left(largest_only=("a",), smallest_mm3={"a": 145}) == ([], [], others)
+    with pytest.raises(VoxelscaleError, match=r"predict\.largest_only names c, which is no class"):
+        check_names(PredictConfig(largest_only=("a", "c")), classes)
 
 
 def test_equal_probabilities_go_to_the_first() -> None:

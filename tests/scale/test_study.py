@@ -23,10 +23,11 @@ from voxelscale.config import Config, dump, load
 from voxelscale.console import Progress
 from voxelscale.errors import VoxelscaleError
 from voxelscale.experiments.once import Ending
+from voxelscale.experiments.shares import Share, share_devices
 from voxelscale.scale import study as study_module
 from voxelscale.scale.cost import MODEL
 from voxelscale.scale.study import Stop, Trial, TrialScore, plan, run_study, t_interval
-from voxelscale.scale.trials import Share, real_ranks, share_devices, train_trial
+from voxelscale.scale.trials import real_ranks, train_trial
 from voxelscale.store import Store
 from voxelscale.train.log import read_events
 from voxelscale.train.optim import peak_rate

@@ -1,4 +1,4 @@
-"""Commands that run many trainings: search, scale, cv."""
+"""Commands that run many trainings, or choose among them: search, scale, cv, best."""
 
 from __future__ import annotations
 
@@ -170,6 +170,7 @@ def cv(
     scans: Annotated[Path, typer.Argument(help="Data set that the store was prepared from.")],
     out: Annotated[Path, typer.Argument(help="Folder of the study; an unfinished study is resumed.")],
     folds: Annotated[str | None, typer.Option(help="Only these folds, such as 0,1; default: all.")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Folds at a time; 0: as many as there are GPUs.")] = 0,
     layout: Layout = "auto",
     config: ConfigFile = None,
     set_: Sets = None,
@@ -179,37 +180,92 @@ def cv(
     \b
     voxelscale prepare scans/ store/ --set prepare.folds=5
     voxelscale cv store/ scans/ cv/ --config store/plan.yaml
+    voxelscale cv store/ scans/ cv/ --jobs 2                 two folds at a time
     voxelscale cv store/ scans/ cv/ --folds 2                only fold 2, as in a job of its own
+    sbatch examples/slurm/folds.sh store/ scans/ cv/         each fold a job
 
-    Trains OUT/fold_0/run and so on, and predicts each fold's validation scans. When all folds are there,
-    their predictions are put together in OUT/predictions and evaluated as one: Dice with intervals, FROC
-    and CPM over all scans, each predicted by a model that was not trained on it. With
+    Trains OUT/fold_0/run and so on, and predicts each fold's validation scans. With several GPUs each fold
+    has its own (train.ranks of them); --jobs 1 trains one fold at a time on all. When all folds are there,
+    their predictions are put together in OUT/predictions and evaluated as one: Dice of each class with
+    intervals, FROC and CPM over all scans, each predicted by a model that was not trained on it. With
     train.validate_every=0 the last model of a fold counts; otherwise that of its best validation, which
     the same scans chose. Ctrl-C saves; the same command resumes. Writes cv.json and evaluation/.
     """
     check_output(out)
     from voxelscale.evaluate.text import text_summary
-    from voxelscale.experiments.folds import evaluate_folds, missing_folds, run_folds
+    from voxelscale.experiments.at_once import jobs_for, run_at_once
+    from voxelscale.experiments.folds import evaluate_folds, missing_folds, run_folds, tell
     from voxelscale.store import open_store
+    from voxelscale.train.track import tracked_study
 
     settings = read_config(config, set_)
     data = data_set(scans, settings, layout, keys=store)
     wanted = _numbers(folds) if folds is not None else range(len(open_store(store).folds))
     if not wanted:
         raise VoxelscaleError(f"{store}: has no folds", "prepare with prepare.folds=5")
-    if not run_folds(settings, store, data, out, wanted):
-        notice("stopped and saved; the same command resumes")
-        return 130
-    if missing := missing_folds(store, data, out):
-        print(f"{count(len(missing), 'fold')} to go: {', '.join(map(str, missing))}")
-        return 0
-    summary, rows = evaluate_folds(store, data, out)
+    jobs = min(jobs or jobs_for(settings, len(wanted)), len(wanted))
+    with tracked_study(settings, out, ["cv.json"]) as tracking:
+        done = (
+            run_at_once(settings, store, data, out, wanted, jobs)
+            if jobs > 1
+            else run_folds(settings, store, data, out, wanted)
+        )
+        if not done:
+            notice("stopped and saved; the same command resumes")
+            return 130
+        if missing := missing_folds(store, data, out):
+            print(f"{count(len(missing), 'fold')} to go: {', '.join(map(str, missing))}")
+            return 0
+        summary, rows = evaluate_folds(store, data, out)
+        if tracking:
+            tell(tracking, rows, summary)
     for row in rows:
         dice = "no Dice, as all masks are empty" if row["dice"] is None else f"Dice {row['dice']:.3f}"
         print(f"fold {row['fold']}: {count(row['cases'], 'case')}, {dice}")
     print("\n".join(text_summary(summary)))
     print(f"predictions of all folds in {out / 'predictions'}")
     return print_failed(rows_of(summary), "evaluated")
+
+
+@verb("Studies")
+def best(
+    studies: Annotated[list[Path], typer.Argument(help="Folders that voxelscale cv wrote, one or more.")],
+    scans: Annotated[Path, typer.Argument(help="Data set with the true masks.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    metric: Annotated[str, typer.Option(help="What is compared and tuned: dice or cpm.")] = "dice",
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of the bootstrap.")] = 0,
+    layout: Layout = "auto",
+    config: ConfigFile = None,
+    set_: Sets = None,
+) -> None:
+    """Choose the best of cross-validated configurations, and find its settings.
+
+    \b
+    voxelscale cv store/ scans/ small/ --set predict.probabilities=true
+    voxelscale cv store/ scans/ large/ --set predict.probabilities=true --set model.filters=32
+    voxelscale best small/ large/ scans/ best/
+    voxelscale predict best/model.vxs new_scans/ predictions/
+
+    Compares the configurations, and the average of each two, on what their folds predicted of unseen scans:
+    mean Dice, CPM and sensitivity at 1 false positive per scan, with 95 % intervals and p-values by paired
+    bootstrap over patients. The single one with the highest mean Dice (--metric cpm: CPM) is chosen; an
+    average instead only where it is better with p < 0.05. Then looks for the threshold, the smallest
+    component, and the classes of which only the largest component stays, and says what they give on folds
+    that did not choose them. Writes OUT/model.vxs with all folds' networks and these settings, best.json
+    and best.html. Averages and thresholds need probabilities.
+    """
+    check_output(out)
+    from voxelscale.experiments.best.best import best as run_best
+    from voxelscale.experiments.best.figures import METRICS
+    from voxelscale.experiments.best.page import text
+
+    if metric not in METRICS:
+        raise VoxelscaleError(f"--metric {metric}: no such metric", f"choose {' or '.join(METRICS)}")
+    data = data_set(scans, read_config(config, set_), layout)
+    result = run_best(studies, data, out, "cpm" if metric == "cpm" else "dice", seed)
+    print("\n".join(text(result)))
+    print(f"model of {count(result['networks'], 'network')} in {out / 'model.vxs'}")
+    print(f"report in {out / 'best.html'}")
 
 
 def _numbers(text: str) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from voxelscale.config.section import IntTriple, Rule, Section
 
@@ -30,6 +31,12 @@ class PredictConfig(Section):
     """Findings at most this far apart (mm between surfaces) are merged; 0: off."""
     min_volume_mm3: float = 10.0
     """Smaller components are dropped; a 3 mm sphere has 14 mm3."""
+    smallest_mm3: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Smallest component that stays of a class, in mask and findings, as {liver: 5000}; beside
+    `min_volume_mm3`, which takes nothing out of the mask of classes that exclude each other."""
+    largest_only: tuple[str, ...] = ()
+    """Classes of which only the largest component stays, in mask and findings; it has no candidates
+    beside it."""
     test_time_augmentation: bool = False
     """Test-time augmentation: average over the copies mirrored along the axes that the training mirrored;
     for all three 8 times the work."""
@@ -55,4 +62,13 @@ class PredictConfig(Section):
                 "above 0 and at most predict.threshold, or null",
             ),
             ("merge_mm", 0 <= self.merge_mm < float("inf"), "at least 0 mm"),
+            (
+                "smallest_mm3",
+                all(_is_volume(volume) for volume in self.smallest_mm3.values()),
+                "a volume of each class, at least 0 mm3",
+            ),
         ]
+
+
+def _is_volume(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")

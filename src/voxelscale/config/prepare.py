@@ -20,8 +20,9 @@ class PrepareConfig(Section):
     seed: int = 0
     """Seed of the split and of the folds, which shuffles the patients."""
     splits: str = ""
-    """A splits_final.json as nnU-Net has it (folds, each with its lists train and val); "": the data set's
-    own, or a column split or fold of its CSV, or else prepare.split."""
+    """A splits_final.json as nnU-Net has it (folds, each with its lists train and val), or the cases that
+    validate in each fold, as {"0": [a, b], "1": [c]}; "": the data set's own (such a file, a column split
+    or fold of its CSV, LUNA16's subsets), or else prepare.split."""
     folds: int = 0
     """Number of folds by patient, where the data set gives none; 0: none, as data.fold is not used. Test
     scans are in no fold."""

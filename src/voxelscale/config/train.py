@@ -71,6 +71,12 @@ class TrainConfig(Section):
     """How often a job on several ranks restarts from its last checkpoint when a rank is lost."""
     threads: int = 0
     """CPU threads per rank; 0: an equal share of the cores."""
+    track: tuple[Literal["mlflow", "wandb"], ...] = ()
+    """What is told settings, numbers and files of the run beside TensorBoard: mlflow, wandb (Weights &
+    Biases). Nothing of the scans is sent."""
+    track_to: str = ""
+    """MLflow's server, as http://host:5000, or a folder; "": what MLFLOW_TRACKING_URI says, or MLflow's own
+    choice. Weights & Biases goes by its own environment (WANDB_BASE_URL, WANDB_MODE)."""
 
     @property
     def formatted(self) -> bool:
@@ -87,4 +93,9 @@ class TrainConfig(Section):
             ("checkpoint_every", self.checkpoint_every >= 1, "at least 1"),
             ("keep", self.keep >= 1, "at least 1"),
             ("max_restarts", self.max_restarts >= 0, "at least 0"),
+            (
+                "track_to",
+                "@" not in self.track_to,
+                "without a password, which goes into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+            ),
         ]

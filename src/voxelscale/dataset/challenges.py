@@ -16,6 +16,7 @@ from voxelscale.channels import ONE_CT, Channel
 from voxelscale.classes import NODULE
 from voxelscale.dataset import channels as channelled
 from voxelscale.dataset.classes import of_json
+from voxelscale.dataset.folds import Fold, by_number
 from voxelscale.dataset.source import (
     Found,
     Source,
@@ -31,6 +32,9 @@ from voxelscale.dataset.source import (
 from voxelscale.dataset.tables import with_spheres
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import files_below
+
+SUBSET = re.compile(r"subset(\d{1,3})")
+"""LUNA16's ten parts, which are the folds of its cross-validation."""
 
 TABLE = "annotations.csv"
 TABLE_PLACES = ("", "CSVFILES", "evaluationScript/annotations")
@@ -191,7 +195,7 @@ def _inside(path: Path, text: Any) -> Path:
 
 def luna16_scans(data: Path) -> list[Path]:
     """LUNA16's scans: in ``subset0/`` to ``subset9/``, else in the folder itself, named by their series."""
-    subsets = [p for p in visible(data) if p.is_dir() and re.fullmatch(r"subset\d+", p.name)]
+    subsets = [p for p in visible(data) if p.is_dir() and SUBSET.fullmatch(p.name)]
     files = (file for subset in subsets for file in files_below(subset)) if subsets else visible(data)
     return [file for file in files if file.suffix.lower() in (".mhd", ".mha")]
 
@@ -207,7 +211,9 @@ def luna16_table(data: Path, annotations: Path | None = None) -> Path | None:
 def from_luna16(data: Path, annotations: Path | None = None) -> Found:
     """LUNA16: every scan with the table of nodules, of which a reader takes the rows of its series.
 
-    A scan that the table does not name has no nodule of 3 mm that three readers agree upon.
+    A scan that the table does not name has no nodule of 3 mm that three readers agree upon. Scans in
+    ``subset0/`` to ``subset9/`` are in the folds of their numbers: the challenge's ten, or as many as are
+    there, if more than one is.
     """
     table = luna16_table(data, annotations)
     scans = luna16_scans(data)
@@ -220,9 +226,17 @@ def from_luna16(data: Path, annotations: Path | None = None) -> Found:
         for scan in scans
         for name in [case_name(scan)]
     ]
+    folds = _subsets(data, sources)
     if table is None:
         missing = f"warning: {TABLE} is not there; name its folder with --annotations"
-        return Found(sources=sources, remarks=(missing,), classes=NODULE)
+        return Found(sources=sources, remarks=(missing,), classes=NODULE, folds=folds)
     sources, remarks = with_spheres(sources)
     surveyed = [replace(source, surveyed=True) for source in sources]
-    return Found(sources=surveyed, remarks=remarks, classes=NODULE)
+    return Found(sources=surveyed, remarks=remarks, classes=NODULE, folds=folds)
+
+
+def _subsets(data: Path, sources: Sequence[Source]) -> tuple[Fold, ...]:
+    """A fold of each subset folder; () where there is only one, or none."""
+    parts = {source.case: SUBSET.fullmatch(source.image.relative_to(data).parts[0]) for source in sources}
+    numbers = {case: int(part[1]) for case, part in parts.items() if part}
+    return by_number(numbers) if len(set(numbers.values())) > 1 else ()

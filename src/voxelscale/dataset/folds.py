@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,10 @@ class Fold:
 
 
 def folds_of(where: str, content: Any, called: Callable[[str], str | None]) -> tuple[Fold, ...]:
-    """The folds of a ``splits_final.json``.
+    """The folds of a ``splits_final.json``, or of a table of which cases validate in which fold.
+
+    Such a table, as there is one of LUNA16's ten folds, is ``{"0": ["a", "b"], "1": ["c"]}``; the others
+    of its cases train.
 
     Args:
         where: the file, for messages.
@@ -44,6 +48,8 @@ def folds_of(where: str, content: Any, called: Callable[[str], str | None]) -> t
     Raises:
         VoxelscaleError: it is no list of folds, or a fold names an unknown case.
     """
+    if isinstance(content, dict) and content and all(re.fullmatch(r"\d{1,3}", key) for key in content):
+        content = _of_table(where, content)
     if not isinstance(content, list) or not 0 < len(content) <= MOST_FOLDS:
         raise VoxelscaleError(f"{where}: no list of 1 to {MOST_FOLDS} folds", TO_SPLIT)
     folds = []
@@ -62,6 +68,25 @@ def folds_of(where: str, content: Any, called: Callable[[str], str | None]) -> t
             sides.append(tuple(case for case in cases.values() if case is not None))
         folds.append(Fold(train=sides[0], val=sides[1]))
     return tuple(folds)
+
+
+def _of_table(where: str, table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A table's folds in nnU-Net's form, in the order of their numbers."""
+    fold_of: dict[Any, str] = {}
+    for key, names in table.items():
+        for name in names if isinstance(names, list) else [None]:
+            if not isinstance(name, str):
+                raise VoxelscaleError(f"{where}: fold {key} is no list of names", TO_SPLIT)
+            if fold_of.setdefault(name, key) != key:
+                what = f"{name[:80]} is in fold {fold_of[name]} and in fold {key}"
+                raise VoxelscaleError(f"{where}: {what}", "take it out of one of them")
+    return [
+        {
+            "train": [name for name, own in fold_of.items() if own != key],
+            "val": [name for name, own in fold_of.items() if own == key],
+        }
+        for key in sorted(table, key=int)
+    ]
 
 
 def check_folds(where: str, folds: Sequence[Fold], patient_of: Mapping[str, str]) -> None:

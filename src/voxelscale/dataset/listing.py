@@ -116,17 +116,18 @@ def given_folds(found: Found, data: Path, splits: str = "") -> tuple[Fold, ...]:
     Args:
         found: the data set's cases.
         data: its path, for messages.
-        splits: the user's file, as nnU-Net's ``splits_final.json``; "": the data set's own.
+        splits: the user's file, as `folds_of` takes it; "": the data set's own.
 
     Raises:
         VoxelscaleError: a fold names an unknown case, or has a case or a patient on both sides.
     """
     file = Path(splits).expanduser() if splits else None if found.folds else found.splits
-    where, cases = str(file or f"{data}: its column fold"), {source.case for source in found.sources}
+    where, cases = str(file or f"{data}: its folds"), {source.case for source in found.sources}
+    of_series = {source.series: source.case for source in found.sources if source.series}
 
     def called(name: str) -> str | None:
         known = (found.called.get(own, own) for own in possible_names(name))
-        return next((case for case in known if case in cases), None)
+        return next((case for case in known if case in cases), of_series.get(name))
 
     folds = (
         folds_of(where, read_json_value(file), called)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,8 +15,25 @@ The Bootstrap and Edgeworth Expansion, 1992, appendix I): 35 of 4 scans, 126 of 
 1 / 2.5 % = 40 the ends of a 95 % interval are little more than the smallest and the largest value."""
 
 
+Units = NDArray[np.int64] | None
+"""(scans,) the number of each scan's patient, from 0; None: each scan is a patient's only one."""
+
+
+def drawn(scans: int, resamples: int, seed: int, units: Units = None) -> Iterator[NDArray[np.int64]]:
+    """The scans of each bootstrap sample: of as many patients as there are, drawn with replacement."""
+    random = np.random.Generator(np.random.Philox(key=seed))
+    if units is None:
+        for _ in range(resamples):
+            yield random.integers(0, scans, scans)
+        return
+    patients = int(units.max()) + 1
+    of_patient = [np.flatnonzero(units == patient) for patient in range(patients)]
+    for _ in range(resamples):
+        yield np.concatenate([of_patient[patient] for patient in random.integers(0, patients, patients)])
+
+
 def resampled_means(
-    values: NDArray[np.float64], resamples: int = RESAMPLES, seed: int = 0
+    values: NDArray[np.float64], resamples: int = RESAMPLES, seed: int = 0, units: Units = None
 ) -> NDArray[np.float64]:
     """Means over bootstrap samples of scans, the same ones that `voxelscale.evaluate.froc.resampled` draws.
 
@@ -24,11 +43,8 @@ def resampled_means(
     Returns:
         (..., resamples).
     """
-    scans = values.shape[-1]
-    random = np.random.Generator(np.random.Philox(key=seed))
-    return np.stack(
-        [values[..., random.integers(0, scans, scans)].mean(axis=-1) for _ in range(resamples)], axis=-1
-    )
+    samples = drawn(values.shape[-1], resamples, seed, units)
+    return np.stack([values[..., scans].mean(axis=-1) for scans in samples], axis=-1)
 
 
 def percentile_interval(samples: NDArray[np.float64], scans: int = MIN_SCANS) -> list[float] | None:

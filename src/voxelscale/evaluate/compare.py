@@ -117,11 +117,17 @@ def compare_folders(
 def _score(source: Source, folders: tuple[Path, Path], reading: ReadingConfig) -> list[Pair]:
     """Both predictions of a case held against its truth, of each class."""
     truth = truth_of(source, reading)
-    first, second = (_scores(truth, *read_prediction(folder, source, truth)) for folder in folders)
+    first, second = (scores_of(truth, *read_prediction(folder, source, truth)) for folder in folders)
     return list(zip(first, second, strict=True))
 
 
-def _scores(truth: Truth, prediction: NDArray[Any], findings: Sequence[Finding]) -> list[Score]:
+def scores_of(truth: Truth, prediction: NDArray[Any], findings: Sequence[Finding]) -> list[Score]:
+    """A prediction of a case held against its truth, of each class.
+
+    Args:
+        prediction: stored labels on the truth's lattice.
+        findings: of the same scan, LPS mm.
+    """
     scores = []
     for one in truth.against(prediction):
         counts = overlap(one.truth, one.prediction)

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.evaluate.bootstrap import Units, drawn
 from voxelscale.findings import Finding
 from voxelscale.geometry import Scan
 
@@ -219,21 +220,23 @@ def froc(matches: Sequence[Matches]) -> Froc:
     )
 
 
-def resampled(pools: Sequence[Pool], resamples: int, seed: int = 0) -> NDArray[np.float64]:
+def resampled(
+    pools: Sequence[Pool], resamples: int, seed: int = 0, units: Units = None
+) -> NDArray[np.float64]:
     """Sensitivities of bootstrap samples of scans (Efron 1979): as many as there are, with replacement.
 
     Args:
         pools: of the same scans in the same order; each sees the same samples, so that they can be
             compared in pairs.
+        units: the patient of each scan, as of `voxelscale.evaluate.bootstrap.drawn`.
 
     Returns:
         (pools, resamples, 7) at `OPERATING_POINTS`; NaN where a sample holds no lesion.
     """
     scans = len(pools[0].lesions)
-    random = np.random.Generator(np.random.Philox(key=seed))
     read = np.full((len(pools), resamples, len(OPERATING_POINTS)), np.nan)
-    for number in range(resamples):
-        times = np.bincount(random.integers(0, scans, scans), minlength=scans)
+    for number, sample in enumerate(drawn(scans, resamples, seed, units)):
+        times = np.bincount(sample, minlength=scans)
         for which, marks in enumerate(pools):
             if times @ marks.lesions:
                 read[which, number] = np.interp(OPERATING_POINTS, *_curve(marks, times))

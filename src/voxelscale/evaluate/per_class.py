@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.classes import Classes
-from voxelscale.evaluate.bootstrap import RESAMPLES, percentile_interval, resampled_means
+from voxelscale.evaluate.bootstrap import RESAMPLES, Units, percentile_interval, resampled_means
 from voxelscale.evaluate.overlap import common_box
 
 Box = tuple[slice, slice, slice]
@@ -101,19 +101,20 @@ def mean_over_classes(dices: NDArray[np.float64]) -> float | None:
 
 
 def resampled_mean_over_classes(
-    dices: NDArray[np.float64], resamples: int = RESAMPLES, seed: int = 0
+    dices: NDArray[np.float64], resamples: int = RESAMPLES, seed: int = 0, units: Units = None
 ) -> NDArray[np.float64]:
     """`mean_over_classes` of bootstrap samples of cases.
 
     Args:
         dices: (..., classes, cases); NaN where a case has no Dice.
+        units: the patient of each case, as of `voxelscale.evaluate.bootstrap.drawn`.
 
     Returns:
         (..., resamples); NaN where a sample has no Dice.
     """
     there = ~np.isnan(dices)
     sums, counts = (
-        resampled_means(values, resamples, seed)
+        resampled_means(values, resamples, seed, units)
         for values in (np.nan_to_num(dices), there.astype(np.float64))
     )
     of_class = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)

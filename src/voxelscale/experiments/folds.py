@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from voxelscale.console import count, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import whole_folder, write_atomic
 from voxelscale.ranks.place import fill
+from voxelscale.train.track import Tracking
 
 if TYPE_CHECKING:
     from voxelscale.dataset import DataSet
@@ -28,7 +31,8 @@ PREDICTIONS, EVALUATION = "predictions", "evaluation"
 def run_folds(config: Config, store: Path, data: DataSet, out: Path, folds: Sequence[int]) -> bool:
     """Train the folds one after another in ``<out>/fold_<k>/run``; predict each one's validation scans.
 
-    Run again it goes on where it stopped, and keeps what is done.
+    Run again it goes on where it stopped, and keeps what is done. `voxelscale.experiments.at_once` has
+    several of them trained at a time.
 
     Args:
         config: of each training, but for ``data.fold``.
@@ -45,7 +49,7 @@ def run_folds(config: Config, store: Path, data: DataSet, out: Path, folds: Sequ
     from voxelscale.predict.predict import predict
     from voxelscale.train.launch import start
 
-    _check(config, out)
+    check(config, out)
     unseen = {fold: _unseen(store, data, fold) for fold in folds}
     for fold, sources in unseen.items():
         run = out / f"fold_{fold}" / "run"
@@ -80,36 +84,100 @@ def evaluate_folds(store: Path, data: DataSet, out: Path) -> tuple[dict[str, Any
 
     No scan was predicted by a model that was trained on it. But where a fold's best validation was kept,
     its validation scans chose it; `train.validate_every=0` keeps the last model, which nothing chose.
-    Writes ``<out>/evaluation`` and ``<out>/cv.json``.
+    Writes ``<out>/evaluation`` and ``<out>/cv.json``: the folds, and of each class the mean Dice and CPM
+    over all scans with intervals.
 
     Returns:
         what `voxelscale.evaluate.evaluate.evaluate_folder` does, and of each fold its number, cases, and
-        mean Dice over cases and classes (None where all masks are empty).
+        mean Dice over cases and classes (None where all masks are empty), and of each class of several.
     """
     from voxelscale.evaluate.evaluate import evaluate_folder
     from voxelscale.predict.record import record_cases
     from voxelscale.store import open_store
 
     each = {fold: _unseen(store, data, fold) for fold in range(len(open_store(store).folds))}
-    with whole_folder(out / PREDICTIONS) as together:
-        record_cases(together, [source.case for sources in each.values() for source in sources])
-        data.names.keep_in(together)
-        for fold, sources in each.items():
-            for source in sources:
-                shutil.copytree(_predictions(out, fold) / source.case, together / source.case)
-    summary = evaluate_folder(out / PREDICTIONS, data, out / EVALUATION, one_model=False)
-    rows = [_fold(fold, sources, summary["cases"]) for fold, sources in each.items()]
-    write_atomic(out / "cv.json", json.dumps({"folds": rows}, indent=1))
+    with _alone(out):
+        with whole_folder(out / PREDICTIONS) as together:
+            record_cases(together, [source.case for sources in each.values() for source in sources])
+            data.names.keep_in(together)
+            for fold, sources in each.items():
+                for source in sources:
+                    folder = _predictions(out, fold) / source.case
+                    shutil.copytree(folder, together / source.case, copy_function=_link)
+        summary = evaluate_folder(out / PREDICTIONS, data, out / EVALUATION, one_model=False)
+    rows = [_fold(fold, sources, summary) for fold, sources in each.items()]
+    write_atomic(out / "cv.json", json.dumps({"folds": rows, **_pooled(summary)}, indent=1))
     return summary, rows
 
 
-def _fold(fold: int, sources: Sequence[Source], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _fold(fold: int, sources: Sequence[Source], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A fold's number and cases, their mean Dice, and that of each class where there are several."""
     names = {source.case for source in sources}
-    dice = [row["dice"] for row in rows if row["case"] in names and row["dice"] is not None]
-    return {"fold": fold, "cases": len(names), "dice": float(np.mean(dice)) if dice else None}
+    own = [row for row in summary["cases"] if row["case"] in names and row["dice"] is not None]
+    row: dict[str, Any] = {"fold": fold, "cases": len(names), "dice": _mean([one["dice"] for one in own])}
+    if "classes" in summary:
+        row["classes"] = {
+            name: _mean([one["dice"] for one in own if one["class"] == name]) for name in summary["classes"]
+        }
+    return row
 
 
-def _check(config: Config, out: Path) -> None:
+def _pooled(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Over all folds: of each class the mean Dice and the CPM, with intervals; of several the mean Dice."""
+    classes = {
+        name: {
+            "dice": own["dice"],
+            "cpm": own["froc"]["cpm"],
+            "cpm_interval": own["froc"]["cpm_interval"],
+            "sensitivity_at_1_fp": own["sensitivity_at_1_fp"],
+        }
+        for name, own in summary.get("classes", {"": summary}).items()
+    }
+    if "classes" in summary:
+        return {"classes": classes, "mean_dice": summary["mean_dice"]}
+    return classes[""]
+
+
+def tell(tracking: Tracking, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+    """Tell the trackers what `evaluate_folds` returned: figures, and no case."""
+    for row in rows:
+        if row["dice"] is not None:
+            tracking.log({"fold/dice": row["dice"]}, row["fold"])
+    pooled = _pooled(summary)
+    for name, own in pooled.get("classes", {"": pooled}).items():
+        figures = {"dice": own["dice"]["mean"], "cpm": own["cpm"]}
+        for key, bounds in (("dice", own["dice"]["interval"]), ("cpm", own["cpm_interval"])):
+            figures |= dict(zip((f"{key}_low", f"{key}_high"), bounds or (), strict=False))
+        told = {"/".join(filter(None, ("cv", name, key))): v for key, v in figures.items() if v is not None}
+        tracking.log(told, len(rows))
+    if "mean_dice" in pooled and pooled["mean_dice"]["mean"] is not None:
+        tracking.log({"cv/mean_dice": pooled["mean_dice"]["mean"]}, len(rows))
+    tracking.done = True
+
+
+def _link(file: str, link: str) -> None:
+    """The same file under another name: probabilities are large. Where that is not possible, a copy."""
+    try:
+        os.link(file, link)
+    except OSError:
+        shutil.copy2(file, link)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Of several jobs that end together each evaluates in its turn."""
+    with (out / ".evaluating").open("w") as handle:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def check(config: Config, out: Path) -> None:
+    """Raise a VoxelscaleError where a config, or how the command was started, is not for several folds."""
     fill()
     if "RANK" in os.environ:
         hint = "start it alone, with train.ranks processes; or each fold as a job: --folds 0"

@@ -117,6 +117,7 @@ def find_lesions(
     candidates: float | None = None,
     merge_mm: float = 0.0,
     min_volume_mm3: float = 0.0,
+    largest_only: bool = False,
     image: NDArray[Any] | None = None,
     depth: Scan | None = None,
     keep: Callable[[NDArray[np.int64]], bool] | None = None,
@@ -136,6 +137,7 @@ def find_lesions(
             so that a reader may choose the operating point; None, or not below `threshold`: there are none.
         merge_mm: lesions whose surfaces are at most this far apart are merged; candidates, too; 0: off.
         min_volume_mm3: smaller ones are dropped.
+        largest_only: only the largest lesion stays, and where there is one there are no candidates.
         image: (z, y, x) HU on the same grid, for the density.
         depth: of `voxelscale.findings.depth.lung_depth`, for the distance to the pleura.
         keep: whether a lesion or candidate, given by its voxels (n, 3), is listed; None: all are.
@@ -146,17 +148,20 @@ def find_lesions(
     least = min_volume_mm3 / grid.voxel_mm3
     low = threshold if low is None else low
     sure = sure_regions(probability, grid, threshold=threshold, low=low, merge_mm=merge_mm, least=least)
+    if largest_only:
+        near = [voxels for voxels in sure if keep is None or keep(voxels)]
+        sure = [max(near, key=len)] if near else []
     mask = np.zeros(probability.shape, np.uint8)
     for voxels in sure:
         mask[tuple(voxels.T)] = 1
     doubtful = []
-    if candidates is not None and candidates < threshold:
+    if candidates is not None and candidates < threshold and not (largest_only and sure):
         doubtful = doubtful_regions(
             probability, mask, grid, candidates=candidates, merge_mm=merge_mm, least=least
         )
     if keep is not None:
         doubtful = [voxels for voxels in doubtful if keep(voxels)]
-        sure = _kept(sure, keep, mask)
+        sure = _kept(sure, [keep(voxels) for voxels in sure], mask)
     about = partial(_found, case, grid, image=image, depth=depth)
     return ranked(about(voxels, probability[tuple(voxels.T)]) for voxels in [*sure, *doubtful]), mask
 
@@ -172,6 +177,8 @@ def find_in_class(
     candidates: float | None = None,
     merge_mm: float = 0.0,
     min_volume_mm3: float = 0.0,
+    smallest_mm3: float = 0.0,
+    largest_only: bool = False,
     image: NDArray[Any] | None = None,
     depth: Scan | None = None,
     keep: Callable[[NDArray[np.int64]], bool] | None = None,
@@ -188,17 +195,25 @@ def find_in_class(
         grid: of the whole scan, as `image` is.
         candidates: components at or above this probability without a voxel of the mask are findings, too.
         min_volume_mm3: smaller components are no findings; they stay in the mask.
+        smallest_mm3: smaller ones are taken out of the mask, too.
+        largest_only: as of `find_lesions`.
 
     Returns:
-        findings; and the mask of the box without the components that `keep` left out.
+        findings; and the mask of the box without what `keep` and the last two rules left out.
     """
-    least, first = min_volume_mm3 / grid.voxel_mm3, np.asarray(start)
-    parts = masked_regions(mask, grid, merge_mm=merge_mm, least=least if keep is None else 0)
-    if keep is not None:
+    smallest, first = smallest_mm3 / grid.voxel_mm3, np.asarray(start)
+    least = max(min_volume_mm3 / grid.voxel_mm3, smallest)
+    whole = keep is None and not smallest and not largest_only
+    parts = masked_regions(mask, grid, merge_mm=merge_mm, least=least if whole else 0)
+    if not whole:
         mask = mask.copy()
-        kept = _kept(parts, lambda voxels: keep(voxels + first), mask)
-        parts = [voxels for voxels in kept if len(voxels) >= least]
-    if candidates is not None:
+        near = [keep is None or keep(voxels + first) for voxels in parts]
+        stays = [one and len(voxels) >= smallest for one, voxels in zip(near, parts, strict=True)]
+        if largest_only:
+            most = max(itertools.compress(parts, stays), key=len, default=None)
+            stays = [voxels is most for voxels in parts]
+        parts = [voxels for voxels in _kept(parts, stays, mask) if len(voxels) >= least]
+    if candidates is not None and not (largest_only and mask.any()):
         rules = {"candidates": candidates, "merge_mm": merge_mm, "least": least}
         doubtful = doubtful_regions(probability, mask, grid, **rules)
         parts += [voxels for voxels in doubtful if keep is None or keep(voxels + first)]
@@ -206,9 +221,8 @@ def find_in_class(
     return ranked(about(voxels + first, probability[tuple(voxels.T)]) for voxels in parts), mask
 
 
-def _kept(parts: Sequence[Voxels], keep: Callable[[Voxels], bool], mask: NDArray[Any]) -> list[Voxels]:
-    """The parts that `keep` keeps; the others are taken out of the mask."""
-    chosen = [keep(voxels) for voxels in parts]
+def _kept(parts: Sequence[Voxels], chosen: Sequence[bool], mask: NDArray[Any]) -> list[Voxels]:
+    """The chosen parts; the others are taken out of the mask."""
     for voxels in itertools.compress(parts, map(operator.not_, chosen)):
         mask[tuple(voxels.T)] = 0
     return list(itertools.compress(parts, chosen))

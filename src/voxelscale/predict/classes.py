@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +11,17 @@ from numpy.typing import NDArray
 
 from voxelscale.classes import Classes
 from voxelscale.config import PredictConfig
+from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import Finding, find_in_class, find_lesions, ranked
 from voxelscale.geometry import Grid, Scan
 from voxelscale.infer.sliding_window import Box
-from voxelscale.predict.maps import Maps, on_grid
+from voxelscale.predict.maps import OnLattice, on_grid
 
 MOST_LEAST, LEAST_LEAST = 0.025, 1 / 256
 """Smaller probabilities are not kept (`Maps`), whatever is asked for; larger ones always are."""
+
+MOST_NAMED = 20
+"""Classes that a message names."""
 
 Keep = Callable[[NDArray[np.int64]], bool]
 
@@ -31,17 +35,45 @@ def least_kept(config: PredictConfig) -> float:
     return min(max(asked, LEAST_LEAST), MOST_LEAST)
 
 
+def found_by(
+    config: PredictConfig,
+    case: str,
+    classes: Classes,
+    found: NDArray[np.float32] | Sequence[OnLattice],
+    grid: Grid,
+    **rules: Any,
+) -> tuple[list[Finding], NDArray[Any]]:
+    """Findings, most confident first, and the stored labels: `lesions_by` or `classes_by`.
+
+    Args:
+        found: probabilities of the only class on the grid, or maps of all classes.
+        rules: ``image``, ``depth`` and ``keep`` of these.
+    """
+    if not isinstance(found, np.ndarray):
+        return classes_by(config, case, classes, found, grid, **rules)
+    return lesions_by(config, case, found, grid, classes.names[0], **rules)
+
+
+def check_names(config: PredictConfig, classes: Classes) -> None:
+    """Raise a VoxelscaleError where a rule is for a class that the model does not have."""
+    for key, names in (("smallest_mm3", config.smallest_mm3), ("largest_only", config.largest_only)):
+        if unknown := [name for name in names if name not in classes.names]:
+            what = f"config: predict.{key} names {unknown[0]}, which is no class of the model"
+            raise VoxelscaleError(what, f"its classes are {', '.join(classes.names[:MOST_NAMED])}")
+
+
 def lesions_by(
     config: PredictConfig,
     case: str,
     probability: NDArray[np.float32],
     grid: Grid,
+    name: str,
     *,
     image: NDArray[Any] | None = None,
     depth: Scan | None = None,
     keep: Keep | None = None,
 ) -> tuple[list[Finding], NDArray[np.uint8]]:
-    """`find_lesions` with a config's thresholds."""
+    """`find_lesions` with a config's thresholds, and its rules for the class of that name."""
     return find_lesions(
         case,
         probability,
@@ -50,7 +82,8 @@ def lesions_by(
         low=config.low_threshold,
         candidates=config.candidates,
         merge_mm=config.merge_mm,
-        min_volume_mm3=config.min_volume_mm3,
+        min_volume_mm3=max(config.min_volume_mm3, config.smallest_mm3.get(name, 0.0)),
+        largest_only=name in config.largest_only,
         image=image,
         depth=depth,
         keep=keep,
@@ -61,7 +94,7 @@ def classes_by(
     config: PredictConfig,
     case: str,
     classes: Classes,
-    maps: list[Maps],
+    maps: Sequence[OnLattice],
     grid: Grid,
     *,
     image: NDArray[Any] | None = None,
@@ -74,7 +107,8 @@ def classes_by(
 
     Of classes that exclude each other a voxel is of the most probable one, background included, and of the
     first of several that are equally probable. A class's findings are the components of this mask that
-    have at least `predict.min_volume_mm3`; the mask keeps the smaller ones, too. Where `predict.candidates`
+    have at least `predict.min_volume_mm3`; the mask keeps the smaller ones, too, but for those that
+    `predict.smallest_mm3` and `predict.largest_only` name. Where `predict.candidates`
     is below `predict.threshold`, components of at least that probability that hold no voxel of the class's
     mask are findings as well; the thresholds mean nothing else here.
 
@@ -110,6 +144,8 @@ def classes_by(
             candidates=candidates,
             merge_mm=config.merge_mm,
             min_volume_mm3=config.min_volume_mm3,
+            smallest_mm3=config.smallest_mm3.get(name, 0.0),
+            largest_only=name in config.largest_only,
             **rules,
         )
         findings += found
@@ -118,7 +154,7 @@ def classes_by(
 
 
 def kept_probabilities(
-    classes: Classes, found: NDArray[np.float32] | list[Maps], grid: Grid
+    classes: Classes, found: NDArray[np.float32] | Sequence[OnLattice], grid: Grid
 ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """The file of each class's probabilities, and these, (z, y, x) in steps of 1/255.
 
@@ -127,7 +163,7 @@ def kept_probabilities(
     """
     for at, name in enumerate(classes.names):
         kept = np.zeros(grid.shape, np.uint8)
-        if not isinstance(found, list):
+        if isinstance(found, np.ndarray):
             kept[:] = np.rint(found * 255)
         elif (there := on_grid(found, at if classes.regions else at + 1, grid)) is not None:
             kept[there[0]] = np.rint(there[1] * 255)
@@ -144,7 +180,7 @@ def _start(box: Box) -> tuple[int, int, int]:
     return z.start, y.start, x.start
 
 
-def _most_probable(maps: list[Maps], outputs: int, grid: Grid) -> NDArray[np.int16]:
+def _most_probable(maps: Sequence[OnLattice], outputs: int, grid: Grid) -> NDArray[np.int16]:
     """Where which output is the largest; 0, background, is the first."""
     stored = np.zeros(grid.shape, np.int16)
     best = np.zeros(grid.shape, np.float32)
@@ -159,7 +195,12 @@ def _most_probable(maps: list[Maps], outputs: int, grid: Grid) -> NDArray[np.int
 
 
 def _regions(
-    config: PredictConfig, case: str, classes: Classes, maps: list[Maps], grid: Grid, rules: dict[str, Any]
+    config: PredictConfig,
+    case: str,
+    classes: Classes,
+    maps: Sequence[OnLattice],
+    grid: Grid,
+    rules: dict[str, Any],
 ) -> tuple[list[Finding], NDArray[np.int16]]:
     stored = np.zeros(grid.shape, np.int16)
     findings: list[Finding] = []
@@ -167,7 +208,7 @@ def _regions(
         probability = np.zeros(grid.shape, np.float32)
         if (there := on_grid(maps, at, grid)) is not None:
             probability[there[0]] = there[1]
-        found, mask = lesions_by(config, case, probability, grid, **rules)
+        found, mask = lesions_by(config, case, probability, grid, name, **rules)
         findings += [replace(finding, label=name) for finding in found]
         stored |= mask.astype(np.int16) << at
     return ranked(findings), stored

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -44,6 +45,20 @@ class _Piece:
     def box(self) -> Box:
         z, y, x = (slice(s, s + n) for s, n in zip(self.start, self.shape, strict=True))
         return z, y, x
+
+
+class OnLattice(Protocol):
+    """Probabilities of each output on a lattice, as `on_grid` takes them."""
+
+    @property
+    def grid(self) -> Grid:
+        """Where the voxels lie."""
+
+    def box(self, at: int) -> Box | None:
+        """A box that holds all of an output's probabilities above 0; None where there are none."""
+
+    def within(self, at: int, box: Box) -> NDArray[np.float32]:
+        """An output's probabilities in such a box."""
 
 
 class Maps:
@@ -164,7 +179,7 @@ def _unpack(piece: _Piece, out: NDArray[np.float32]) -> None:
     out[mask] = np.frombuffer(blosc2.decompress(piece.values), np.float16)[: piece.count]
 
 
-def on_grid(each: list[Maps], at: int, grid: Grid) -> tuple[Box, NDArray[np.float32]] | None:
+def on_grid(each: Sequence[OnLattice], at: int, grid: Grid) -> tuple[Box, NDArray[np.float32]] | None:
     """An output's mean probability over several networks, on another lattice, by linear interpolation.
 
     Returns:
@@ -186,7 +201,7 @@ def on_grid(each: list[Maps], at: int, grid: Grid) -> tuple[Box, NDArray[np.floa
     return (z, y, x), total
 
 
-def _interpolated(maps: Maps, at: int, grid: Grid) -> tuple[Box, NDArray[np.float32]] | None:
+def _interpolated(maps: OnLattice, at: int, grid: Grid) -> tuple[Box, NDArray[np.float32]] | None:
     box = maps.box(at)
     if box is None:
         return None

@@ -43,7 +43,7 @@ from voxelscale.infer.sliding_window import Box, Share, Windows, predict_boxes, 
 from voxelscale.lungs import Lungs, body_field, lung_field
 from voxelscale.model.bundle import Bundle
 from voxelscale.model.false_positives import crop_shape, crop_start
-from voxelscale.predict.classes import classes_by, kept_probabilities, least_kept, lesions_by
+from voxelscale.predict.classes import check_names, found_by, kept_probabilities, least_kept
 from voxelscale.predict.maps import Maps
 from voxelscale.predict.nnunet import Prepared, on_scan, prepare
 from voxelscale.samples.batch import normalisation_of, prepared
@@ -332,7 +332,7 @@ class Predictor:
         precision: float32 or bfloat16; None: what the training says, and the faster where it says nothing.
 
     Raises:
-        VoxelscaleError: `config` asks for lungs in images that are no CT.
+        VoxelscaleError: `config` asks for lungs in images that are no CT, or names an unknown class.
     """
 
     def __init__(
@@ -345,6 +345,7 @@ class Predictor:
         self._config, self._calibration, self._device = config, bundle.calibration, device
         self._classes, self._channels, self._of_ct = bundle.classes, bundle.channels, bundle.of_ct
         self._bundle = bundle
+        check_names(config, bundle.classes)
         self._lungs = bundle.looks_at_lungs if config.lungs is None else config.lungs
         if self._lungs and bundle.nnunet:
             raise VoxelscaleError("predict.lungs: a model from nnU-Net looks at the whole scan", NO_LUNGS)
@@ -463,18 +464,15 @@ class Predictor:
             lungs = lungs or lung_field(reorient(image))
         found, regions = self._look([image, *more], share, lungs)
         depth = lung_depth(image, lungs) if self._of_ct else None
-        near = _Near(depth, image.grid) if self._lungs and depth is not None else None
+        near = NearLungs(depth, image.grid) if self._lungs and depth is not None else None
         rules: dict[str, Any] = {
             "image": image.array if self._of_ct else None,
             "depth": depth,
             "keep": near,
         }
-        mask: NDArray[Any]
+        findings, mask = found_by(self._config, case, self._classes, found, image.grid, **rules)
         if isinstance(found, list):
-            findings, mask = classes_by(self._config, case, self._classes, found, image.grid, **rules)
             mask = self._classes.written(mask)
-        else:
-            findings, mask = lesions_by(self._config, case, found, image.grid, **rules)
         if self._reductions and findings:
             seconds = [second(findings, regions[second.spacing].volume) for second in self._reductions]
             findings = _with_second_score(findings, np.mean(seconds, axis=0))
@@ -493,13 +491,14 @@ class Predictor:
         )
 
 
-class _Near:
+class NearLungs:
     """Whether a finding lies at most `LUNG_MARGIN_MM` from the lungs; counts those that do not."""
 
     def __init__(self, depth: Scan, grid: Grid) -> None:
         self._depth, self._grid, self._far = depth, grid, set[bytes]()
 
     def __call__(self, voxels: NDArray[np.int64]) -> bool:
+        """Whether a finding of these voxels (n, 3) does."""
         near = outside_mm(voxels, self._grid, self._depth) <= LUNG_MARGIN_MM
         if not near:
             self._far.add(voxels[0].tobytes())

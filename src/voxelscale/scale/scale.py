@@ -14,6 +14,7 @@ from voxelscale.config import Config, to_dict
 from voxelscale.config.renamed import with_first_names
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
+from voxelscale.experiments.shares import share_devices
 from voxelscale.files import digest_of, write_atomic
 from voxelscale.scale.advice import CostedRow, Prices
 from voxelscale.scale.clusters import Cluster, cluster_of
@@ -29,7 +30,7 @@ from voxelscale.scale.cost import (
 from voxelscale.scale.links import Link, parse_link
 from voxelscale.scale.report import write_results
 from voxelscale.scale.study import Row, Trial, plan, run_study
-from voxelscale.scale.trials import share_devices, train_trial
+from voxelscale.scale.trials import train_trial
 from voxelscale.store import Store
 from voxelscale.store.fingerprint import open_fold
 from voxelscale.train.validation_cases import require_validation

@@ -3,47 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
 from voxelscale.errors import VoxelscaleError
 from voxelscale.experiments.once import Order, Training, TrainOnce, train_once
+from voxelscale.experiments.shares import Share
 from voxelscale.scale.study import Stop, Trial, TrialScore
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """One training's part of this machine.
-
-    Attributes:
-        gpus: names for ``CUDA_VISIBLE_DEVICES``; () where there are none.
-        sharers: trainings that share the cores.
-    """
-
-    gpus: tuple[str, ...] = ()
-    sharers: int = 1
-
-
-def share_devices(jobs: int, gpus: Sequence[str] | None = None) -> SimpleQueue[Share]:
-    """The shares of as many trainings at a time; each takes one and puts it back.
-
-    Args:
-        gpus: names of those to share out; None: those that this process may use. Where there are fewer than
-            trainings, several use the same.
-    """
-    if gpus is None:
-        from voxelscale.device import visible_gpus
-
-        gpus = visible_gpus()
-    each = max(1, len(gpus) // jobs)
-    shares: SimpleQueue[Share] = SimpleQueue()
-    for job in range(jobs):
-        first = job * each % len(gpus) if gpus else 0
-        shares.put(Share(gpus=tuple(gpus[first : first + each]), sharers=jobs))
-    return shares
 
 
 def train_trial(
@@ -77,7 +44,7 @@ def train_trial(
 
 def _train(trial: Trial, run: Path, stop: Stop, store: Path, share: Share, train: TrainOnce) -> TrialScore:
     ranks = real_ranks(trial.workers, trial.config.train.ranks or len(share.gpus))
-    threads = max(1, (os.cpu_count() or 1) // (share.sharers * ranks))
+    threads = share.threads(ranks)
     virtual = trial.workers // ranks
     how = replace(trial.config.train, ranks=ranks, virtual_workers=virtual, threads=threads)
     training = Training(
@@ -85,7 +52,7 @@ def _train(trial: Trial, run: Path, stop: Stop, store: Path, share: Share, train
         store=store,
         run=run,
         threads=threads,
-        environment={"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)} if share.gpus else {},
+        environment=share.environment,
         # However long its last step takes: it is stopped at once only where that is asked for.
         grace=math.inf,
     )

@@ -23,6 +23,7 @@ from voxelscale.search.report import write_report
 from voxelscale.search.results import SearchResults
 from voxelscale.search.storage import patiently
 from voxelscale.store.fingerprint import open_fold
+from voxelscale.train.track import Tracking, tracked_study
 from voxelscale.train.validation_cases import require_validation
 
 LOOK = 2.0
@@ -45,12 +46,27 @@ def search(config: Config, store: Path, out: Path) -> SearchResults:
     require_validation(open_fold(store, config.data.fold), config)
     begun = begin(config, store, out)
     places = plan_places(config.search)
-    try:
-        with _sigterm_as_interrupt():
-            _oversee(begun, places)
-    finally:
-        results = write_results(begun)
+    with tracked_study(begun.config, out) as tracking:
+        try:
+            with _sigterm_as_interrupt():
+                _oversee(begun, places)
+        finally:
+            results = write_results(begun)
+            if tracking:
+                _tell(tracking, begun, results)
     return results
+
+
+def _tell(tracking: Tracking, search: Search, results: SearchResults) -> None:
+    """Tell the trackers of the best trial so far; each trial's training tells of itself.
+
+    The page is not sent: why trials failed may name a case.
+    """
+    tracking.done = _complete(search)
+    if (best := results.best) is not None:
+        values = dict(zip(results.objectives, best.values, strict=True))
+        tracking.log({f"best/{name}": value for name, value in values.items()}, len(results.trials))
+        tracking.note({f"best/{key}": value for key, value in best.params.items()} | {"best": best.number})
 
 
 def write_results(search: Search) -> SearchResults:

@@ -39,6 +39,7 @@ from voxelscale.train.optim import AveragedWeights, learning_rate, make_optimize
 from voxelscale.train.passes import TrainingPass
 from voxelscale.train.snapshot import snapshot
 from voxelscale.train.task import Task
+from voxelscale.train.track import Tracking
 from voxelscale.train.validate import Validation, start_validation
 
 Batch = TypeVar("Batch")
@@ -145,7 +146,7 @@ class Engine:
             if self.writer:
                 self.writer.close()
             if self.log:
-                self.log.close()
+                self.log.close(self.state.seen >= self.clock.end)
             # It must go before its process group: as the group's last holder it would end it with the
             # interpreter locked, which Gloo's threads may be waiting for.
             del self.wrapped, self.training_pass
@@ -438,7 +439,14 @@ class Engine:
         facts = environment(where.device, where.ranks, where.virtual, str(self.precision).split(".")[-1])
         write_atomic(run / "environment.json", json.dumps(facts, indent=1))
         self._introduce(facts)
-        return RunLog(run, self.state.seen, self.state.validated)
+        return RunLog(run, self.state.seen, self.state.validated, self._tracking(run, facts))
+
+    def _tracking(self, run: Path, facts: dict[str, Any]) -> Tracking | None:
+        if not self.config.train.track:
+            return None
+        tracking = Tracking(self.config, run)
+        tracking.note(facts)
+        return tracking
 
     def _introduce(self, facts: dict[str, Any]) -> None:
         """Say what is trained, on what, and from where on."""

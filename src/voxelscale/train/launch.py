@@ -39,6 +39,8 @@ FREE = {
     "train.checkpoint_seconds",
     "train.keep",
     "train.max_restarts",
+    "train.track",
+    "train.track_to",
     "data.readers",
     "data.prefetch",
 }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from voxelscale import __version__
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import read_json_lines, write_atomic
+from voxelscale.train.track import Tracking
 
 if TYPE_CHECKING:
     import torch
@@ -34,14 +35,16 @@ class RunLog:
         run: its folder.
         seen: samples trained on.
         validated: samples after which the last validation was taken that the checkpoint knows of.
+        tracking: what is told the same numbers; None: nothing.
 
     Raises:
         VoxelscaleError: by every method, where the disk is full.
     """
 
-    def __init__(self, run: Path, seen: int, validated: int) -> None:
+    def __init__(self, run: Path, seen: int, validated: int, tracking: Tracking | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._run, self._tracking, self._diverged = run, tracking, False
         self._path = run / "metrics.jsonl"
         last = {"validation": validated}
         kept = [event for event in read_events(run) if event["samples"] <= last.get(event["event"], seen)]
@@ -56,13 +59,23 @@ class RunLog:
         with self._disk_errors():
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-            for name, value in numbers.items():
-                if name not in ("samples", "step") and not isinstance(value, str):
-                    self._board.add_scalar(f"{event}/{name}", value, int(numbers["samples"]))
+            told = {
+                f"{event}/{name}": value
+                for name, value in numbers.items()
+                if name not in ("samples", "step") and not isinstance(value, str)
+            }
+            for name, value in told.items():
+                self._board.add_scalar(name, value, int(numbers["samples"]))
+        self._diverged |= event == "diverged"
+        if self._tracking and told:
+            self._tracking.log(told, int(numbers["samples"]))
 
-    def close(self) -> None:
-        """Put everything on disk."""
+    def close(self, finished: bool = False) -> None:
+        """Put everything on disk; `finished`: whether the budget was spent."""
         threading.excepthook = self._hook
+        if self._tracking:
+            how = "FINISHED" if finished else "FAILED" if self._diverged else "KILLED"
+            self._tracking.end(how, [self._run / "model.vxs", self._run / "environment.json"])
         with self._disk_errors(), self._file:
             os.fsync(self._file.fileno())
             self._board.close()

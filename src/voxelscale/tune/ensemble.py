@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from voxelscale.config import PredictConfig
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.bundle import MOST_NETWORKS, Bundle, read_bundle, same_task, use_of, write_bundle
 
@@ -13,8 +14,8 @@ MOST_NAMED = 5
 """Classes that a message names."""
 
 
-def ensemble(models: Sequence[Path], out: Path) -> Bundle:
-    """Combine models; windows and thresholds are the first one's.
+def ensemble(models: Sequence[Path], out: Path, predict: PredictConfig | None = None) -> Bundle:
+    """Combine models; windows and thresholds are the first one's, or those of `predict`.
 
     Networks of different shapes, patches and spacings go together. A calibration is of one model's scores
     and is left behind. Ensembles among the models give all their networks.
@@ -57,6 +58,8 @@ def ensemble(models: Sequence[Path], out: Path) -> Bundle:
             f"{out}: an ensemble of {len(networks)}", f"name 2 to {MOST_NETWORKS} trained models"
         )
     first, *others = (replace(network, digest="") for network in networks)
+    if predict is not None:
+        first = replace(first, config=replace(first.config, predict=predict))
     bundle = replace(first, others=tuple(others))
     write_bundle(out, bundle)
     return bundle

@@ -167,7 +167,9 @@ def _candidates_in(
     image, mask = store.read(info.case)
     scan = Scan(image, np.asarray(info.affine))
     rules = replace(config.predict, candidates=config.refine.candidates)
-    findings, _ = lesions_by(rules, info.case, predictor.probability(scan), scan.grid)
+    findings, _ = lesions_by(
+        rules, info.case, predictor.probability(scan), scan.grid, store.classes.names[0]
+    )
     lesions = lesions_of_mask(info.case, mask, scan.grid)
     others = [f.index for f in findings if match(lesions, [f]).false_positives]
     return {"lesions": [lesion.index for lesion in lesions], "others": others}

@@ -1,0 +1,1 @@
+"""Choosing among cross-validated configurations, and finding the settings of the chosen one."""
