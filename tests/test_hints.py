@@ -27,6 +27,9 @@ HOLE = "\0"
 
 KEY = re.compile(r"(?<![\w./\0-])([a-z]+)\.([a-z0-9_]+)(?![\w/(-]|\.\w)")
 FILES = {
+    "onnx",
+    "pt2",
+    "ts",
     "csv",
     "key",
     "yaml",

@@ -6,6 +6,10 @@ HOSPITAL_EXTRA = "pip install 'voxelscale[hospital]'"
 """Hint where a package of the extra is missing: DICOM out, archives, the viewer."""
 
 
+EXPORT_EXTRA = "pip install 'voxelscale[export]'"
+"""The same of exported models."""
+
+
 class VoxelscaleError(Exception):
     """Something about the input or the environment is wrong, and a person can fix it.
 

@@ -5,12 +5,24 @@ from __future__ import annotations
 import sys
 
 # Each registers its commands; the help lists them in this order.
-from voxelscale.cli import data, train, study, predict, archive, evaluate, view, help  # isort: skip
+from voxelscale.cli import data, train, study, predict, export, archive, evaluate, view, help  # isort: skip
 from voxelscale.cli.common import app, print_error
 from voxelscale.errors import VoxelscaleError
 from voxelscale.usage import LEVELS, UsageError, explain
 
-__all__ = ["app", "archive", "data", "evaluate", "help", "main", "predict", "study", "train", "view"]
+__all__ = [
+    "app",
+    "archive",
+    "data",
+    "evaluate",
+    "export",
+    "help",
+    "main",
+    "predict",
+    "study",
+    "train",
+    "view",
+]
 
 
 def main() -> None:

@@ -37,6 +37,9 @@ class ModelConfig(Section):
     """Normalisation after each convolution."""
     residual: bool = False
     """Whether each level's two convolutions have a residual (skip) connection around them."""
+    downsampling: Literal["max", "strided"] = "max"
+    """How the plain encoder halves the resolution: by max-pooling, or by a stride of the next level's first
+    convolution, as nnU-Net."""
     kernels: tuple[IntTriple, ...] = ()
     """Kernel (z, y, x) of each level, from the first to the bottom, where they are not model.kernel_size
     throughout; []: they are."""
@@ -92,6 +95,11 @@ class ModelConfig(Section):
                 "preset",
                 not preset or not (blocks or self.residual),
                 "none where blocks or residual are set",
+            ),
+            (
+                "downsampling",
+                self.downsampling == "max" or not (blocks or preset or self.residual),
+                "max where blocks, preset or residual are set",
             ),
             ("preset", not preset or self.norm == "instance", "none where model.norm is not instance"),
             ("preset", own, "none where filters or max_filters are set: it has its own"),

@@ -32,6 +32,7 @@ ADDED: dict[str, object] = {
     "prepare.folds": 0,
     "prepare.normalisation": (),
     "data.fold": None,
+    "model.downsampling": "max",
     "model.kernels": (),
     "model.blocks": (),
     "model.preset": "none",

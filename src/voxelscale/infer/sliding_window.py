@@ -54,6 +54,8 @@ class Windows:
         flips: of the axes "zyx", those along which the copies are mirrored that are averaged; all: eight
             copies (four in 2-D).
         precision: float32 or bfloat16 autocast.
+        nnunet: whether windows lie, weigh and are padded exactly as nnU-Net's: weights are a Gaussian about
+            the voxel at half the patch, however small, and what is beyond the volume is 0.
         threads: batches that go through the network at a time, one thread each, on a CPU; 1: one batch
             at a time, with PyTorch's own threads.
     """
@@ -64,6 +66,7 @@ class Windows:
     grow: bool = False
     flips: str = ""
     precision: torch.dtype = torch.float32
+    nnunet: bool = False
     threads: int = 1
 
 
@@ -160,14 +163,15 @@ def predict_boxes(
         WindowTooLarge: a single window does not fit in memory.
     """
     image = volume if volume.ndim == 4 else volume[None]
-    padded = _pad_to(image, windows.patch)
+    padded = _pad_to(image, windows.patch, zero=windows.nnunet)
     shape = padded.shape[1:]
     low = [(whole - n) // 2 for whole, n in zip(shape, image.shape[1:], strict=True)]
     place = device or volume.device
     padded = resident(padded, place)
     framed = None if within is None else _framed(within.cpu(), shape, low)
-    starts = [window_starts(n, p, windows.overlap) for n, p in zip(shape, windows.patch, strict=True)]
-    lines = [gaussian_profile(p) for p in windows.patch]
+    each = list(zip(shape, windows.patch, strict=True))
+    starts = [window_starts(n, p, windows.overlap, exact=windows.nnunet) for n, p in each]
+    lines = [gaussian_profile(p, windows.nnunet) for p in windows.patch]
     # The windows form a lattice and the weight is separable, so its sum over windows is too.
     sums = [upload(_profile_sum(n, s, p), place) for n, s, p in zip(shape, starts, lines, strict=True)]
     profiles = [upload(line, place) for line in lines]
@@ -397,18 +401,29 @@ def _add(slab: Tensor, part: Box, place: Place, window: Tensor, weight: Tensor) 
     slab[tuple(there)].addcmul_(window[tuple(own)], weight[tuple(own[1:])])
 
 
-def window_starts(size: int, patch: int, overlap: float) -> list[int]:
-    """First voxels of the windows along an axis: evenly spread, at least `overlap`, none outside."""
+def window_starts(size: int, patch: int, overlap: float, *, exact: bool = False) -> list[int]:
+    """First voxels of the windows along an axis: evenly spread, at least `overlap`, none outside.
+
+    Args:
+        exact: whether a step may be fractional before the windows are rounded to voxels, as nnU-Net's.
+    """
     if size <= patch:
         return [0]
-    step = max(1, int(patch * (1 - overlap)))
+    step = max(1, patch * (1 - overlap) if exact else int(patch * (1 - overlap)))
     count = math.ceil((size - patch) / step) + 1
     return [round(i * (size - patch) / (count - 1)) for i in range(count)]
 
 
 @lru_cache(maxsize=32)
-def gaussian_profile(patch: int) -> Tensor:
-    """Weights (patch,) along one axis, 1 in the middle, never below 1e-2 of it at the faces."""
+def gaussian_profile(patch: int, nnunet: bool = False) -> Tensor:
+    """Weights (patch,) along one axis, 1 in the middle, never below 1e-2 of it at the faces.
+
+    Args:
+        nnunet: as nnU-Net's: 1 at voxel ``patch // 2``, and not bounded.
+    """
+    if nnunet:
+        offsets = torch.arange(patch, dtype=torch.float32) - patch // 2
+        return torch.exp(-0.5 * (offsets / (patch / 8)) ** 2)
     offsets = torch.arange(patch, dtype=torch.float32) - (patch - 1) / 2
     return torch.exp(-0.5 * (offsets / (patch / 8)) ** 2).clamp_min(1e-2)
 
@@ -439,13 +454,14 @@ def _forward(
     return copies[0] if len(copies) == 1 else torch.stack(copies).mean(0)
 
 
-def _pad_to(volume: Tensor, patch: IntTriple) -> Tensor:
-    """Pad (channel, z, y, x) to at least the patch, evenly, each channel with its minimum (air)."""
+def _pad_to(volume: Tensor, patch: IntTriple, *, zero: bool) -> Tensor:
+    """Pad (channel, z, y, x) to at least the patch, evenly, each channel with its minimum (air), or 0."""
     shape = [max(p, n) for n, p in zip(volume.shape[1:], patch, strict=True)]
     if shape == list(volume.shape[1:]):
         return volume
     low = [(whole - n) // 2 for whole, n in zip(shape, volume.shape[1:], strict=True)]
-    framed = volume.flatten(1).amin(1)[:, None, None, None].expand(-1, *shape).clone()
+    fill = volume.new_zeros(len(volume)) if zero else volume.flatten(1).amin(1)
+    framed = fill[:, None, None, None].expand(-1, *shape).clone()
     _window(framed, low, volume.shape[1:]).copy_(volume)
     return framed
 

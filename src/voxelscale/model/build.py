@@ -127,6 +127,7 @@ def _unet(
         kernels=[kernel[-config.dims :] for kernel in config.kernels] or None,
         norm=config.norm,
         residual=config.residual,
+        strided=config.downsampling == "strided",
         blocks=config.blocks,
         pools=pools,
         deep_supervision=config.deep_supervision,

@@ -25,14 +25,15 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import read_sealed, seal_of, write_sealed
 from voxelscale.model.build import build_model
 from voxelscale.model.false_positives import FalsePositiveNet
+from voxelscale.model.nnunet import NnunetRules
 from voxelscale.model.registry import check_name
 from voxelscale.model.unet import fold_batch_norms, without_supervision
 from voxelscale.samples.batch import Normalisation
 from voxelscale.store.plausible import TrainedOn
 
-FORMAT, FORMAT_OF_MORE, FORMAT_OF_ANY = 1, 2, 3
-"""Of a file with one network; with more, which a reader of the first kind would take for one; and of other
-images than one channel of CT, or other classes than one."""
+FORMAT, FORMAT_OF_MORE, FORMAT_OF_ANY, FORMAT_OF_NNUNET = 1, 2, 3, 4
+"""Of a file with one network; with more, which a reader of the first kind would take for one; of other
+images than one channel of CT, or other classes than one; and of a model from nnU-Net."""
 
 MOST_NETWORKS = 100
 
@@ -98,6 +99,7 @@ class Bundle:
         channels: of its input.
         normalisations: of each channel of CT, None of others, which are normalised by the case; (): all of
             CT by `normalisation`.
+        nnunet: of a model from nnU-Net how it is used, alike for all of its networks; None: as ours are.
     """
 
     config: Config
@@ -112,6 +114,7 @@ class Bundle:
     classes: Classes = LESION
     channels: tuple[Channel, ...] = ONE_CT
     normalisations: tuple[Normalisation | None, ...] = ()
+    nnunet: NnunetRules | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", without_supervision(self.weights))
@@ -147,6 +150,8 @@ class Bundle:
             if not one.plain:
                 each = [one.normalisation_at(number) for number in range(len(one.channels))]
                 digest.update(repr((one.classes, one.channels, each)).encode())
+            if one.nnunet:
+                digest.update(repr(one.nnunet).encode())
             for weights in (one.weights, one.false_positives or {}):
                 for name, weight in sorted(weights.items()):
                     digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -212,8 +217,9 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
     """Write it, atomically and with a checksum."""
     buffer = io.BytesIO()
     kind = FORMAT_OF_MORE if bundle.others or bundle.false_positives else FORMAT
+    kind = kind if bundle.plain else FORMAT_OF_ANY
     content = {
-        "format": kind if bundle.plain else FORMAT_OF_ANY,
+        "format": FORMAT_OF_NNUNET if bundle.nnunet else kind,
         **_content(bundle),
         "calibration": None if bundle.calibration is None else asdict(bundle.calibration),
     }
@@ -235,7 +241,9 @@ def _content(bundle: Bundle) -> dict[str, Any]:
         if bundle.false_positives is None
         else {n: v.detach().cpu() for n, v in bundle.false_positives.items()},
     }
-    if not bundle.plain:
+    if bundle.nnunet:
+        content["nnunet"] = bundle.nnunet.to_dict()
+    if bundle.nnunet or not bundle.plain:
         each = [bundle.normalisation_at(number) for number in range(len(bundle.channels))]
         content["classes"] = bundle.classes.to_dict()
         content["channels"] = [channel.to_dict() for channel in bundle.channels]
@@ -266,8 +274,8 @@ def read_bundle(path: Path) -> Bundle:
     content = load_untrusted(path)
     try:
         kind = content["format"]
-        if kind not in (FORMAT, FORMAT_OF_MORE, FORMAT_OF_ANY):
-            known = f"{FORMAT} to {FORMAT_OF_ANY}"
+        if kind not in (FORMAT, FORMAT_OF_MORE, FORMAT_OF_ANY, FORMAT_OF_NNUNET):
+            known = f"{FORMAT} to {FORMAT_OF_NNUNET}"
             raise VoxelscaleError(f"{path}: format {kind}, not {known}", "train again")
         several = content.get("others", [])
         if not isinstance(several, list) or len(several) >= MOST_NETWORKS:
@@ -280,6 +288,8 @@ def read_bundle(path: Path) -> Bundle:
         )
         if any(not same_task(bundle, other) for other in bundle.others):
             raise ValueError("its networks have different classes or channels")
+        if any(use_of(bundle) != use_of(other) for other in bundle.others if bundle.nnunet or other.nnunet):
+            raise ValueError("networks of nnU-Net that are used in different ways")
         if bundle.calibration is not None and not bundle.classes.single:
             raise ValueError("a calibration is of one class")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
@@ -291,6 +301,12 @@ def read_bundle(path: Path) -> Bundle:
 def same_task(one: Bundle, other: Bundle) -> bool:
     """Whether two models have the same classes and channels."""
     return (one.plain and other.plain) or (one.classes, one.channels) == (other.classes, other.channels)
+
+
+def use_of(bundle: Bundle) -> tuple[Any, ...]:
+    """What is alike of networks whose logits nnU-Net averages."""
+    each = tuple(bundle.normalisation_at(number) for number in range(len(bundle.channels)))
+    return bundle.nnunet, bundle.spacing, bundle.patch, bundle.config.model.dims, bundle.channels, each
 
 
 def one_class(bundle: Bundle, path: Path, what: str) -> None:
@@ -317,9 +333,10 @@ def _of_content(content: Mapping[str, Any], path: Path, kind: int) -> Bundle:
         normalisation=Normalisation(**content["normalisation"]),
         trained=content["trained"],
         false_positives=content.get("judge"),
-        **(_task_of(content) if kind == FORMAT_OF_ANY else {}),
+        **(_task_of(content) if kind in (FORMAT_OF_ANY, FORMAT_OF_NNUNET) else {}),
+        nnunet=NnunetRules.from_dict(content["nnunet"]) if kind == FORMAT_OF_NNUNET else None,
     )
-    _check(bundle)
+    check_bundle(bundle)
     return bundle
 
 
@@ -356,7 +373,7 @@ def _calibration(content: Any) -> Calibration | None:
     return Calibration(scores=tuple(x.tolist()), probabilities=tuple(y.tolist()))
 
 
-def _check(bundle: Bundle) -> None:
+def check_bundle(bundle: Bundle) -> None:
     """Raise a ValueError or TypeError where what was read cannot be what a training wrote.
 
     All of it is found before anything is made as large as the file says.
@@ -372,6 +389,8 @@ def _check(bundle: Bundle) -> None:
     voxels, outputs = math.prod(bundle.patch), bundle.classes.outputs
     if voxels * len(bundle.channels) > MOST_PATCH or voxels * outputs > MOST_LOGITS:
         raise ValueError(f"a patch of {bundle.patch} voxels")
+    if bundle.nnunet and (len(bundle.nnunet.masked) != len(bundle.channels) or bundle.false_positives):
+        raise ValueError("its rules of nnU-Net are of another model")
     if not isinstance(bundle.trained, dict):
         raise TypeError("its record of the training is no table")
     _check_plain(bundle.weights)

@@ -38,6 +38,7 @@ class UNet(nn.Module):
         depth: levels, the bottom included.
         filters: channels of the first level; each level below has twice as many, up to `max_filters`.
         kernels: kernel of each level, one edge an axis; None: `kernel_size` throughout.
+        strided: whether the plain encoder goes down by strides of convolutions, without pooling.
         blocks: number of residual blocks of each level of a residual encoder (`voxelscale.model.resenc`);
             (): the plain encoder.
         pools: strides between levels; None: 2 along every axis (see `plan_pooling`).
@@ -62,6 +63,7 @@ class UNet(nn.Module):
         kernels: Sequence[Sequence[int]] | None = None,
         norm: str = "instance",
         residual: bool = False,
+        strided: bool = False,
         blocks: Sequence[int] = (),
         pools: Sequence[Stride] | None = None,
         deep_supervision: bool = False,
@@ -89,7 +91,7 @@ class UNet(nn.Module):
             self.decode = Decoder(channels, strides, edges, dims=dims, norm=norm, block=ConvUnit)
         else:
             options: dict[str, Any] = {"dims": dims, "norm": norm, "residual": residual}
-            self.encode = Encoder(in_channels, channels, strides, edges, **options)
+            self.encode = Encoder(in_channels, channels, strides, edges, strided=strided, **options)
             self.decode = Decoder(channels, strides, edges, **options)
         self.head = convolution(dims, channels[0], classes, 1, bias=True)
         self.apply(_initialise)
@@ -125,6 +127,7 @@ class Encoder(nn.Module):
         channels: channels of each level, first to bottom.
         pools: strides between the levels, one fewer than levels.
         kernels: of each level.
+        strided: whether the strides are those of each level's first convolution, without pooling.
         options: passed to every `ConvBlock`.
     """
 
@@ -136,22 +139,27 @@ class Encoder(nn.Module):
         kernels: Sequence[Kernel],
         *,
         dims: int,
+        strided: bool = False,
         **options: object,
     ) -> None:
         super().__init__()
+        steps = [(1,) * dims, *(tuple(stride) if strided else (1,) * dims for stride in pools)]
         self.levels = nn.ModuleList(
-            ConvBlock(i, o, dims=dims, kernel_size=kernel, **options)  # type: ignore[arg-type]
-            for (i, o), kernel in zip(pairwise([in_channels, *channels]), kernels, strict=True)
+            ConvBlock(i, o, dims=dims, kernel_size=kernel, stride=step, **options)  # type: ignore[arg-type]
+            for (i, o), kernel, step in zip(pairwise([in_channels, *channels]), kernels, steps, strict=True)
         )
         pool = nn.MaxPool2d if dims == 2 else nn.MaxPool3d
         # ceil_mode: a size that does not divide loses no border voxels.
-        self.pools = nn.ModuleList(pool(stride, ceil_mode=True) for stride in pools)
+        self.pools = nn.ModuleList(
+            nn.Identity() if strided else pool(stride, ceil_mode=True) for stride in pools
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """The features of every level, first to bottom."""
         features = [self.levels[0](x)]
         for pool, level in zip(self.pools, self.levels[1:], strict=True):
-            features.append(level(max_pool(pool, features[-1])))
+            x = features[-1]
+            features.append(level(x if isinstance(pool, nn.Identity) else max_pool(pool, x)))
         return features
 
 
@@ -202,6 +210,7 @@ class ConvBlock(nn.Module):
         channels: channels of the output.
         dims: 2 or 3.
         kernel_size: odd edge of the kernels, or one an axis; padding keeps the size.
+        stride: of the first convolution, one an axis; 1 where it is residual.
         norm: as `voxelscale.model.norm.make_norm`.
         residual: adds the input (through a 1-wide convolution where channels differ) before the
             last activation.
@@ -214,13 +223,14 @@ class ConvBlock(nn.Module):
         *,
         dims: int = 3,
         kernel_size: int | Kernel = 3,
+        stride: int | Stride = 1,
         norm: str = "instance",
         residual: bool = False,
     ) -> None:
         super().__init__()
         # A bias before a norm has a gradient of exactly zero, which adaptive optimisers turn to noise.
         bias = norm == "none"
-        self.conv1 = convolution(dims, in_channels, channels, kernel_size, bias)
+        self.conv1 = convolution(dims, in_channels, channels, kernel_size, bias, stride)
         self.norm1 = make_norm(norm, channels)
         self.conv2 = convolution(dims, channels, channels, kernel_size, bias)
         self.norm2 = make_norm(norm, channels)
@@ -230,7 +240,7 @@ class ConvBlock(nn.Module):
             self.bridge = nn.Identity() if same else convolution(dims, in_channels, channels, 1, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(batch, in_channels, ...)`` to ``(batch, channels, ...)`` of the same size."""
+        """``(batch, in_channels, ...)`` to ``(batch, channels, ...)`` of the same size but for a stride."""
         y: Tensor = self.conv2(self.norm1(self.conv1(x), SLOPE))
         if self.bridge is None:
             return self.norm2(y, SLOPE)  # type: ignore[no-any-return]

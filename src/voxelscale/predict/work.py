@@ -39,12 +39,13 @@ from voxelscale.findings import (
 from voxelscale.findings.depth import lung_depth, outside_mm
 from voxelscale.formats import write_scan
 from voxelscale.geometry import SAME_MM, Grid, IntTriple, Scan, Triple, reorient, resample
-from voxelscale.infer.sliding_window import Share, Windows, predict_boxes, predict_volume
+from voxelscale.infer.sliding_window import Box, Share, Windows, predict_boxes, predict_volume
 from voxelscale.lungs import Lungs, body_field, lung_field
 from voxelscale.model.bundle import Bundle
 from voxelscale.model.false_positives import crop_shape, crop_start
 from voxelscale.predict.classes import check_names, found_by, kept_probabilities, least_kept
 from voxelscale.predict.maps import Maps
+from voxelscale.predict.nnunet import Prepared, on_scan, prepare
 from voxelscale.samples.batch import normalisation_of, prepared
 from voxelscale.store import AIR_HU, overlap_slices
 from voxelscale.store.channels import Kept
@@ -53,6 +54,8 @@ from voxelscale.store.prepare import on_grid
 
 CROPS_AT_ONCE = 64
 """Findings in a batch of false-positive reduction."""
+
+NO_LUNGS = "set predict.lungs=null"
 
 CASE_FACTS = "case.json"
 """Beside a case's mask and findings: by what they were made, and that they are whole."""
@@ -133,15 +136,23 @@ class _Region:
 
     Attributes:
         channels: (channel, z, y, x) int16, all of it, at the network's spacing.
-        grid: where its voxels lie.
+        grid: where its probabilities lie: its voxels, or the scan's where it is as nnU-Net prepares it.
         kept: how each channel was kept.
         within: (z, y, x) bool, where it is predicted; None: everywhere.
+        nnunet: as nnU-Net prepares it, whose values `channels` then are; None: it is as ours are.
     """
 
-    channels: NDArray[np.int16]
+    channels: NDArray[Any]
     grid: Grid
     kept: tuple[Kept, ...]
     within: NDArray[np.bool_] | None
+    nnunet: Prepared | None = None
+
+    @classmethod
+    def of_nnunet(cls, images: Sequence[Scan], bundle: Bundle) -> _Region:
+        """As nnU-Net prepares it, all of it."""
+        made = prepare(images, bundle)
+        return cls(channels=made.values, grid=made.grid, kept=(), within=None, nnunet=made)
 
     @classmethod
     def of(
@@ -188,14 +199,30 @@ def _probabilities(logits: Tensor, classes: Classes) -> Tensor:
     return logits
 
 
+class _MeanOf(nn.Module):
+    """The mean of several networks' logits, as nnU-Net has it of its folds."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = self.networks
+        logits: Tensor = first(x).float()
+        for network in others:
+            logits = logits + network(x)
+        return logits / len(self.networks)
+
+
 class _Network:
-    """One trained network on its device."""
+    """One trained network on its device; all of a model from nnU-Net as one."""
 
     def __init__(
         self, bundle: Bundle, config: PredictConfig, device: torch.device, precision: torch.dtype | None
     ) -> None:
         self._bundle, self._device = bundle, device
-        self._network: nn.Module = bundle.network(device)
+        each = [one.network(device) for one in (bundle.networks if bundle.nnunet else (bundle,))]
+        self._network: nn.Module = each[0] if len(each) == 1 else _MeanOf(each)
         self._patch = config.patch_size or bundle.patch
         self._config = config
         self._flips = bundle.config.augment.mirrored if config.test_time_augmentation else ""
@@ -208,6 +235,11 @@ class _Network:
     def __call__(self, region: _Region, share: Share | None) -> NDArray[np.float32]:
         """Probability in [0, 1] of the only class at every voxel of the region; 0 where it is not
         predicted."""
+        if region.nnunet is not None:
+            found = np.zeros(region.grid.shape, np.float32)
+            for box, probability in self._on_scan(region.nnunet, share):
+                found[box] = probability[0].numpy()
+            return found
         probability = predict_volume(
             self._network,
             torch.from_numpy(region.channels),
@@ -226,6 +258,10 @@ class _Network:
         """
         classes = self._bundle.classes
         maps = Maps(classes, region.grid, least_kept(self._config))
+        if region.nnunet is not None:
+            for box, probability in self._on_scan(region.nnunet, share):
+                maps.add(box, probability)
+            return maps
         within = None if region.within is None else torch.from_numpy(region.within)
         for box, probability in predict_boxes(
             self._network,
@@ -241,6 +277,26 @@ class _Network:
             if share is None or share.part == 0:
                 maps.add(box, probability, within)
         return maps
+
+    @torch.inference_mode()
+    def _on_scan(self, prepared: Prepared, share: Share | None) -> Iterator[tuple[Box, Tensor]]:
+        """Boxes of a scan and the probabilities (output, dz, dy, dx) in them, as nnU-Net makes them: it
+        interpolates logits. Of several processes only that with part 0 has them."""
+        outputs = self._bundle.classes.outputs
+        kept = torch.empty((outputs, *prepared.values.shape[1:]), dtype=torch.float16)
+        for box, logits in predict_boxes(
+            self._network,
+            torch.from_numpy(prepared.values),
+            self._windows,
+            outputs,
+            Tensor.contiguous,
+            device=self._device,
+            share=share,
+        ):
+            kept[:, *box] = logits.to("cpu", torch.float16)
+        if share is None or share.part == 0:
+            for box, logits in on_scan(kept, prepared):
+                yield box, _probabilities(logits.contiguous(), self._bundle.classes)
 
     def _prepare(self, region: _Region) -> Callable[[Tensor], Tensor]:
         bundle = self._bundle
@@ -261,6 +317,7 @@ class _Network:
             grow=True,
             flips=self._flips,
             precision=self.precision,
+            nnunet=self._bundle.nnunet is not None,
             threads=threads,
         )
 
@@ -287,20 +344,21 @@ class Predictor:
     ) -> None:
         self._config, self._calibration, self._device = config, bundle.calibration, device
         self._classes, self._channels, self._of_ct = bundle.classes, bundle.channels, bundle.of_ct
+        self._bundle = bundle
         check_names(config, bundle.classes)
         self._lungs = bundle.looks_at_lungs if config.lungs is None else config.lungs
+        if self._lungs and bundle.nnunet:
+            raise VoxelscaleError("predict.lungs: a model from nnU-Net looks at the whole scan", NO_LUNGS)
         if self._lungs and not self._of_ct:
             channel = bundle.channels[0].name
-            raise VoxelscaleError(
-                f"predict.lungs: lungs are found in CT, not in {channel}", "set predict.lungs=null"
-            )
+            raise VoxelscaleError(f"predict.lungs: lungs are found in CT, not in {channel}", NO_LUNGS)
         self._networks: dict[Triple, list[_Network]] = {}
         self._reductions = [
             _FalsePositives(network, one, device)
             for one in bundle.networks
             if (network := one.false_positive_network(device)) is not None
         ]
-        for one in bundle.networks:
+        for one in (bundle,) if bundle.nnunet else bundle.networks:
             same_spacing = self._networks.setdefault(one.spacing, [])
             same_spacing.append(_Network(one, config, device, precision))
 
@@ -348,18 +406,21 @@ class Predictor:
     ) -> tuple[NDArray[np.float32] | list[Maps], dict[Triple, _Region]]:
         """The only class's probability, or each network's maps of all classes; and the case as it was
         resampled to each spacing."""
-        rules = {"lungs": False, "skip_air": False}
-        if self._of_ct:
-            lungs = lungs or lung_field(reorient(images[0]))
-            rules = {"lungs": self._lungs and lungs.ok, "skip_air": self._config.skip_air}
-        regions = {
-            spacing: _Region.of(images, self._channels, spacing, **rules) for spacing in self._networks
-        }
+        regions = self._regions(images, lungs)
         with policy(self._device):
             if self._classes.single:
                 return self._mean(regions, share, images[0].grid), regions
             each = ((regions[spacing], network) for spacing, of in self._networks.items() for network in of)
             return [network.maps(region, share) for region, network in each], regions
+
+    def _regions(self, images: Sequence[Scan], lungs: Lungs | None) -> dict[Triple, _Region]:
+        if self._bundle.nnunet:
+            return {self._bundle.spacing: _Region.of_nnunet(images, self._bundle)}
+        rules = {"lungs": False, "skip_air": False}
+        if self._of_ct:
+            lungs = lungs or lung_field(reorient(images[0]))
+            rules = {"lungs": self._lungs and lungs.ok, "skip_air": self._config.skip_air}
+        return {spacing: _Region.of(images, self._channels, spacing, **rules) for spacing in self._networks}
 
     def _mean(
         self, regions: Mapping[Triple, _Region], share: Share | None, grid: Grid

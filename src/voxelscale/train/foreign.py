@@ -98,26 +98,35 @@ def network_of(content: Mapping[str, Any]) -> dict[str, Any]:
     it does not say."""
     try:
         arguments = content["init_args"]
-        plan = arguments["plans"]["configurations"][arguments["configuration"]]
-        shape = plan["architecture"]["arch_kwargs"]
-        features, blocks = shape["features_per_stage"], shape.get("n_blocks_per_stage", [])
-        dims = len(shape["kernel_sizes"][0])
-        flat = [1] * (3 - dims)
-        return {
-            "model": {
-                "dims": dims,
-                "depth": int(shape["n_stages"]),
-                "filters": int(features[0]),
-                "max_filters": int(max(features)),
-                "kernels": [
-                    [*flat, *kernel] if dims == 3 else [3, *kernel] for kernel in shape["kernel_sizes"]
-                ],
-                "blocks": [int(count) for count in blocks],
-            },
-            "data": {"patch_size": [*flat, *map(int, plan["patch_size"])]},
-        }
+        return network_in(arguments["plans"]["configurations"][arguments["configuration"]])
     except (KeyError, TypeError, ValueError, IndexError):
         return {}
+
+
+def network_in(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """As `network_of`, of a configuration of nnU-Net's plans.
+
+    Raises:
+        KeyError, TypeError, ValueError, IndexError: it is nothing of the kind.
+    """
+    shape = plan["architecture"]["arch_kwargs"]
+    features, blocks = shape["features_per_stage"], shape.get("n_blocks_per_stage", [])
+    dims = len(shape["kernel_sizes"][0])
+    flat = [1] * (3 - dims)
+    return {
+        "model": {
+            "dims": dims,
+            "depth": int(shape["n_stages"]),
+            "filters": int(features[0]),
+            "max_filters": int(max(features)),
+            "downsampling": "max" if blocks else "strided",
+            "kernels": [
+                [*flat, *kernel] if dims == 3 else [3, *kernel] for kernel in shape["kernel_sizes"]
+            ],
+            "blocks": [int(count) for count in blocks],
+        },
+        "data": {"patch_size": [*flat, *map(int, plan["patch_size"])]},
+    }
 
 
 def names_of(content: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from voxelscale.config import PredictConfig
 from voxelscale.errors import VoxelscaleError
-from voxelscale.model.bundle import MOST_NETWORKS, Bundle, read_bundle, same_task, write_bundle
+from voxelscale.model.bundle import MOST_NETWORKS, Bundle, read_bundle, same_task, use_of, write_bundle
 
 MOST_NAMED = 5
 """Classes that a message names."""
@@ -44,6 +44,13 @@ def ensemble(models: Sequence[Path], out: Path, predict: PredictConfig | None = 
                 raise VoxelscaleError(
                     f"{path}: finds {_task(network)}; {before}: {_task(networks[0])}", hint
                 )
+            if (
+                networks
+                and (networks[0].nnunet or network.nnunet)
+                and use_of(networks[0]) != use_of(network)
+            ):
+                what = f"{path}: a model of nnU-Net goes together only with those that are used like it"
+                raise VoxelscaleError(what, "name folds of one nnU-Net configuration")
             known[identity] = path
             networks.append(network)
     if not 2 <= len(networks) <= MOST_NETWORKS:
