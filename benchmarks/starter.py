@@ -11,21 +11,33 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import hashlib
+import json
+import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from machine import machine  # type: ignore[import-not-found]
 
-from voxelscale.config import Config, PhantomConfig, PrepareConfig
+from voxelscale.config import Config, PhantomConfig, PrepareConfig, load
 from voxelscale.dataset import DataSet
 from voxelscale.dataset.reading import read_case
+from voxelscale.evaluate.froc import match
 from voxelscale.files import write_atomic
+from voxelscale.findings import lesions_of_mask, read_prediction
 from voxelscale.formats import read_scan, write_scan
-from voxelscale.geometry import Scan
+from voxelscale.geometry import Scan, reorient
+from voxelscale.model.bundle import read_bundle
 from voxelscale.phantom.dataset import write_copies, write_phantoms
+from voxelscale.predict.predict import predict
+from voxelscale.store.prepare import prepare
+from voxelscale.train.launch import start
+from voxelscale.tune.calibrate import calibrate_run
 
 SHARES = {"test": 0.22, "val": 0.12}
 """Of the patients; the rest trains."""
@@ -36,7 +48,7 @@ TRAIN = {"LIDC-IDRI-0002", "lung1", "totalsegmentator"}
 BRIGHTEST_HU = 400.0
 """Where the cubes' HU end."""
 PAD = 18
-"""Voxels by which a cube is continued by its mirror image, so that patches are not centred on its nodule."""
+"""Voxels by which a cube is continued by its mirror image: patches are not to be centred on its nodule."""
 
 
 def split_of(patient: str) -> str:
@@ -88,7 +100,7 @@ def table(path: Path, cases: list[Case]) -> Path:
 
 
 def padded(case: Case, folder: Path) -> Case:
-    """A cube with its mirror image around it, image and mask; so much of it that the nodule is there once."""
+    """A cube with its mirror image around it; so much of it that the nodule is there once."""
     image, label = folder / "images" / f"{case.name}.nii.gz", folder / "labels" / f"{case.name}.nii.gz"
     assert case.label is not None
     if not label.is_file():
@@ -107,7 +119,9 @@ def scans(data: Path, folder: Path) -> list[Case]:
     """The scans that show more than a nodule's surroundings, with masks, as NIfTI."""
     lidc = data / "lidc"
     found = [
-        _written(folder, "lung1", data / "lung_tumour/lung1_image.nrrd", data / "lung_tumour/lung1_label.nrrd"),
+        _written(
+            folder, "lung1", data / "lung_tumour/lung1_image.nrrd", data / "lung_tumour/lung1_label.nrrd"
+        ),
         _written(folder, "totalsegmentator", data / "totalsegmentator/example_ct.nii.gz", None),
     ]
     for patient in ("LIDC-IDRI-0001", "LIDC-IDRI-0002"):
@@ -189,8 +203,12 @@ def with_nodules(data: Path, folder: Path, into: list[Case], mix: Mix, seed: int
     for name, error, _ in made.failed:
         print(f"{name}: {error}")
     return [
-        Case(name=f"{folder.name}-{row['case']}", patient=row["patient"], image=made.table.parent / row["image"],
-             label=made.table.parent / row["label"])
+        Case(
+            name=f"{folder.name}-{row['case']}",
+            patient=row["patient"],
+            image=made.table.parent / row["image"],
+            label=made.table.parent / row["label"],
+        )
         for row in csv.DictReader(made.table.open(encoding="utf-8"))
     ]
 
@@ -200,15 +218,287 @@ def phantoms(folder: Path) -> list[Case]:
     config = PhantomConfig(cases=PHANTOMS, nodules=(0, 0), spacing=(1.5, 1.2, 1.2))
     made = write_phantoms(config, folder, 1)
     return [
-        Case(name=row["case"], patient=row["case"], image=folder / row["image"], label=folder / row["label"])
+        Case(
+            name=row["case"], patient=row["case"], image=folder / row["image"], label=folder / row["label"]
+        )
         for row in csv.DictReader(made.open(encoding="utf-8"))
     ]
 
 
 def bound_hu(store: Path) -> None:
-    """Take lesions' brightest HU as `BRIGHTEST_HU`: calcified ones among the crops reach 3000, while the cubes
-    were cut there, and a network that tells the two apart would have learnt nothing of nodules."""
+    """Take lesions' brightest HU as `BRIGHTEST_HU`, where the cubes were cut off.
+
+    Calcified nodules among the crops reach 3000; a network that can tell the two apart has learnt nothing.
+    """
     path = store / "dataset.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     content["fingerprint"]["lesion_hu"]["percentile_99_5"] = BRIGHTEST_HU
     write_atomic(path, json.dumps(content))
+
+
+LUNGS_L = 4.5
+"""Lungs of a scan, by which false positives in crops are carried over to a scan: an estimate."""
+SIZES_MM = (0.0, 6.0, 10.0, 20.0, 100.0)
+TEXTURES = {1: "ground glass", 2: "part-solid", 3: "part-solid", 4: "part-solid", 5: "solid"}
+"""The reader's rating of LIDC-IDRI."""
+
+
+def held_out(data: Path, work: Path, split: str) -> dict[str, list[Case]]:
+    """The sets that thresholds are chosen on (val) or that are judged once (test)."""
+    own = [case for case in cubes(data) if case.split == split]
+    mix = Mix(copies=2, nodules=(1, 2), diameter_mm=(3.5, 16))
+    sets = {"cubes": own, "cubes with nodules": with_nodules(data, work / f"{split}-cubes", own, mix)}
+    if split == "test":
+        real = [case for case in scans(data, work / "scans") if case.split == "test"]
+        whole = [case for case in real if case.name == "LIDC-IDRI-0023"]
+        mix = Mix(copies=2, nodules=(10, 14), diameter_mm=(3.5, 25))
+        sets |= {"scans": real, "scan with nodules": with_nodules(data, work / "test-scan", whole, mix)}
+    return sets
+
+
+def looked_at(model: Path, cases: list[Case], folder: Path) -> None:
+    """Predict them, and keep what is there."""
+    bundle = read_bundle(model)
+    # All candidates that could be of use: the thresholds are chosen afterwards.
+    settings = replace(bundle.config.predict, candidates=min(0.02, bundle.config.predict.candidates))
+    sources = DataSet(path=table(folder.with_suffix(".csv"), cases)).cases
+    predict(sources, bundle, settings, folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesion:
+    """A true one: of which kind, and the confidence with which it was found; NaN: it was not."""
+
+    case: str
+    diameter_mm: float
+    kind: str
+    confidence: float
+
+
+def held_against(data: Path, cases: list[Case], folder: Path) -> tuple[list[Lesion], list[float], float]:
+    """The lesions, the confidences of the false positives, and the litres of lung, of a set."""
+    lesions: list[Lesion] = []
+    false: list[float] = []
+    litres = 0.0
+    textures = textures_of(data)
+    for case in cases:
+        findings, facts = read_prediction(folder / case.name / "findings.json")
+        assert case.label is not None
+        mask = reorient(read_scan(case.label))
+        truth = lesions_of_mask(case.name, mask.array > 0, mask.grid)
+        held = match(truth, findings)
+        put_in = inserted(case)
+        for lesion, confidence in zip(truth, held.hits, strict=True):
+            place = np.array([lesion.x, lesion.y, lesion.z])
+            near = [kind for at, size, kind in put_in if np.linalg.norm(at - place) < max(3.0, size / 2)]
+            kind = (
+                near[0]
+                if near
+                else textures.get(case.name.split("_with")[0].split("cubes-")[-1], "unknown")
+            )
+            lesions.append(
+                Lesion(case=case.name, diameter_mm=lesion.diameter_mm, kind=kind, confidence=confidence)
+            )
+        false += held.false_positives
+        litres += facts["lungs"]["volume_ml"] / 1000
+    return lesions, false, litres
+
+
+def textures_of(data: Path) -> dict[str, str]:
+    rows = csv.DictReader((data / "lidc_nodule_cubes/nodules.csv").open(encoding="utf-8"))
+    return {row["case"]: TEXTURES[int(row["texture"])] for row in rows}
+
+
+def inserted(case: Case) -> list[tuple[Any, float, str]]:
+    """Place, diameter and kind of each nodule that was put into a case."""
+    path = case.image.parent.parent / "nodules.csv"
+    if not path.is_file():
+        return []
+    name = case.image.name.removesuffix(".nii.gz")
+    return [
+        (np.array([float(row[axis]) for axis in "xyz"]), float(row["diameter_mm"]), row["kind"])
+        for row in csv.DictReader(path.open(encoding="utf-8"))
+        if row["case"] == name
+    ]
+
+
+def figures(lesions: list[Lesion], false: list[float], litres: float, scans_seen: int) -> dict[str, Any]:
+    """Sensitivity by size and kind at several confidences, each with its false positives."""
+    points: dict[str, Any] = {}
+    for least in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
+        wrong = sum(confidence >= least for confidence in false)
+        points[f"{least:g}"] = {
+            "sensitivity": share(lesions, least),
+            "false_positives": wrong,
+            "per_litre_of_lung": round(wrong / litres, 2),
+            "per_scan_estimated": round(wrong / litres * LUNGS_L, 1),
+            "by_size": {
+                f"{low:g}-{high:g} mm": share(
+                    [one for one in lesions if low <= one.diameter_mm < high], least
+                )
+                for low, high in pairwise(SIZES_MM)
+            },
+            "by_kind": {
+                kind: share([one for one in lesions if one.kind == kind], least)
+                for kind in sorted({one.kind for one in lesions})
+            },
+        }
+    return {"cases": scans_seen, "lesions": len(lesions), "litres_of_lung": round(litres, 2), "at": points}
+
+
+def share(lesions: list[Lesion], least: float) -> dict[str, Any]:
+    """Found of all, and Wilson's 95 % interval."""
+    n = len(lesions)
+    found = sum(one.confidence >= least for one in lesions)
+    if not n:
+        return {"found": 0, "of": 0}
+    z = 1.96
+    middle, half = (
+        found / n + z * z / (2 * n),
+        z * math.sqrt(found / n * (1 - found / n) / n + z * z / (4 * n * n)),
+    )
+    ends = [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+    return {"found": found, "of": n, "interval": [round(max(0.0, ends[0]), 3), round(min(1.0, ends[1]), 3)]}
+
+
+def judged(data: Path, work: Path, model: Path, split: str, folder: str) -> dict[str, Any]:
+    """The figures of each set of a split."""
+    result: dict[str, Any] = {}
+    for name, cases in held_out(data, work, split).items():
+        place = work / folder / f"{split}-{name.replace(' ', '-')}"
+        looked_at(model, cases, place)
+        lesions, false, litres = held_against(data, cases, place)
+        result[name] = figures(lesions, false, litres, len(cases))
+        if name == "scans":
+            result[name]["each"] = [
+                {
+                    "scan": case.name,
+                    "lesions": [asdict(one) for one in lesions if one.case == case.name],
+                    "false_positives": sorted(
+                        (round(c, 3) for c in held_against(data, [case], place)[1]), reverse=True
+                    ),
+                    "dice": dice(case, place),
+                    "seconds": json.loads((place / case.name / "case.json").read_text())["seconds"],
+                }
+                for case in cases
+            ]
+    return result
+
+
+def dice(case: Case, folder: Path) -> float:
+    assert case.label is not None
+    truth, found = (read_scan(path).array > 0 for path in (case.label, folder / case.name / "mask.nii.gz"))
+    return round(2 * float((truth & found).sum()) / max(1, int(truth.sum() + found.sum())), 4)
+
+
+FIRST = {"lung1": 10, "totalsegmentator": 4, "LIDC-IDRI-0002": 4}
+"""How often each scan is in the first training's table, which has the cubes besides and nothing put in."""
+RUNS = {
+    "first": ["train.samples=6000", "optim.lr=2.5e-3"],
+    "second": ["train.samples=3000", "optim.lr=2e-3", "predict.lungs=true", "predict.overlap=0.25"],
+}
+FIRST_STOPS = 3192
+"""Samples after which the first training was stopped (Ctrl-C); the second begins with its weights."""
+SETTINGS = (
+    "reading.allow_empty=true",
+    "prepare.spacing=[1,1,1]",
+    "prepare.lungs=true",
+    "prepare.plan=false",
+    "prepare.chunk=48",
+    "prepare.workers=1",
+    "data.patch_size=[40,40,40]",
+    "data.foreground=0.5",
+    "augment.p_affine=0.2",
+    "augment.rotate_deg=[10,10,45]",
+    "augment.p_noise=0.15",
+    "augment.p_blur=0.1",
+    "augment.p_gamma=0",
+    "augment.p_brightness=0.1",
+    "augment.p_low_resolution=0.15",
+    "model.depth=4",
+    "model.filters=16",
+    "model.norm=batch",
+    "loss.cross_entropy=10",
+    "optim.name=muon",
+    "optim.momentum=0.9",
+    "train.ranks=1",
+    "train.threads=1",
+    "train.batch_size=2",
+    "train.validate_every=0",
+    "train.checkpoint_every=500",
+    "train.precision=bf16",
+    "predict.patch_size=[96,96,96]",
+)
+
+
+def first_set(data: Path, work: Path) -> Path:
+    """Cubes with their mirror images, and the few scans as they are."""
+    found = [padded(case, work / "padded") for case in cubes(data) if case.split != "test"]
+    for case in scans(data, work / "scans"):
+        if case.split == "train":
+            found += [replace(case, name=f"{case.name}_{n:02d}") for n in range(FIRST[case.name])]
+    return table(work / "first.csv", found)
+
+
+def trained(data: Path, work: Path) -> Path:
+    """The run's folder; both trainings go on where they were."""
+    begun = ""
+    for name, sets in RUNS.items():
+        run, store = work / f"run-{name}", work / f"store-{name}"
+        config = load(None, (*SETTINGS, *sets, f"train.start_from={begun}"))
+        if not (store / "dataset.json").is_file():
+            path = first_set(data, work) if name == "first" else training_set(data, work)
+            prepare(DataSet(path=path, reading=config.reading).cases, store, config.prepare, config.reading)
+            bound_hu(store)
+        stops = run / "checkpoints" / f"samples_{FIRST_STOPS:012d}.ckpt"
+        if not (name == "first" and stops.is_file()) and not start(config, store, run):
+            raise SystemExit(
+                f"stopped; the same command goes on, or with {stops} the second training begins"
+            )
+        begun = str(stops)
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/starter.json"))
+    parser.add_argument("--model", type=Path, help="judge this one instead of training")
+    given = parser.parse_args()
+    model = given.model or trained(given.data, given.work) / "model.vxs"
+    if not given.model:
+        chosen = judged(given.data, given.work, model, "val", "chosen")
+        write_atomic(given.work / "val.json", json.dumps(chosen, indent=1))
+        calibrated(given.data, given.work, model)
+    write_atomic(given.out, json.dumps(judgement(given.data, given.work, model), indent=1))
+
+
+def calibrated(data: Path, work: Path, model: Path) -> None:
+    """Calibrate on the validation patients."""
+    sets = held_out(data, work, "val")
+    cases = [case for of in sets.values() for case in of]
+    looked_at(model, cases, work / "calibration")
+    summary = calibrate_run(model, work / "calibration", DataSet(path=work / "calibration.csv"))
+    print(
+        json.dumps({key: summary[key] for key in ("findings", "hits", "scans", "ece_before", "ece_after")})
+    )
+
+
+def judgement(data: Path, work: Path, model: Path) -> dict[str, Any]:
+    """What the finished model does with validation and test patients."""
+    place = f"judged-{read_bundle(model).digest[:8]}"
+    return {
+        "machine": machine(),
+        "model": read_bundle(model).identity,
+        "bytes": model.stat().st_size,
+        "patients": {
+            kind: dict(Counter(split_of(name) for name in sorted({case.patient for case in each})))
+            for kind, each in (("cubes", cubes(data)), ("crops", vois(data)))
+        },
+        **{split: judged(data, work, model, split, place) for split in ("val", "test")},
+    }
+
+
+if __name__ == "__main__":
+    main()

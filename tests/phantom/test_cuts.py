@@ -114,5 +114,5 @@ def test_a_data_set_without_nodules_is_an_error(tmp_path: Path) -> None:
 
 
 def test_shapes_and_crops_exclude_each_other() -> None:
-    with pytest.raises(VoxelscaleError, match="phantom.crops"):
+    with pytest.raises(VoxelscaleError, match=r"phantom\.crops"):
         load(None, ("phantom.shapes=a", "phantom.crops=b"))

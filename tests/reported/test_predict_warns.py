@@ -238,7 +238,10 @@ def test_a_scan_is_compared_with_those_trained_on(store: Store, scans: Path) -> 
         ({"shape": (4, 50, 65)}, f"covers {4 * one.spacing[0]:.0f} mm along z"),
         ({"values": (-1000.0, -900.0, 700.0, 800.0, 900.0)}, "median 700 HU"),
         ({"values": (-500.0, -490.0, -400.0, 40.0, 900.0)}, "darkest 1 % of its voxels: up to -490 HU"),
-        ({"values": (-1000.0, -980.0, -400.0, 1900.0, 3000.0)}, "brightest 1 % of its voxels: from 1900 HU"),
+        (
+            {"values": (-1000.0, -980.0, -400.0, 1900.0, 3000.0)},
+            "brightest 1 % of its voxels: from 1900 HU",
+        ),
     ]
     for change, words in changes:
         assert words in " ".join(text for _, text in compared(replace(one, **change), trained)), words

@@ -53,8 +53,8 @@ def phantom(
     With --into, each copy of a scan gets new nodules in its lungs (phantom.nodules), away from the lesions
     it has. Its mask holds both. nodules.csv has position, size and kind of the new ones. Every other voxel
     keeps its value. With --crops they are real ones, cut by their masks from scans or from crops of a few
-    centimetres, with their HU and texture. All copies belong to the scan's patient. Use them as more training data, or to measure
-    which nodules a model finds.
+    centimetres, with their HU and texture. All copies belong to the scan's patient. Use them as more
+    training data, or to measure which nodules a model finds.
     """
     check_output(out)
     from voxelscale.phantom import dataset

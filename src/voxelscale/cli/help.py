@@ -36,8 +36,8 @@ def quickstart(
 
     Makes scans, prepares them, trains, predicts the test scans, evaluates and writes a report. After Ctrl-C
     the same command resumes. With --scan it ends with a real CT: the model that comes with voxelscale
-    (docs/starter.md) predicts it into OUT/scan. The last line printed is JSON with dice, sensitivity_at_1_fp, seconds and
-    report.
+    (docs/starter.md) predicts it into OUT/scan. The last line printed is JSON with dice,
+    sensitivity_at_1_fp, seconds and report.
     """
     check_output(out)
     from voxelscale.evaluate.text import text_value

@@ -40,7 +40,7 @@ class PhantomConfig(Section):
     def rules(self) -> Sequence[Rule]:
         return [
             ("spacing", min(self.spacing) > 0, "above 0 mm"),
-            ("crops", not (self.crops and self.shapes), "without phantom.shapes: real nodules have their own"),
+            ("crops", not (self.crops and self.shapes), "without phantom.shapes"),
             ("cases", self.cases >= 1, "at least 1"),
             ("nodules", 0 <= self.nodules[0] <= self.nodules[1], "minimum and maximum, in this order"),
             (

@@ -9,8 +9,8 @@ SHIPPED = ("starter",)
 """Each is ``models/<name>.vxs`` of the package, and has its card in ``docs/<name>.md``."""
 
 NOTICE = (
-    "starter: the lung nodule model that comes with voxelscale (docs/starter.md says what it finds and where "
-    "it fails); for research, not for diagnosis"
+    "starter: the lung nodule model that comes with voxelscale, for research, not for diagnosis; "
+    "docs/starter.md says what it finds and where it fails"
 )
 
 

@@ -26,7 +26,7 @@ from voxelscale.phantom.contours import Posed, Shape, level_of
 from voxelscale.phantom.nodules import Nodule
 
 LEAST_MM = 3.0
-"""Equivalent diameter of a lesion that is cut out; the voxels of a smaller one are mostly its surroundings."""
+"""Equivalent diameter of a lesion that is cut out; the voxels of a smaller one are mostly surroundings."""
 MARGIN_MM = 4.0
 """What is kept around it."""
 FINEST_MM, COARSEST_MM = 0.5, 1.0

@@ -44,7 +44,7 @@ AIR_HU = -200.0
 """A CT without any voxel below it shows no air, as a chest does inside and outside."""
 GAS_HU, LEAST_GAS, DENSEST_GAS_HU = (-1020.0, -200.0), 0.02, -600.0
 """Between air and fat the most frequent value is that of air (-1000) or of lungs (-900 to -700), if so many
-voxels lie there; padding is below. Where it is above the third, values are not HU, whatever their ends are."""
+voxels lie there; padding is below. Where it is above the third, values are not HU, whatever their ends."""
 ANISOTROPIC = 5.0
 """Longest over shortest voxel edge above which small lesions are a slice or two thick."""
 SHORT_MM = 30.0
@@ -59,8 +59,8 @@ OTHER_EXTENT = 2.0
 MEDIAN_HU = 300.0
 """By which the median may lie outside the trained range; over our real chest CTs it spans 440 HU."""
 DARK_HU, BRIGHT_HU = 150.0, 300.0
-"""By which the darkest and the brightest hundredth may lie outside the trained range. Air has -1000 HU in any
-scanner; how much bone, contrast medium and metal there is varies."""
+"""By which the darkest and the brightest hundredth may lie outside the trained range. Air has -1000 HU in
+any scanner; how much bone, contrast medium and metal there is varies."""
 PADDING_HU = -1024.0
 """Below air: what scanners put around their field of view counts as air here."""
 OTHER_SCALE = 4.0
