@@ -32,7 +32,7 @@ from voxelscale.files import write_atomic
 from voxelscale.findings import lesions_of_mask, read_prediction
 from voxelscale.formats import read_scan, write_scan
 from voxelscale.geometry import Scan, reorient
-from voxelscale.model.bundle import read_bundle
+from voxelscale.model.bundle import Calibration, read_bundle, write_bundle
 from voxelscale.phantom.dataset import write_copies, write_phantoms
 from voxelscale.predict.predict import predict
 from voxelscale.store.prepare import prepare
@@ -173,8 +173,12 @@ MIXES = {
 PHANTOMS = 2
 
 
-def training_set(data: Path, work: Path) -> Path:
-    """The table of all that the model is trained and validated on, made in WORK."""
+def training_set(data: Path, work: Path, copies: int) -> Path:
+    """The table of all that the model is trained and validated on, made in WORK.
+
+    Args:
+        copies: of each cube, with other nodules put in.
+    """
     found = [padded(case, work / "padded") for case in cubes(data) if case.split != "test"]
     few = {case.name: case for case in scans(data, work / "scans") if case.split == "train"}
     for name, mix in MIXES.items():
@@ -184,6 +188,8 @@ def training_set(data: Path, work: Path) -> Path:
             into = phantoms(work / "phantoms")
         else:
             into = [few[name]]
+        if name == "cubes":
+            mix = replace(mix, copies=copies)
         found += with_nodules(data, work / f"with-{name}", into, mix)
     return table(work / "training.csv", found)
 
@@ -239,7 +245,7 @@ def bound_hu(store: Path) -> None:
 LUNGS_L = 4.5
 """Lungs of a scan, by which false positives in crops are carried over to a scan: an estimate."""
 SIZES_MM = (0.0, 6.0, 10.0, 20.0, 100.0)
-TEXTURES = {1: "ground glass", 2: "part-solid", 3: "part-solid", 4: "part-solid", 5: "solid"}
+TEXTURES = {1: "ground-glass", 2: "part-solid", 3: "part-solid", 4: "part-solid", 5: "solid"}
 """The reader's rating of LIDC-IDRI."""
 
 
@@ -259,10 +265,8 @@ def held_out(data: Path, work: Path, split: str) -> dict[str, list[Case]]:
 def looked_at(model: Path, cases: list[Case], folder: Path) -> None:
     """Predict them, and keep what is there."""
     bundle = read_bundle(model)
-    # All candidates that could be of use: the thresholds are chosen afterwards.
-    settings = replace(bundle.config.predict, candidates=min(0.02, bundle.config.predict.candidates))
     sources = DataSet(path=table(folder.with_suffix(".csv"), cases)).cases
-    predict(sources, bundle, settings, folder)
+    predict(sources, bundle, bundle.config.predict, folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +316,7 @@ def textures_of(data: Path) -> dict[str, str]:
 def inserted(case: Case) -> list[tuple[Any, float, str]]:
     """Place, diameter and kind of each nodule that was put into a case."""
     path = case.image.parent.parent / "nodules.csv"
-    if not path.is_file():
+    if not path.with_name("truth").is_dir():  # the crops have another table of this name
         return []
     name = case.image.name.removesuffix(".nii.gz")
     return [
@@ -393,12 +397,15 @@ def dice(case: Case, folder: Path) -> float:
 
 FIRST = {"lung1": 10, "totalsegmentator": 4, "LIDC-IDRI-0002": 4}
 """How often each scan is in the first training's table, which has the cubes besides and nothing put in."""
+LUNGS = ["predict.lungs=true", "predict.overlap=0.25"]
 RUNS = {
-    "first": ["train.samples=6000", "optim.lr=2.5e-3"],
-    "second": ["train.samples=3000", "optim.lr=2e-3", "predict.lungs=true", "predict.overlap=0.25"],
+    "first": (0, 3192, ["train.samples=6000", "optim.lr=2.5e-3"]),
+    "second": (1, 1134, ["train.samples=1800", "optim.lr=2e-3", *LUNGS]),
+    "third": (3, 2400, ["train.samples=2400", "optim.lr=2e-3", *LUNGS]),
 }
-FIRST_STOPS = 3192
-"""Samples after which the first training was stopped (Ctrl-C); the second begins with its weights."""
+"""Trainings, each from the weights of the one before: copies of each cube with nodules put in (0: nothing is
+put in anywhere), the samples after which it was stopped (Ctrl-C) or ended, and settings. More patients' nodules
+came in as they were made."""
 SETTINGS = (
     "reading.allow_empty=true",
     "prepare.spacing=[1,1,1]",
@@ -441,20 +448,18 @@ def first_set(data: Path, work: Path) -> Path:
 
 
 def trained(data: Path, work: Path) -> Path:
-    """The run's folder; both trainings go on where they were."""
+    """The last run's folder; every training goes on where it was."""
     begun = ""
-    for name, sets in RUNS.items():
+    for name, (copies, samples, sets) in RUNS.items():
         run, store = work / f"run-{name}", work / f"store-{name}"
         config = load(None, (*SETTINGS, *sets, f"train.start_from={begun}"))
         if not (store / "dataset.json").is_file():
-            path = first_set(data, work) if name == "first" else training_set(data, work)
+            path = training_set(data, work, copies) if copies else first_set(data, work)
             prepare(DataSet(path=path, reading=config.reading).cases, store, config.prepare, config.reading)
             bound_hu(store)
-        stops = run / "checkpoints" / f"samples_{FIRST_STOPS:012d}.ckpt"
-        if not (name == "first" and stops.is_file()) and not start(config, store, run):
-            raise SystemExit(
-                f"stopped; the same command goes on, or with {stops} the second training begins"
-            )
+        stops = run / "checkpoints" / f"samples_{samples:012d}.ckpt"
+        if not stops.is_file() and not start(config, store, run) and not stops.is_file():
+            raise SystemExit(f"{run}: the same command goes on; with {stops.name} the next training begins")
         begun = str(stops)
     return run
 
@@ -466,23 +471,76 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/starter.json"))
     parser.add_argument("--model", type=Path, help="judge this one instead of training")
     given = parser.parse_args()
-    model = given.model or trained(given.data, given.work) / "model.vxs"
-    if not given.model:
-        chosen = judged(given.data, given.work, model, "val", "chosen")
-        write_atomic(given.work / "val.json", json.dumps(chosen, indent=1))
-        calibrated(given.data, given.work, model)
+    model = given.model or finished(given.data, given.work, trained(given.data, given.work) / "model.vxs")
     write_atomic(given.out, json.dumps(judgement(given.data, given.work, model), indent=1))
 
 
+IN_MASK, LISTED = 1.0, 15.0
+"""False positives a scan that are aimed at, by the estimate from crops: in the mask, and in the table."""
+GROWN = 0.5
+"""Voxels of this probability belong to a finding that reaches the upper threshold."""
+NODULES_A_LITRE = 1186 / 888 / LUNGS_L
+"""In LUNA16's scans; in crops about a nodule there are many times more."""
+
+
+def finished(data: Path, work: Path, trained_model: Path) -> Path:
+    """Thresholds and calibration, both on the validation patients alone, in a copy of the model."""
+    model = work / "starter.vxs"
+    bundle = read_bundle(trained_model)
+    seen = [
+        held_against(data, cases, found_by(trained_model, cases, work / "chosen" / name.replace(" ", "-")))
+        for name, cases in held_out(data, work, "val").items()
+    ]
+    false = [confidence for _, wrong, _ in seen for confidence in wrong]
+    litres = sum(one for *_, one in seen)
+    threshold, candidates = (least_for(false, litres, most) for most in (IN_MASK, LISTED))
+    rules = replace(
+        bundle.config.predict,
+        threshold=threshold,
+        low_threshold=min(GROWN, threshold),
+        candidates=candidates,
+    )
+    write_bundle(model, replace(bundle, config=replace(bundle.config, predict=rules)))
+    print(f"threshold {threshold}, candidates {candidates}")
+    calibrated(data, work, model)
+    return model
+
+
+def least_for(false: list[float], litres: float, most: float) -> float:
+    """The least confidence at which a scan has at most so many false positives."""
+    steps = [n / 20 for n in range(2, 20)]
+    held = [s for s in steps if sum(one >= s for one in false) / litres * LUNGS_L <= most]
+    return held[0] if held else steps[-1]
+
+
+def found_by(model: Path, cases: list[Case], folder: Path) -> Path:
+    looked_at(model, cases, folder)
+    return folder
+
+
 def calibrated(data: Path, work: Path, model: Path) -> None:
-    """Calibrate on the validation patients."""
+    """Calibrate on the validation patients, for scans in which nodules are as rare as in LUNA16's.
+
+    By Bayes' rule: the odds of a finding are divided by how much more frequent lesions are in the crops.
+    """
     sets = held_out(data, work, "val")
     cases = [case for of in sets.values() for case in of]
-    looked_at(model, cases, work / "calibration")
-    summary = calibrate_run(model, work / "calibration", DataSet(path=work / "calibration.csv"))
+    folder = found_by(model, cases, work / "calibration")
+    summary = calibrate_run(model, folder, DataSet(path=work / "calibration.csv"))
     print(
         json.dumps({key: summary[key] for key in ("findings", "hits", "scans", "ece_before", "ece_after")})
     )
+    lesions, _, litres = held_against(data, cases, folder)
+    rarer = len(lesions) / litres / NODULES_A_LITRE
+    bundle = read_bundle(model)
+    assert bundle.calibration is not None
+    curve = bundle.calibration
+    scores = sorted({*curve.scores, *(n / 200 for n in range(201))})
+    shares = np.interp(scores, curve.scores, curve.probabilities)
+    shifted = shares / (shares + rarer * (1 - shares))
+    calibration = Calibration(scores=tuple(scores), probabilities=tuple(float(share) for share in shifted))
+    write_bundle(model, replace(bundle, calibration=calibration))
+    print(f"odds divided by {rarer:.0f}")
 
 
 def judgement(data: Path, work: Path, model: Path) -> dict[str, Any]:

@@ -447,3 +447,14 @@ def test_missing_slices_are_filled_where_the_reading_rules_say_so(
         assert voxelscale("predict", tmp_path / f"{name}.vxs", series, tmp_path / name, *sets)[0] == 0
         _, facts = read_prediction(next((tmp_path / name).glob("*/findings.json")))
         assert facts["fill_gaps"] == 1
+
+
+def test_values_that_are_no_hu_show_in_the_air(scans: Path) -> None:
+    """Half of HU, with padding as of a real scanner: neither end nor middle of the values is odd."""
+    image = reorient(phantom(scans))
+    halved = np.where(image.array > -1020, image.array / 2, -2048).astype(np.int16)
+    halved[:, :3] = -2048
+    for array, odd in ((image.array, False), (halved, True)):
+        scan = Scan(array, image.affine)
+        texts = [text for _, text in remarks(about(scan, lung_field(scan)))]
+        assert any("hardly in HU" in text for text in texts) is odd, texts

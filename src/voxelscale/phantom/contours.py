@@ -149,7 +149,7 @@ class Posed:
         """Distance inward from the surface, mm, at x, y and z in mm from the centroid (broadcast)."""
         from scipy import ndimage
 
-        beyond = np.float32(0)
+        beyond: Any = np.float32(0)
         places = []
         for place, n in zip(self._places(offsets), self.shape.depth.shape, strict=True):
             inside = np.clip(place, 0, n - 1)

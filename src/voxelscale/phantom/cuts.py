@@ -6,13 +6,12 @@ real nodule is that of the scanner's slices, too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from voxelscale.config import ReadingConfig
 from voxelscale.dataset import DataSet, Source
@@ -134,7 +133,7 @@ def cut_of(source: Source, number: int, reading: ReadingConfig) -> Cut:
     return cut_from(hu, mask, spacing, f"{source.case}:{number + 1}")
 
 
-def cut_from(hu: NDArray[np.float32], mask: NDArray[np.bool_], spacing: Sequence[float], name: str) -> Cut:
+def cut_from(hu: NDArray[np.float32], mask: NDArray[np.bool_], spacing: ArrayLike, name: str) -> Cut:
     """A nodule on a lattice of equal steps.
 
     Args:
