@@ -403,9 +403,8 @@ RUNS = {
     "second": (1, 1134, ["train.samples=1800", "optim.lr=2e-3", *LUNGS]),
     "third": (3, 2400, ["train.samples=2400", "optim.lr=2e-3", *LUNGS]),
 }
-"""Trainings, each from the weights of the one before: copies of each cube with nodules put in (0: nothing is
-put in anywhere), the samples after which it was stopped (Ctrl-C) or ended, and settings. More patients' nodules
-came in as they were made."""
+"""Trainings, each from the weights of the one before: copies of each cube with nodules put in, and of
+the scans where it is above 0; samples after which it was stopped (Ctrl-C) or ended; settings."""
 SETTINGS = (
     "reading.allow_empty=true",
     "prepare.spacing=[1,1,1]",
