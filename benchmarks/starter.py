@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -29,9 +29,10 @@ from voxelscale.dataset import DataSet
 from voxelscale.dataset.reading import read_case
 from voxelscale.evaluate.froc import match
 from voxelscale.files import write_atomic
-from voxelscale.findings import lesions_of_mask, read_prediction
+from voxelscale.findings import Finding, lesions_of_mask, read_prediction
 from voxelscale.formats import read_scan, write_scan
 from voxelscale.geometry import Scan, reorient
+from voxelscale.lungs import CROP_MM, lung_field
 from voxelscale.model.bundle import Calibration, read_bundle, write_bundle
 from voxelscale.phantom.dataset import write_copies, write_phantoms
 from voxelscale.predict.predict import predict
@@ -290,7 +291,8 @@ def held_against(data: Path, cases: list[Case], folder: Path) -> tuple[list[Lesi
         assert case.label is not None
         mask = reorient(read_scan(case.label))
         truth = lesions_of_mask(case.name, mask.array > 0, mask.grid)
-        held = match(truth, findings)
+        inner, more = inside(case, litres_of(facts))
+        held = match(truth, [f for f in findings if inner(f) or not match(truth, [f]).false_positives])
         put_in = inserted(case)
         for lesion, confidence in zip(truth, held.hits, strict=True):
             place = np.array([lesion.x, lesion.y, lesion.z])
@@ -304,8 +306,31 @@ def held_against(data: Path, cases: list[Case], folder: Path) -> tuple[list[Lesi
                 Lesion(case=case.name, diameter_mm=lesion.diameter_mm, kind=kind, confidence=confidence)
             )
         false += held.false_positives
-        litres += facts["lungs"]["volume_ml"] / 1000
+        litres += more
     return lesions, false, litres
+
+
+EDGE = 4
+"""Voxels (mm) from a crop's border within which false positives do not count: it cuts vessels to balls."""
+
+
+def litres_of(facts: dict[str, Any]) -> float:
+    return float(facts["lungs"]["volume_ml"]) / 1000
+
+
+def inside(case: Case, litres: float) -> tuple[Callable[[Finding], bool], float]:
+    """Whether a finding lies away from a crop's border, and the lung there; a scan counts as a whole."""
+    image = reorient(read_scan(case.image))
+    shape = np.asarray(image.array.shape)
+    if max(shape * image.spacing) >= CROP_MM:
+        return lambda finding: True, litres
+    lung = lung_field(image).mask[(slice(EDGE, -EDGE),) * 3]
+
+    def inner(finding: Finding) -> bool:
+        index = np.asarray(finding.index)
+        return bool((index >= EDGE).all() and (index <= shape - 1 - EDGE).all())
+
+    return inner, float(np.count_nonzero(lung)) * image.grid.voxel_mm3 / 1e6
 
 
 def textures_of(data: Path) -> dict[str, str]:
@@ -329,7 +354,7 @@ def inserted(case: Case) -> list[tuple[Any, float, str]]:
 def figures(lesions: list[Lesion], false: list[float], litres: float, scans_seen: int) -> dict[str, Any]:
     """Sensitivity by size and kind at several confidences, each with its false positives."""
     points: dict[str, Any] = {}
-    for least in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
+    for least in (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95):
         wrong = sum(confidence >= least for confidence in false)
         points[f"{least:g}"] = {
             "sensitivity": share(lesions, least),
@@ -402,6 +427,7 @@ RUNS = {
     "first": (0, 3192, ["train.samples=6000", "optim.lr=2.5e-3"]),
     "second": (1, 1134, ["train.samples=1800", "optim.lr=2e-3", *LUNGS]),
     "third": (3, 2400, ["train.samples=2400", "optim.lr=2e-3", *LUNGS]),
+    "fourth": (3, 2000, ["train.samples=2000", "optim.lr=2e-3", *LUNGS]),
 }
 """Trainings, each from the weights of the one before: copies of each cube with nodules put in, and of
 the scans where it is above 0; samples after which it was stopped (Ctrl-C) or ended; settings."""
@@ -437,6 +463,19 @@ SETTINGS = (
 )
 
 
+RECORD: dict[str, Any] = {
+    "card": "docs/starter.md",
+    "made_by": "benchmarks/starter.py",
+    "trainings": {
+        name: f"{samples} samples; {', '.join(sets)}" for name, (_, samples, sets) in RUNS.items()
+    },
+    "data_from": "LIDC-IDRI (CC BY 3.0), LUNA16 (CC BY 4.0), pyradiomics' lung1 (BSD-3-Clause), "
+    "TotalSegmentator's example CT (Apache-2.0), phantoms",
+    "use": "research, not diagnosis",
+}
+"""Kept in the model's file."""
+
+
 def first_set(data: Path, work: Path) -> Path:
     """Cubes with their mirror images, and the few scans as they are."""
     found = [padded(case, work / "padded") for case in cubes(data) if case.split != "test"]
@@ -459,7 +498,8 @@ def trained(data: Path, work: Path) -> Path:
         stops = run / "checkpoints" / f"samples_{samples:012d}.ckpt"
         if not stops.is_file() and not start(config, store, run) and not stops.is_file():
             raise SystemExit(f"{run}: the same command goes on; with {stops.name} the next training begins")
-        begun = str(stops)
+        ended = run / "model.vxs"
+        begun = str(ended if ended.is_file() else stops)
     return run
 
 
@@ -474,7 +514,7 @@ def main() -> None:
     write_atomic(given.out, json.dumps(judgement(given.data, given.work, model), indent=1))
 
 
-IN_MASK, LISTED = 1.0, 15.0
+IN_MASK, LISTED = 2.0, 25.0
 """False positives a scan that are aimed at, by the estimate from crops: in the mask, and in the table."""
 GROWN = 0.5
 """Voxels of this probability belong to a finding that reaches the upper threshold."""
@@ -484,25 +524,53 @@ NODULES_A_LITRE = 1186 / 888 / LUNGS_L
 
 def finished(data: Path, work: Path, trained_model: Path) -> Path:
     """Thresholds and calibration, both on the validation patients alone, in a copy of the model."""
-    model = work / "starter.vxs"
-    bundle = read_bundle(trained_model)
-    seen = [
-        held_against(data, cases, found_by(trained_model, cases, work / "chosen" / name.replace(" ", "-")))
-        for name, cases in held_out(data, work, "val").items()
-    ]
-    false = [confidence for _, wrong, _ in seen for confidence in wrong]
-    litres = sum(one for *_, one in seen)
+    model, folder = work / "starter.vxs", work / "chosen"
+    sets = held_out(data, work, "val")
+    cases = [case for of in sets.values() for case in of]
+    looked_at(trained_model, cases, folder)
+    seen = {name: (*held_against(data, of, folder), len(of)) for name, of in sets.items()}
+    write_atomic(work / "val.json", json.dumps({name: figures(*one) for name, one in seen.items()}))
+    false = [confidence for _, wrong, *_ in seen.values() for confidence in wrong]
+    litres = sum(one[2] for one in seen.values())
     threshold, candidates = (least_for(false, litres, most) for most in (IN_MASK, LISTED))
+    bundle = read_bundle(trained_model)
     rules = replace(
         bundle.config.predict,
         threshold=threshold,
         low_threshold=min(GROWN, threshold),
         candidates=candidates,
     )
-    write_bundle(model, replace(bundle, config=replace(bundle.config, predict=rules)))
+    trained = {**bundle.trained, **RECORD}
+    write_bundle(model, replace(bundle, config=replace(bundle.config, predict=rules), trained=trained))
     print(f"threshold {threshold}, candidates {candidates}")
-    calibrated(data, work, model)
+    summary = calibrate_run(model, folder, DataSet(path=folder.with_suffix(".csv")))
+    print(
+        json.dumps({key: summary[key] for key in ("findings", "hits", "scans", "ece_before", "ece_after")})
+    )
+    # The calibration counted every false finding, those at the crops' borders, too.
+    whole = sum(litres_of(read_prediction(folder / case.name / "findings.json")[1]) for case in cases)
+    counted = (summary["findings"] - summary["hits"]) / whole
+    lesions = sum(len(one[0]) for one in seen.values()) / whole
+    rarer = lesions / NODULES_A_LITRE * (len(false) / litres) / counted
+    print(f"odds divided by {rarer:.0f}")
+    made_rare(model, rarer)
     return model
+
+
+def made_rare(model: Path, rarer: float) -> None:
+    """Recalibrate for scans in which nodules are rarer than in the crops, by Bayes' rule.
+
+    Args:
+        rarer: by which the odds of a finding are divided.
+    """
+    bundle = read_bundle(model)
+    assert bundle.calibration is not None
+    curve = bundle.calibration
+    scores = sorted({*curve.scores, *(n / 200 for n in range(201))})
+    shares = np.interp(scores, curve.scores, curve.probabilities)
+    shifted = (shares / (shares + rarer * (1 - shares))).tolist()
+    calibration = Calibration(scores=tuple(scores), probabilities=tuple(shifted))
+    write_bundle(model, replace(bundle, calibration=calibration))
 
 
 def least_for(false: list[float], litres: float, most: float) -> float:
@@ -510,36 +578,6 @@ def least_for(false: list[float], litres: float, most: float) -> float:
     steps = [n / 20 for n in range(2, 20)]
     held = [s for s in steps if sum(one >= s for one in false) / litres * LUNGS_L <= most]
     return held[0] if held else steps[-1]
-
-
-def found_by(model: Path, cases: list[Case], folder: Path) -> Path:
-    looked_at(model, cases, folder)
-    return folder
-
-
-def calibrated(data: Path, work: Path, model: Path) -> None:
-    """Calibrate on the validation patients, for scans in which nodules are as rare as in LUNA16's.
-
-    By Bayes' rule: the odds of a finding are divided by how much more frequent lesions are in the crops.
-    """
-    sets = held_out(data, work, "val")
-    cases = [case for of in sets.values() for case in of]
-    folder = found_by(model, cases, work / "calibration")
-    summary = calibrate_run(model, folder, DataSet(path=work / "calibration.csv"))
-    print(
-        json.dumps({key: summary[key] for key in ("findings", "hits", "scans", "ece_before", "ece_after")})
-    )
-    lesions, _, litres = held_against(data, cases, folder)
-    rarer = len(lesions) / litres / NODULES_A_LITRE
-    bundle = read_bundle(model)
-    assert bundle.calibration is not None
-    curve = bundle.calibration
-    scores = sorted({*curve.scores, *(n / 200 for n in range(201))})
-    shares = np.interp(scores, curve.scores, curve.probabilities)
-    shifted = shares / (shares + rarer * (1 - shares))
-    calibration = Calibration(scores=tuple(scores), probabilities=tuple(float(share) for share in shifted))
-    write_bundle(model, replace(bundle, calibration=calibration))
-    print(f"odds divided by {rarer:.0f}")
 
 
 def judgement(data: Path, work: Path, model: Path) -> dict[str, Any]:
@@ -553,7 +591,8 @@ def judgement(data: Path, work: Path, model: Path) -> dict[str, Any]:
             kind: dict(Counter(split_of(name) for name in sorted({case.patient for case in each})))
             for kind, each in (("cubes", cubes(data)), ("crops", vois(data)))
         },
-        **{split: judged(data, work, model, split, place) for split in ("val", "test")},
+        "val": json.loads((work / "val.json").read_text(encoding="utf-8")),
+        "test": judged(data, work, model, "test", place),
     }
 
 
