@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from tests.model.test_shipped import made_up_crop
-
 from voxelscale.config import Config, dump
 from voxelscale.formats import write_scan
 from voxelscale.quickstart import quickstart_config
