@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.model.test_shipped import made_up_crop
 from voxelscale.config import Config, dump
+from voxelscale.formats import write_scan
 from voxelscale.quickstart import quickstart_config
 
 
@@ -20,9 +22,10 @@ def test_the_whole_job_in_one_command_and_again(tiny: Config, tmp_path: Path) ->
     (tmp_path / "tiny.yaml").write_text(dump(tiny))
     command = [sys.executable, "-m", "voxelscale.cli", "quickstart", "all", "--config", "tiny.yaml"]
     command += ["--set", "train.ranks=2", "--set", "train.samples=120", "--set", "optim.lr=0.01"]
+    write_scan(made_up_crop(), tmp_path / "real.nii.gz")
     summaries = []
-    for _ in range(2):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    for more in ([], ["--scan", "real.nii.gz"]):
+        done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr
         summaries.append(json.loads(done.stdout.splitlines()[-1]))
@@ -31,4 +34,6 @@ def test_the_whole_job_in_one_command_and_again(tiny: Config, tmp_path: Path) ->
     assert (first["dice"], first["sensitivity_at_1_fp"]) == (second["dice"], second["sensitivity_at_1_fp"])
     assert 0 <= first["dice"] <= 1
     assert second["seconds"] < first["seconds"]
+    assert "starter: the lung nodule model" in done.stderr
+    assert (tmp_path / "all" / "scan" / "real" / "findings.json").is_file()
     assert "<svg" in (tmp_path / first["report"]).read_text()

@@ -237,6 +237,11 @@ def test_a_scan_is_compared_with_those_trained_on(store: Store, scans: Path) -> 
         ({"spacing": (10.0, 4.0, 4.0)}, "spacing 10 mm along z; the model was trained on"),
         ({"shape": (4, 50, 65)}, f"covers {4 * one.spacing[0]:.0f} mm along z"),
         ({"values": (-1000.0, -900.0, 700.0, 800.0, 900.0)}, "median 700 HU"),
+        ({"values": (-500.0, -490.0, -400.0, 40.0, 900.0)}, "darkest 1 % of its voxels: up to -490 HU"),
+        (
+            {"values": (-1000.0, -980.0, -400.0, 1900.0, 3000.0)},
+            "brightest 1 % of its voxels: from 1900 HU",
+        ),
     ]
     for change, words in changes:
         assert words in " ".join(text for _, text in compared(replace(one, **change), trained)), words
@@ -442,3 +447,14 @@ def test_missing_slices_are_filled_where_the_reading_rules_say_so(
         assert voxelscale("predict", tmp_path / f"{name}.vxs", series, tmp_path / name, *sets)[0] == 0
         _, facts = read_prediction(next((tmp_path / name).glob("*/findings.json")))
         assert facts["fill_gaps"] == 1
+
+
+def test_values_that_are_no_hu_show_in_the_air(scans: Path) -> None:
+    """Half of HU, with padding as of a real scanner: neither end nor middle of the values is odd."""
+    image = reorient(phantom(scans))
+    halved = np.where(image.array > -1020, image.array / 2, -2048).astype(np.int16)
+    halved[:, :3] = -2048
+    for array, odd in ((image.array, False), (halved, True)):
+        scan = Scan(array, image.affine)
+        texts = [text for _, text in remarks(about(scan, lung_field(scan)))]
+        assert any("hardly in HU" in text for text in texts) is odd, texts

@@ -29,6 +29,10 @@ def phantom(
     into: Annotated[
         list[Path] | None, typer.Option(help="A scan or a data set to put nodules into; repeatable.")
     ] = None,
+    crops: Annotated[
+        Path | None,
+        typer.Option(help="With --into: a data set whose real nodules are put in (phantom.crops)."),
+    ] = None,
     copies: Annotated[int, typer.Option(min=1, help="With --into: copies of each scan.")] = 1,
     originals: Annotated[bool, typer.Option(help="With --into: list the unchanged scans as well.")] = False,
     layout: Layout = "auto",
@@ -42,18 +46,21 @@ def phantom(
     voxelscale phantom scans/ --cases 20
     voxelscale phantom scans/ --cases 5 --set phantom.seed=7 --set phantom.diameter_mm=[3,10]
     voxelscale phantom more/ --into scan.nii.gz --into LIDC-IDRI/ --copies 3
+    voxelscale phantom more/ --into scan.nii.gz --crops nodules/
 
     Case c depends on phantom.seed and c alone: the same command with more --cases adds to the folder.
 
     With --into, each copy of a scan gets new nodules in its lungs (phantom.nodules), away from the lesions
     it has. Its mask holds both. nodules.csv has position, size and kind of the new ones. Every other voxel
-    keeps its value. All copies belong to the scan's patient. Use them as more training data, or to measure
-    which nodules a model finds.
+    keeps its value. With --crops they are real ones, cut by their masks from scans or from crops of a few
+    centimetres, with their HU and texture. All copies belong to the scan's patient. Use them as more
+    training data, or to measure which nodules a model finds.
     """
     check_output(out)
     from voxelscale.phantom import dataset
 
     sets = [*(set_ or []), *([f"phantom.cases={cases}"] if cases is not None else [])]
+    sets += [f"phantom.crops={json.dumps(str(crops))}"] if crops is not None else []
     settings = read_config(config, sets)
     if not into:
         table = dataset.write_phantoms(settings.phantom, out, settings.prepare.workers)

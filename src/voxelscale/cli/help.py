@@ -10,6 +10,7 @@ import typer
 
 from voxelscale.cli.common import ConfigFile, Sets, read_config, verb
 from voxelscale.console import duration
+from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output
 
 
@@ -20,6 +21,9 @@ def _rounded(value: float | None) -> float | None:
 @verb("Help", goes_on=True)
 def quickstart(
     out: Annotated[Path, typer.Argument(help="Folder of all results.")] = Path("quickstart"),
+    scan: Annotated[
+        Path | None, typer.Option(help="At last, show what the starter model finds in this chest CT.")
+    ] = None,
     config: ConfigFile = None,
     set_: Sets = None,
 ) -> None:
@@ -28,16 +32,20 @@ def quickstart(
     \b
     voxelscale quickstart
     voxelscale quickstart trial/ --set train.samples=2000
+    voxelscale quickstart --scan patient.nii.gz
 
     Makes scans, prepares them, trains, predicts the test scans, evaluates and writes a report. After Ctrl-C
-    the same command resumes. The last line printed is JSON with dice, sensitivity_at_1_fp, seconds and
-    report.
+    the same command resumes. With --scan it ends with a real CT: the model that comes with voxelscale
+    (docs/starter.md) predicts it into OUT/scan. The last line printed is JSON with dice,
+    sensitivity_at_1_fp, seconds and report.
     """
     check_output(out)
     from voxelscale.evaluate.text import text_value
     from voxelscale.quickstart import quickstart as run_quickstart
     from voxelscale.quickstart import quickstart_config
 
+    if scan is not None and not scan.exists():
+        raise VoxelscaleError(f"{scan}: no such file or folder", "give --scan a CT")
     result = run_quickstart(out, quickstart_config(config, tuple(set_ or ())))
     total = sum(result.seconds.values())
     laps = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items())
@@ -45,6 +53,11 @@ def quickstart(
     print(f"sensitivity at 1 false positive per scan: {text_value(result.sensitivity_at_1_fp)}")
     print(f"time: {duration(total)} ({laps})")
     print(f"report: {result.report}")
+    if scan is not None:
+        from voxelscale.cli.predict import predict
+        from voxelscale.model.shipped import SHIPPED
+
+        predict(Path(SHIPPED[0]), scan, out / "scan")
     summary = {
         "dice": _rounded(result.dice),
         "sensitivity_at_1_fp": _rounded(result.sensitivity_at_1_fp),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from voxelscale.cli.common import ConfigFile, Layout, Sets, data_set, print_failed, read_config, verb
-from voxelscale.console import count, warn
+from voxelscale.console import count, notice, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from voxelscale.archive.dicomweb import DicomWeb
     from voxelscale.config import Config
     from voxelscale.dataset import Source
+    from voxelscale.model.bundle import Bundle
 
 USAGE = "voxelscale predict MODEL OUT --dicomweb URL --study UID"
 
@@ -28,7 +29,7 @@ MOST_NAMED = 10
 
 @verb("Prediction", goes_on=True)
 def predict(
-    model: Annotated[Path, typer.Argument(help="Folder of a run, or a model file.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a run, a model file, or starter.")],
     scans: Annotated[
         Path, typer.Argument(help="Scan, DICOM folder, folder of scans, or CSV; not with --dicomweb.")
     ],
@@ -66,6 +67,7 @@ def predict(
     """Find lesions in scans; write masks and findings.
 
     \b
+    voxelscale predict starter patient.nii.gz predictions/
     voxelscale predict run/ patient.nii.gz predictions/
     voxelscale predict model.vxs dicom_folder/ predictions/ --set predict.test_time_augmentation=true
     voxelscale predict run/ scans/ predictions/ --store store/ --split test
@@ -73,6 +75,9 @@ def predict(
     voxelscale predict run/ dicom_folder/ predictions/ --dicom-out seg,sr,rtstruct
     voxelscale predict run/ predictions/ --dicomweb https://pacs/dicom-web --study 1.2.3 --send
     torchrun --nproc-per-node 4 -m voxelscale.cli predict run/ scans/ predictions/
+
+    starter is a model of lung nodules that comes with voxelscale (docs/starter.md), unless a file or folder
+    is called so. For research, not for diagnosis.
 
     For each case writes mask.nii.gz (on the scan's own voxels), findings.csv (LUNA16's columns, LPS mm) and
     findings.json (also volume, diameters, mean HU and warnings), and findings.csv of all cases.
@@ -97,14 +102,13 @@ def predict(
         raise VoxelscaleError("predict: missing argument OUT", "voxelscale predict MODEL SCANS OUT")
     check_output(out)
     from voxelscale.dataset.names_table import write_names
-    from voxelscale.model.bundle import read_bundle
     from voxelscale.predict.predict import predict as run_predict
     from voxelscale.predict.predict import with_channels_of
     from voxelscale.predict.record import record_cases
     from voxelscale.predict.text import lines
     from voxelscale.store.fingerprint import open_fold
 
-    bundle = read_bundle(model)
+    bundle = _read_model(model)
     settings = read_config(config, set_, bundle.config)
     kinds, fetched = _kinds(dicom_out), None
     if archive is not None:
@@ -196,6 +200,18 @@ def export_dicom(
     if absent := len(sources) - len(predicted):
         warn(f"{predictions}: no prediction of {count(absent, 'scan')}, which are left out")
     return _export(predictions, _came_as_dicom(predicted), out, asked, settings)[0]
+
+
+def _read_model(model: Path) -> Bundle:
+    """The model; where its name may mean two, a notice says which one is meant."""
+    from voxelscale.model.bundle import read_bundle
+    from voxelscale.model.shipped import NOTICE, SHIPPED, shipped
+
+    if shipped(model):
+        notice(NOTICE)
+    elif str(model) in SHIPPED:
+        notice(f"{model}: the one in this folder, not the model that comes with voxelscale")
+    return read_bundle(model)
 
 
 def _archive(

@@ -81,6 +81,9 @@ def train(
     begun = run / "config.yaml"
     base = load_stored(begun) if begun.is_file() else None
     if from_ is not None:
+        from voxelscale.model.shipped import shipped
+
+        from_ = shipped(from_) or from_
         base = base or _network_of(from_)
         set_ = [*(set_ or ()), f"train.start_from={json.dumps(str(from_.absolute()))}"]
     settings = read_config(config, set_, base)

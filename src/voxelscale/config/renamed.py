@@ -26,6 +26,7 @@ RENAMED = {
 
 
 ADDED: dict[str, object] = {
+    "phantom.crops": "",
     "reading.regions_class_order": (),
     "reading.channels": (),
     "prepare.splits": "",

@@ -27,6 +27,7 @@ from voxelscale.model.build import build_model
 from voxelscale.model.false_positives import FalsePositiveNet
 from voxelscale.model.nnunet import NnunetRules
 from voxelscale.model.registry import check_name
+from voxelscale.model.shipped import shipped
 from voxelscale.model.unet import fold_batch_norms, without_supervision
 from voxelscale.samples.batch import Normalisation
 from voxelscale.store.plausible import TrainedOn
@@ -255,8 +256,10 @@ def bundle_path(path: Path) -> Path:
     """The bundle's file, of itself or of a run's folder.
 
     Raises:
-        VoxelscaleError: the folder has none.
+        VoxelscaleError: the folder has none, or the model comes with the package, which nothing changes.
     """
+    if (packaged := shipped(path)) is not None:
+        raise VoxelscaleError(f"{path}: comes with voxelscale and is not changed", f"copy {packaged} first")
     if not path.is_dir():
         return path
     if not (path / "model.vxs").is_file():
@@ -265,12 +268,12 @@ def bundle_path(path: Path) -> Path:
 
 
 def read_bundle(path: Path) -> Bundle:
-    """The bundle in a file, or in a run's folder.
+    """The bundle in a file, in a run's folder, or one that comes with the package (`shipped`).
 
     Raises:
         VoxelscaleError: there is none, it is damaged, or of another version.
     """
-    path = bundle_path(path)
+    path = shipped(path) or bundle_path(path)
     content = load_untrusted(path)
     try:
         kind = content["format"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -118,6 +118,7 @@ class Shape:
         diameter_mm: of the sphere of its volume.
         reach_mm: from the centroid to the surface's farthest point.
         name: where it comes from.
+        hu: HU on the lattice, in and around it, where it was cut out of a scan.
     """
 
     depth: Field
@@ -126,6 +127,7 @@ class Shape:
     diameter_mm: float
     reach_mm: float
     name: str
+    hu: Field | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,17 +149,30 @@ class Posed:
         """Distance inward from the surface, mm, at x, y and z in mm from the centroid (broadcast)."""
         from scipy import ndimage
 
-        beyond = np.float32(0)
+        beyond: Any = np.float32(0)
         places = []
-        for row, middle, n in zip(self.pose, self.shape.centre, self.shape.depth.shape, strict=True):
-            x, y, z = (np.float32(w) * o for w, o in zip(row, offsets, strict=True))
-            place = z + y + x + np.float32(middle)
+        for place, n in zip(self._places(offsets), self.shape.depth.shape, strict=True):
             inside = np.clip(place, 0, n - 1)
             beyond = beyond + (place - inside) ** 2
             places.append(inside)
         found = ndimage.map_coordinates(self.shape.depth, places, order=1)
         depth: Field = np.float32(self.scale) * (found - np.float32(self.shape.step) * np.sqrt(beyond))
         return depth
+
+    def hu(self, offsets: tuple[Field, Field, Field]) -> Field:
+        """HU of what was cut out, at the same points; of a shape that has them (`Shape.hu`)."""
+        from scipy import ndimage
+
+        found: Field = ndimage.map_coordinates(
+            self.shape.hu, list(self._places(offsets)), order=1, mode="nearest"
+        )
+        return found
+
+    def _places(self, offsets: tuple[Field, Field, Field]) -> Iterator[Field]:
+        """Where the points lie on the lattice, axis by axis (z, y, x)."""
+        for row, middle in zip(self.pose, self.shape.centre, strict=True):
+            x, y, z = (np.float32(w) * o for w, o in zip(row, offsets, strict=True))
+            yield z + y + x + np.float32(middle)
 
 
 @lru_cache(maxsize=2)
@@ -303,14 +318,14 @@ def solid(
 
     body = _joined(planes, slice_mm, step)
     body = ndimage.gaussian_filter(body, max(smooth_mm, step) / step, mode="nearest")
-    pieces, count = ndimage.label(body > _level(body, volume_mm3 / step**3))
+    pieces, count = ndimage.label(body > level_of(body, volume_mm3 / step**3))
     if not count:
         raise VoxelscaleError(f"{name}: its outlines enclose too little for their extent", "leave it out")
     inner = pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:])
     edt = ndimage.distance_transform_edt
     depth = np.where(inner, edt(inner) - 0.5, 0.5 - edt(~inner)).astype(np.float32)
     depth = ndimage.gaussian_filter(depth, 1.0, mode="nearest")
-    depth -= np.float32(_level(depth, float(np.count_nonzero(inner))))
+    depth -= np.float32(level_of(depth, float(np.count_nonzero(inner))))
     shares = np.clip(0.5 + depth, 0, 1)
     volume = float(shares.sum(dtype=np.float64))
     profiles = [shares.sum(axis=others, dtype=np.float64) for others in ((1, 2), (0, 2), (0, 1))]
@@ -335,7 +350,7 @@ def _joined(planes: Field, slice_mm: float, step: float) -> Field:
     return rounded
 
 
-def _level(field: Field, count: float) -> float:
+def level_of(field: Field, count: float) -> float:
     """The value that about so many points of a field exceed."""
     place = min(max(round(count), 1), field.size - 1)
     below, above = np.partition(field, (-place - 1, -place), axis=None)[[-place - 1, -place]]

@@ -25,6 +25,7 @@ from voxelscale.geometry import Scan
 from voxelscale.parallel import map_processes
 from voxelscale.phantom import make_phantom
 from voxelscale.phantom.contours import open_library
+from voxelscale.phantom.cuts import Cuts, open_cuts
 from voxelscale.phantom.insertion import copy_with_nodules
 from voxelscale.phantom.nodules import Nodule
 
@@ -58,6 +59,9 @@ def write_phantoms(config: PhantomConfig, out: Path, workers: int = 0) -> Path:
     Raises:
         VoxelscaleError: the folder holds phantoms of another config, or cannot be written.
     """
+    if config.crops:
+        hint = "give scans to put the nodules into, as --into scan.nii.gz"
+        raise VoxelscaleError("phantom.crops is for real nodules in given scans", hint)
     _claim(out, shaping_of(config))
     names = [case_name(case) for case in range(config.cases)]
     todo = [case for case, name in enumerate(names) if not _truth_path(out, name).is_file()]
@@ -87,7 +91,8 @@ def write_copies(
     Raises:
         VoxelscaleError: the folder holds other things, or not one copy could be made.
     """
-    _claim(out, shaping_of(config.phantom) | {"into": "scans"})
+    cuts = _cuts(config)
+    _claim(out, shaping_of(config.phantom) | {"into": "scans"} | ({"crops": cuts.digest} if cuts else {}))
     numbers = range(0 if originals else 1, copies + 1)
     jobs = [(source, number) for source in sources for number in numbers]
     todo = [job for job in jobs if _stamp_of(out, copy_name(*job)) != _stamp(config, *job)]
@@ -104,6 +109,11 @@ def write_copies(
     count = _write_tables(config.phantom, out, patients)
     listed = tuple((name, failed[name].message, failed[name].hint) for name in sorted(failed))
     return Copies(table=out / "dataset.csv", done=len(patients), nodules=count, failed=listed)
+
+
+def _cuts(config: Config) -> Cuts | None:
+    """The real nodules that are put in, where the config names some."""
+    return open_cuts(Path(config.phantom.crops), config.reading) if config.phantom.crops else None
 
 
 def sources_into(data_sets: Sequence[DataSet]) -> list[Source]:
@@ -135,7 +145,7 @@ def copy_name(source: Source, copy: int) -> str:
 def shaping_of(config: PhantomConfig) -> dict[str, Any]:
     """The config as far as it shapes a phantom; a database of outlines by its content, not its place."""
     shaping = asdict(replace(config, cases=1))
-    del shaping["shapes"]
+    del shaping["shapes"], shaping["crops"]
     return shaping | ({"shapes": open_library(Path(config.shapes)).digest} if config.shapes else {})
 
 
@@ -163,7 +173,7 @@ def _write_copy(config: Config, out: Path, job: tuple[Source, int]) -> None:
     if not settled(source.classes, config.reading).plain or len(source.channels) > 1:
         hint = "say which values are lesions, as reading.labels=[1], and give CT alone"
         raise VoxelscaleError(f"{source.image}: has several classes or channels", hint)
-    made = copy_with_nodules(source.case, image, labels.mask, config.phantom, number)
+    made = copy_with_nodules(source.case, image, labels.mask, config.phantom, number, _cuts(config))
     _write_case(
         config.phantom,
         out,
@@ -209,7 +219,7 @@ def _row(name: str, nodule: Nodule) -> dict[str, Any]:
 def _write_tables(config: PhantomConfig, out: Path, patients: dict[str, str]) -> int:
     """Both tables, from the cases' own truths; the number of nodules."""
     truths = [_read_truth(out, name)["nodules"] for name in patients]
-    columns = [*COLUMNS, *(["shape"] if config.shapes else [])]
+    columns = [*COLUMNS, *(["shape"] if config.shapes or config.crops else [])]
     lines = [[row[c] for c in columns] for truth in truths for row in truth]
     write_csv(out / "nodules.csv", [columns, *lines])
     end = config.format

@@ -22,6 +22,7 @@ from voxelscale.geometry import Grid, Scan
 from voxelscale.lungs import Lungs, lung_field
 from voxelscale.phantom.canvas import Field, Point
 from voxelscale.phantom.contours import open_library
+from voxelscale.phantom.cuts import Cuts, with_cut
 from voxelscale.phantom.nodules import (
     PLACE_SHARES,
     PLACES,
@@ -40,6 +41,10 @@ FINE_MM = 0.5
 """A voxel is cut into parts of at most this size to see how much of it is nodule."""
 BLUR_MM = 0.6
 """Standard deviation of a scanner's point spread within a slice; that of soft to standard kernels."""
+FADE_MM = 1.4
+"""Over this width a real nodule's HU pass into the scan's; outlines of readers are no sharper."""
+VESSEL_HU = 100.0
+"""By which the scan must be denser than a real nodule's voxel to show through it."""
 COARSE_MM = 2.0
 """Depths within the lungs are only needed to choose places, on voxels of about this size."""
 AERATED_HU = -400.0
@@ -83,7 +88,14 @@ class _Chest:
     depth: Field
 
 
-def copy_with_nodules(case: str, image: Scan, lesion: Scan, config: PhantomConfig, copy: int) -> Copy:
+def copy_with_nodules(
+    case: str,
+    image: Scan,
+    lesion: Scan,
+    config: PhantomConfig,
+    copy: int,
+    cuts: Cuts | None = None,
+) -> Copy:
     """A scan with `config.nodules` nodules more in its lungs, clear of each other and of its lesions.
 
     Args:
@@ -92,6 +104,7 @@ def copy_with_nodules(case: str, image: Scan, lesion: Scan, config: PhantomConfi
         lesion: its own lesions on the same grid, not 0 where there is one.
         config: number, diameters, outlines, seed; the rest of it does not matter here.
         copy: from 1 on; 0 is the scan as it is.
+        cuts: real nodules to put in instead of synthetic ones (`config.crops`).
 
     Raises:
         VoxelscaleError: no lungs are found in it, or no nodule fits into them.
@@ -106,7 +119,7 @@ def copy_with_nodules(case: str, image: Scan, lesion: Scan, config: PhantomConfi
         for tried in range(count + MORE_TRIES):
             # Fewer nodules than requested may fit, but a copy without any is an error.
             if tried < count or (count and not done):
-                nodule = _insert_one(random, grain, chest, config, done, array, mask)
+                nodule = _insert_one(random, grain, chest, config, cuts, done, array, mask)
                 done += [nodule] if nodule is not None else []
         if count and not done:
             hint = "smaller ones may fit: phantom.diameter_mm"
@@ -137,6 +150,7 @@ def _insert_one(
     grain: np.random.Generator,
     chest: _Chest,
     config: PhantomConfig,
+    cuts: Cuts | None,
     others: list[Nodule],
     array: NDArray[Any],
     mask: NDArray[np.uint8],
@@ -150,8 +164,11 @@ def _insert_one(
         nodule = draw_nodule(random, np.zeros(3), diameter, place)
         if config.shapes:
             nodule = with_outline(nodule, open_library(Path(config.shapes)))
-        for centre in _centres(random, chest, diameter / 2, place):
-            if min((_gap(centre, diameter, other) for other in others), default=np.inf) < 6:
+        if cuts is not None:
+            nodule = with_cut(nodule, cuts)
+        size = nodule.diameter_mm
+        for centre in _centres(random, chest, size / 2, nodule.place):
+            if min((_gap(centre, size, other) for other in others), default=np.inf) < 6:
                 continue
             placed = nodule.at(centre)
             part = _part_of(chest, placed) if _promises(chest, placed) else None
@@ -214,14 +231,17 @@ class _Part:
 
     Attributes:
         box: the voxels around it.
-        whole, core: the share of each voxel in [0, 1] that is nodule, and that is solid core.
+        whole, core: the share of each voxel in [0, 1] that is nodule, and that is solid core; of a real
+            nodule the share of its own HU.
         mask: those that count as nodule.
+        hu: the HU of a real nodule.
     """
 
     box: tuple[slice, slice, slice]
     whole: Field
     core: Field
     mask: tuple[NDArray[np.int64], ...]
+    hu: Field | None = None
 
 
 def _part_of(chest: _Chest, nodule: Nodule) -> _Part | None:
@@ -229,7 +249,7 @@ def _part_of(chest: _Chest, nodule: Nodule) -> _Part | None:
     box = _box(chest.grid, nodule)
     if box is None:
         return None
-    whole, core = _shares(chest.grid, nodule, box)
+    whole, core, hu = _shares(chest.grid, nodule, box)
     if _is_cut(chest.grid, box, whole):
         return None
     calm = _calm(chest.hu[box])
@@ -246,7 +266,7 @@ def _part_of(chest: _Chest, nodule: Nodule) -> _Part | None:
         return None
     # A spicule's tip that shows up again a slice further on is not a lesion of its own.
     largest = max(pieces, key=len)
-    return _Part(box, cut, core * free, tuple(largest.T))
+    return _Part(box, cut, core * free, tuple(largest.T), hu)
 
 
 def _box(grid: Grid, nodule: Nodule) -> tuple[slice, slice, slice] | None:
@@ -272,8 +292,14 @@ def _is_cut(grid: Grid, box: tuple[slice, slice, slice], whole: Field) -> bool:
     )
 
 
-def _shares(grid: Grid, nodule: Nodule, box: tuple[slice, slice, slice]) -> tuple[Field, Field]:
-    """The share of each voxel of a box that is nodule, and that is solid: means over its finer parts."""
+def _shares(
+    grid: Grid, nodule: Nodule, box: tuple[slice, slice, slice]
+) -> tuple[Field, Field, Field | None]:
+    """The share of each voxel of a box that is nodule, and that is solid: means over its finer parts.
+
+    Of a real nodule the second is the share of its own HU, which fades over its surface; the third is these
+    HU.
+    """
     starts, shape = [axis.start for axis in box], tuple(axis.stop - axis.start for axis in box)
     window = grid.window(starts, shape)
     parts = [max(1, int(np.ceil(s / FINE_MM))) for s in grid.spacing]
@@ -282,17 +308,23 @@ def _shares(grid: Grid, nodule: Nodule, box: tuple[slice, slice, slice]) -> tupl
     middle = (window.index_to_mm(index) - nodule.centre).astype(np.float32)
     inner = np.float32((0.2 + 0.2 * nodule.shape[0, 3]) * nodule.diameter_mm / 2)
     whole, core = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    posed = nodule.posed if nodule.posed is not None and nodule.posed.shape.hu is not None else None
+    hu = np.zeros(shape, np.float32) if posed is not None else None
     for part in np.ndindex(*parts):
         shift = (np.asarray(part) + 0.5) / parts - 0.5
         x, y, z = np.moveaxis(middle + (grid.affine[:3, :3] @ shift).astype(np.float32), -1, 0)
         depth = outline(nodule, (x, y, z))
         whole += np.clip(0.5 + depth / edge, 0, 1)
-        if nodule.kind == "part-solid":
+        if hu is not None and posed is not None:
+            core += np.clip(0.5 + depth / np.float32(FADE_MM), 0, 1)
+            hu += posed.hu((x, y, z))
+        elif nodule.kind == "part-solid":
             core += np.clip(0.5 + (depth - inner) / edge, 0, 1)
     count = np.float32(np.prod(parts))
-    if nodule.kind == "solid":
+    if nodule.kind == "solid" and hu is None:
         core = whole
-    return np.asarray(whole / count, np.float32), np.asarray(core / count, np.float32)
+    whole, core = np.asarray(whole / count, np.float32), np.asarray(core / count, np.float32)
+    return whole, core, None if hu is None else np.asarray(hu / count, np.float32)
 
 
 def _lung_depth(chest: _Chest, box: tuple[slice, slice, slice], calm: Field) -> Field:
@@ -347,6 +379,11 @@ def _paint(
     spacing = chest.grid.spacing
     before = array[part.box]
     calm = _calm(before)
+    if part.hu is not None:
+        # A vessel that is denser than the nodule runs on through it.
+        added = part.core * np.where(calm > part.hu + VESSEL_HU, 0, part.hu - before)
+        array[part.box] = _as_stored(before + added, array.dtype)
+        return
     grain = ndimage.gaussian_filter(
         random.standard_normal(before.shape, dtype=np.float32), [2 / s for s in spacing]
     )
@@ -360,8 +397,11 @@ def _paint(
     if nodule.kind != "ground-glass":
         solid = nodule.hu + 8 * grain
         added += ndimage.gaussian_filter(part.core, blur) * np.maximum(solid - calm - added, 0)
-    after = before + (np.rint(added) if np.issubdtype(array.dtype, np.integer) else added)
-    if np.issubdtype(array.dtype, np.integer):
-        limits = np.iinfo(array.dtype)
-        after = np.clip(after, limits.min, limits.max)
-    array[part.box] = after.astype(array.dtype)
+    array[part.box] = _as_stored(before + added, array.dtype)
+
+
+def _as_stored(hu: Field, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if np.issubdtype(dtype, np.integer):
+        limits = np.iinfo(dtype)
+        hu = np.clip(np.rint(hu), limits.min, limits.max)
+    return hu.astype(dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,6 +42,9 @@ BONE_HU = 300.0
 """A CT whose median lies above it shows hardly a body: only bone, metal and contrast medium are denser."""
 AIR_HU = -200.0
 """A CT without any voxel below it shows no air, as a chest does inside and outside."""
+GAS_HU, LEAST_GAS, DENSEST_GAS_HU = (-1020.0, -200.0), 0.02, -600.0
+"""Between air and fat the most frequent value is that of air (-1000) or of lungs (-900 to -700), if so many
+voxels lie there; padding is below. Where it is above the third, values are not HU, whatever their ends."""
 ANISOTROPIC = 5.0
 """Longest over shortest voxel edge above which small lesions are a slice or two thick."""
 SHORT_MM = 30.0
@@ -55,6 +58,11 @@ OTHER_EXTENT = 2.0
 """The same factor for what a scan covers."""
 MEDIAN_HU = 300.0
 """By which the median may lie outside the trained range; over our real chest CTs it spans 440 HU."""
+DARK_HU, BRIGHT_HU = 150.0, 300.0
+"""By which the darkest and the brightest hundredth may lie outside the trained range. Air has -1000 HU in
+any scanner; how much bone, contrast medium and metal there is varies."""
+PADDING_HU = -1024.0
+"""Below air: what scanners put around their field of view counts as air here."""
 OTHER_SCALE = 4.0
 """Factor between maximum values (99th percentile) that indicates another unit, if values are not HU."""
 FEWEST_CASES = 0.5
@@ -77,6 +85,7 @@ class About:
         problem: why not, or "".
         modality, body_part: as DICOM says; "" where it does not, and of other formats.
         synthetic: whether `voxelscale phantom` made it.
+        gas: the most frequent value between air and fat (`GAS_HU`); None where hardly any lies there.
     """
 
     values: Values
@@ -88,6 +97,7 @@ class About:
     modality: str = ""
     body_part: str = ""
     synthetic: bool = False
+    gas: float | None = None
 
     @property
     def extent_mm(self) -> Triple:
@@ -97,7 +107,7 @@ class About:
 
     def kept(self) -> dict[str, Any]:
         """What a store's table keeps of it, besides what it has already."""
-        hidden = ("labels", "shape", "spacing", "problem")
+        hidden = ("labels", "shape", "spacing", "problem", "gas")
         return {name: value for name, value in asdict(self).items() if name not in hidden}
 
 
@@ -120,15 +130,29 @@ def about(image: Scan, lungs: Lungs, source: Source | None = None) -> About:
         modality=modality,
         body_part=body_part,
         synthetic=source is not None and is_phantom(source.image),
+        gas=_gas(image.array),
     )
 
 
 def spread(array: NDArray[Any]) -> Values:
     """The values' minimum and maximum, and percentiles 1, 50 and 99 of at most `LARGEST_SAMPLE` of them."""
-    flat = array.reshape(-1)
-    sample = flat[:: -(-flat.size // LARGEST_SAMPLE)]
+    sample = _sample(array)
     one, middle, most = (float(v) for v in np.percentile(sample, [1, 50, 99]))
     return float(array.min()), one, middle, most, float(array.max())
+
+
+def _sample(array: NDArray[Any]) -> NDArray[Any]:
+    flat = array.reshape(-1)
+    return flat[:: -(-flat.size // LARGEST_SAMPLE)]
+
+
+def _gas(array: NDArray[Any]) -> float | None:
+    sample = _sample(array)
+    counts, edges = np.histogram(sample, bins=41, range=GAS_HU)
+    if counts.sum() < LEAST_GAS * sample.size:
+        return None
+    at = int(np.argmax(counts))
+    return float(edges[at] + edges[at + 1]) / 2
 
 
 def looks_like_labels(array: NDArray[Any]) -> bool:
@@ -187,7 +211,12 @@ def _of_values(one: About, *, ct: bool) -> list[Remark]:
         return [("error", f"every voxel is {low:g}")]
     if one.labels:
         return [("error", f"values from {low:g} to {high:g}: a mask or a label map, not a scan")]
-    return implausible_hu(one.values) if ct else []
+    if not ct:
+        return []
+    found = implausible_hu(one.values)
+    if not found and one.gas is not None and one.gas > DENSEST_GAS_HU:
+        found.append(("warning", f"air or lungs at {one.gas:.0f} rather than -1000 to -700: hardly in HU"))
+    return found
 
 
 def implausible_hu(values: Values) -> list[Remark]:
@@ -340,13 +369,24 @@ def _same_part(part: str, known: Sequence[str]) -> bool:
 def _other_values(one: About, trained: TrainedOn) -> list[str]:
     least, greatest = trained.values
     if trained.ct:
-        low, middle, high = least[2], one.values[2], greatest[2]
-        if not low - MEDIAN_HU <= middle <= high + MEDIAN_HU:
-            return [f"median {middle:g} HU; the model was trained on scans of {_range(low, high)} HU"]
-    elif not least[3] / OTHER_SCALE <= one.values[3] <= greatest[3] * OTHER_SCALE:
+        return list(_other_hu(one.values, least, greatest))
+    if not least[3] / OTHER_SCALE <= one.values[3] <= greatest[3] * OTHER_SCALE:
         known = _range(least[3], greatest[3])
         return [f"99 % of its values are up to {one.values[3]:g}; of those trained on, up to {known}"]
     return []
+
+
+def _other_hu(values: Values, least: Values, greatest: Values) -> Iterator[str]:
+    """In what the histogram is unlike those trained on: another unit, offset or contrast."""
+    named = (
+        (1, "darkest 1 % of its voxels: up to", DARK_HU),
+        (2, "median", MEDIAN_HU),
+        (3, "brightest 1 % of its voxels: from", BRIGHT_HU),
+    )
+    for at, what, tolerance in named:
+        low, value, high = (max(v, PADDING_HU) for v in (least[at], values[at], greatest[at]))
+        if not low - tolerance <= value <= high + tolerance:
+            yield f"{what} {value:g} HU; the model was trained on scans of {_range(low, high)} HU"
 
 
 def _range(least: float, most: float) -> str:
