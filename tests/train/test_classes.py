@@ -46,11 +46,16 @@ def test_workers_are_equal_with_deep_supervision(tiny: Config, any_store: Store,
         assert start(with_train(config, **settings), any_store.path, tmp_path / name)
         return final_weights(tmp_path / name)
 
-    one = weights("one", ranks=1, batch_size=4)
-    assert any(name.startswith("supervision.") for name in one)
-    ranks = weights("ranks", ranks=2, batch_size=2)
-    mixed = weights("mixed", ranks=1, virtual_workers=2, batch_size=2)
-    moved = apart(one, weights("first", ranks=1, batch_size=4, samples=BATCH))  # since the first update
-    # Rounding alone is 1e-4 of that; a maximum that falls the other way was seen to make it 2e-3.
-    assert apart(ranks, one) <= 1e-2 * moved
-    assert apart(mixed, one) <= 1e-2 * moved
+    ways: dict[str, dict[str, int]] = {
+        "one": {"ranks": 1, "batch_size": 4},
+        "ranks": {"ranks": 2, "batch_size": 2},
+        "mixed": {"ranks": 1, "virtual_workers": 2, "batch_size": 2},
+    }
+    first = {name: weights(f"first_{name}", samples=BATCH, **how) for name, how in ways.items()}
+    last = {name: weights(name, **how) for name, how in ways.items()}
+    assert any(name.startswith("supervision.") for name in last["one"])
+    moved = apart(last["one"], first["one"])  # since the first update
+    for other in ("ranks", "mixed"):
+        assert apart(first[other], first["one"]) <= 1e-6
+        # Later a rounding may let a maximum fall the other way: 1e-4 to 2.5e-2 were seen, by processor.
+        assert apart(last[other], last["one"]) <= 3e-2 * moved
