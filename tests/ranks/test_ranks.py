@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +18,21 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.ranks import workers
 from voxelscale.ranks.faults import lost_peer
 from voxelscale.ranks.workers import join, local_rank
+
+HANGS = """
+import ctypes
+from voxelscale.ranks.launch import end_with_parent
+end_with_parent(by_kernel=True)
+print("begun", flush=True)
+ctypes.PyDLL(None).sleep(120)  # with Python's lock
+"""
+STARTS = """
+import os, subprocess, sys
+from voxelscale.ranks.launch import PARENT
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, PARENT: str(os.getpid())})
+print(child.pid, flush=True)
+child.wait()
+"""
 
 LOST = [
     dist.DistNetworkError("The client socket has failed to connect"),
@@ -87,3 +108,18 @@ def test_a_rank_that_cannot_know_its_gpu_does_not_take_the_first(monkeypatch: py
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(VoxelscaleError, match="which of 4 GPUs"):
         local_rank(8, 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_rank_that_hangs_in_native_code_ends_with_its_parent() -> None:
+    command = [sys.executable, "-c", STARTS, HANGS]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    rank = int(parent.stdout.readline())
+    assert parent.stdout.readline() == "begun\n"
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{rank}/cmdline").exists() and Path(f"/proc/{rank}/cmdline").read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

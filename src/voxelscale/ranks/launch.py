@@ -6,6 +6,7 @@ for every number of ranks and machines, and they end with it.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -32,6 +33,9 @@ from voxelscale.ranks.faults import (
 from voxelscale.ranks.meeting import is_here
 from voxelscale.ranks.nodes import ALONE, Nodes, launch_with_others
 from voxelscale.ranks.place import without
+
+PR_SET_PDEATHSIG = 1
+"""The number in linux/prctl.h."""
 
 PARENT = "VOXELSCALE_PARENT"
 """Environment variable: the process that started this one, with which it ends."""
@@ -96,10 +100,18 @@ def run_ranks(
         raise VoxelscaleError(f"{run}: the training failed (exit code {code})", f"see above; {RESUME}")
 
 
-def end_with_parent() -> None:
-    """End when the process that started this one is gone, if it wants that: none is left behind."""
+def end_with_parent(*, by_kernel: bool = False) -> None:
+    """End when the process that started this one is gone, if it wants that: none is left behind.
+
+    Args:
+        by_kernel: on Linux the kernel also kills it then, even where native code hangs and holds Python's
+            lock, as Gloo may when its peers are gone. Only for a process that its parent's main thread
+            started: the kernel looks at that thread (prctl(2), PR_SET_PDEATHSIG).
+    """
     if not (parent := os.environ.pop(PARENT, "")):
         return
+    if by_kernel and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         while os.getppid() == int(parent):

@@ -261,7 +261,7 @@ def _rank_of_several(store: Path, run: Path, config: Path) -> int:
 
 def _main(arguments: Sequence[str]) -> int:
     _, store, run, *config = arguments  # "rank" first, as a process's name for people
-    end_with_parent()
+    end_with_parent(by_kernel=True)
     console.set_verbosity(int(os.environ.get(VERBOSITY, "1")))
     if config:
         return _rank_of_several(Path(store), Path(run), Path(config[0]))
