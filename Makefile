@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # packages hold for other versions of Python cannot be.
 $(VENV)/dev: $(VENV)/installed
 	$(PIP) -e '.[dev]'
-	@-$(RUN)/python -m compileall -qq -j 0 $(VENV)/lib
+	@$(RUN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 quickstart: install
