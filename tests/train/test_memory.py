@@ -298,7 +298,8 @@ def test_the_bound_is_above_a_residual_encoders_step(model: dict[str, Any]) -> N
 
 def test_the_estimate_is_near_a_processs_resident_memory() -> None:
     config = replace(small(patch=(64, 64, 64)), model=replace(small().model, filters=8))
-    measured = step_memory(config, CUBIC, CPU)
+    # What a step may need is the larger of what two took: how a heap happens to be laid out differs.
+    measured = max(step_memory(config, CUBIC, CPU) for _ in range(2))
     # The library's workspaces come on top: much for a narrow network as this, little for the default.
     assert 0.5 * measured < estimate_memory(config, CUBIC, CPU) < 1.25 * measured
 
