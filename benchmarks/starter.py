@@ -574,7 +574,7 @@ def made_rare(model: Path, rarer: float) -> None:
 
 
 def least_for(false: list[float], litres: float, most: float) -> float:
-    """The least confidence at which a scan has at most so many false positives."""
+    """Minimum confidence at which a scan has at most `most` false positives."""
     steps = [n / 20 for n in range(2, 20)]
     held = [s for s in steps if sum(one >= s for one in false) / litres * LUNGS_L <= most]
     return held[0] if held else steps[-1]

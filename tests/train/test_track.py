@@ -23,7 +23,7 @@ import torch
 from tests.conftest import Command
 from voxelscale.config import Config, dump, load
 from voxelscale.errors import VoxelscaleError
-from voxelscale.experiments.folds import tell
+from voxelscale.experiments.folds import log_figures
 from voxelscale.model.bundle import read_bundle
 from voxelscale.store import Store
 from voxelscale.train import track
@@ -209,7 +209,7 @@ def test_folds_tell_figures_and_no_case(tiny: Config, tmp_path: Path, recorded: 
     ]
     with tracked_study(tracked(tiny), tmp_path / "cv") as tracking:
         assert tracking is not None
-        tell(tracking, rows, summary)
+        log_figures(tracking, rows, summary)
     told = [value for what, value in recorded.told if what == "log"]
     assert told[0] == ({"fold/dice": 0.6}, 0)
     for name in "ab":

@@ -22,7 +22,7 @@ def _rounded(value: float | None) -> float | None:
 def quickstart(
     out: Annotated[Path, typer.Argument(help="Folder of all results.")] = Path("quickstart"),
     scan: Annotated[
-        Path | None, typer.Option(help="At last, show what the starter model finds in this chest CT.")
+        Path | None, typer.Option(help="At the end, show what the starter model finds in this chest CT.")
     ] = None,
     config: ConfigFile = None,
     set_: Sets = None,

@@ -194,7 +194,7 @@ def cv(
     check_output(out)
     from voxelscale.evaluate.text import text_summary
     from voxelscale.experiments.at_once import jobs_for, run_at_once
-    from voxelscale.experiments.folds import evaluate_folds, missing_folds, run_folds, tell
+    from voxelscale.experiments.folds import evaluate_folds, log_figures, missing_folds, run_folds
     from voxelscale.store import open_store
     from voxelscale.train.track import tracked_study
 
@@ -218,7 +218,7 @@ def cv(
             return 0
         summary, rows = evaluate_folds(store, data, out)
         if tracking:
-            tell(tracking, rows, summary)
+            log_figures(tracking, rows, summary)
     for row in rows:
         dice = "no Dice, as all masks are empty" if row["dice"] is None else f"Dice {row['dice']:.3f}"
         print(f"fold {row['fold']}: {count(row['cases'], 'case')}, {dice}")

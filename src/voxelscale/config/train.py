@@ -72,8 +72,8 @@ class TrainConfig(Section):
     threads: int = 0
     """CPU threads per rank; 0: an equal share of the cores."""
     track: tuple[Literal["mlflow", "wandb"], ...] = ()
-    """What is told settings, numbers and files of the run beside TensorBoard: mlflow, wandb (Weights &
-    Biases). Nothing of the scans is sent."""
+    """Where settings, metrics and files of the run are also logged, beside TensorBoard: mlflow, wandb
+    (Weights & Biases). Nothing of the scans is sent."""
     track_to: str = ""
     """MLflow's server, as http://host:5000, or a folder; "": what MLFLOW_TRACKING_URI says, or MLflow's own
     choice. Weights & Biases goes by its own environment (WANDB_BASE_URL, WANDB_MODE)."""

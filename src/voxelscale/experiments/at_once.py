@@ -55,8 +55,8 @@ class _Running:
                 "the same command resumes",
             )
             with contextlib.suppress(IndexError, ValueError, KeyError, TypeError):
-                told = json.loads(lines[-1])
-                fault = VoxelscaleError(f"fold {self.fold}: {told['message']}", told["hint"])
+                reported = json.loads(lines[-1])
+                fault = VoxelscaleError(f"fold {self.fold}: {reported['message']}", reported["hint"])
                 lines = lines[:-1]
         for line in lines:
             if line.startswith("warning: "):
@@ -74,7 +74,7 @@ def jobs_for(config: Config, folds: int) -> int:
 def run_at_once(
     config: Config, store: Path, data: DataSet, out: Path, folds: Sequence[int], jobs: int
 ) -> bool:
-    """What `run_folds` does, so many folds at a time; the GPUs and cores are shared out over them.
+    """As `run_folds`, with `jobs` folds at a time; the GPUs and cores are shared out over them.
 
     After an error the folds that are running go on to their end, and no other begins.
 

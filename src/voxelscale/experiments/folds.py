@@ -138,8 +138,8 @@ def _pooled(summary: Mapping[str, Any]) -> dict[str, Any]:
     return classes[""]
 
 
-def tell(tracking: Tracking, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-    """Tell the trackers what `evaluate_folds` returned: figures, and no case."""
+def log_figures(tracking: Tracking, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+    """Log what `evaluate_folds` returned in the trackers: figures, and no case."""
     for row in rows:
         if row["dice"] is not None:
             tracking.log({"fold/dice": row["dice"]}, row["fold"])
@@ -148,8 +148,8 @@ def tell(tracking: Tracking, rows: Sequence[Mapping[str, Any]], summary: Mapping
         figures = {"dice": own["dice"]["mean"], "cpm": own["cpm"]}
         for key, bounds in (("dice", own["dice"]["interval"]), ("cpm", own["cpm_interval"])):
             figures |= dict(zip((f"{key}_low", f"{key}_high"), bounds or (), strict=False))
-        told = {"/".join(filter(None, ("cv", name, key))): v for key, v in figures.items() if v is not None}
-        tracking.log(told, len(rows))
+        known = {key: value for key, value in figures.items() if value is not None}
+        tracking.log({"/".join(filter(None, ("cv", name, key))): v for key, v in known.items()}, len(rows))
     if "mean_dice" in pooled and pooled["mean_dice"]["mean"] is not None:
         tracking.log({"cv/mean_dice": pooled["mean_dice"]["mean"]}, len(rows))
     tracking.done = True

@@ -43,8 +43,8 @@ BONE_HU = 300.0
 AIR_HU = -200.0
 """A CT without any voxel below it shows no air, as a chest does inside and outside."""
 GAS_HU, LEAST_GAS, DENSEST_GAS_HU = (-1020.0, -200.0), 0.02, -600.0
-"""Between air and fat the most frequent value is that of air (-1000) or of lungs (-900 to -700), if so many
-voxels lie there; padding is below. Where it is above the third, values are not HU, whatever their ends."""
+"""Range of HU between padding and fat, minimum share of voxels in it, and the maximum of its most frequent
+value: that is air (-1000) or lungs (-900 to -700). Above the maximum the values are not HU."""
 ANISOTROPIC = 5.0
 """Longest over shortest voxel edge above which small lesions are a slice or two thick."""
 SHORT_MM = 30.0

@@ -35,7 +35,7 @@ class RunLog:
         run: its folder.
         seen: samples trained on.
         validated: samples after which the last validation was taken that the checkpoint knows of.
-        tracking: what is told the same numbers; None: nothing.
+        tracking: where the same numbers are also logged; None: nowhere.
 
     Raises:
         VoxelscaleError: by every method, where the disk is full.
@@ -59,16 +59,16 @@ class RunLog:
         with self._disk_errors():
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-            told = {
+            scalars = {
                 f"{event}/{name}": value
                 for name, value in numbers.items()
                 if name not in ("samples", "step") and not isinstance(value, str)
             }
-            for name, value in told.items():
+            for name, value in scalars.items():
                 self._board.add_scalar(name, value, int(numbers["samples"]))
         self._diverged |= event == "diverged"
-        if self._tracking and told:
-            self._tracking.log(told, int(numbers["samples"]))
+        if self._tracking and scalars:
+            self._tracking.log(scalars, int(numbers["samples"]))
 
     def close(self, finished: bool = False) -> None:
         """Put everything on disk; `finished`: whether the budget was spent."""

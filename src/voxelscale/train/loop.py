@@ -261,7 +261,7 @@ def _collate(
 def _write_bundle(
     path: Path, config: Config, store: Store, model: nn.Module, facts: dict[str, Any]
 ) -> None:
-    # A model goes to others: where its beginning lay and who was told says something of this machine.
+    # A model goes to others: they need not know paths and servers of this machine.
     begun = Path(config.train.start_from).name
     bundle = Bundle(
         config=replace(config, train=replace(config.train, start_from=begun, track=(), track_to="")),

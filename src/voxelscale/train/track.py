@@ -79,7 +79,7 @@ class Tracker(Protocol):
         """Begin the run or go on with it; by what it is known from now on."""
 
     def log(self, numbers: Mapping[str, float], samples: int) -> None:
-        """Numbers after so many samples."""
+        """Log metrics; `samples`: how many were trained on."""
 
     def note(self, facts: Mapping[str, str]) -> None:
         """Words about the run."""
@@ -262,7 +262,7 @@ class Tracking:
             one.begun.wait(max(0.0, deadline - time.monotonic()))
 
     def log(self, numbers: Mapping[str, float], samples: int) -> None:
-        """Numbers after so many samples; those that are not finite are left out."""
+        """Log metrics, without those that are not finite; `samples`: how many were trained on."""
         finite = {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
         self._send(lambda tracker: tracker.log(finite, samples))
 

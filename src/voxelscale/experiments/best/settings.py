@@ -122,7 +122,7 @@ def with_thresholds(settings: Settings) -> list[Settings]:
 
 
 def with_smallest(volume: float) -> Change:
-    """Settings under which components of these classes have at least so many mm3."""
+    """Settings with a minimum volume of the components of these classes, mm3."""
 
     def changed(settings: Settings, names: Sequence[str]) -> Settings:
         return replace(settings, smallest_mm3={**settings.smallest_mm3, **dict.fromkeys(names, volume)})
