@@ -9,19 +9,46 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from voxelscale.channels import Channel
 from voxelscale.classes import Classes
-from voxelscale.config import ReadingConfig
+from voxelscale.config import Config, ReadingConfig
 from voxelscale.dataset import DataSet
 from voxelscale.evaluate.truth import truth_of
 from voxelscale.findings import Finding, lesions_of_mask, write_findings
 from voxelscale.formats import write_scan
-from voxelscale.geometry import Scan, affine_from_itk
+from voxelscale.geometry import Scan, Triple, affine_from_itk
+from voxelscale.model.bundle import Bundle
+from voxelscale.samples.batch import Normalisation
 
 AFFINE = affine_from_itk((-20.0, -30.0, 100.0), (1.0, 1.0, 2.0), np.eye(3))
 
 CLASSES = Classes(names=("<core>", "rim"), values=((1,), (2,)), ignore=(3,))
 REGIONS = Classes(names=("whole", "<core>"), values=((1, 2), (2,)), regions=True, order=(1, 2), ignore=(3,))
+
+
+HU = Normalisation(low=-1000.0, high=400.0, mean=-400.0, std=300.0)
+
+
+def bundle_of(
+    config: Config,
+    weights: dict[str, Tensor],
+    spacing: Triple,
+    classes: Classes,
+    channels: tuple[Channel, ...],
+) -> Bundle:
+    """A model of these weights; CT is normalised by `HU`."""
+    return Bundle(
+        config=config,
+        weights=weights,
+        spacing=spacing,
+        normalisation=HU,
+        trained={},
+        classes=classes,
+        channels=channels,
+        normalisations=tuple(HU if channel.scheme == "ct" else None for channel in channels),
+    )
 
 
 def write_several(folder: Path, classes: Classes, cases: int = 6) -> DataSet:

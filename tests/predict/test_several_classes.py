@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
 from tests.conftest import Command, assert_same_place
+from tests.several import HU, bundle_of
 from torch import Tensor
 
 from voxelscale.channels import Channel
@@ -34,14 +35,12 @@ from voxelscale.model.bundle import Bundle, write_bundle
 from voxelscale.predict.classes import check_names, classes_by, found_by, least_kept
 from voxelscale.predict.maps import Maps
 from voxelscale.predict.work import Predictor
-from voxelscale.samples.batch import Normalisation
 
 CPU = torch.device("cpu")
 ORGANS = Classes(names=("liver", "kidney", "tumour"), values=((5,), (7,), (2, 3)))
 REGIONS = Classes(names=("whole", "core"), values=((1, 2), (2,)), regions=True, order=(1, 2))
 PET_CT = (Channel(), Channel(name="PET", scheme="zscore"))
 T1 = (Channel(name="T1", scheme="zscore"),)
-HU = Normalisation(low=-1000.0, high=400.0, mean=-400.0, std=300.0)
 SPACING = (4.0, 3.0, 3.0)
 
 
@@ -61,16 +60,7 @@ def made(
     weights = network.state_dict()
     weights["head.weight"] *= sharp
     weights["head.bias"] *= 0
-    return Bundle(
-        config=config,
-        weights=weights,
-        spacing=spacing,
-        normalisation=HU,
-        trained={},
-        classes=classes,
-        channels=channels,
-        normalisations=tuple(HU if channel.scheme == "ct" else None for channel in channels),
-    )
+    return bundle_of(config, weights, spacing, classes, channels)
 
 
 @pytest.fixture

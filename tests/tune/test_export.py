@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from tests.conftest import SHARED, Command
+from tests.several import bundle_of
 
 from voxelscale.channels import Channel
 from voxelscale.classes import LESION, Classes
@@ -28,7 +29,6 @@ from voxelscale.model.bundle import Bundle, write_bundle
 from voxelscale.model.false_positives import FalsePositiveNet
 from voxelscale.model.plain import PlainUNet
 from voxelscale.model.unet import UNet, fold_batch_norms
-from voxelscale.samples.batch import Normalisation
 from voxelscale.store import Store
 from voxelscale.train.launch import start
 from voxelscale.tune import export
@@ -36,7 +36,6 @@ from voxelscale.tune.exported import exported
 from voxelscale.tune.monai_bundle import inference_of, run_bundle, write_texts
 
 CPU = torch.device("cpu")
-HU = Normalisation(low=-1000.0, high=400.0, mean=-400.0, std=300.0)
 ORGANS = Classes(names=("liver", "tumour"), values=((5,), (2, 3)))
 REGIONS = Classes(names=("whole", "core"), values=((1, 2), (2,)), regions=True, order=(1, 2))
 PET_CT = (Channel(), Channel(name="PET", scheme="zscore"))
@@ -61,17 +60,7 @@ def made(
     weights = network.state_dict()
     weights["head.weight"] *= 3
     weights["head.bias"] *= 0
-    each = tuple(HU if channel.scheme == "ct" else None for channel in channels)
-    return Bundle(
-        config=config,
-        weights=weights,
-        spacing=spacing,
-        normalisation=HU,
-        trained={},
-        classes=classes,
-        channels=channels,
-        normalisations=each,
-    )
+    return bundle_of(config, weights, spacing, classes, channels)
 
 
 def in_onnx(path: Path) -> tuple[Callable[[NDArray[Any]], NDArray[Any]], dict[str, Any]]:
