@@ -50,7 +50,7 @@ def test_a_file_lies_over_the_defaults_and_settings_over_the_file(tmp_path: Path
         ("train.samples=[", "not YAML", "quote"),
     ],
 )
-def test_mistakes_are_told_with_their_mend(setting: str, message: str, hint: str) -> None:
+def test_mistakes_are_reported_with_their_fix(setting: str, message: str, hint: str) -> None:
     with pytest.raises(VoxelscaleError) as caught:
         load(sets=[setting])
     assert message in caught.value.message

@@ -233,7 +233,7 @@ def test_one_thorax_in_two_formats_is_one_scan() -> None:
         ("README.md", "not a scan in a known format"),
     ],
 )
-def test_odd_files_are_told(path: str, words: str, tmp_path: Path) -> None:
+def test_odd_files_are_reported(path: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "cases.csv").write_text(f"image,label\n{SHARED / path},{SHARED / path}\n")
     done = voxelscale("prepare", tmp_path / "cases.csv", tmp_path / "store")
     assert done.returncode == 2

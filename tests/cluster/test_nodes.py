@@ -146,7 +146,7 @@ def test_ctrl_c_ends_the_wait(two: Machines, settings: Path, store: Store, tmp_p
 
 
 @pytest.mark.slow
-def test_an_error_of_a_rank_is_told_on_every_machine(
+def test_an_error_of_a_rank_is_reported_on_every_machine(
     two: Machines, settings: Path, store: Store, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

@@ -302,7 +302,7 @@ def test_commands_find_each_others_cases(
         assert all(info.case.startswith("case-") for info in infos)
 
 
-def test_other_names_than_the_stores_are_told(
+def test_other_names_than_the_stores_are_reported(
     tree: Path, tmp_path: Path, config_file: Path, model: Path
 ) -> None:
     sets = ["--config", config_file, "--set", "prepare.plan=false"]

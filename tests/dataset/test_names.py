@@ -57,13 +57,13 @@ def test_file_wins_over_variable_and_variable_over_the_kept_key(
     assert len({kept, by_variable, by_file}) == 3
 
 
-def test_a_short_key_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_key_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "k" * (LEAST_BYTES - 1))
     with pytest.raises(VoxelscaleError, match="too short"):
         Names(folder=tmp_path).case("1.2.3")
 
 
-def test_another_key_in_the_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_key_in_the_folder_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = Names(folder=tmp_path / "a")
     names.case("1.2.3")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "another user"))

@@ -185,7 +185,7 @@ def test_cases_that_one_of_them_lacks_are_left_out(
     assert json.loads(out)["only_b"] == []
 
 
-def test_a_broken_prediction_is_told_and_the_others_are_compared(
+def test_a_broken_prediction_is_reported_and_the_others_are_compared(
     voxelscale: Command, scans: Path, predicted: tuple[Path, Path]
 ) -> None:
     good, worse = predicted
@@ -197,7 +197,7 @@ def test_a_broken_prediction_is_told_and_the_others_are_compared(
     assert f"1 not compared: {broken.name}" in err
 
 
-def test_nothing_in_common_is_told(
+def test_nothing_in_common_is_reported(
     voxelscale: Command, scans: Path, predicted: tuple[Path, Path], tmp_path: Path
 ) -> None:
     code, out, err = voxelscale("compare", predicted[0], tmp_path / "nowhere", scans, "--quiet")

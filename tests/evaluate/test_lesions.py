@@ -335,7 +335,7 @@ def test_a_table_of_nodules(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cell", ["", "x", "nan", "inf"])
-def test_a_broken_table_of_nodules_is_told(
+def test_a_broken_table_of_nodules_is_reported(
     voxelscale: Command, scans: Path, tmp_path: Path, cell: str
 ) -> None:
     (tmp_path / "dataset.csv").write_text((scans / "dataset.csv").read_text())
@@ -345,7 +345,7 @@ def test_a_broken_table_of_nodules_is_told(
     assert f"nodules.csv: line 2: diameter_mm is {cell!r}, not a finite number" in err
 
 
-def test_a_cut_off_line_of_a_table_of_nodules_is_told(
+def test_a_cut_off_line_of_a_table_of_nodules_is_reported(
     voxelscale: Command, scans: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "dataset.csv").write_text((scans / "dataset.csv").read_text())

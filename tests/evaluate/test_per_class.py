@@ -324,7 +324,7 @@ def test_the_commands_on_files(classes: Classes, voxelscale: Command, tmp_path: 
         assert measures["dice"]["p_holm"] >= measures["dice"]["p"]
 
 
-def test_predictions_of_other_classes_are_told(voxelscale: Command, tmp_path: Path) -> None:
+def test_predictions_of_other_classes_are_reported(voxelscale: Command, tmp_path: Path) -> None:
     data = write_several(tmp_path / "data", CLASSES, cases=3)
     write_predictions(data, tmp_path / "a")
     first, second, _ = (tmp_path / "a" / source.case for source in data.cases)

@@ -399,7 +399,7 @@ def test_the_series_of_a_flat_folder_are_read_alone(
     assert max(opened.values()) <= 2
 
 
-def test_a_listed_slice_that_is_damaged_or_gone_is_told(tmp_path: Path) -> None:
+def test_a_listed_slice_that_is_damaged_or_gone_is_reported(tmp_path: Path) -> None:
     """The end slice, which would not be missed: by whole series as by what the listing knows of them."""
     folder = write(small_series(1), tmp_path / "flat", [f"a{i}" for i in range(4)])
     write(small_series(2), folder, [f"b{i}" for i in range(4)])
@@ -484,7 +484,7 @@ def test_missing_slices(tmp_path: Path, told: Callable[[], str]) -> None:
     assert read(fewer, fill_gaps=2).array.shape == (9, 9, 7)
 
 
-def test_uneven_steps_are_told(tmp_path: Path, told: Callable[[], str]) -> None:
+def test_uneven_steps_are_reported(tmp_path: Path, told: Callable[[], str]) -> None:
     steps = np.array([1.0, 1.4, 1.0, 1.3, 1.0, 1.0, 1.5])
     hu = noise(8)
     folder = write(slices(hu, along(steps)), tmp_path / "ct")
@@ -513,7 +513,7 @@ def test_positions_rounded_to_a_tenth_are_even(tmp_path: Path, told: Callable[[]
     assert told() == ""
 
 
-def test_a_tilted_gantry_is_told(tmp_path: Path, told: Callable[[], str]) -> None:
+def test_a_tilted_gantry_is_reported(tmp_path: Path, told: Callable[[], str]) -> None:
     places = along([2.0] * 7)
     places[:, 1] += np.tan(np.radians(12.0)) * (places[:, 2] - places[0, 2])
     hu = noise(8)
@@ -814,7 +814,7 @@ WRONG_SEQUENCES = {
 
 
 @pytest.mark.parametrize("name", WRONG_SEQUENCES)
-def test_wrong_sequences_are_told(tmp_path: Path, name: str) -> None:
+def test_wrong_sequences_are_reported(tmp_path: Path, name: str) -> None:
     folder = write(small_series(), tmp_path / "ct")
     victim, code = folder / "001", WRONG_SEQUENCES[name]
     tag = REFERENCED if code.startswith(b"\x08\x00") else PRIVATE
@@ -946,7 +946,7 @@ def test_a_header_without_an_end_is_left(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("coded", [False, True])
-def test_cut_pixels_are_told(tmp_path: Path, coded: bool) -> None:
+def test_cut_pixels_are_reported(tmp_path: Path, coded: bool) -> None:
     files = small_series()
     for ds in files:
         if coded:
@@ -1024,7 +1024,7 @@ WHOLE = [in_memory(ds) for ds in small_series()]
 
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), length=st.integers(0, 3000))
-def test_garbled_files_are_told_or_read(
+def test_garbled_files_are_reported_or_read(
     tmp_path_factory: pytest.TempPathFactory, seed: int, length: int
 ) -> None:
     """Bytes changed at random, or the end cut off: a scan or one line, nothing else."""

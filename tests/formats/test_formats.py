@@ -258,7 +258,7 @@ BAD: list[tuple[Callable[[Path], Path], str]] = [
 
 
 @pytest.mark.parametrize(("make", "words"), BAD, ids=[make.__name__ for make, _ in BAD])
-def test_bad_scans_are_told_in_one_line(
+def test_bad_scans_are_reported_in_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], make: Callable[[Path], Path], words: str
 ) -> None:
     path = make(tmp_path)

@@ -342,7 +342,7 @@ def test_labels_on_the_command_line(labelled: tuple[Path, int], tmp_path: Path, 
     assert_two_lines(typed("prepare", tmp_path / "set.csv", tmp_path / "store"), path.name)
 
 
-def test_each_of_many_hostile_labels_is_told_and_the_good_one_prepared(
+def test_each_of_many_hostile_labels_is_reported_and_the_good_one_prepared(
     labelled: tuple[Path, int], tmp_path: Path
 ) -> None:
     names = [*SEGMENTATIONS, *STRUCTURES]

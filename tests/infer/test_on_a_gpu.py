@@ -156,7 +156,7 @@ def test_so_many_windows_follow_as_half_of_what_is_free_holds(
         assert sum(model.seen) == 14**2
 
 
-def test_a_processor_takes_as_many_as_it_is_told() -> None:
+def test_a_processor_takes_as_many_as_configured() -> None:
     model = Counting()
     predict_volume(model, scan(size=(4, 30, 30)), Windows(patch=(4, 4, 4), batch_size=4, grow=True))
     assert set(model.seen) == {4}

@@ -265,7 +265,7 @@ def test_single_bits_in_big_endian_are_refused(case: tuple[Scan, Scan, Path]) ->
 
 @pytest.mark.filterwarnings("ignore")  # pydicom's, of what is cut
 @pytest.mark.parametrize("kind", ["SEG", "RTSTRUCT"])
-def test_what_is_cut_off_is_told_or_was_not_needed(case: tuple[Scan, Scan, Path], kind: str) -> None:
+def test_what_is_cut_off_is_reported_or_was_not_needed(case: tuple[Scan, Scan, Path], kind: str) -> None:
     image, mask, folder = case
     path = folder / "label.dcm"
     if kind == "SEG":

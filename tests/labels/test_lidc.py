@@ -285,7 +285,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_damaged_xml_is_told(tmp_path: Path, name: str) -> None:
+def test_damaged_xml_is_reported(tmp_path: Path, name: str) -> None:
     path = tmp_path / "69.xml"
     path.write_text(BAD[name])
     with pytest.raises(VoxelscaleError, match=r"69\.xml: not readable as LIDC's XML"):
@@ -332,7 +332,7 @@ def test_a_turned_scan_is_refused(tmp_path: Path) -> None:
         read_labels(tmp_path / "a.xml", turned)
 
 
-def test_readings_are_told_apart(tmp_path: Path) -> None:
+def test_readings_are_distinguished(tmp_path: Path) -> None:
     (tmp_path / "a.xml").write_text(HEAD + nodule_xml(105, [(7, 8)]) + MARK + TAIL)
     _, (small, other) = read_xml(tmp_path / "a.xml")
     assert (small.nodule, small.outlined) == (True, False)

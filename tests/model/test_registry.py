@@ -73,7 +73,7 @@ def test_a_network_is_found_by_its_name_or_package(name: str) -> None:
     ],
 )
 @pytest.mark.usefixtures("installed")
-def test_what_is_no_network_is_told(name: str, message: str, hint: str) -> None:
+def test_what_is_no_network_is_reported(name: str, message: str, hint: str) -> None:
     with pytest.raises(VoxelscaleError) as caught:
         build(name)
     assert message in caught.value.message

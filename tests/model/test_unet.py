@@ -100,7 +100,7 @@ def test_anisotropic_patches_are_pooled_towards_isotropy() -> None:
         assert bottom >= 4
 
 
-def test_a_patch_too_small_for_the_depth_is_told() -> None:
+def test_a_patch_too_small_for_the_depth_is_reported() -> None:
     with pytest.raises(VoxelscaleError, match="cannot be pooled 5 times") as caught:
         build_model(ModelConfig(depth=6), (16, 16, 16), (1, 1, 1))
     assert "model.depth=3" in caught.value.hint
@@ -300,7 +300,7 @@ def test_kernels_of_coarse_axes() -> None:
     assert plan_kernels(pools, (1.9, 1.0, 1.0), 5) == ((5, 5, 5),) * 5
 
 
-def test_lists_of_levels_that_do_not_fit_the_depth_are_told() -> None:
+def test_lists_of_levels_that_do_not_fit_the_depth_are_reported() -> None:
     config = ModelConfig(depth=3, kernels=((3, 3, 3),) * 2)
     with pytest.raises(VoxelscaleError, match=r"model\.kernels is of 2 levels, model\.depth 3"):
         build_model(config, (32, 32, 32), (1, 1, 1))

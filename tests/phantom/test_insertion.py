@@ -164,7 +164,7 @@ def test_no_lungs_no_copy() -> None:
         copy_with_nodules("water", scan, healthy(scan), PhantomConfig(), 1)
 
 
-def test_no_room_no_copy() -> None:
+def test_no_space_no_copy() -> None:
     scan = made_up_chest()
     everywhere = Scan(np.ones(scan.array.shape, np.uint8), scan.affine)
     with pytest.raises(VoxelscaleError, match="no place for a nodule"):
@@ -202,7 +202,7 @@ def test_a_real_scan_keeps_every_voxel_that_is_no_nodule(voxelscale: Command, tm
 
 
 @needs_chest
-def test_the_same_command_again_keeps_and_adds_and_mends(voxelscale: Command, tmp_path: Path) -> None:
+def test_the_same_command_again_keeps_and_adds_and_repairs(voxelscale: Command, tmp_path: Path) -> None:
     def run(*more: object) -> tuple[int, str, str]:
         return voxelscale("phantom", tmp_path / "out", "--into", CHEST, *more)
 
@@ -250,7 +250,7 @@ def test_one_broken_scan_does_not_stop_the_others(voxelscale: Command, tmp_path:
 
 
 @needs_chest
-def test_two_scans_of_one_name_are_told(voxelscale: Command, tmp_path: Path) -> None:
+def test_two_scans_of_one_name_are_reported(voxelscale: Command, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         write_scan(read_scan(CHEST), tmp_path / folder / "scan.nii.gz")
     code, _, err = voxelscale(

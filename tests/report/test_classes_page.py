@@ -126,7 +126,7 @@ def lab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("lacking", LACKING)
-def test_colours_are_told_apart_by_everyone(lacking: str) -> None:
+def test_colours_are_distinguished_by_everyone(lacking: str) -> None:
     assert len(set(CLASS_COLOURS)) == 12
     seen = [lab(np.asarray(LACKING[lacking]) @ linear(colour)) for colour in CLASS_COLOURS]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) >= 24

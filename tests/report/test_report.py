@@ -91,7 +91,7 @@ def test_names_are_escaped(scans: Path, predicted: Path, tmp_path: Path) -> None
     assert "<script>alert" not in (tmp_path / "report.html").read_text()
 
 
-def test_no_evaluation_is_told(scans: Path, tmp_path: Path) -> None:
+def test_no_evaluation_is_reported(scans: Path, tmp_path: Path) -> None:
     with pytest.raises(VoxelscaleError, match="no evaluation there"):
         write_report(tmp_path, tmp_path, DataSet(path=scans), tmp_path / "report.html")
     (tmp_path / "evaluation.json").write_text("[]")

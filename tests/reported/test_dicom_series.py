@@ -81,7 +81,7 @@ def test_numbers_and_places_are_read_or_named(reported: Reported, voxelscale: Co
 
 
 @pytest.mark.parametrize("shift", ["half", "uneven"])
-def test_interleaved_acquisitions_are_told_apart(
+def test_interleaved_acquisitions_are_distinguished(
     reported: Reported, voxelscale: Command, shift: str, tmp_path: Path
 ) -> None:
     folder = reported("two_acquisitions_interleaved") / shift

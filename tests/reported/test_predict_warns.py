@@ -189,7 +189,7 @@ def test_real_cts_are_not_refused(
 
 
 @real
-def test_masks_and_scans_are_told_apart() -> None:
+def test_masks_and_scans_are_distinguished() -> None:
     """Of every real data set there is."""
     for folder in ("lidc_nodule_cubes", "lidc_nodule_vois", "msd_hippocampus"):
         images, labels = ("imagesTr", "labelsTr") if "msd" in folder else ("images", "labels")
@@ -249,7 +249,7 @@ def test_a_scan_is_compared_with_those_trained_on(store: Store, scans: Path) -> 
         assert compared(replace(one, body_part=part, modality="CT"), trained) == []
 
 
-def test_a_model_that_says_nothing_is_told_apart(scans: Path) -> None:
+def test_a_model_that_says_nothing_is_distinguished(scans: Path) -> None:
     image = reorient(phantom(scans))
     one = replace(about(image, lung_field(image)), lungs=False, problem="why")
     (known,) = against(one, [None], low=-900.0, depth=16)

@@ -113,7 +113,7 @@ def test_an_error_comes_out_after_what_was_sound(fault: Exception, at: str) -> N
     assert ended(side.thread)
 
 
-def test_closing_ends_the_thread_that_waits_for_room() -> None:
+def test_closing_ends_the_thread_that_waits_for_space() -> None:
     side, stream = Side(), Stream(100)
     batches = beside(stream, doubled, side, 1)
     next(batches)

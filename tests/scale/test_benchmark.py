@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
 
 
 @pytest.mark.slow
-def test_the_quick_study_shows_the_loss_and_what_mends_it(tmp_path: Path) -> None:
+def test_the_quick_study_shows_the_loss_and_what_fixes_it(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(tmp_path / "study"), "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

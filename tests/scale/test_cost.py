@@ -249,7 +249,7 @@ def test_one_rule_says_what_runs_beside_the_arithmetic() -> None:
     assert hidden_share(gpu=False, spare_cores=6) == 1
 
 
-def test_three_scalings_are_told_apart() -> None:
+def test_three_scalings_are_distinguished() -> None:
     free = Link(name="free", alpha_seconds=0.0, beta_bytes_per_second=math.inf, source="test")
     step = replace(STEP, batch_seconds=(0.02,), fixed_seconds=0.0, case_seconds=0.0)
     budget = Budget(samples=1000, batch_size=1)

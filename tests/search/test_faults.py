@@ -141,7 +141,7 @@ def test_a_worker_that_was_suspended_past_its_lease_changes_nothing(
     assert_whole(out, 2)
 
 
-def test_a_full_disk_is_told_and_nothing_is_lost(tiny: Config, store: Store, small_disk: Path) -> None:
+def test_a_full_disk_is_reported_and_nothing_is_lost(tiny: Config, store: Store, small_disk: Path) -> None:
     out = small_disk / "out"
     arguments = command(searched(tiny, samples=SAMPLES, trials=2), store.path, out)
     process = start(arguments)

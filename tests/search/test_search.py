@@ -174,7 +174,7 @@ def test_a_trial_that_runs_out_of_memory_is_infeasible_and_not_a_failure(
     assert states == [("done", ""), ("infeasible", "out of memory while it trained")]
 
 
-def test_a_space_in_which_nothing_can_run_is_told(store: Store, tiny: Config, tmp_path: Path) -> None:
+def test_a_space_in_which_nothing_can_run_is_reported(store: Store, tiny: Config, tmp_path: Path) -> None:
     config = searched(tiny, memory_gib=0.0001, samples=8)
     told = finish(command(config, store.path, tmp_path / "out"), code=2)
     assert "none of the first" in told
@@ -189,7 +189,9 @@ def test_a_grid_is_run_once_each(store: Store, tiny: Config, tmp_path: Path) -> 
     assert len(points) == len(set(points)) == 4
 
 
-def test_a_trial_that_diverges_is_told_and_learned_from(store: Store, tiny: Config, tmp_path: Path) -> None:
+def test_a_trial_that_diverges_is_reported_and_learned_from(
+    store: Store, tiny: Config, tmp_path: Path
+) -> None:
     space = {"optim.lr": {"categorical": [1e-3, 1e30]}, "model.filters": {"int": [2, 4], "step": 2}}
     config = searched(tiny, space, trials=4, sampler="grid", samples=16)
     train = Emulated(ending=lambda c: "diverged" if c.optim.lr > 1 else "finished")
@@ -332,7 +334,7 @@ def test_several_objectives_have_a_front(store: Store, tiny: Config, tmp_path: P
         (["--set", "train.ranks=2"], "train.ranks", "--devices-per-trial 2"),
     ],
 )
-def test_a_faulty_search_is_told_in_two_lines(
+def test_a_faulty_search_is_reported_in_two_lines(
     store: Store, tmp_path: Path, words: list[str], message: str, hint: str, voxelscale: Command
 ) -> None:
     code, _, errors = voxelscale("search", store.path, tmp_path / "out", *words)
@@ -342,7 +344,7 @@ def test_a_faulty_search_is_told_in_two_lines(
     assert hint in lines[1]
 
 
-def test_no_search_there_is_told(tmp_path: Path, voxelscale: Command) -> None:
+def test_no_search_there_is_reported(tmp_path: Path, voxelscale: Command) -> None:
     for verb in ("status", "report"):
         code, _, errors = voxelscale("search", verb, tmp_path)
         assert code == 2

@@ -176,7 +176,7 @@ def test_in_two_dimensions_a_patch_stays_flat() -> None:
         ),
     ],
 )
-def test_a_faulty_space_is_refused_with_the_key_and_the_mend(
+def test_a_faulty_space_is_refused_with_the_key_and_the_fix(
     space: dict[str, Any], words: tuple[str, ...]
 ) -> None:
     config = load(None)

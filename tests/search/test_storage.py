@@ -58,7 +58,7 @@ def test_a_very_long_stump_is_cut_off(tmp_path: Path) -> None:
     assert [t.value for t in study_in(tmp_path).get_trials()] == [1.0, 2.0]
 
 
-def test_a_journal_damaged_in_its_middle_is_told(tmp_path: Path) -> None:
+def test_a_journal_damaged_in_its_middle_is_reported(tmp_path: Path) -> None:
     ask_and_tell(study_in(tmp_path), 1.0)
     path = tmp_path / JOURNAL
     lines = path.read_bytes().splitlines(keepends=True)
@@ -68,7 +68,7 @@ def test_a_journal_damaged_in_its_middle_is_told(tmp_path: Path) -> None:
     assert str(path) in told.value.message
 
 
-def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_nothing_is_lost(tmp_path: Path) -> None:
     study = study_in(tmp_path)
     ask_and_tell(study, 1.0)
     size = (tmp_path / JOURNAL).stat().st_size
@@ -102,7 +102,7 @@ def test_sqlite_and_unknown_storages_are_refused_with_a_hint(tmp_path: Path) -> 
     assert "secret" not in told.value.message
 
 
-def test_a_server_that_is_not_there_is_told_without_the_password(tmp_path: Path) -> None:
+def test_a_server_that_is_not_there_is_reported_without_the_password(tmp_path: Path) -> None:
     with pytest.raises(VoxelscaleError) as told:
         open_storage("postgresql://me:secret@127.0.0.1:1/nothing", tmp_path)
     assert "127.0.0.1" in told.value.message

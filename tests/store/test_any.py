@@ -152,7 +152,7 @@ def test_turned_labels_go_to_the_largest_share() -> None:
     assert np.array_equal(out.numpy()[clear], best[clear])
 
 
-def test_small_ones_of_each_class_are_told_or_kept() -> None:
+def test_small_ones_of_each_class_are_reported_or_kept() -> None:
     array = np.zeros((12, 12, 12), np.int16)
     array[2:8, 2:8, 2:8], array[9, 9, 9], array[0, 0, 0] = 1, 2, -1
     labels = Scan(array, np.eye(4))

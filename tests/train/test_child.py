@@ -141,7 +141,7 @@ def environment_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/environ").read_text().split("\0")
 
 
-def test_its_fault_is_told(config: Config, tmp_path: Path) -> None:
+def test_its_fault_is_reported(config: Config, tmp_path: Path) -> None:
     child = start_child(config, tmp_path / "no_store", tmp_path / "run", threads=1)
     assert child.wait() == 2
     fault = child.fault()

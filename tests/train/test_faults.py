@@ -140,7 +140,7 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(
         assert not seen_in(tmp_path)
 
 
-def test_out_of_memory_is_noted_and_told(tiny: Config, tmp_path: Path) -> None:
+def test_out_of_memory_is_noted_and_reported(tiny: Config, tmp_path: Path) -> None:
     steps = iter(range(100))
 
     def too_large(output: Tensor, target: Tensor) -> Tensor:
@@ -254,7 +254,9 @@ def test_two_ranks_judge_each_case_once(tiny: Config, store: Store) -> None:
     assert alone == [[x + y for x, y in zip(a, b, strict=True)] for a, b in zip(first, second, strict=True)]
 
 
-def test_no_whole_checkpoint_is_told_and_the_best_is_the_last_resort(tiny: Config, tmp_path: Path) -> None:
+def test_no_whole_checkpoint_is_reported_and_the_best_is_the_last_resort(
+    tiny: Config, tmp_path: Path
+) -> None:
     go(toy(judge=Judge()), tiny, tmp_path)
     folder = tmp_path / "checkpoints"
     best = (folder / "best.ckpt").read_bytes()
@@ -363,7 +365,7 @@ def test_a_loss_that_is_not_finite_with_two_ranks(config: Config, store: Store, 
 
 
 @pytest.mark.slow
-def test_under_torchrun_a_fault_is_told_once(tiny: Config, tmp_path: Path) -> None:
+def test_under_torchrun_a_fault_is_reported_once(tiny: Config, tmp_path: Path) -> None:
     run = tmp_path / "run"
     ours = command(tiny, tmp_path / "no_store", run)
     engine = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]

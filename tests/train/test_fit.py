@@ -188,7 +188,7 @@ def test_two_ranks_equal_two_virtual_workers_and_fit_can_be_called_twice(tmp_pat
         ([draw(0)], "train.ranks=2", "one process"),
     ],
 )
-def test_what_a_user_can_mend_is_told(samples: Any, more: str, message: str) -> None:
+def test_what_a_user_can_fix_is_reported(samples: Any, more: str, message: str) -> None:
     with pytest.raises(VoxelscaleError, match=message):
         fit(network(), F.mse_loss, samples, settings(more))
 

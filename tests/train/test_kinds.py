@@ -54,7 +54,7 @@ def test_bfloat16_and_sgd(tiny: Config, store: Store, tmp_path: Path) -> None:
     assert 0 < apart(final_weights(tmp_path / "half"), final_weights(tmp_path / "full")) < 0.01
 
 
-def test_a_loss_that_is_not_finite_is_told(tiny: Config, store: Store, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_reported(tiny: Config, store: Store, tmp_path: Path) -> None:
     config = short(tiny, norm="none")
     config = replace(
         config, optim=replace(config.optim, name="sgd", lr=1e30, warmup=0.0, gradient_clipping=0.0)

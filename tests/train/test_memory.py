@@ -238,7 +238,7 @@ def test_the_estimate_grows_with_batch_patch_and_moments() -> None:
     assert base - alive(sgd) == pytest.approx(weights)
 
 
-def test_a_large_batch_is_told_from_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_batch_is_distinguished_from_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     told = memory.simulate(small(batch_size=7), CUBIC, torch.float32)
     monkeypatch.setattr(memory, "MOST_SIMULATED", 7)
     whole = memory.simulate(small(batch_size=7), CUBIC, torch.float32)

@@ -66,7 +66,7 @@ def test_it_fits_and_the_next_does_not(tiny: Config, store: Store, tmp_path: Pat
     assert all(word in " ".join(plan.reasons) for word in ("Spacing", "Patch", "Depth", "Batch", "Memory"))
 
 
-def test_too_little_memory_is_told(tiny: Config, store: Store) -> None:
+def test_too_little_memory_is_reported(tiny: Config, store: Store) -> None:
     with pytest.raises(VoxelscaleError, match="no patch fits"):
         make_plan(tiny, store, lambda config: 2, 1)
 

@@ -110,7 +110,7 @@ def test_a_killed_rank_is_started_again(
     assert apart(final_weights(run), whole_two) <= 1e-5
 
 
-def test_a_killed_rank_without_restarts_is_told(
+def test_a_killed_rank_without_restarts_is_reported(
     config: Config, store: Store, tmp_path: Path, whole_two: dict[str, Tensor]
 ) -> None:
     run = tmp_path / "run"

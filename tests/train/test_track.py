@@ -70,7 +70,7 @@ def check_training(where: str, run: Path, settings: Path, *, whole: bool = True)
     return str(told.info.run_id)
 
 
-def test_a_training_is_told_to_mlflow_in_a_folder_and_resumed_in_the_same_run(
+def test_a_training_is_logged_to_mlflow_in_a_folder_and_resumed_in_the_same_run(
     settings: Path, store: Store, tmp_path: Path, voxelscale: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, where = tmp_path / "run", tmp_path / "mlflow"
@@ -374,7 +374,7 @@ def wait_until(there: Callable[[], bool], process: subprocess.Popen[bytes], log:
 
 
 @pytest.mark.slow
-def test_a_training_is_told_to_a_real_server(
+def test_a_training_is_logged_to_a_real_server(
     server: str, settings: Path, store: Store, tmp_path: Path, voxelscale: Command
 ) -> None:
     run = tmp_path / "run"

@@ -312,7 +312,7 @@ def test_later_predictions_are_calibrated(model: Path, tmp_path: Path) -> None:
     assert [f.index for f in after] == [f.index for f in plain]
 
 
-def test_mistakes_are_told(voxelscale: Command, model: Path, scans: Path, tmp_path: Path) -> None:
+def test_mistakes_are_reported(voxelscale: Command, model: Path, scans: Path, tmp_path: Path) -> None:
     code, _, err = voxelscale("--quiet", "calibrate", tmp_path, tmp_path, scans)
     assert (code, "holds no model.vxs" in err) == (2, True)
     code, _, err = voxelscale("--quiet", "calibrate", model, tmp_path / "none", scans)

@@ -115,7 +115,7 @@ def test_identity_is_of_what_makes_the_scores(tiny: Config) -> None:
     assert len({bundle.identity, *(other.identity for other in others)}) == 5
 
 
-def test_mistakes_are_told(voxelscale: Command, models: list[Path], tmp_path: Path) -> None:
+def test_mistakes_are_reported(voxelscale: Command, models: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "all.vxs"
     for arguments, words in (
         ([models[0], "--out", out], "an ensemble of 1"),

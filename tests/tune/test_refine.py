@@ -174,7 +174,7 @@ def test_in_an_ensemble_each_network_keeps_its_own(
     assert {f.index: f.score for f in findings} != {f.index: f.score for f in first}
 
 
-def test_mistakes_are_told(
+def test_mistakes_are_reported(
     voxelscale: Command,
     untrained: Bundle,
     store: Store,

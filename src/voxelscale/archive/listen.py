@@ -203,7 +203,7 @@ class Listener:
         return "unexpected", reached
 
     def _is_full(self) -> bool:
-        """Whether there is hardly room in the folder."""
+        """Whether the folder is nearly full."""
         try:
             check_output(self.folder)
             return shutil.disk_usage(self.folder).free < LEAST_FREE

@@ -73,7 +73,7 @@ class Service:
                 counted = lambda what: meter.add("instances_total", f'end="{what}"')  # noqa: E731
                 port = stack.enter_context(receiver(receive, inbox, counted))
                 notice(f"{receive.ae_title} receives at {receive.host}:{port}")
-            notice("listening; Ctrl-C ends it, the same command goes on")
+            notice("listening; Ctrl-C ends it, the same command continues")
             listener.run()
 
     def _access(self) -> Access:

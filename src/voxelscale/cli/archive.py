@@ -29,7 +29,7 @@ def listen(
 
     Series come from a DICOMweb service, or are received by C-STORE. Each that follows the rules is
     predicted once, and the results go back to the archive. A ledger keeps what was seen, stored, skipped
-    or failed, and why. Ctrl-C ends it; the same command goes on. docs/hospital.md has a complete example
+    or failed, and why. Ctrl-C ends it; the same command continues. docs/hospital.md has a complete example
     of the file.
 
     Not a medical device: for research only.

@@ -17,7 +17,7 @@ class AugmentConfig(Section):
     flip: bool = True
     """Mirror each axis of `flip_axes` with probability one half."""
     flip_axes: str = "zyx"
-    """Axes that may be mirrored, of the letters z, y and x; those along which classes are told apart are
+    """Axes that may be mirrored, of the letters z, y and x; those along which classes differ are
     better left out. `predict.test_time_augmentation` mirrors the same ones."""
     strength: float = 1.0
     """Factor of every p, to at most 1; mirroring is not changed."""

@@ -122,7 +122,7 @@ def _ended(running: list[_Running], shares: SimpleQueue[Share]) -> list[Voxelsca
         if (fault := one.fault()) is not None:
             faults.append(fault)
             if running:
-                warn(f"{fault.message}; the other folds go on")
+                warn(f"{fault.message}; the other folds continue")
     return faults
 
 

@@ -279,10 +279,10 @@ def read_voxels(path: Path, layout: Layout) -> NDArray[Any]:
     beyond = 0
     try:
         for block in _plain(path, layout):
-            room = layout.length - len(data)
-            data += block[:room]
+            wanted = layout.length - len(data)
+            data += block[:wanted]
             # Read on to the end: that is where gzip keeps its checksum.
-            beyond += max(0, len(block) - room)
+            beyond += max(0, len(block) - wanted)
             if beyond >= math.prod(layout.shape[1:]) * layout.dtype.itemsize:
                 problem = "holds more voxels than its header says"
                 raise VoxelscaleError(f"{path}: {problem}", TO_REWRITE)

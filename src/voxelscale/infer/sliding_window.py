@@ -3,7 +3,7 @@
 Windows lie on a lattice and go by rows along z, so only the slices that a row covers are being summed at
 any time: they are float32 on the network's device, and what no later row reaches is finished and handed
 out. Of many classes even these would be too large: the volume is then done in parts along y or x. The
-volume stays as it is (int16, on a GPU if that has room); windows alone are normalised. A GPU is waited for
+volume stays as it is (int16, on a GPU if it fits there); windows alone are normalised. A GPU is waited for
 only where a box of results must be there, and then it computes the next one.
 """
 
@@ -49,7 +49,7 @@ class Windows:
         patch: voxels (z, y, x) of a window.
         overlap: share of a window that the next one covers again, in [0, 1).
         batch_size: windows per forward pass; fewer go from the first pass on that they do not fit.
-        grow: whether on a GPU more go after the first pass, up to `MOST_VOXELS`, where there is room; what
+        grow: whether on a GPU more go after the first pass, up to `MOST_VOXELS`, where they fit; what
             else computes on the GPU is taken for part of a window.
         flips: of the axes "zyx", those along which the copies are mirrored that are averaged; all: eight
             copies (four in 2-D).

@@ -37,9 +37,9 @@ class Tree:
 
 def grow(random: np.random.Generator, root: Point, terminals: NDArray[np.float64], thinnest: float) -> Tree:
     """A tree from `root` to all `terminals` (n, 3), whose twigs have radius `thinnest`, mm."""
-    room = 1 + len(terminals) * 40
-    points, ways = np.empty((room, 3)), np.empty(room)
-    parents = np.full(room, -1)
+    capacity = 1 + len(terminals) * 40
+    points, ways = np.empty((capacity, 3)), np.empty(capacity)
+    parents = np.full(capacity, -1)
     points[0], ways[0], count = root, 0.0, 1
     # Near ones first, so that trunks exist before the twigs that hang on them.
     for number in np.argsort(np.linalg.norm(terminals - root, axis=1)):

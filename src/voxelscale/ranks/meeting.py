@@ -23,7 +23,7 @@ WAIT = "VOXELSCALE_WAIT"
 
 LONGEST = 300.0
 QUIET = 5.0
-"""Seconds before a wait is told."""
+"""Seconds before a wait is reported."""
 
 _SIOCGIFADDR = 0x8915
 """Linux: the IPv4 address of an interface (netdevice(7))."""
@@ -57,13 +57,13 @@ def meet(address: str, port: int, rank: int, ranks: int) -> Any:
         )
         store.set(f"address {rank}", own)
         come = store.add("come", 1)
-        told = time.monotonic() + QUIET
+        report_at = time.monotonic() + QUIET
         while come < ranks:
             if time.monotonic() > until:
                 problem = f"{come} of {ranks} ranks came to {where} within {longest_wait():.0f} s"
                 raise VoxelscaleError(problem, HINT)
-            if rank == 0 and time.monotonic() > told:
-                told = until + 1
+            if rank == 0 and time.monotonic() > report_at:
+                report_at = until + 1
                 notice(
                     f"waiting at {where} for {count(ranks - come, 'rank')}, at most {longest_wait():.0f} s"
                 )

@@ -106,8 +106,8 @@ def fill(environment: MutableMapping[str, str] = os.environ) -> None:
 
 def without(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process that is to be started alone, whoever started this one."""
-    told = set(OURS).union(*(launcher.names for launcher in LAUNCHERS))
-    return {name: value for name, value in environment.items() if name not in told}
+    named = set(OURS).union(*(launcher.names for launcher in LAUNCHERS))
+    return {name: value for name, value in environment.items() if name not in named}
 
 
 def forget() -> None:

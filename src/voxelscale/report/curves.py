@@ -16,7 +16,7 @@ def froc_chart(froc: Mapping[str, Any]) -> str:
     if not froc["sensitivity"]:
         return ""
     last, found = froc["fp_per_scan"][-1], froc["sensitivity"][-1]
-    note = f"The curve goes on to {found:.3f} at {last:.3g} false positives per scan."
+    note = f"The curve continues to {found:.3f} at {last:.3g} false positives per scan."
     return chart(froc_panel(froc), note if last > OPERATING_POINTS[-1] else "")
 
 

@@ -89,8 +89,8 @@ def write_results(
         }
         for f in findings
     ]
-    told = advice(findings, target, prices)
-    write_atomic(out / "scaling.json", json.dumps({**facts, "advice": told, "rows": rows}, indent=1))
+    advised = advice(findings, target, prices)
+    write_atomic(out / "scaling.json", json.dumps({**facts, "advice": advised, "rows": rows}, indent=1))
     figure = scaling_figure([_point(f) for f in findings], target=target)
     write_atomic(out / "scaling.svg", figure)
     sections = [*_decision(findings, facts, target, prices), *_sections(findings, facts, figure)]

@@ -150,7 +150,7 @@ def _train_as_rank(config: Config, store: Path, run: Path) -> bool:
         console.notice(f"a peer was lost: {error}", level=2)
         several = os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]
         if several and os.environ.get("LOCAL_RANK") == "0":
-            console.notice("a rank or a machine was lost; waiting for all of them to go on")
+            console.notice("a rank or a machine was lost; waiting for all of them to continue")
         raise SystemExit(LOST) from None
 
 
