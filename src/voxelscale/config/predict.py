@@ -18,7 +18,8 @@ class PredictConfig(Section):
     overlap: float = 0.5
     """Overlap of neighbouring windows as a share of a window, 0 to below 1."""
     batch_size: int = 4
-    """Windows per forward pass; where a GPU has the memory, up to 32 of 64^3 voxels after the first pass."""
+    """Windows per forward pass; where a GPU has the memory, up to 32 of 64^3 voxels after the first
+    pass."""
     threshold: float = 0.5
     """Upper hysteresis threshold: lesion probability that at least one voxel of a finding has."""
     low_threshold: float | None = None

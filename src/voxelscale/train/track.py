@@ -30,7 +30,7 @@ from voxelscale.console import warn
 from voxelscale.files import write_atomic
 
 FILE = "track.json"
-"""In a run's folder: by which names the trackers know it, so that a resumed run continues in the same one."""
+"""In a run's folder: its names in the trackers, so that a resumed run continues in the same one."""
 
 PROJECT = "voxelscale"
 """MLflow's experiment and Weights & Biases' project, where MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT is not
