@@ -11,7 +11,7 @@ import torch
 Result = TypeVar("Result")
 
 MOST_VOXELS = 2**23
-"""Of the windows that go at a time, where a GPU has the memory for more than asked for: 32 of 64^3 voxels, or
+"""Of the windows that go at a time, where a GPU has the memory for more than asked: 32 of 64^3 voxels, or
 4 of 128^3. That keeps it busy. A map of up to 255 channels then has fewer than 2^31 elements; beyond that
 libraries have been wrong."""
 
