@@ -24,16 +24,29 @@ def test_none_changes_nothing() -> None:
 def test_auto_goes_by_the_number_of_workers_and_says_so(workers: int) -> None:
     config = load(None, ["train.recipe=auto"])
     settled, told = resolve(config, workers)
-    wanted = "large_batch" if workers >= LARGE_FROM else "none"
+    wanted = "muon" if workers >= LARGE_FROM else "none"
     assert told == f"recipe auto: {wanted} for {workers} workers"
     named = replace(config, train=replace(config.train, recipe=wanted))  # type: ignore[arg-type]
     assert settled == resolve(named, workers)[0]
     assert (settled.optim != OptimConfig()) == (workers >= LARGE_FROM)
 
 
-def test_a_recipe_keeps_the_optimiser() -> None:
-    config = load(None, ["train.recipe=large_batch", "optim.name=sgd", "optim.lr=0.3", "optim.warmup=0.4"])
-    settled, _ = resolve(config, 64)
+def test_muon_takes_the_rate_of_adamw_alone() -> None:
+    config = load(None, ["train.recipe=muon", "optim.lr=2e-3", "optim.reference_batch=4"])
+    settled, told = resolve(config, 64)
+    optim = settled.optim
+    assert told == "recipe muon for 64 workers"
+    assert (optim.name, optim.grow_from) == ("muon", 16 * 4)
+    assert peak_rate(optim, 64 * 4) == pytest.approx(1.4 * 8 * 2e-3)
+    assert optim.used.momentum < 0.95
+    with pytest.raises(VoxelscaleError, match=r"optim\.name=lars"):
+        resolve(load(None, ["optim.name=lars"], config), 64)
+
+
+def test_another_optimiser_is_kept() -> None:
+    config = load(None, ["train.recipe=auto", "optim.name=sgd", "optim.lr=0.3", "optim.warmup=0.4"])
+    settled, told = resolve(config, 64)
+    assert told == "recipe auto: large_batch for 64 workers"
     assert (settled.optim.name, settled.optim.warmup) == ("sgd", 0.4)
     assert settled.optim.lr == pytest.approx(0.7 * 0.3)
 

@@ -143,8 +143,8 @@ def scale(
 
     \b
     voxelscale scale store/ study/ --workers 1,8,64 --seeds 0
-    voxelscale scale store/ study/ --recipes unchanged,large_batch --cluster dgx-a100
-    voxelscale scale store/ study/ --recipes "unchanged,large_batch,large_batch:optim.warmup=0"
+    voxelscale scale store/ study/ --recipes unchanged,auto --cluster dgx-a100
+    voxelscale scale store/ study/ --recipes "unchanged,muon,muon:optim.momentum=0.95"
 
     Trains with every number of workers on the same samples. Workers without a device are emulated: the
     updates are those of real ones. The time of N workers is modelled from a measured step and the

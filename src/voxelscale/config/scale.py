@@ -14,9 +14,9 @@ class ScaleConfig(Section):
 
     workers: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Numbers of workers."""
-    recipes: tuple[str, ...] = ("unchanged", "large_batch")
+    recipes: tuple[str, ...] = ("unchanged", "auto")
     """Recipes to train with: unchanged, or a name as in train.recipe, optionally with settings, such as
-    large_batch:optim.warmup=0;optim.ema=0."""
+    muon:optim.warmup=0;optim.ema=0."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds; intervals are over them."""
     jobs: int = 1

@@ -21,8 +21,9 @@ class TrainConfig(Section):
     """Processes on this machine; 0: one per GPU, or one on CPUs. torchrun's own number overrides it."""
     virtual_workers: int = 1
     """Workers that each rank emulates, one after another."""
-    recipe: Literal["none", "auto", "large_batch"] = "none"
-    """Settings for large global batches, which override `optim`; auto: large_batch from 8 workers on."""
+    recipe: Literal["none", "auto", "muon", "large_batch"] = "none"
+    """Settings for large global batches, which override `optim`; auto: from 8 workers on muon, where the
+    optimiser is AdamW or Muon, else large_batch."""
     start_from: str = ""
     """Model file, run's folder, checkpoint, or nnU-Net's checkpoint_final.pth whose weights a new run
     begins with, as far as they fit by name and shape; "": random weights. A resumed run does not read it

@@ -2,47 +2,99 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 from voxelscale.config import Config, OptimConfig
+from voxelscale.errors import VoxelscaleError
 
 LARGE_FROM = 8
-"""Workers from which ``recipe=auto`` takes ``large_batch``: below, those of one worker keep their Dice."""
+"""Workers from which ``recipe=auto`` changes settings: below, those of one worker keep their Dice."""
 
-GROW_FROM, GROW_SHARE = 4, 0.4
-"""``large_batch`` begins with so many reference batches an update and grows over this share of the run."""
+ADAMS_RATE = ("adamw", "muon")
+"""Optimisers with the same learning rate: Muon's updates have the root mean square of Adam's."""
 
-WARMUP, SECOND_MOMENT, RATE = 0.1, 0.95, 0.7
-"""Its warm-up, its decay of AdamW's second moment (with few updates a longer memory is not filled), and
-what the configured rate is multiplied by before it is scaled."""
+SECOND_MOMENT = 0.95
+"""Decay of Adam's second moment: with few updates a longer memory is not filled."""
+
+MOMENTUM = 0.85
+"""Muon's in its recipe; its usual 0.95 is too long a memory for 100 updates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a recipe changes.
+
+    Attributes:
+        rate: factor of the configured learning rate, before it grows with the global batch.
+        warmup: share of the samples.
+        grow_from: reference batches of the first updates.
+        grow_share: share of the samples over which the global batch grows to that of all workers.
+        highest: reference batches up to which the rate grows.
+    """
+
+    rate: float
+    warmup: float
+    grow_from: int
+    grow_share: float
+    highest: float = math.inf
+
+
+MUON = Recipe(rate=1.4, warmup=0.02, grow_from=16, grow_share=0.2)
+LARGE_BATCH = Recipe(rate=0.7, warmup=0.1, grow_from=4, grow_share=0.4)
 
 
 def resolve(config: Config, workers: int) -> tuple[Config, str]:
     """The config with its recipe for this number of workers, and a line about it ("" if there is none).
 
-    ``large_batch``: the rate, a little lower, grows with the global batch as suits the optimiser (AdamW's
-    with its square root, SGD's linearly; `voxelscale.config.optim.OWN`); a longer warm-up, a shorter second
-    moment; and a global batch that grows from a few reference batches to that of all workers (Smith et al.
-    2018), as at first it takes many steps, not many samples. The optimiser stays as it is configured.
+    In all of them the rate grows with the global batch as suits the optimiser (AdamW's and Muon's with its
+    square root, SGD's linearly; `voxelscale.config.optim.OWN`), Adam's second moment is shorter, and the
+    global batch grows from a few reference batches to that of all workers (Smith et al. 2018), as at first
+    a training takes many steps, not many samples.
+
+    ``muon``: Muon in place of the configured optimiser, with less momentum than usual, a higher rate and a
+    short warm-up. ``large_batch``: the configured optimiser with a lower rate, a longer warm-up and more
+    growth, so more updates. ``auto``: ``muon`` where AdamW or Muon is configured, else ``large_batch``,
+    both from `LARGE_FROM` workers on.
+
+    Raises:
+        VoxelscaleError: ``muon`` with the learning rate of another kind of optimiser.
     """
     recipe, line = config.train.recipe, ""
     if recipe == "auto":
-        recipe = "large_batch" if workers >= LARGE_FROM else "none"
+        recipe = "none"
+        if workers >= LARGE_FROM:
+            recipe = "muon" if config.optim.name in ADAMS_RATE else "large_batch"
         line = f"recipe auto: {recipe} for {workers} workers"
-    if recipe == "large_batch":
-        config = replace(config, optim=_large_batch(config))
-        line = line or f"recipe large_batch for {workers} workers"
+    if recipe != "none":
+        config = replace(config, optim=_muon(config) if recipe == "muon" else _large_batch(config))
+        line = line or f"recipe {recipe} for {workers} workers"
     return replace(config, train=replace(config.train, recipe="none")), line
 
 
+def _muon(config: Config) -> OptimConfig:
+    if config.optim.name not in ADAMS_RATE:
+        problem = (
+            f"train.recipe=muon takes AdamW's or Muon's rate, not that of optim.name={config.optim.name}"
+        )
+        raise VoxelscaleError(problem, "set optim.name=adamw and its rate, or train.recipe=large_batch")
+    optim = replace(config.optim, name="muon", momentum=MOMENTUM, warmup=MUON.warmup)
+    return _with(MUON, optim)
+
+
 def _large_batch(config: Config) -> OptimConfig:
-    optim = config.optim
+    return _with(LARGE_BATCH, replace(config.optim, warmup=max(config.optim.warmup, LARGE_BATCH.warmup)))
+
+
+def _with(recipe: Recipe, optim: OptimConfig) -> OptimConfig:
+    """What all recipes change alike."""
+    rate = round(recipe.rate * optim.lr, 12)
     return replace(
         optim,
-        lr=round(RATE * optim.lr, 12),
+        lr=rate,
+        max_lr=optim.max_lr or (rate * math.sqrt(recipe.highest) if recipe.highest < math.inf else 0.0),
         scaling=None,
-        warmup=max(optim.warmup, WARMUP),
         betas=(optim.betas[0], min(optim.betas[1], SECOND_MOMENT)),
-        grow_from=GROW_FROM * optim.reference_batch,
-        grow_share=GROW_SHARE,
+        grow_from=recipe.grow_from * optim.reference_batch,
+        grow_share=recipe.grow_share,
     )
