@@ -19,6 +19,7 @@ from voxelscale.train.optim import (
     AveragedWeights,
     learning_rate,
     make_optimizer,
+    orthogonalise,
     peak_rate,
     set_learning_rate,
 )
@@ -146,6 +147,21 @@ def test_muon_turns_the_gradient_orthogonal() -> None:
     assert torch.allclose(inner, torch.diag(inner.diag()), atol=1e-3)
     assert inner.diag().min() > 0.6
     assert inner.diag().max() < 1.3
+
+
+def test_orthogonal_matrices_are_those_of_the_iteration_on_singular_values() -> None:
+    """Wide, tall and square ones, of full and of low rank, together; the reference decomposes each."""
+    torch.manual_seed(0)
+    shapes = [(8, 216), (8, 27), (216, 8), (16, 16), (5, 3), (8, 64)]
+    matrices = [torch.randn(shape) for shape in shapes]
+    matrices += [torch.randn(8, 2) @ torch.randn(2, 27), torch.zeros(8, 27)]
+    for matrix, found in zip(matrices, orthogonalise(matrices), strict=True):
+        u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+        values = values / values.norm().clamp_min(1e-30)
+        for _ in range(5):
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        assert found.shape == matrix.shape
+        assert torch.allclose(found.double(), u * values @ v, atol=2e-4)
 
 
 @pytest.mark.parametrize(

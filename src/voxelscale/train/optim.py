@@ -192,44 +192,44 @@ class Muon(_Rule):
         matrices = [kernel.reshape(len(kernel), -1) for kernel in nesterov]
         return [
             turned.view(p.shape) * (0.2 * math.sqrt(max(turned.shape)))
-            for p, turned in zip(parameters, orthogonalise_all(matrices), strict=True)
+            for p, turned in zip(parameters, orthogonalise(matrices), strict=True)
         ]
 
 
-def orthogonalise_all(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """`orthogonalise` of each matrix; on a GPU those of one shape together."""
-    if matrices[0].device.type == "cpu":
-        return [orthogonalise(matrix) for matrix in matrices]
-    alike: dict[torch.Size, list[int]] = {}
-    for number, matrix in enumerate(matrices):
-        alike.setdefault(matrix.shape, []).append(number)
+def orthogonalise(matrices: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
+    """Each matrix with the same singular vectors and singular values of about 1 (0.7 to 1.2).
+
+    The quintic iteration of Newton and Schulz with Jordan's coefficients (2024), ``X <- (a + b G + c G^2) X``
+    with ``G = X X^T``, which needs no decomposition; float32. All factors are polynomials of the first G, so
+    they are multiplied with each other, as small as the matrix's shorter side, and with X once: a quarter of
+    the arithmetic for a kernel of 27 voxels. Matrices whose shorter sides are equal go together.
+    """
+    wide = [matrix.float() if len(matrix) <= matrix.shape[1] else matrix.float().mT for matrix in matrices]
+    alike: dict[int, list[int]] = {}
+    for number, x in enumerate(wide):
+        alike.setdefault(len(x), []).append(number)
     found: dict[int, Tensor] = {}
     for numbers in alike.values():
-        together = orthogonalise(torch.stack([matrices[number] for number in numbers]))
-        found |= dict(zip(numbers, together.unbind(), strict=True))
+        grams = torch.stack([wide[number] @ wide[number].mT for number in numbers])
+        for number, factor in zip(numbers, _newton_schulz(grams, steps), strict=True):
+            turned = factor @ wide[number]
+            found[number] = turned.mT if turned.shape != matrices[number].shape else turned
     return [found[number] for number in range(len(matrices))]
 
 
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """A matrix with the same singular vectors and singular values of about 1 (0.7 to 1.2).
-
-    The quintic iteration of Newton and Schulz with Jordan's coefficients (2024), which needs no
-    decomposition; float32.
-
-    Args:
-        matrix: ``(rows, columns)``, or several, ``(batch, rows, columns)``.
-    """
+def _newton_schulz(grams: Tensor, steps: int) -> Tensor:
+    """What `orthogonalise` multiplies matrices X with, from their ``X X^T``, ``(matrices, n, n)``."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix.float()
-    x = wide / (torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    for _ in range(steps):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    flat: Tensor = x.mT if tall else x
-    return flat
+    square = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # of the Frobenius norm
+    gram = grams / (square + 1e-14)
+    whole = torch.eye(grams.shape[-1], device=grams.device) / (square + 1e-14).sqrt()
+    for step in range(steps):
+        factor = b * gram + c * gram @ gram
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        whole = factor @ whole
+        if step + 1 < steps:
+            gram = factor @ gram @ factor
+    return whole
 
 
 def peak_rate(config: OptimConfig, global_batch: int) -> float:
