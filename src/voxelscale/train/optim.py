@@ -199,10 +199,10 @@ class Muon(_Rule):
 def orthogonalise(matrices: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
     """Each matrix with the same singular vectors and singular values of about 1 (0.7 to 1.2).
 
-    The quintic iteration of Newton and Schulz with Jordan's coefficients (2024), ``X <- (a + b G + c G^2) X``
-    with ``G = X X^T``, which needs no decomposition; float32. All factors are polynomials of the first G, so
-    they are multiplied with each other, as small as the matrix's shorter side, and with X once: a quarter of
-    the arithmetic for a kernel of 27 voxels. Matrices whose shorter sides are equal go together.
+    The quintic iteration of Newton and Schulz with Jordan's coefficients (2024), ``X <- (a + b G + c G^2)
+    X`` with ``G = X X^T``, which needs no decomposition; float32. All factors are polynomials of the first
+    G, so they are multiplied with each other, as small as the matrix's shorter side, and with X once: a
+    quarter of the arithmetic for a kernel of 27 voxels. Matrices whose shorter sides are equal go together.
     """
     wide = [matrix.float() if len(matrix) <= matrix.shape[1] else matrix.float().mT for matrix in matrices]
     alike: dict[int, list[int]] = {}
