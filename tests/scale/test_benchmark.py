@@ -21,5 +21,5 @@ def test_the_quick_study_shows_the_loss_and_what_fixes_it(tmp_path: Path) -> Non
     dice = {(row["recipe"], row["workers"]): row["dice"] for row in facts["rows"]}
     assert len(dice) == 4
     assert dice["unchanged", 16] < 0.9 * dice["unchanged", 1]
-    assert dice["unchanged", 16] < dice["large_batch", 16]
+    assert dice["unchanged", 16] < dice["auto", 16]
     assert "ms an update predicted" in facts["notes"][-2]

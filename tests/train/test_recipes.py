@@ -9,6 +9,7 @@ from tests.train.runs import apart, final_weights, with_train
 from voxelscale.config import Config, OptimConfig, load
 from voxelscale.errors import VoxelscaleError
 from voxelscale.store import Store
+from voxelscale.train.engine import Engine
 from voxelscale.train.launch import start
 from voxelscale.train.log import read_events
 from voxelscale.train.optim import peak_rate
@@ -91,6 +92,21 @@ def test_it_trains_and_is_kept_with_the_model(tiny: Config, store: Store, tmp_pa
     rates = [event["lr"] for event in read_events(run) if event["event"] == "train"]
     assert max(rates) > tiny.optim.lr
     assert read_events(run)[-1]["dice"] >= 0
+
+
+def test_a_run_of_what_auto_once_was_is_resumed_by_name(tiny: Config, store: Store, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = replace(
+        tiny, train=replace(tiny.train, samples=64, batch_size=1, virtual_workers=8, recipe="large_batch")
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_stop_file", lambda engine: engine.state.seen >= 16)
+        assert not start(config, store.path, run)
+    auto = replace(config, train=replace(config.train, recipe="auto"))
+    with pytest.raises(VoxelscaleError, match="other settings of the optimiser") as caught:
+        start(auto, store.path, run)
+    assert "auto once was large_batch" in caught.value.hint
+    assert start(config, store.path, run)
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])

@@ -171,7 +171,10 @@ class Engine:
                 f"{words} a global batch of {begun.global_batch}, not {now} ({how})", hint
             )
         if begun.optim not in ("", self.update["optim"]):
-            hint = "resume with as many workers as before, or train into another folder"
+            hint = (
+                "resume with as many workers and the recipe as before (auto once was large_batch), "
+                "or train into another folder"
+            )
             raise VoxelscaleError(f"{words} other settings of the optimiser (train.recipe)", hint)
         self.state = replace(begun, **self.update)
 

@@ -41,11 +41,12 @@ FREE = {
     "train.max_restarts",
     "train.track",
     "train.track_to",
+    "train.recipe",
     "data.readers",
     "data.prefetch",
 }
-"""Keys that may change when a run is resumed: they say how it is computed, not what. Their product, the
-global batch, must stay the same; the engine checks that."""
+"""Keys that may change when a run is resumed: they say how it is computed, not what. The engine checks that
+the global batch stays the same, and what the recipe makes of the optimiser's settings."""
 
 
 def start(config: Config, store: Path, run: Path, nodes: Nodes = ALONE) -> bool:
