@@ -161,7 +161,8 @@ def detect(ways: Sequence[Way], folder: Path, results: Path, jobs: int) -> None:
         }
 
     with ThreadPoolExecutor(jobs) as pool, results.open("a", encoding="utf-8") as file:
-        for line in pool.map(found, todo.values()):
+        # All ways with a seed before the next seed: what is interrupted can be compared.
+        for line in pool.map(found, sorted(todo.values(), key=lambda item: item[0].seed)):
             print(json.dumps(line), file=file, flush=True)
 
 

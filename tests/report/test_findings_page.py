@@ -178,7 +178,7 @@ def test_a_froc_curve_that_runs_beyond_8_is_cut_there_and_says_so() -> None:
     rates, found = [0.0, 0.0, 4.0, 20.0, 20.0], [0.0, 0.25, 0.25, 0.25, 1.0]
     points = [{"fp_per_scan": at, "sensitivity": 0.25} for at in OPERATING_POINTS]
     html = froc_chart({"fp_per_scan": rates, "sensitivity": found, "points": points})
-    assert "goes on to 1.000 at 20 false positives per scan" in html
+    assert "continues to 1.000 at 20 false positives per scan" in html
     assert max(y for _, y in visible(rates, found, 0.125, 8.0)) == 0.25
     drawn = froc_panel({"fp_per_scan": rates, "sensitivity": found, "points": points})
     assert not any(line.band for line in drawn.lines), "an evaluation of an older version has no intervals"

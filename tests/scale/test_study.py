@@ -339,6 +339,7 @@ def test_the_command(tiny: Config, store: Store, tmp_path: Path, voxelscale: Com
     command = ["scale", store.path, tmp_path / "out", "--config", path, "--workers", "1,4"]
     command += ["--seeds", "0", "--jobs", "2", "--interconnect", "alpha=5us,beta=12GB/s"]
     command += ["--cluster", "reedbush-l", "--set", "scale.price_per_hour=36"]
+    command += ["--recipes", "unchanged,muon"]
     code, first, errors = voxelscale(*command)
     assert code == 0, errors
     assert len(list((tmp_path / "out" / "runs").glob("*/model.vxs"))) == 4
@@ -363,4 +364,4 @@ def test_the_command(tiny: Config, store: Store, tmp_path: Path, voxelscale: Com
     page = (tmp_path / "out" / "scaling.html").read_text()
     assert "beta 12.00 GB/s" in page
     assert voxelscale(*command)[1] == first
-    assert "large_batch" in first
+    assert "muon" in first
