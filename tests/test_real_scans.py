@@ -26,7 +26,7 @@ from voxelscale.geometry import reorient
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the real scans are not here")
 
 TRAINING_LIMIT = 1800
-"""Seconds for a test that may be the first to ask for `job`: it takes two minutes of processor time."""
+"""Seconds for a test that may be the first to ask for `job`: it takes four minutes of processor time."""
 
 LUNG1 = SHARED / "lung_tumour" / "lung1_image.nrrd"
 LUNG1_LABEL = SHARED / "lung_tumour" / "lung1_label.nrrd"
@@ -124,7 +124,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         table.writerow(["lidc_0001", LIDC, folder / "lidc_0001_label.nii.gz"])
     how = ["--set", "prepare.spacing=[4,1.2,1.2]", "--set", "prepare.split=[1,0,0]"]
     training = [
-        "train.samples=600",
+        "train.samples=1200",
         "train.batch_size=1",
         "train.precision=fp32",
         "train.ranks=2",
