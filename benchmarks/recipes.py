@@ -38,9 +38,8 @@ from voxelscale.config import Config, load
 from voxelscale.console import count
 from voxelscale.dataset import DataSet
 from voxelscale.experiments.shares import share_devices
-from voxelscale.files import write_atomic
 from voxelscale.phantom.dataset import write_phantoms
-from voxelscale.scale.study import Stop, Trial, TrialScore, plan, run_study, t_interval
+from voxelscale.scale.study import Stop, Trial, TrialScore, plan, run_study, t_interval, write_outcome
 from voxelscale.scale.trials import train_trial
 from voxelscale.store.prepare import prepare
 
@@ -100,8 +99,8 @@ def train(ways: Sequence[Way], folder: Path, results: Path, jobs: int) -> None:
         for trial in way.trials:
             names[trial.name] = way.name
             if (line := lines.get(trial.name)) is not None:
-                score = {"dice": line["dice"], "diverged": line["diverged"], "curve": []}
-                write_atomic(folder / "study" / "trials" / f"{trial.name}.json", json.dumps(score))
+                known = TrialScore(dice=line["dice"], diverged=line["diverged"])
+                write_outcome(folder / "study", trial, known)
     shares = share_devices(jobs)
 
     def train_one(trial: Trial, run: Path, stop: Stop) -> TrialScore:
@@ -130,23 +129,22 @@ def train(ways: Sequence[Way], folder: Path, results: Path, jobs: int) -> None:
 def detect(ways: Sequence[Way], folder: Path, results: Path, jobs: int) -> None:
     """Predict and evaluate the validation scans with the models that are in this folder."""
     done = read(results)
-    todo = {
-        trial.name: (trial, way)
+    todo = [
+        (trial, way)
         for way in ways
         for trial in way.trials
         if trial.name not in done and (folder / "study" / "runs" / trial.name / "model.vxs").is_file()
-    }
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def found(item: tuple[Trial, Way]) -> Line:
         trial, way = item
         out = folder / "predictions" / trial.name
         run, scans = folder / "study" / "runs" / trial.name, folder / "scans"
-        command = [sys.executable, "-m", "voxelscale.cli", "--quiet"]
         predict = ["predict", run, scans, out, "--store", folder / "store", "--split", "val"]
         for words in (predict, ["evaluate", out, scans]):
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = [*command, *map(str, words)]
-            subprocess.run(done, check=True, stdout=subprocess.DEVNULL, env=environment)
+            command = [sys.executable, "-m", "voxelscale.cli", "--quiet", *map(str, words)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         facts = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
         shutil.rmtree(out)
         sizes = [row for row in facts["sizes"] if row["lesions"]]
@@ -162,7 +160,7 @@ def detect(ways: Sequence[Way], folder: Path, results: Path, jobs: int) -> None:
 
     with ThreadPoolExecutor(jobs) as pool, results.open("a", encoding="utf-8") as file:
         # All ways with a seed before the next seed: what is interrupted can be compared.
-        for line in pool.map(found, sorted(todo.values(), key=lambda item: item[0].seed)):
+        for line in pool.map(found, sorted(todo, key=lambda item: item[0].seed)):
             print(json.dumps(line), file=file, flush=True)
 
 
@@ -238,14 +236,17 @@ def main() -> None:
     parser.add_argument("section", help="of recipes.yaml: choose or report")
     parser.add_argument("--shared", type=Path, help="folder of the data sets that sections name")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
-    parser.add_argument("--detect", action="store_true", help="instead: lesions found, by size")
+    parser.add_argument("--detect", action="store_true", help="instead: lesions found in phantoms, by size")
     parser.add_argument("--table", action="store_true", help="only print what there is")
     options = parser.parse_args()
     facts = yaml.safe_load((HERE / "recipes.yaml").read_text(encoding="utf-8"))
     section = facts[options.section]
     config = load(HERE / section.get("config", "scaling.yaml"), section.get("set", []))
     results = HERE / "results" / f"recipes_{options.section}.jsonl"
-    ways, folder = ways_of(section, facts["shared"], config), options.folder / options.section
+    ways, folder = (
+        ways_of(section, facts["shared"], config),
+        options.folder / section.get("folder", options.section),
+    )
     found = results.with_name(f"recipes_{options.section}_detection.jsonl")
     if options.detect:
         if not options.table:

@@ -196,7 +196,7 @@ def run_study(config: Config, out: Path, train_one: TrainOne, jobs: int = 1) -> 
             progress.update(seen(), "; ".join(filter(None, (done, note))))
 
         for trial, outcome in _in_parallel(left, out, train_one, jobs, show):
-            _write_outcome(out, trial, outcome)
+            write_outcome(out, trial, outcome)
             outcomes[trial] = outcome
             workers = count(trial.workers, "worker")
             note = f"{trial.recipe}, {workers}, seed {trial.seed}: Dice {outcome.dice:.3f}"
@@ -337,7 +337,8 @@ def read_outcome(out: Path, trial: Trial) -> TrialScore | None:
         return None
 
 
-def _write_outcome(out: Path, trial: Trial, outcome: TrialScore) -> None:
+def write_outcome(out: Path, trial: Trial, outcome: TrialScore) -> None:
+    """Note what a trial found, for `read_outcome`; the study in `out` then does not train it."""
     facts = {"recipe": trial.recipe, "workers": trial.workers, "seed": trial.seed, **asdict(outcome)}
     write_atomic(_outcome_path(out, trial), json.dumps(facts))
 

@@ -220,9 +220,10 @@ def orthogonalise(matrices: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
 def _newton_schulz(grams: Tensor, steps: int) -> Tensor:
     """What `orthogonalise` multiplies matrices X with, from their ``X X^T``, ``(matrices, n, n)``."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    square = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # of the Frobenius norm
-    gram = grams / (square + 1e-14)
-    whole = torch.eye(grams.shape[-1], device=grams.device) / (square + 1e-14).sqrt()
+    # The square of the Frobenius norm.
+    square = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] + 1e-14
+    gram = grams / square
+    whole = torch.eye(grams.shape[-1], device=grams.device) / square.sqrt()
     for step in range(steps):
         factor = b * gram + c * gram @ gram
         factor.diagonal(dim1=-2, dim2=-1).add_(a)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from voxelscale.config import Config, OptimConfig
@@ -30,14 +29,12 @@ class Recipe:
         warmup: share of the samples.
         grow_from: reference batches of the first updates.
         grow_share: share of the samples over which the global batch grows to that of all workers.
-        highest: reference batches up to which the rate grows.
     """
 
     rate: float
     warmup: float
     grow_from: int
     grow_share: float
-    highest: float = math.inf
 
 
 MUON = Recipe(rate=1.4, warmup=0.02, grow_from=16, grow_share=0.2)
@@ -88,11 +85,9 @@ def _large_batch(config: Config) -> OptimConfig:
 
 def _with(recipe: Recipe, optim: OptimConfig) -> OptimConfig:
     """What all recipes change alike."""
-    rate = round(recipe.rate * optim.lr, 12)
     return replace(
         optim,
-        lr=rate,
-        max_lr=optim.max_lr or (rate * math.sqrt(recipe.highest) if recipe.highest < math.inf else 0.0),
+        lr=round(recipe.rate * optim.lr, 12),
         scaling=None,
         betas=(optim.betas[0], min(optim.betas[1], SECOND_MOMENT)),
         grow_from=recipe.grow_from * optim.reference_batch,
