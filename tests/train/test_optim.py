@@ -155,13 +155,28 @@ def test_orthogonal_matrices_are_those_of_the_iteration_on_singular_values() -> 
     shapes = [(8, 216), (8, 27), (216, 8), (16, 16), (5, 3), (8, 64)]
     matrices = [torch.randn(shape) for shape in shapes]
     matrices += [torch.randn(8, 2) @ torch.randn(2, 27), torch.zeros(8, 27)]
-    for matrix, found in zip(matrices, orthogonalise(matrices), strict=True):
+    scales = [1.0, 2.0, 0.5, 1.0, 3.0, 1.0, 0.2, 1.0]
+    for matrix, scale, found in zip(matrices, scales, orthogonalise(matrices, scales), strict=True):
         u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
         values = values / values.norm().clamp_min(1e-30)
         for _ in range(5):
             values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
         assert found.shape == matrix.shape
-        assert torch.allclose(found.double(), u * values @ v, atol=2e-4)
+        assert torch.allclose(found.double(), scale * u * values @ v, atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3, 3), (4, 6, 2, 3), (4, 6, 1, 1, 1)])
+def test_muon_does_not_depend_on_how_the_weights_lie_in_memory(shape: tuple[int, ...]) -> None:
+    """Channels last, with gradients of either layout, and with the input channels outermost."""
+    torch.manual_seed(0)
+    start, slopes = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
+    config = OptimConfig(name="muon", lr=0.1)
+    wanted = _stepped(config, start, slopes)
+    last = torch.channels_last_3d if len(shape) == 5 else torch.channels_last
+    turned = start.transpose(0, 1).contiguous().transpose(0, 1)
+    for other in (start.contiguous(memory_format=last), turned):
+        for gradients in (slopes, [slope.contiguous(memory_format=last) for slope in slopes]):
+            assert torch.allclose(_stepped(config, other, gradients), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -188,16 +188,20 @@ class Muon(_Rule):
         velocities = self._kept(parameters, "momentum")
         torch._foreach_mul_(velocities, group["momentum"])
         torch._foreach_add_(velocities, gradients)
-        nesterov = torch._foreach_add(gradients, torch._foreach_mul(velocities, group["momentum"]))
-        matrices = [kernel.reshape(len(kernel), -1) for kernel in nesterov]
+        nesterov = torch._foreach_add(gradients, velocities, alpha=group["momentum"])
+        # Columns in the order in which they lie in memory (channels last or not): no matrix is a copy.
+        orders = [[0, *sorted(range(1, p.ndim), key=p.stride, reverse=True)] for p in parameters]
+        moved = [x.permute(order) for x, order in zip(nesterov, orders, strict=True)]
+        scales = [0.2 * math.sqrt(max(len(x), x[0].numel())) for x in moved]
+        turned = orthogonalise([x.reshape(len(x), -1) for x in moved], scales)
         return [
-            turned.view(p.shape) * (0.2 * math.sqrt(max(turned.shape)))
-            for p, turned in zip(parameters, orthogonalise(matrices), strict=True)
+            x.view(like.shape).permute([order.index(axis) for axis in range(like.ndim)])
+            for x, like, order in zip(turned, moved, orders, strict=True)
         ]
 
 
-def orthogonalise(matrices: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
-    """Each matrix with the same singular vectors and singular values of about 1 (0.7 to 1.2).
+def orthogonalise(matrices: Sequence[Tensor], scales: Sequence[float], steps: int = 5) -> list[Tensor]:
+    """Each matrix with the same singular vectors and singular values of about its scale (0.7 to 1.2 of it).
 
     The quintic iteration of Newton and Schulz with Jordan's coefficients (2024), ``X <- (a + b G + c G^2)
     X`` with ``G = X X^T``, which needs no decomposition; float32. All factors are polynomials of the first
@@ -211,9 +215,12 @@ def orthogonalise(matrices: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for numbers in alike.values():
         grams = torch.stack([wide[number] @ wide[number].mT for number in numbers])
-        for number, factor in zip(numbers, _newton_schulz(grams, steps), strict=True):
-            turned = factor @ wide[number]
-            found[number] = turned.mT if turned.shape != matrices[number].shape else turned
+        factors = list(_newton_schulz(grams, steps))
+        torch._foreach_mul_(factors, [scales[number] for number in numbers])
+        for number, factor in zip(numbers, factors, strict=True):
+            tall = wide[number].shape != matrices[number].shape
+            # All factors are symmetric.
+            found[number] = matrices[number].float() @ factor if tall else factor @ wide[number]
     return [found[number] for number in range(len(matrices))]
 
 
@@ -225,7 +232,7 @@ def _newton_schulz(grams: Tensor, steps: int) -> Tensor:
     gram = grams / square
     whole = torch.eye(grams.shape[-1], device=grams.device) / square.sqrt()
     for step in range(steps):
-        factor = b * gram + c * gram @ gram
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         whole = factor @ whole
         if step + 1 < steps:
