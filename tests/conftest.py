@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,9 @@ def _warm_starts() -> None:
     """But for the slow tests, whose processes are really started."""
     if "VOXELSCALE_COLD_STARTS" not in os.environ:
         warm.install(warm.Starter())
+        # Workers of pools within a test's own process.
+        multiprocessing.set_forkserver_preload(list(warm.PRELOADED))
+        forkserver.ensure_running()
 
 
 @pytest.fixture

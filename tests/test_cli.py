@@ -301,16 +301,48 @@ def test_quiet_anywhere(voxelscale: Command, tmp_path: Path, config_file: Path) 
     assert "phantom: 1/1" in voxelscale("phantom", tmp_path / "b", "--cases", 1, "--config", config_file)[2]
 
 
-def test_ctrl_c_leaves_nothing_half_written(tiny: Config, config_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "scans"
+def begin_phantoms(config_file: Path, out: Path, *, workers: bool = False) -> subprocess.Popen[str]:
+    """A command that makes 60 phantoms, as soon as some are there, or as soon as it starts processes."""
     command = [sys.executable, "-m", "voxelscale.cli", "phantom", str(out), "--config", str(config_file)]
     command += ["--cases", "60"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not list(out.glob("truth/*.json")):
+
+    def begun() -> bool:
+        if not workers:
+            return any(out.glob("truth/*.json"))
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return any(b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+
+    while not begun():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return process
+
+
+def test_nothing_goes_on_when_a_command_is_killed(config_file: Path, tmp_path: Path) -> None:
+    process = begin_phantoms(config_file, tmp_path)
+    process.kill()
+    process.communicate(timeout=30)  # until nobody holds the other end
+    assert len(list(tmp_path.glob("truth/*.json"))) < 60
+
+
+def test_ctrl_c_while_workers_start_is_one_line(config_file: Path, tmp_path: Path) -> None:
+    process = begin_phantoms(config_file, tmp_path, workers=True)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-2:] == [
+        "error: interrupted",
+        "hint: the same command resumes where this one stopped",
+    ]
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_leaves_nothing_half_written(tiny: Config, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scans"
+    process = begin_phantoms(config_file, out)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everybody
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

@@ -34,6 +34,7 @@ PRELOADED = (
     *("SimpleITK", "nibabel", "optuna", "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql"),
     *("voxelscale.train.loop", "voxelscale.train.launch", "voxelscale.predict.predict", "voxelscale.cli"),
     *("voxelscale.search.process", "voxelscale.scale.measure", "voxelscale.evaluate.evaluate"),
+    *("voxelscale.store.prepare", "voxelscale.store.inspect", "voxelscale.phantom.dataset"),
 )
 SUBREAPER = 36
 """PR_SET_CHILD_SUBREAPER of prctl(2): orphans below become this process's children."""

@@ -5,8 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import resource_tracker
+from multiprocessing.context import BaseContext
 from typing import TypeVar
 
 from voxelscale.console import Progress
@@ -40,14 +46,14 @@ def map_processes(
         yield from _one_by_one(work, items, label, name)
         return
     count = min(workers or os.cpu_count() or 1, len(items))
-    # spawn: the threads of ITK and Blosc2 do not survive a fork.
-    context = multiprocessing.get_context("spawn")
+    context = _start_method(work)
     with (
         Progress(label, len(items)) as progress,
         ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker) as pool,
     ):
-        jobs = {pool.submit(work, item): item for item in items}
         try:
+            with _ctrl_c_waits():
+                jobs = {pool.submit(work, item): item for item in items}
             for done, job in enumerate(as_completed(jobs), start=1):
                 item = jobs[job]
                 try:
@@ -60,6 +66,43 @@ def map_processes(
             # Waiting here: the pool's own exit would take the cancelling back.
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _start_method(work: Callable[[Item], Made]) -> BaseContext:
+    """How workers start: never by a fork of this process, whose threads of ITK and Blosc2 they would miss.
+
+    On Linux they are forked from a process that has imported the module of `work` and used nothing of it:
+    only the first pool of this process waits for imports.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    function = work.func if isinstance(work, partial) else work
+    context.set_forkserver_preload([function.__module__])
+    return context
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C reaches the whole process group, but this process alone decides what becomes of the others.
+
+    So it is blocked in those that start meanwhile, and comes here when they have started.
+    """
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    resource_tracker.ensure_running()  # its start would unblock the signal
+    # Both: other processes inherit what is blocked, and other threads of this one still get the signal.
+    handler = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if asked:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _one_by_one(
@@ -79,6 +122,13 @@ def _one_by_one(
 def _begin_worker() -> None:
     import SimpleITK as sitk
 
-    # Ctrl-C reaches the whole process group; the parent alone decides what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+
+
+def _end_with_parent() -> None:
+    """A pool's workers would wait for ever for one that was killed."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)

@@ -92,6 +92,11 @@ def test_checkpointing_with_deep_supervision_changes_no_gradient() -> None:
         assert torch.equal(one.grad, other.grad)
 
 
+def two_ranks(work: Callable[[int, str], None], folder: Path) -> None:
+    start = torch.multiprocessing.start_processes  # type: ignore[attr-defined]
+    start(work, (str(folder),), nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
+
+
 def supervised_ranks(rank: int, folder: str) -> None:
     """Gradients of a network with deep supervision and three classes, of two samples on two ranks."""
     torch.set_num_threads(1)
@@ -115,7 +120,7 @@ def supervised_case() -> tuple[nn.Module, Callable[..., tuple[Tensor, Tensor]], 
 
 
 def test_ranks_with_deep_supervision_have_the_gradients_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(supervised_ranks, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+    two_ranks(supervised_ranks, tmp_path)
     network, loss, image, target = supervised_case()
     loss(network(image), target)[0].backward()  # type: ignore[no-untyped-call]
     for rank in range(2):
@@ -172,7 +177,7 @@ def rank_gradients(rank: int, folder: str) -> None:
 
 
 def test_checkpointing_under_ddp(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(rank_gradients, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+    two_ranks(rank_gradients, tmp_path)
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for found in both:
         for (norm, static, name), result in found.items():
