@@ -443,22 +443,12 @@ def test_a_checkpoint_that_is_cut_replaces_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.usefixtures(
-    "cold_starts"
-)  # or the processes would have the limits of one that is there before
+@pytest.mark.usefixtures("cold_starts")  # limits are those of the process that starts another
 def test_phantoms_under_a_limit_of_file_size(tmp_path: Path, voxelscale: Command) -> None:
     small = ["phantom.spacing=[5,4,4]", "phantom.size_mm=[180,200,260]", "phantom.diameter_mm=[14,30]"]
     options = [word for key in (*small, "prepare.workers=1") for word in ("--set", key)]
-    command = [
-        sys.executable,
-        "-m",
-        "voxelscale.cli",
-        "phantom",
-        tmp_path / "lim",
-        "--cases",
-        "1",
-        *options,
-    ]
+    arguments = ["phantom", str(tmp_path / "lim"), "--cases", "1", *options]
+    command = [sys.executable, "-m", "voxelscale.cli", *arguments]
     with largest_file(40_000):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     code, errors = done.returncode, done.stderr
@@ -468,5 +458,5 @@ def test_phantoms_under_a_limit_of_file_size(tmp_path: Path, voxelscale: Command
     assert "NWAD" not in errors  # what ITK prints by itself
     left = [path.name for path in (tmp_path / "lim").rglob("*") if path.is_file()]
     assert left in ([], ["phantom.json"])  # a small one, and whole
-    code, _, errors = voxelscale("phantom", tmp_path / "lim", "--cases", 1, *options)
+    code, _, errors = voxelscale(*arguments)
     assert code == 0, errors
