@@ -62,7 +62,7 @@ def _warm_starts() -> None:
     if "VOXELSCALE_COLD_STARTS" not in os.environ:
         warm.install(warm.Starter())
         # Workers of pools within a test's own process.
-        multiprocessing.set_forkserver_preload(list(warm.PRELOADED))
+        multiprocessing.set_forkserver_preload(list(warm.FOR_POOLS))
         forkserver.ensure_running()
 
 

@@ -29,12 +29,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+FOR_POOLS = (
+    *("voxelscale.store.prepare", "voxelscale.store.inspect", "voxelscale.phantom.dataset"),
+    "voxelscale.train.memory",  # and with it PyTorch, for tests of ranks
+)
 PRELOADED = (
     *("torch._dynamo", "torch.distributed.run", "torch.nn.parallel", "scipy.ndimage", "scipy.optimize"),
     *("SimpleITK", "nibabel", "optuna", "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql"),
     *("voxelscale.train.loop", "voxelscale.train.launch", "voxelscale.predict.predict", "voxelscale.cli"),
     *("voxelscale.search.process", "voxelscale.scale.measure", "voxelscale.evaluate.evaluate"),
-    *("voxelscale.store.prepare", "voxelscale.store.inspect", "voxelscale.phantom.dataset"),
+    *FOR_POOLS,
 )
 SUBREAPER = 36
 """PR_SET_CHILD_SUBREAPER of prctl(2): orphans below become this process's children."""

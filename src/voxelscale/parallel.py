@@ -122,7 +122,7 @@ def _one_by_one(
 def _begin_worker() -> None:
     import SimpleITK as sitk
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # started from another thread, it is not blocked
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
 

@@ -64,7 +64,7 @@ def decided(client: TestClient, case: int, shape: tuple[int, ...]) -> Any:
 
 def test_who_is_let_in(scans: Path, predictions: Path, door: Door) -> None:
     app, viewer = build(shown(scans, predictions), door)
-    decided = set(predictions.glob("readers/*/*/decisions.jsonl"))  # other tests' readers
+    before = set(predictions.glob("readers/*/*/decisions.jsonl"))  # of other tests' readers
     client = TestClient(app, base_url=f"http://{HOST}")
     assert client.get("/api/cases").status_code == 401
     assert client.get("/").status_code == 401
@@ -99,7 +99,7 @@ def test_who_is_let_in(scans: Path, predictions: Path, door: Door) -> None:
     # A link in a report leads here from another page; only the entry may be reached so.
     crossing = {"sec-fetch-site": "cross-site"}
     assert client.get(f"/?token={door.token}", headers=crossing).status_code == 200
-    assert set(predictions.glob("readers/*/*/decisions.jsonl")) == decided
+    assert set(predictions.glob("readers/*/*/decisions.jsonl")) == before
     viewer.close()
 
 

@@ -192,8 +192,8 @@ class Muon(_Rule):
         # Columns in the order in which they lie in memory (channels last or not): no matrix is a copy.
         orders = [[0, *sorted(range(1, p.ndim), key=p.stride, reverse=True)] for p in parameters]
         moved = [x.permute(order) for x, order in zip(nesterov, orders, strict=True)]
-        scales = [0.2 * math.sqrt(max(len(x), x[0].numel())) for x in moved]
-        turned = orthogonalise([x.reshape(len(x), -1) for x in moved], scales)
+        matrices = [x.reshape(len(x), -1) for x in moved]
+        turned = orthogonalise(matrices, [0.2 * math.sqrt(max(matrix.shape)) for matrix in matrices])
         return [
             x.view(like.shape).permute([order.index(axis) for axis in range(like.ndim)])
             for x, like, order in zip(turned, moved, orders, strict=True)
@@ -220,7 +220,7 @@ def orthogonalise(matrices: Sequence[Tensor], scales: Sequence[float], steps: in
         for number, factor in zip(numbers, factors, strict=True):
             tall = wide[number].shape != matrices[number].shape
             # All factors are symmetric.
-            found[number] = matrices[number].float() @ factor if tall else factor @ wide[number]
+            found[number] = wide[number].mT @ factor if tall else factor @ wide[number]
     return [found[number] for number in range(len(matrices))]
 
 
