@@ -58,6 +58,7 @@ BASE = [
     "train.ranks=1",
     "train.validate_every=0",
     "train.precision=bf16",
+    "optim.name=adamw",
     "optim.lr=0.004",
     "loss.small=0",
     "loss.top_k=1",

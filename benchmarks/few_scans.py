@@ -31,7 +31,7 @@ SPLIT_SEED = 20
 PREPARE = ("prepare.spacing=[1,1,1]", "prepare.split=[1,0,0]", "prepare.workers=1")
 TRAIN = (
     *("data.patch_size=[48,48,48]", "train.batch_size=2", "train.ranks=1", "train.threads=1"),
-    *("train.validate_every=0", "train.validate_cases=1", "data.readers=1"),
+    *("train.validate_every=0", "train.validate_cases=1", "data.readers=1", "optim.name=adamw"),
 )
 RESAMPLES = 2000
 WAYS = ("random weights", "from the other network")

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +97,20 @@ def test_components_touch_at_corners() -> None:
     mask[0, 0, 0] = mask[1, 1, 1] = mask[3, 3, 3] = True
     assert sorted(map(len, components(mask))) == [1, 2]
     assert components(np.zeros((3, 3, 3), bool)) == []
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_components_in_a_line_of_voxels(axis: int) -> None:
+    shape, line = [4, 4, 4], [1, 2, 3]
+    shape[axis] = 9
+    mask = np.zeros(shape, bool)
+    index: list[Any] = list(line)
+    index[axis] = [1, 3, 4, 7]
+    mask[tuple(index)] = True
+    found = components(mask)
+    assert [part[:, axis].tolist() for part in found] == [[1], [3, 4], [7]]
+    others = [a for a in range(3) if a != axis]
+    assert all((part[:, others] == [line[a] for a in others]).all() for part in found)
 
 
 def test_tables(tmp_path: Path) -> None:

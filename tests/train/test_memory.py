@@ -214,7 +214,7 @@ def test_the_estimate_is_that_of_a_real_pass(norm: str, checkpointing: bool) -> 
         memory.forward_backward(model, config, CPU, torch.float32)
     weights = sum(p.numel() * 4 for p in model.parameters())
     step = memory.simulate(config, CUBIC, torch.float32)
-    assert step.alive == pytest.approx(real.peak + 2 * weights, rel=0.02)
+    assert step.alive == pytest.approx(real.peak + weights, rel=0.02)
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch", "group"])
@@ -227,7 +227,7 @@ def test_the_estimate_of_large_maps_is_that_of_a_real_pass(norm: str) -> None:
         memory.forward_backward(model, config, CPU, torch.float32)
     weights = sum(p.numel() * 4 for p in model.parameters())
     step = memory.simulate(config, CUBIC, torch.float32)
-    assert step.alive == pytest.approx(real.peak + 2 * weights, rel=0.1)
+    assert step.alive == pytest.approx(real.peak + weights, rel=0.1)
 
 
 def test_the_estimate_grows_with_batch_patch_and_moments() -> None:
@@ -238,9 +238,9 @@ def test_the_estimate_grows_with_batch_patch_and_moments() -> None:
     assert alive(small(batch_size=4)) > 1.5 * base
     assert alive(small(patch=(32, 16, 16))) > 1.5 * base
     assert alive(small(checkpoint_activations=True)) < base
-    sgd = replace(small(), optim=replace(small().optim, name="sgd"))
-    weights = sum(p.numel() * 4 for p in build_model(sgd.model, (16, 16, 16), CUBIC).parameters())
-    assert base - alive(sgd) == pytest.approx(weights)
+    adamw = replace(small(), optim=replace(small().optim, name="adamw"))
+    weights = sum(p.numel() * 4 for p in build_model(adamw.model, (16, 16, 16), CUBIC).parameters())
+    assert alive(adamw) - base == pytest.approx(weights), "a second moment"
 
 
 def test_a_large_batch_is_distinguished_from_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +279,7 @@ def test_the_estimate_of_several_channels_and_classes_is_that_of_a_real_pass(
         memory.forward_backward(network, config, CPU, torch.float32, **kind)
     weights = sum(p.numel() * 4 for p in network.parameters())
     step = memory.simulate(config, CUBIC, torch.float32, **kind)
-    assert step.alive == pytest.approx(real.peak + 2 * weights, rel=0.1)
+    assert step.alive == pytest.approx(real.peak + weights, rel=0.1)
     assert step.flop == pytest.approx(real.flop)
     assert step.alive > memory.simulate(config, CUBIC, torch.float32).alive
 

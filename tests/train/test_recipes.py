@@ -71,7 +71,7 @@ def test_a_run_of_before_is_resumed_with_the_values_that_it_lists(
     config = replace(tiny, train=replace(tiny.train, samples=16, checkpoint_every=8))
     assert start(config, store.path, run)
     held = load(run / "config.yaml").optim
-    assert (held.momentum, held.weight_decay, held.scaling) == (0.99, 0.01, "none"), "nothing is left open"
+    assert (held.momentum, held.weight_decay, held.scaling) == (0.95, 0.01, "none"), "nothing is left open"
     assert start(replace(config, train=replace(config.train, samples=16)), store.path, run)
     sgd = replace(config, optim=replace(config.optim, name="sgd"))
     before = replace(sgd, optim=replace(sgd.optim, momentum=0.99, weight_decay=0.01))
@@ -79,6 +79,10 @@ def test_a_run_of_before_is_resumed_with_the_values_that_it_lists(
     with pytest.raises(VoxelscaleError, match=r"optim\.weight_decay=0\.01, not 3e-05"):
         start(sgd, store.path, tmp_path / "sgd")
     assert start(before, store.path, tmp_path / "sgd")
+    adamw = replace(config, optim=replace(config.optim, name="adamw"))  # the default of before
+    assert start(adamw, store.path, tmp_path / "adamw")
+    with pytest.raises(VoxelscaleError, match=r"optim\.name=adamw, not muon"):
+        start(config, store.path, tmp_path / "adamw")
 
 
 def test_it_trains_and_is_kept_with_the_model(tiny: Config, store: Store, tmp_path: Path) -> None:

@@ -260,8 +260,9 @@ def test_what_cannot_be_written_is_one_line(
 def trained(tiny: Config, store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of some hundred updates; its predictions take no regard to lungs, air and sizes."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    sets = ["train.samples=800", "train.batch_size=4", "optim.lr=0.01", "augment.enabled=false"]
-    sets += ["predict.skip_air=false", "predict.lungs=false", "predict.min_volume_mm3=0"]
+    sets = ["train.samples=800", "train.batch_size=4", "optim.name=adamw", "optim.lr=0.01"]
+    sets += ["augment.enabled=false", "predict.skip_air=false", "predict.lungs=false"]
+    sets += ["predict.min_volume_mm3=0"]
     start(load(sets=sets, base=tiny), store.path, run)
     return run
 

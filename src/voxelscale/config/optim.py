@@ -37,7 +37,7 @@ adaptive rules with the square root (Malladi et al. 2022; for Muon assumed). Ada
 class OptimConfig(Section):
     """Update rule and schedule."""
 
-    name: Literal["adamw", "sgd", "lars", "lamb", "muon"] = "adamw"
+    name: Literal["adamw", "sgd", "lars", "lamb", "muon"] = "muon"
     """Update rule; sources in `voxelscale.train.optim`."""
     lr: float = 1e-3
     """Highest learning rate at a global batch of `reference_batch`."""

@@ -21,7 +21,11 @@ def components(mask: NDArray[np.bool_], least: float = 0.0) -> list[Voxels]:
     import cc3d
 
     around = box_of(mask)
-    labels, count = cc3d.connected_components(mask[around], connectivity=26, return_N=True)
+    part = mask[around]
+    if sorted(part.shape)[:2] == [1, 1]:
+        # In a line of voxels cc3d 4.1 expects too few components, and raises a RuntimeError.
+        part = np.pad(part, 1)[1:, 1:, 1:]
+    labels, count = cc3d.connected_components(part, connectivity=26, return_N=True)
     if not count:
         return []
     facts = cc3d.statistics(labels, no_slice_conversion=True)

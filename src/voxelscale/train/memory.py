@@ -69,8 +69,8 @@ MAPS_OF_LOGITS = 16
 WIDEST_KERNELS = 6
 """All kernels of a network together have fewer weights than this many of its widest kernels."""
 
-BYTES_PER_WEIGHT = 16
-"""Weight, gradient and AdamW's two moments, in float32."""
+BYTES_PER_WEIGHT = 24
+"""Weight, gradient, and up to four moments and copies that an update makes, in float32."""
 
 OWN = 2**30
 """Bytes for all that grows with neither patch nor network."""
@@ -160,11 +160,12 @@ def simulate(
     with FakeTensorMode(), Storages() as storages:
         model = make_network(config, spacing, cpu, channels=channels, classes=classes)
         forward_backward(model, config, cpu, precision, channels=channels, classes=classes)
-        weights = [(p.numel(), p.element_size()) for p in model.parameters()]
-    copies = _moments(config) + (config.optim.ema > 0)
-    state = copies * sum(number * size for number, size in weights)
-    parameters = sum(number for number, _ in weights)
-    return Simulation(alive=storages.peak + state, flop=storages.flop, parameters=parameters)
+        parameters = sum(p.numel() for p in model.parameters())
+        weights = sum(p.nbytes for p in model.parameters())
+    state = (_moments(config) + (config.optim.ema > 0)) * weights
+    # When the weights are updated, the activations are gone.
+    update = (2 + _copies_of_an_update(config)) * weights
+    return Simulation(alive=max(storages.peak, update) + state, flop=storages.flop, parameters=parameters)
 
 
 def _with_batch(config: Config, batch_size: int) -> Config:
@@ -439,6 +440,11 @@ def _moments(config: Config) -> int:
     if config.optim.name == "sgd":
         return int(config.optim.used.momentum > 0)
     return 1 if config.optim.name in ("lars", "muon") else 2
+
+
+def _copies_of_an_update(config: Config) -> int:
+    """Copies of the weights that an update makes and drops: none where it is fused, as AdamW's."""
+    return {"adamw": 0, "muon": 3}.get(config.optim.name, 2)
 
 
 def too_much(config: Config, needed: int | None, available: int) -> TooLarge:
