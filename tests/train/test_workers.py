@@ -3,9 +3,9 @@
 Weights are compared over the stretch that training has moved them, not over their size: a training that
 goes elsewhere is then a large number, however little it has moved. Only rounding may tell two trainings
 apart. In fp32 it is far below any limit in the first update, but over many a top-k loss may choose another
-voxel and a ReLU fall the other way. In bf16 Muon and AdamW may move weights whose gradients are all rounding
-as far as any other. So there the gradients themselves are compared, as the first update of plain SGD, and after many
-updates the limit is the arithmetic's own rounding: how far bf16 is from fp32 with one worker.
+voxel and a ReLU fall the other way. In bf16 Muon and AdamW may move weights whose gradients are rounding
+alone as far as any other. So there the gradients themselves are compared, as the first update of plain SGD,
+and after many updates the limit is the arithmetic's own rounding: how far one worker's bf16 is from fp32.
 """
 
 from __future__ import annotations
