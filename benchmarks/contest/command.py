@@ -119,7 +119,7 @@ def _where(options: argparse.Namespace, job: Job) -> Path:
 
 
 def _place(options: argparse.Namespace, job: Job) -> Place:
-    data = DATA_SETS[job.data](options.shared)
+    data = DATA_SETS[job.data](options.shared, Path(options.folder).absolute())
     own = _where(options, job)
     return Place(data=data, split=split_of(data, job.fold), shared=own.parents[1], own=own)
 
@@ -203,11 +203,10 @@ def _run_here(job: Job, options: argparse.Namespace) -> None:
     course = Course(options.updates)
     trained = train(job, place, course)
     names = place.split.choose if job.on == "choose" else place.split.judge
-    masks = {name: trained.predict(place.data.cases[name]) for name in names}
-    scored = score(place.data, names, masks)
-    np.savez_compressed(
-        place.own / "masks.npz", **{name: mask.astype(np.uint8) for name, mask in masks.items()}
-    )
+    answers = {name: trained.predict(place.data.cases[name]) for name in names}
+    scored = score(place.data, answers)
+    masks = {name: answer.labels.astype(np.uint8) for name, answer in answers.items()}
+    np.savez_compressed(place.own / "masks.npz", **masks)
     found: dict[str, Any] = {
         "name": job.name,
         "job": asdict(job),

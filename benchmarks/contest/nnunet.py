@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from .data import Case
+from .data import Answer, Case
 from .protocol import Course, Job, Place, Trained, set_seeds
 
 NAME = "Dataset001_Contest"
@@ -122,7 +121,7 @@ def train(job: Job, place: Place, course: Course) -> Trained:
     course.finish()
     return Trained(
         batch=trainer.batch_size,
-        predict=_Predictor(trainer),
+        predict=_Predictor(trainer, place.data.detect),
         facts={
             "patch": list(trainer.configuration_manager.patch_size),
             "lr": trainer.initial_lr,
@@ -157,7 +156,7 @@ def _in_bf16(network: torch.nn.Module) -> None:
 class _Predictor:
     """Its sliding window, without mirroring."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, detect: bool) -> None:
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
         trainer.set_deep_supervision_enabled(False)
@@ -175,12 +174,18 @@ class _Predictor:
             trainer.inference_allowed_mirroring_axes,
         )
         self._reader = trainer.plans_manager.image_reader_writer_class()
+        self._detect = detect
 
-    def __call__(self, case: Case) -> NDArray[Any]:
+    def __call__(self, case: Case) -> Answer:
         image, properties = self._reader.read_images([str(case.image)])
         with _quiet():
-            found = self._predictor.predict_single_npy_array(image, properties)
-        return np.asarray(found)
+            found = self._predictor.predict_single_npy_array(
+                image, properties, save_or_return_probabilities=self._detect
+            )
+        if self._detect:
+            labels, probabilities = found
+            return Answer(labels=np.asarray(labels), probability=np.asarray(probabilities)[1])
+        return Answer(labels=np.asarray(found))
 
 
 @contextlib.contextmanager

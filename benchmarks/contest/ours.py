@@ -8,11 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
-from numpy.typing import NDArray
 
 from voxelscale.config import Config, load
 from voxelscale.dataset import DataSet as Listed
@@ -25,7 +23,7 @@ from voxelscale.train.engine import Engine, Result
 from voxelscale.train.launch import start
 from voxelscale.train.plan import report_plan
 
-from .data import Case
+from .data import Answer, Case
 from .nnunet import write_raw
 from .protocol import Course, Job, Place, Trained
 
@@ -70,8 +68,12 @@ def train(job: Job, place: Place, course: Course) -> Trained:
     shutil.rmtree(run / "checkpoints")
     predictor = Predictor(bundle, bundle.config.predict, torch.device("cpu"))
 
-    def predict(case: Case) -> NDArray[Any]:
-        return predictor.see(case.name, read_scan(case.image)).mask.array
+    def predict(case: Case) -> Answer:
+        image = read_scan(case.image)
+        if place.data.detect:
+            probability = predictor.probability(image)
+            return Answer(labels=probability >= 0.5, probability=probability)
+        return Answer(labels=predictor.see(case.name, image).mask.array)
 
     facts = json.loads((run / "environment.json").read_text())
     return Trained(

@@ -13,15 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 from machine import machine  # type: ignore[import-not-found]
-from numpy.typing import NDArray
 
-from .data import Case, DataSet, Split
+from .data import Answer, Case, DataSet, Split
 
 POWER = 0.9
 """Of the learning rate's decay to 0, nnU-Net's and of MONAI's DynUNet pipeline."""
 
-Predict = Callable[[Case], NDArray[Any]]
-"""From a case to its labels, on the image's own voxels (z, y, x)."""
+Predict = Callable[[Case], Answer]
 
 
 @dataclass(frozen=True, kw_only=True)

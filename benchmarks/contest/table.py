@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, pool, resampled
+
 RESAMPLES = 10_000
+FEWER = 2_000
+"""Resamples of FROC curves, which take longer."""
 Key = tuple[str, tuple[str, ...], float]
 """Contender, settings, budget."""
 
@@ -53,6 +57,38 @@ def _row(
         f"{apart:>24} {updates:7} {updates * runs[0]['batch']:7} {each:>20}  "
         f"{name} {' '.join(settings)}"
     )
+    if "matches" in runs[0]["score"]:
+        print(f"{'':12} {_detection(runs, reference)}")
+
+
+def _detection(runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
+    """CPM and sensitivity at 1 false positive per scan, with a bootstrap over scans and seeds together, and
+    how much they are less those of the reference, in pairs of scans."""
+    once, sampled = _detected(runs)
+    theirs = _detected(reference)[1] if reference and reference is not runs else None
+    words = []
+    for number, name in enumerate(("CPM", "sensitivity at 1")):
+        words.append(f"{name} {once[number]:.3f} {_limits(sampled[number])}")
+        if theirs is not None:
+            apart = sampled[number] - theirs[number]
+            words.append(f"less ours {np.nanmean(apart):+.3f} {_limits(apart)}")
+    return ", ".join(words)
+
+
+def _detected(runs: list[dict[str, Any]]) -> tuple[list[float], list[NDArray[np.float64]]]:
+    """Means over seeds of both figures; and ``(FEWER,)`` of each for samples of scans and seeds."""
+    matches = [[Matches(**one) for one in run["score"]["matches"]] for run in runs]
+    curves = [froc(scans) for scans in matches]
+    found = resampled([pool(scans) for scans in matches], FEWER)  # the same scans for every contender
+    seeds = np.random.default_rng(0).integers(len(runs), size=(len(runs), FEWER))
+    drawn = found[seeds, np.arange(FEWER)].mean(0)
+    once = [curve.cpm for curve in curves], [curve.sensitivity_at(1) for curve in curves]
+    return [float(np.mean(each)) for each in once], [drawn.mean(1), drawn[:, OPERATING_POINTS.index(1)]]
+
+
+def _limits(values: NDArray[np.float64]) -> str:
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return f"({low:.3f} to {high:.3f})"
 
 
 def difference(runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
