@@ -90,7 +90,7 @@ def go_on(folder: Path, seed: int, samples: int, mined: bool) -> Bundle:
     store = open_store(folder / "store")
     bundle = read_bundle(recipe_folder(first, RECIPE, seed))
     config = config_of(RECIPE, seed + 1000, samples - two_thirds)
-    config = replace(config, optim=replace(config.optim, lr=config.optim.lr / 2))
+    config = replace(config, optim=replace(config.optim, lr=config.optim.used.lr / 2))
     places = hard_negatives(bundle, config, store, out / "mined") if mined else []
     print(f"seed {seed}: {len(places)} hard negatives", flush=True)
     source = Mined(places, store, config.data, config.augment, config.train.seed)

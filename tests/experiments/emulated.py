@@ -22,7 +22,7 @@ class Emulated:
     """
 
     ending: Callable[[Config], Ending] = lambda config: "finished"
-    dice: Callable[[Config], float] = lambda config: 0.5 + config.optim.lr + config.model.filters / 100
+    dice: Callable[[Config], float] = lambda config: 0.5 + config.optim.used.lr + config.model.filters / 100
     meanwhile: Callable[[Training], None] = lambda training: None
     trained: list[Training] = field(default_factory=list)
 

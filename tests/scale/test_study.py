@@ -56,7 +56,7 @@ def test_the_plan_has_every_trial_with_its_recipe_applied() -> None:
         assert trial.config.train.samples == 640
         rate = peak_rate(trial.config.optim, trial.global_batch)
         factor = 1.0 if trial.recipe == "unchanged" else 0.7 * trial.workers**0.5
-        assert rate == pytest.approx(factor * config().optim.lr)
+        assert rate == pytest.approx(factor * config().optim.used.lr)
 
 
 def test_settings_over_a_recipe() -> None:

@@ -194,7 +194,7 @@ def test_a_trial_that_diverges_is_reported_and_learned_from(
 ) -> None:
     space = {"optim.lr": {"categorical": [1e-3, 1e30]}, "model.filters": {"int": [2, 4], "step": 2}}
     config = searched(tiny, space, trials=4, sampler="grid", samples=16)
-    train = Emulated(ending=lambda c: "diverged" if c.optim.lr > 1 else "finished")
+    train = Emulated(ending=lambda c: "diverged" if c.optim.used.lr > 1 else "finished")
     results = search_emulated(config, store.path, tmp_path / "out", train)
     states = {(t.params["optim.lr"], t.state) for t in results.trials}
     assert states == {(1e-3, "done"), (1e30, "diverged")}

@@ -180,17 +180,17 @@ def test_muon_does_not_depend_on_how_the_weights_lie_in_memory(shape: tuple[int,
 
 
 @pytest.mark.parametrize(
-    ("name", "momentum", "decay", "factor"),
+    ("name", "rate", "momentum", "decay", "factor"),
     [
-        ("adamw", None, 1e-2, 4.0),
-        ("lamb", None, 1e-2, 4.0),
-        ("muon", 0.95, 1e-2, 4.0),
-        ("sgd", 0.99, 3e-5, 16.0),
-        ("lars", 0.9, 5e-4, 16.0),
+        ("adamw", 1e-3, None, 1e-2, 4.0),
+        ("lamb", 1e-2, None, 1e-2, 4.0),
+        ("muon", 2.5e-3, 0.95, 1e-2, 4.0),
+        ("sgd", 1e-2, 0.99, 3e-5, 16.0),
+        ("lars", 1.0, 0.9, 5e-4, 16.0),
     ],
 )
 def test_each_optimiser_has_defaults_of_its_own(
-    name: str, momentum: float | None, decay: float, factor: float
+    name: str, rate: float, momentum: float | None, decay: float, factor: float
 ) -> None:
     """nnU-Net's SGD, the papers' LARS and Muon; the rate of 16 times the batch."""
     config = load(None, [f"optim.name={name}", "optim.scaling=null", "optim.lr=0.01"]).optim
@@ -202,7 +202,7 @@ def test_each_optimiser_has_defaults_of_its_own(
     kernels, _ = make_optimizer(UNet(depth=1, filters=2), given).param_groups
     assert kernels["weight_decay"] == 0.25
     assert kernels.get("momentum") == (None if momentum is None else 0.5)
-    assert peak_rate(given, 1024) == given.lr, "no scaling unless it is asked for"
+    assert peak_rate(given, 1024) == kernels["lr"] == rate, "no scaling unless it is asked for"
 
 
 def test_the_defaults_are_known_by_the_digests_of_before() -> None:
@@ -211,9 +211,9 @@ def test_the_defaults_are_known_by_the_digests_of_before() -> None:
     def digest(*sets: str) -> str:
         return digest_of(with_first_names(to_dict(load(None, list(sets)))))
 
-    before = ["optim.momentum=0.99", "optim.weight_decay=0.01"]
+    before = ["optim.lr=0.001", "optim.momentum=0.99", "optim.weight_decay=0.01"]
     assert digest("optim.name=adamw") == digest("optim.name=adamw", *before)
-    assert digest("optim.name=lamb") == digest("optim.name=lamb", *before)
+    assert digest("optim.name=lamb", before[0]) == digest("optim.name=lamb", *before)
     assert digest("optim.scaling=null") == digest("optim.scaling=sqrt")
     for name in ("sgd", "lars", "muon"):
         assert digest(f"optim.name={name}") != digest(f"optim.name={name}", *before)

@@ -94,7 +94,7 @@ def test_it_trains_and_is_kept_with_the_model(tiny: Config, store: Store, tmp_pa
     )
     assert start(config, store.path, run)
     rates = [event["lr"] for event in read_events(run) if event["event"] == "train"]
-    assert max(rates) > tiny.optim.lr
+    assert max(rates) > tiny.optim.used.lr
     assert read_events(run)[-1]["dice"] >= 0
 
 

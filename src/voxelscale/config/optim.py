@@ -14,23 +14,26 @@ Scaling = Literal["none", "linear", "sqrt"]
 class Own(NamedTuple):
     """What an optimiser takes where the config says null."""
 
+    lr: float
     momentum: float
     weight_decay: float
     scaling: Scaling
 
 
 OWN: dict[str, Own] = {
-    "adamw": Own(0.99, 1e-2, "sqrt"),
-    "sgd": Own(0.99, 3e-5, "linear"),
-    "lars": Own(0.9, 5e-4, "linear"),
-    "lamb": Own(0.99, 1e-2, "sqrt"),
-    "muon": Own(0.95, 1e-2, "sqrt"),
+    "adamw": Own(1e-3, 0.99, 1e-2, "sqrt"),
+    "sgd": Own(1e-2, 0.99, 3e-5, "linear"),
+    "lars": Own(1.0, 0.9, 5e-4, "linear"),
+    "lamb": Own(1e-2, 0.99, 1e-2, "sqrt"),
+    "muon": Own(2.5e-3, 0.95, 1e-2, "sqrt"),
 }
-"""By optimiser. AdamW's decay is PyTorch's, LAMB's that of You et al. 2020; Muon's is AdamW's, whose rate
-it shares (Liu et al. 2025), its momentum Jordan's (2024). SGD's momentum and decay are nnU-Net's, LARS's
-those of You, Gitman and Ginsburg 2017. The rate of SGD and LARS grows linearly (Goyal et al. 2017), that of
-adaptive rules with the square root (Malladi et al. 2022; for Muon assumed). AdamW and LAMB use no momentum:
-0.99 stands there because the digests of earlier runs hold it."""
+"""By optimiser. AdamW's rate and decay are PyTorch's; SGD's rate, momentum and decay nnU-Net's. LARS's
+momentum and decay are those of You, Gitman and Ginsburg 2017; its rate of 1 leaves the size of a step to
+the trust coefficient. LAMB's decay is that of You et al. 2020, its rate a share of each kernel's size.
+Muon's decay is AdamW's (Liu et al. 2025), its momentum Jordan's (2024), its rate measured
+(docs/benchmarks.md). The rate of SGD and LARS grows linearly (Goyal et al. 2017), that of adaptive rules
+with the square root (Malladi et al. 2022; for Muon assumed). AdamW and LAMB use no momentum: 0.99 stands
+there because the digests of earlier runs hold it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +42,9 @@ class OptimConfig(Section):
 
     name: Literal["adamw", "sgd", "lars", "lamb", "muon"] = "muon"
     """Update rule; sources in `voxelscale.train.optim`."""
-    lr: float = 1e-3
-    """Highest learning rate at a global batch of `reference_batch`."""
+    lr: float | None = None
+    """Highest learning rate at a global batch of `reference_batch`; null: 2.5e-3 for Muon, 1e-3 for AdamW,
+    1e-2 for SGD and LAMB, 1 for LARS."""
     scaling: Scaling | None = "none"
     """How the learning rate grows with the global batch; null: linear for SGD and LARS, sqrt for others."""
     reference_batch: int = 2
@@ -81,9 +85,9 @@ class OptimConfig(Section):
 
     @property
     def used(self) -> Own:
-        """Momentum, weight decay and scaling as they are used: the optimiser's own where they are null."""
+        """Rate, momentum, weight decay and scaling as used: the optimiser's own where they are null."""
         own = OWN[self.name]
-        given = (self.momentum, self.weight_decay, self.scaling)
+        given = (self.lr, self.momentum, self.weight_decay, self.scaling)
         return Own(*(a if b is None else b for a, b in zip(own, given, strict=True)))  # type: ignore[arg-type]
 
     def settled(self) -> OptimConfig:
@@ -92,7 +96,7 @@ class OptimConfig(Section):
 
     def rules(self) -> Sequence[Rule]:
         return [
-            ("lr", self.lr > 0, "above 0"),
+            ("lr", self.lr is None or self.lr > 0, "above 0"),
             ("pretrained_lr", 0 < self.pretrained_lr <= 1, "above 0, at most 1"),
             ("reference_batch", self.reference_batch >= 1, "at least 1"),
             ("momentum", self.momentum is None or 0 <= self.momentum < 1, "at least 0 and below 1"),

@@ -28,6 +28,7 @@ from optuna.distributions import (
 from optuna.trial import Trial
 
 from voxelscale.config import Config, from_dict, to_dict
+from voxelscale.config.optim import OWN
 from voxelscale.config.renamed import new_name
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search.results import Value
@@ -50,17 +51,6 @@ OURS = {
     "train.threads": "workers share the cores out",
 }
 """Keys of those sections that are not searched, and why."""
-
-RATES = {
-    "adamw": [1e-4, 1e-2],
-    "muon": [1e-4, 1e-2],
-    "lamb": [1e-3, 1e-1],
-    "sgd": [1e-3, 1e-1],
-    "lars": [1e-1, 1e1],
-}
-"""Learning rates of the default space by optimiser, a decade to both sides: of AdamW's and, as it shares
-it, Muon's (1e-3); of nnU-Net's for SGD (1e-2); of 1 for LARS, whose trust coefficient is 1e-3; of LAMB's
-(1e-2), a share of each kernel's size."""
 
 POINTS = 4
 """Of a float in a grid where the space does not say."""
@@ -191,10 +181,11 @@ def read_space(config: Config) -> Space:
 def default_space(config: Config) -> dict[str, dict[str, Any]]:
     """The keys that matter most for lesions in CT, around the config's own patch.
 
-    The rates are those of the config's optimiser, and one with momentum has it searched. A search that was
-    started before there were such defaults lists its momentum, and keeps the space that it had.
+    Rates lie a decade to both sides of the optimiser's own, and one with momentum has it searched. A search
+    that was started before there were such defaults lists its momentum, and keeps the space that it had.
     """
     own = config.optim.momentum is None
+    rate = OWN[config.optim.name if own else "adamw"].lr
     momentum: dict[str, Any] = {"optim.momentum": {"float": [0.8, 0.99]}}
     edge = max(config.data.patch_size)
     step = max(4, edge // 4 // 4 * 4)
@@ -209,7 +200,7 @@ def default_space(config: Config) -> dict[str, dict[str, Any]]:
         "model.kernel_size": {"int": [3, 5], "step": 2},
         "model.norm": {"categorical": ["instance", "batch", "group"]},
         "train.batch_size": {"int": [1, 8], "log": True},
-        "optim.lr": {"float": RATES[config.optim.name if own else "adamw"], "log": True},
+        "optim.lr": {"float": [rate / 10, rate * 10], "log": True},
         **(momentum if own and config.optim.name in ("sgd", "lars", "muon") else {}),
         "loss.cross_entropy": {"float": [0.5, 20.0], "log": True},
         "augment.strength": {"float": [0.0, 2.0]},

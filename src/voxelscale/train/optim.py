@@ -18,13 +18,13 @@ def make_optimizer(model: nn.Module, config: OptimConfig, pretrained: Collection
 
     ``adamw`` (Loshchilov and Hutter 2019), ``sgd`` with Nesterov momentum, ``lars`` (You, Gitman and
     Ginsburg 2017), ``lamb`` (You et al. 2020), ``muon`` (Jordan et al. 2024). Norms and biases are not
-    decayed; LARS and LAMB do not adapt their rates either, as the papers' own code excludes them. Momentum
-    and decay that the config leaves open are the rule's own (`voxelscale.config.optim.OWN`).
+    decayed; LARS and LAMB do not adapt their rates either, as the papers' own code excludes them. What the
+    config leaves open is the rule's own (`voxelscale.config.optim.OWN`).
 
     Args:
         pretrained: names of the parameters whose rate is `config.pretrained_lr` of the others'.
     """
-    momentum, weight_decay, _ = config.used
+    own = config.used
     slow = frozenset(pretrained) if config.pretrained_lr < 1 else frozenset[str]()
     named = [(name in slow, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = []
@@ -34,18 +34,18 @@ def make_optimizer(model: nn.Module, config: OptimConfig, pretrained: Collection
         )
         more = {"rate": config.pretrained_lr} if kept else {}
         groups += [
-            {"params": kernels, "weight_decay": weight_decay, "adapt": True, **more},
+            {"params": kernels, "weight_decay": own.weight_decay, "adapt": True, **more},
             {"params": others, "weight_decay": 0.0, "adapt": False, **more},
         ]
     if config.name == "lars":
-        return Lars(groups, lr=config.lr, momentum=momentum, trust=config.trust)
+        return Lars(groups, lr=own.lr, momentum=own.momentum, trust=config.trust)
     if config.name == "lamb":
-        return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        return Lamb(groups, lr=own.lr, betas=config.betas, eps=config.eps)
     if config.name == "muon":
-        return Muon(groups, lr=config.lr, momentum=momentum, betas=config.betas, eps=config.eps)
+        return Muon(groups, lr=own.lr, momentum=own.momentum, betas=config.betas, eps=config.eps)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0)
+        return torch.optim.AdamW(groups, lr=own.lr, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.SGD(groups, lr=own.lr, momentum=own.momentum, nesterov=own.momentum > 0)
 
 
 class _Rule(Optimizer):
@@ -249,7 +249,7 @@ def peak_rate(config: OptimConfig, global_batch: int) -> float:
     """
     ratio = global_batch / config.reference_batch
     factor = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.used.scaling]
-    rate = config.lr * factor
+    rate = config.used.lr * factor
     return min(rate, config.max_lr) if config.max_lr else rate
 
 

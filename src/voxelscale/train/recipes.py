@@ -87,7 +87,7 @@ def _with(recipe: Recipe, optim: OptimConfig) -> OptimConfig:
     """What all recipes change alike."""
     return replace(
         optim,
-        lr=round(recipe.rate * optim.lr, 12),
+        lr=round(recipe.rate * optim.used.lr, 12),
         scaling=None,
         betas=(optim.betas[0], min(optim.betas[1], SECOND_MOMENT)),
         grow_from=recipe.grow_from * optim.reference_batch,
