@@ -27,7 +27,7 @@ FAST = [
         "--set",
         "train.precision=fp32",
     ),
-    *("--set", "loss.cross_entropy=1", "--set", "loss.top_k=1", "--set", "optim.lr=0.003"),
+    *("--set", "loss.cross_entropy=1", "--set", "loss.top_k=1", "--set", "optim.lr=0.01"),
 ]
 
 

@@ -233,11 +233,17 @@ CHECKPOINTS: dict[str, Damage] = {
     "optimizer-empty": sealed(lambda content: content.update(optimizer={})),
     "optimizer-groups-a-number": sealed(lambda content: content["optimizer"].update(param_groups=7)),
     "optimizer-state-a-list": sealed(lambda content: content["optimizer"].update(state=[1])),
-    "optimizer-moments-text": sealed(
-        lambda content: content["optimizer"]["state"][0].update(exp_avg="small")
-    ),
+    "optimizer-moments-text": sealed(lambda content: content["optimizer"]["state"][0].update(mean="small")),
     "optimizer-moments-of-another-shape": sealed(
+        lambda content: content["optimizer"]["state"][0].update(mean=torch.zeros(7))
+    ),
+    "optimizer-moments-of-another-rule": sealed(
         lambda content: content["optimizer"]["state"][0].update(exp_avg=torch.zeros(7))
+    ),
+    "optimizer-momentum-missing": sealed(
+        lambda content: (
+            [each.pop("momentum", 0) for each in content["optimizer"]["state"].values()] and None
+        )
     ),
     "optimizer-steps-missing": sealed(
         lambda content: content["optimizer"]["state"][0].pop("step") and None

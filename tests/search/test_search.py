@@ -41,7 +41,7 @@ def test_a_search_finds_the_best_of_its_trials_and_begins_with_the_default(done:
     assert [t.state for t in results.trials] == ["done"] * 4
     assert results.best is not None
     assert results.best.values[0] == max(t.values[0] for t in results.trials)
-    assert results.trials[0].params == {"optim.lr": 1e-3, "model.filters": 4}
+    assert results.trials[0].params == {"optim.lr": Config().optim.used.lr, "model.filters": 4}
     for trial in results.trials:
         told = events(done / "trials" / f"{trial.number:04d}", "validation")
         assert trial.values == (told[-1]["dice"],), "the value is what the training wrote"

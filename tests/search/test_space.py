@@ -107,7 +107,7 @@ def test_the_default_space_holds_the_default_config_and_fits_any_patch() -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "rates"), [("sgd", (1e-3, 1e-1)), ("lars", (0.1, 10.0)), ("muon", (2.5e-4, 2.5e-2))]
+    ("name", "rates"), [("sgd", (1e-3, 1e-1)), ("lars", (0.1, 10.0)), ("muon", (5e-4, 5e-2))]
 )
 def test_the_default_space_is_the_optimisers(name: str, rates: tuple[float, float]) -> None:
     space = read_space(load(None, [f"optim.name={name}"]))

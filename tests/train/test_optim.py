@@ -184,7 +184,7 @@ def test_muon_does_not_depend_on_how_the_weights_lie_in_memory(shape: tuple[int,
     [
         ("adamw", 1e-3, None, 1e-2, 4.0),
         ("lamb", 1e-2, None, 1e-2, 4.0),
-        ("muon", 2.5e-3, 0.95, 1e-2, 4.0),
+        ("muon", 5e-3, 0.95, 1e-2, 4.0),
         ("sgd", 1e-2, 0.99, 3e-5, 16.0),
         ("lars", 1.0, 0.9, 5e-4, 16.0),
     ],

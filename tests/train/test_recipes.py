@@ -33,13 +33,16 @@ def test_auto_goes_by_the_number_of_workers_and_says_so(workers: int) -> None:
 
 
 def test_muon_takes_the_rate_of_adamw_alone() -> None:
-    config = load(None, ["train.recipe=muon", "optim.lr=2e-3", "optim.reference_batch=4"])
+    sets = ["train.recipe=muon", "optim.name=adamw", "optim.lr=2e-3", "optim.reference_batch=4"]
+    config = load(None, sets)
     settled, told = resolve(config, 64)
     optim = settled.optim
     assert told == "recipe muon for 64 workers"
     assert (optim.name, optim.grow_from) == ("muon", 16 * 4)
     assert peak_rate(optim, 64 * 4) == pytest.approx(1.4 * 8 * 2e-3)
     assert optim.used.momentum < 0.95
+    own, _ = resolve(load(None, ["train.recipe=muon"]), 64)
+    assert own.optim.used.lr == pytest.approx(3.5e-3), "0.7 of Muon's own"
     with pytest.raises(VoxelscaleError, match=r"optim\.name=lars"):
         resolve(load(None, ["optim.name=lars"], config), 64)
 

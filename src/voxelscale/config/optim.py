@@ -25,7 +25,7 @@ OWN: dict[str, Own] = {
     "sgd": Own(1e-2, 0.99, 3e-5, "linear"),
     "lars": Own(1.0, 0.9, 5e-4, "linear"),
     "lamb": Own(1e-2, 0.99, 1e-2, "sqrt"),
-    "muon": Own(2.5e-3, 0.95, 1e-2, "sqrt"),
+    "muon": Own(5e-3, 0.95, 1e-2, "sqrt"),
 }
 """By optimiser. AdamW's rate and decay are PyTorch's; SGD's rate, momentum and decay nnU-Net's. LARS's
 momentum and decay are those of You, Gitman and Ginsburg 2017; its rate of 1 leaves the size of a step to
@@ -43,7 +43,7 @@ class OptimConfig(Section):
     name: Literal["adamw", "sgd", "lars", "lamb", "muon"] = "muon"
     """Update rule; sources in `voxelscale.train.optim`."""
     lr: float | None = None
-    """Highest learning rate at a global batch of `reference_batch`; null: 2.5e-3 for Muon, 1e-3 for AdamW,
+    """Highest learning rate at a global batch of `reference_batch`; null: 5e-3 for Muon, 1e-3 for AdamW,
     1e-2 for SGD and LAMB, 1 for LARS."""
     scaling: Scaling | None = "none"
     """How the learning rate grows with the global batch; null: linear for SGD and LARS, sqrt for others."""

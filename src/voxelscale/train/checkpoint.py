@@ -21,7 +21,7 @@ from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic, write_sealed
 from voxelscale.model.bundle import load_untrusted
-from voxelscale.train.optim import AveragedWeights
+from voxelscale.train.optim import KEPT, AveragedWeights
 
 FORMAT = 2
 BEST = "best.ckpt"
@@ -249,6 +249,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) ->
     """Raise a ValueError where what PyTorch would take unseen fails, or misleads, the next update."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, entries in saved["state"].items():
+        if set(entries) not in KEPT:  # our own rules would begin with what is missing anew
+            raise ValueError(f"the optimizer's state of a weight is {', '.join(entries) or 'empty'}")
         for name, value in entries.items():
             of_one = isinstance(value, Tensor) and value.dim() > 0
             if of_one and value.shape != parameters[number].shape:

@@ -12,6 +12,14 @@ from torch.optim import Optimizer
 
 from voxelscale.config import OptimConfig
 
+KEPT = (
+    {"exp_avg", "exp_avg_sq", "step"},  # PyTorch's AdamW
+    {"momentum_buffer"},  # its SGD
+    {"mean", "square", "step"},
+    {"momentum"},
+)
+"""What the rules keep of a weight: all of one of these, or it has not been updated."""
+
 
 def make_optimizer(model: nn.Module, config: OptimConfig, pretrained: Collection[str] = ()) -> Optimizer:
     """The update rule by name.

@@ -10,8 +10,12 @@ from voxelscale.errors import VoxelscaleError
 LARGE_FROM = 8
 """Workers from which ``recipe=auto`` changes settings: below, those of one worker keep their Dice."""
 
-ADAMS_RATE = ("adamw", "muon")
-"""Optimisers with the same learning rate: Muon's updates have the root mean square of Adam's."""
+MUONS_RATE = {"adamw": 1.4, "muon": 0.7}
+"""What the recipe `muon` multiplies the configured learning rate with, by the optimiser that this is for: with
+one worker Muon takes a higher rate than AdamW."""
+
+LARGE_BATCHS_RATE = 0.7
+"""The same of `large_batch`, for every optimiser."""
 
 SECOND_MOMENT = 0.95
 """Decay of Adam's second moment: with few updates a longer memory is not filled."""
@@ -25,20 +29,18 @@ class Recipe:
     """What a recipe changes.
 
     Attributes:
-        rate: factor of the configured learning rate, before it grows with the global batch.
         warmup: share of the samples.
         grow_from: reference batches of the first updates.
         grow_share: share of the samples over which the global batch grows to that of all workers.
     """
 
-    rate: float
     warmup: float
     grow_from: int
     grow_share: float
 
 
-MUON = Recipe(rate=1.4, warmup=0.02, grow_from=16, grow_share=0.2)
-LARGE_BATCH = Recipe(rate=0.7, warmup=0.1, grow_from=4, grow_share=0.4)
+MUON = Recipe(warmup=0.02, grow_from=16, grow_share=0.2)
+LARGE_BATCH = Recipe(warmup=0.1, grow_from=4, grow_share=0.4)
 
 
 def resolve(config: Config, workers: int) -> tuple[Config, str]:
@@ -49,8 +51,8 @@ def resolve(config: Config, workers: int) -> tuple[Config, str]:
     global batch grows from a few reference batches to that of all workers (Smith et al. 2018), as at first
     a training takes many steps, not many samples.
 
-    ``muon``: Muon in place of the configured optimiser, with less momentum than usual, a higher rate and a
-    short warm-up. ``large_batch``: the configured optimiser with a lower rate, a longer warm-up and more
+    ``muon``: Muon in place of the configured optimiser, with less momentum than usual, a rate of
+    its own and a short warm-up. ``large_batch``: the configured optimiser with a lower rate, a longer warm-up and more
     growth, so more updates. ``auto``: ``muon`` where AdamW or Muon is configured, else ``large_batch``,
     both from `LARGE_FROM` workers on.
 
@@ -61,7 +63,7 @@ def resolve(config: Config, workers: int) -> tuple[Config, str]:
     if recipe == "auto":
         recipe = "none"
         if workers >= LARGE_FROM:
-            recipe = "muon" if config.optim.name in ADAMS_RATE else "large_batch"
+            recipe = "muon" if config.optim.name in MUONS_RATE else "large_batch"
         line = f"recipe auto: {recipe} for {workers} workers"
     if recipe != "none":
         config = replace(config, optim=_muon(config) if recipe == "muon" else _large_batch(config))
@@ -70,24 +72,27 @@ def resolve(config: Config, workers: int) -> tuple[Config, str]:
 
 
 def _muon(config: Config) -> OptimConfig:
-    if config.optim.name not in ADAMS_RATE:
+    factor = MUONS_RATE.get(config.optim.name)
+    if factor is None:
         problem = (
             f"train.recipe=muon takes AdamW's or Muon's rate, not that of optim.name={config.optim.name}"
         )
         raise VoxelscaleError(problem, "set optim.name=adamw and its rate, or train.recipe=large_batch")
+    rate = factor * config.optim.used.lr
     optim = replace(config.optim, name="muon", momentum=MOMENTUM, warmup=MUON.warmup)
-    return _with(MUON, optim)
+    return _with(MUON, optim, rate)
 
 
 def _large_batch(config: Config) -> OptimConfig:
-    return _with(LARGE_BATCH, replace(config.optim, warmup=max(config.optim.warmup, LARGE_BATCH.warmup)))
+    optim = replace(config.optim, warmup=max(config.optim.warmup, LARGE_BATCH.warmup))
+    return _with(LARGE_BATCH, optim, LARGE_BATCHS_RATE * config.optim.used.lr)
 
 
-def _with(recipe: Recipe, optim: OptimConfig) -> OptimConfig:
+def _with(recipe: Recipe, optim: OptimConfig, rate: float) -> OptimConfig:
     """What all recipes change alike."""
     return replace(
         optim,
-        lr=round(recipe.rate * optim.used.lr, 12),
+        lr=round(rate, 12),
         scaling=None,
         betas=(optim.betas[0], min(optim.betas[1], SECOND_MOMENT)),
         grow_from=recipe.grow_from * optim.reference_batch,
