@@ -11,8 +11,8 @@ LARGE_FROM = 8
 """Workers from which ``recipe=auto`` changes settings: below, those of one worker keep their Dice."""
 
 MUONS_RATE = {"adamw": 1.4, "muon": 0.7}
-"""What the recipe `muon` multiplies the configured learning rate with, by the optimiser that this is for: with
-one worker Muon takes a higher rate than AdamW."""
+"""What the recipe `muon` multiplies the configured learning rate with, by the optimiser that this is for:
+with one worker Muon takes a higher rate than AdamW."""
 
 LARGE_BATCHS_RATE = 0.7
 """The same of `large_batch`, for every optimiser."""
@@ -51,8 +51,8 @@ def resolve(config: Config, workers: int) -> tuple[Config, str]:
     global batch grows from a few reference batches to that of all workers (Smith et al. 2018), as at first
     a training takes many steps, not many samples.
 
-    ``muon``: Muon in place of the configured optimiser, with less momentum than usual, a rate of
-    its own and a short warm-up. ``large_batch``: the configured optimiser with a lower rate, a longer warm-up and more
+    ``muon``: Muon in place of the configured optimiser, with less momentum than usual, its own rate and
+    a short warm-up. ``large_batch``: the configured optimiser with a lower rate, a longer warm-up and more
     growth, so more updates. ``auto``: ``muon`` where AdamW or Muon is configured, else ``large_batch``,
     both from `LARGE_FROM` workers on.
 
