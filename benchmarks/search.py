@@ -47,7 +47,7 @@ from voxelscale.files import write_csv
 from voxelscale.phantom.dataset import write_phantoms
 from voxelscale.scale.study import t_interval
 from voxelscale.search.report import status_table
-from voxelscale.search.results import SearchResults, Value, utilisation
+from voxelscale.search.results import SearchResults, TrialResult, Value, utilisation
 from voxelscale.search.sampling import make_pruner, make_sampler, rungs, should_prune
 from voxelscale.search.search import search
 from voxelscale.search.space import Space, read_space
@@ -393,11 +393,15 @@ def write_table(results: SearchResults, marks: Sequence[int]) -> None:
     rows: list[list[object]] = [[*results.keys, *(f"dice_{k}" for k in range(len(marks))), "seconds"]]
     for trial in results.done:
         curve = dict(trial.curve)
-        seconds = sum((s.ended or s.begun) - s.begun for s in trial.stretches)
         dice = [f"{curve[mark]:.4f}" for mark in marks]
-        rows.append([*(_short(trial.params[key]) for key in results.keys), *dice, f"{seconds:.1f}"])
+        rows.append([*(_short(trial.params[key]) for key in results.keys), *dice, f"{_seconds(trial):.1f}"])
     write_csv(TABLE, rows)
     print(f"{len(rows) - 1} configs in {TABLE}")
+
+
+def _seconds(trial: TrialResult) -> float:
+    """That it was trained, all stretches together."""
+    return sum((s.ended or s.begun) - s.begun for s in trial.stretches)
 
 
 def _short(value: Value) -> object:
@@ -419,7 +423,7 @@ def real(config: Config, folder: Path, trials: int, seeds: int) -> None:
         facts[name] = {
             "busy": utilisation(results, time.time()),
             "trials": len(results.trials),
-            "seconds": sum((s.ended or s.begun) - s.begun for t in results.trials for s in t.stretches),
+            "seconds": sum(_seconds(trial) for trial in results.trials),
         }
     dice = {
         name: _over_seeds(whole, other, folder / "confirm" / name, seeds) for name, whole in configs.items()

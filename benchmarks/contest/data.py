@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,14 @@ class Split:
         return tuple(name for name in self.train if name not in set(self.choose))
 
 
+def _cases(names: Sequence[str], images: Path, labels: Path, channel: str = "") -> dict[str, Case]:
+    """By name; `channel` follows the name of an image's file."""
+    return {
+        name: Case(name=name, image=images / f"{name}{channel}.nii.gz", label=labels / f"{name}.nii.gz")
+        for name in names
+    }
+
+
 def hippocampus(shared: Path, _: Path) -> DataSet:
     """The Decathlon's, with the folds that nnU-Net makes of it."""
     folder = shared / "msd_hippocampus"
@@ -92,18 +101,10 @@ def hippocampus(shared: Path, _: Path) -> DataSet:
     names = sorted(
         path.name.removesuffix("_0000.nii.gz") for path in (folder / "imagesTr").glob("*.nii.gz")
     )
-    cases = {
-        name: Case(
-            name=name,
-            image=folder / "imagesTr" / f"{name}_0000.nii.gz",
-            label=folder / "labelsTr" / f"{name}.nii.gz",
-        )
-        for name in names
-    }
     return DataSet(
         channel="MRI",
         labels=("Anterior", "Posterior"),
-        cases=cases,
+        cases=_cases(names, folder / "imagesTr", folder / "labelsTr", "_0000"),
         folds=tuple((tuple(fold["train"]), tuple(fold["val"])) for fold in folds),
     )
 
@@ -113,14 +114,7 @@ def nodule_cubes(shared: Path, _: Path) -> DataSet:
     folder = shared / "lidc_nodule_cubes"
     with (folder / "nodules.csv").open(newline="") as file:
         names = sorted(row["case"] for row in csv.DictReader(file))
-    cases = {
-        name: Case(
-            name=name,
-            image=folder / "images" / f"{name}.nii.gz",
-            label=folder / "labels" / f"{name}.nii.gz",
-        )
-        for name in names
-    }
+    cases = _cases(names, folder / "images", folder / "labels")
     patients = sorted({name.split("_")[0] for name in names})
     order = np.random.default_rng(12345).permutation(len(patients))
     fold_of = {patients[at]: place % 5 for place, at in enumerate(order)}
@@ -148,14 +142,7 @@ def phantoms(shared: Path, folder: Path) -> DataSet:
         write_phantoms(config, scans)
         done.touch()
     names = sorted(path.name.removesuffix(".nii.gz") for path in (scans / "images").iterdir())
-    cases = {
-        name: Case(
-            name=name,
-            image=scans / "images" / f"{name}.nii.gz",
-            label=scans / "labels" / f"{name}.nii.gz",
-        )
-        for name in names
-    }
+    cases = _cases(names, scans / "images", scans / "labels")
     fold = tuple(names[:TRAINED_ON]), tuple(names[TRAINED_ON:])
     return DataSet(channel="CT", labels=("lesion",), cases=cases, folds=(fold,), detect=True)
 

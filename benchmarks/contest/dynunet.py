@@ -99,9 +99,9 @@ def train(job: Job, place: Place, course: Course) -> Trained:
         image = look({"image": str(case.image)})["image"]
         with torch.inference_mode():
             logits = sliding_window_inference(image[None], patch[::-1], 2, network, 0.5, mode="gaussian")
-            own = read_scan(case.image).array.shape
-            if logits.shape[:1:-1] != own:
-                logits = F.interpolate(logits, own[::-1], mode="trilinear", align_corners=False)
+            if place.data.detect:  # from the plan's spacing back to the scan's
+                own = read_scan(case.image).array.shape[::-1]
+                logits = F.interpolate(logits, own, mode="trilinear", align_corners=False)
         labels = np.asarray(logits[0].argmax(0)).transpose(2, 1, 0)
         return Answer(labels=labels, probability=np.asarray(logits[0].softmax(0)[1]).transpose(2, 1, 0))
 

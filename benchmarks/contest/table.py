@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.evaluate.bootstrap import percentile_interval
 from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, pool, resampled
 
 RESAMPLES = 10_000
@@ -87,7 +88,7 @@ def _detected(runs: list[dict[str, Any]]) -> tuple[list[float], list[NDArray[np.
 
 
 def _limits(values: NDArray[np.float64]) -> str:
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+    low, high = percentile_interval(values) or (np.nan, np.nan)
     return f"({low:.3f} to {high:.3f})"
 
 

@@ -242,7 +242,7 @@ CHECKPOINTS: dict[str, Damage] = {
     ),
     "optimizer-momentum-missing": sealed(
         lambda content: (
-            [each.pop("momentum", 0) for each in content["optimizer"]["state"].values()] and None
+            [kept.pop("momentum", 0) for kept in content["optimizer"]["state"].values()] and None
         )
     ),
     "optimizer-steps-missing": sealed(

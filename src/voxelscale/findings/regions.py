@@ -24,7 +24,7 @@ def components(mask: NDArray[np.bool_], least: float = 0.0) -> list[Voxels]:
     part = mask[around]
     if sorted(part.shape)[:2] == [1, 1]:
         # In a line of voxels cc3d 4.1 expects too few components, and raises a RuntimeError.
-        part = np.pad(part, 1)[1:, 1:, 1:]
+        part = np.pad(part, (0, 1))
     labels, count = cc3d.connected_components(part, connectivity=26, return_N=True)
     if not count:
         return []

@@ -249,7 +249,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) ->
     """Raise a ValueError where what PyTorch would take unseen fails, or misleads, the next update."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, entries in saved["state"].items():
-        if set(entries) not in KEPT:  # our own rules would begin with what is missing anew
+        if set(entries) not in KEPT:  # our own rules would start the missing part from zero
             raise ValueError(f"the optimizer's state of a weight is {', '.join(entries) or 'empty'}")
         for name, value in entries.items():
             of_one = isinstance(value, Tensor) and value.dim() > 0
