@@ -216,6 +216,14 @@ def test_what_is_no_scan_for_the_model(run: Path, scans: Path) -> None:
         model.predict(source.image, source.image)
     with pytest.raises(VoxelscaleError, match="thresold"):
         model.predict(source.image, settings=["predict.thresold=1"])
+    # What a file would be refused for.
+    array, affine = array_of(load_scan(source.image))
+    torn = array.astype(np.float32)
+    torn[:2] = np.nan
+    with pytest.raises(VoxelscaleError, match="voxels are NaN or infinite"):
+        model.predict(torn, affine=affine)
+    with pytest.raises(VoxelscaleError, match="the scan: its voxel axes do not stand at right angles"):
+        model.predict(array, affine=affine + np.eye(4, k=1) * [1, 1, 0, 0])
 
 
 def test_findings_as_a_table(run: Path, scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from voxelscale import __version__
 from voxelscale.config import Config, dump
 from voxelscale.dataset.listing import list_sources
 from voxelscale.evaluate.text import size_name
+from voxelscale.model.bundle import read_bundle, write_bundle
 from voxelscale.phantom.dataset import write_phantoms
 
 VERBS = [
@@ -222,6 +223,34 @@ def assert_same_findings(one: Path, other: Path) -> None:
     assert [row[0] for row in tables[0]] == [row[0] for row in tables[1]]
     alone, shared = (np.asarray([row[1:] for row in table[1:]], float) for table in tables)
     assert np.allclose(alone, shared, atol=1e-3)
+
+
+def test_a_folder_of_predictions_has_one_table_whatever_the_commands(
+    voxelscale: Command, job: Path, tmp_path: Path
+) -> None:
+    """Predicted case by case, the table holds all of them; those of another model are left out."""
+    images = sorted((job / "scans" / "images").iterdir())[:3]
+    for image in images[:2]:
+        assert voxelscale("predict", job / "run", image, tmp_path / "each")[0] == 0
+    together = tmp_path / "two"
+    together.mkdir()
+    for image in images[:2]:
+        (together / image.name).symlink_to(image)
+    assert voxelscale("predict", job / "run", together, tmp_path / "both")[0] == 0
+    table = (tmp_path / "both" / "findings.csv").read_text()
+    assert (tmp_path / "each" / "findings.csv").read_text() == table
+    assert len(table.splitlines()) > 1
+
+    other = read_bundle(job / "run")
+    weights = {name: weight * 1.01 for name, weight in other.weights.items()}
+    write_bundle(tmp_path / "other.vxs", replace(other, weights=weights))
+    code, _, errors = voxelscale("predict", tmp_path / "other.vxs", images[2], tmp_path / "each")
+    assert code == 0
+    assert "each: 2 cases of another model" in errors
+    cases = {
+        line.split(",")[0] for line in (tmp_path / "each" / "findings.csv").read_text().splitlines()[1:]
+    }
+    assert cases <= {images[2].name.removesuffix(".nii.gz")}
 
 
 def test_a_broken_scan_does_not_stop_the_others(voxelscale: Command, job: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,20 @@ def test_values_survive_yaml(samples: int, rate: float, norm: str) -> None:
 def test_every_key_has_a_docstring() -> None:
     assert undocumented() == []
     assert set(keys()) <= set(docstrings())
+
+
+def test_no_number_may_be_negative() -> None:
+    """-1 for "off" or "all" would train by gradient ascent, or leave one scan out."""
+    taken = []
+    for section, tree in to_dict(Config()).items():
+        for key, value in tree.items():
+            numbers = value if isinstance(value, list) else [value]
+            if not numbers or not all(type(n) in (int, float) for n in numbers):
+                continue
+            with suppress(VoxelscaleError):
+                from_dict({section: {key: [-1] * len(value) if isinstance(value, list) else -1}})
+                taken.append(f"{section}.{key}")
+    assert taken == []
 
 
 def test_the_printed_config_explains_every_key_and_is_read_back(

@@ -35,7 +35,7 @@ from voxelscale.evaluate.froc import Froc, Matches, match_marks
 from voxelscale.evaluate.froc import froc as curve_of
 from voxelscale.evaluate.truth import Truth
 from voxelscale.findings import Finding, lesions_of_mask
-from voxelscale.formats import check_same_place, read_label, read_scan, write_scan
+from voxelscale.formats import check_same_place, check_scan, read_label, read_scan, write_scan
 from voxelscale.geometry import Scan, Triple, reorient
 from voxelscale.lungs import lung_field
 from voxelscale.model.bundle import Bundle, read_bundle
@@ -216,7 +216,8 @@ class Model:
             settings: keys of the config, such as ``"predict.threshold=0.3"``.
 
         Raises:
-            VoxelscaleError: it is no scan for this model, an array has no affine, or a setting is unknown.
+            VoxelscaleError: it is no scan for this model, an array has no affine or holds NaN, or a setting
+                is unknown.
         """
         if len(channels) != len(self.channels):
             names = ", ".join(channel.name for channel in self.channels)
@@ -251,13 +252,16 @@ class Model:
 
 
 def _as_scan(given: Scan | str | Path | NDArray[Any], affine: ArrayLike | None) -> Scan:
-    if isinstance(given, Scan):
-        return given
     if isinstance(given, str | Path):
         return load_scan(given)
-    if affine is None:
+    if isinstance(given, Scan):
+        scan = given
+    elif affine is None:
         raise VoxelscaleError("an array without an affine", "give affine=, (4, 4) to RAS mm")
-    return scan_of(given, affine)
+    else:
+        scan = scan_of(given, affine)
+    check_scan(scan)
+    return scan
 
 
 def evaluate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import highdicom as hd
@@ -158,6 +159,67 @@ def test_contours_on_finer_slices_do_not_cancel(case: tuple[Scan, Scan, Path]) -
     step = image.grid.affine[:3, 0] * 0.3
     write_rtstruct(folder / "rt.dcm", {"GTV": [*outlines, *(o + step for o in outlines)]})
     assert np.array_equal(read_labels(folder / "rt.dcm", image).mask.array, mask.array)
+
+
+@pytest.mark.parametrize(
+    "name", ["Lungs-GTV", "Lung_R - IGTV", "Liver minus GTVp", "Liver_excl_lesion", "non-tumour"]
+)
+def test_what_is_left_of_an_organ_is_no_lesion(case: tuple[Scan, Scan, Path], name: str) -> None:
+    """As AAPM TG-263 names it: the organ without the tumour."""
+    image, mask, folder = case
+    organ = Scan(np.ones_like(mask.array), mask.affine)
+    organ.array[:, :1] = organ.array[:, -1:] = 0
+    write_rtstruct(folder / "rt.dcm", {name: boundaries(organ), "GTV-1": boundaries(mask)})
+    assert np.array_equal(read_labels(folder / "rt.dcm", image).mask.array, mask.array)
+    write_rtstruct(folder / "rt.dcm", {name: boundaries(organ), "Heart": boundaries(mask)})
+    with pytest.raises(VoxelscaleError, match="which of its regions is the lesion"):
+        read_labels(folder / "rt.dcm", image)
+
+
+@pytest.mark.parametrize(
+    "name", ["GTV-1", "GTV-N_2", "RUL-nodule", "Lung-Tumor", "IGTV", "liver metastases"]
+)
+def test_what_lesions_are_called(case: tuple[Scan, Scan, Path], name: str) -> None:
+    image, mask, folder = case
+    write_rtstruct(folder / "rt.dcm", {"Heart": boundaries(mask)[:1], name: boundaries(mask)})
+    assert np.array_equal(read_labels(folder / "rt.dcm", image).mask.array, mask.array)
+
+
+def drawn_at(folder: Path, places: Sequence[float], x: Sequence[float]) -> np.ndarray:
+    """The mask of circles at these slices and columns of a scan of 40 slices of 1 mm."""
+    image = Scan(np.zeros((40, 24, 26), np.int16), affine_from_itk((0, 0, 0), (1, 1, 1), np.eye(3)))
+    contours = [circle(at, 12) + np.array([z - 3, 0, 0]) for z, at in zip(places, x, strict=True)]
+    write_rtstruct(folder / "rt.dcm", {"GTV": [image.grid.index_to_mm(c) for c in contours]})
+    mask: np.ndarray = read_labels(folder / "rt.dcm", image).mask.array
+    return mask
+
+
+def test_contours_on_some_slices_are_one_lesion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On every third slice, or on slices 1.25 times as thick as the scan's: none is left out between."""
+    area = int(drawn_at(tmp_path, [12], [12]).sum())
+    assert capsys.readouterr().err == ""
+    for places, slices, told in (
+        ([10, 13, 16], range(9, 18), "every 3 slices (3 mm)"),
+        ([8 + 1.25 * n for n in range(9)], range(8, 19), "every 1.2 slices (1.25 mm)"),
+    ):
+        mask = drawn_at(tmp_path, places, [12] * len(places))
+        assert {z: int(mask[z].sum()) for z in np.flatnonzero(mask.any((1, 2)))} == dict.fromkeys(
+            slices, area
+        )
+        assert f"GTV: drawn on {told}; the slices between are given" in capsys.readouterr().err
+    # Two lesions side by side; and two above each other, each on a slice of its own.
+    beside = drawn_at(tmp_path, [10, 10, 13, 13], [6, 19] * 2)
+    assert np.flatnonzero(beside.any((1, 2))).tolist() == list(range(9, 15))
+    assert beside.sum() == 12 * area
+    assert "every 3 slices" in capsys.readouterr().err
+    apart = drawn_at(tmp_path, [10, 22], [12, 12])
+    assert np.flatnonzero(apart.any((1, 2))).tolist() == [10, 22]
+    assert "(12 mm); the slices between are left empty" in capsys.readouterr().err
+
+
+def test_contours_midway_between_slices_fill_each(tmp_path: Path) -> None:
+    mask = drawn_at(tmp_path, [n + 0.5 for n in range(7, 16)], [12] * 9)
+    assert np.flatnonzero(mask.any((1, 2))).tolist() == list(range(8, 17))
 
 
 def circle(x: float, y: float, radius: float = 3.2, count: int = 40) -> np.ndarray:

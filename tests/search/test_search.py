@@ -140,6 +140,24 @@ def test_a_warm_start_takes_comparable_trials_as_known(
     assert best.params in [t.params for t in other.trials]
 
 
+def test_on_other_devices_a_trial_is_another(
+    done: Path, store: Store, tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its global batch is another, unless the search chooses each trial's ranks."""
+    any_ranks = replace(tiny, train=replace(tiny.train, ranks=0))
+    begin(searched(any_ranks, devices_per_trial=2), store.path, tmp_path / "out")
+    with pytest.raises(VoxelscaleError, match=r"another search\.devices_per_trial"):
+        begin(searched(any_ranks, devices_per_trial=1), store.path, tmp_path / "out")
+    space = {"train.ranks": {"categorical": [1]}}
+    for devices in (2, 1):
+        begin(searched(any_ranks, space, devices_per_trial=devices), store.path, tmp_path / "chosen")
+
+    set_verbosity(1)
+    warm = searched(any_ranks, warm_start=str(done), devices_per_trial=2)
+    begin(warm, store.path, tmp_path / "warm")
+    assert "are tried first" in capsys.readouterr().err
+
+
 def test_what_cannot_run_is_not_run_and_does_not_count(
     store: Store,
     tiny: Config,

@@ -193,6 +193,12 @@ def test_what_a_user_can_fix_is_reported(samples: Any, more: str, message: str) 
         fit(network(), F.mse_loss, samples, settings(more))
 
 
+@pytest.mark.parametrize("setting", ["train.start_from=model.vxs", "optim.pretrained_lr=0.1"])
+def test_weights_that_it_does_not_read_are_refused(setting: str) -> None:
+    with pytest.raises(VoxelscaleError, match=f"fit: {setting.partition('=')[0]} is for voxelscale train"):
+        fit(nn.Linear(1, 1), nn.MSELoss(), [], load(sets=[setting]))
+
+
 def test_other_samples_and_other_files_are_refused(tmp_path: Path) -> None:
     fit(network(), F.mse_loss, [draw(i) for i in range(5)], settings(), run=tmp_path / "run")
     with pytest.raises(VoxelscaleError, match="another data set"):

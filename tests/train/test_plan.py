@@ -163,23 +163,24 @@ def test_the_memory_of_each_preset(
     assert "of 2.00 GiB" in plan_store(small, here).reasons[-1]
 
 
-def test_a_larger_batch_is_planned_for_gpus_alone(
+def test_a_small_patch_and_batch_are_planned_for_cpus_alone(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where somebody names the memory, it is that of the device to train on, whatever this one is."""
     planned = {}
     monkeypatch.setattr("voxelscale.train.plan.estimate_memory", lambda config, **_: memory_of_maps(config))
     monkeypatch.setattr("voxelscale.train.plan.available_memory", lambda device: 2**33)
-    many = replace(store_of((48, 48, 48), (1.0, 1.0, 1.0)), path=tmp_path)
+    many = replace(store_of((96, 128, 128), (2.0, 1.0, 1.0)), path=tmp_path)
     many = replace(many, cases=tuple(replace(many.cases[0], case=f"case_{n}") for n in range(200)))
     for kind in ("cpu", "cuda"):
         monkeypatch.setattr("voxelscale.train.plan.default_device", lambda kind=kind: torch.device(kind))
         planned[kind] = plan_store(Config(), many)
-    assert planned["cpu"].patch_size == planned["cuda"].patch_size
-    assert (planned["cpu"].batch_size, planned["cuda"].batch_size) == (2, 10)
+    assert (planned["cpu"].patch_size, planned["cpu"].batch_size) == ((28, 56, 56), 2)
+    assert "a CPU takes seconds for a larger one" in planned["cpu"].reasons[1]
+    assert (planned["cuda"].patch_size, planned["cuda"].batch_size) == ((96, 128, 128), 10)
     named = Config(prepare=replace(Config().prepare, memory_gib=8.0))
     monkeypatch.setattr("voxelscale.train.plan.default_device", lambda: torch.device("cpu"))
-    assert plan_store(named, many).batch_size == 10
+    assert plan_store(named, many).patch_size == planned["cuda"].patch_size
 
 
 def test_blocks_of_levels_follow_the_planned_depth(tmp_path: Path) -> None:

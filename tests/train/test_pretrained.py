@@ -255,6 +255,23 @@ def test_the_command_and_a_resumed_run(
     assert str(tmp_path) not in (tmp_path / "new" / "model.vxs").read_bytes().decode("latin-1")
 
 
+def test_batch_norm_cannot_be_frozen(
+    store: Store, tiny: Config, tmp_path: Path, voxelscale: Command
+) -> None:
+    """Its statistics would follow the new data, and the encoder would see something else."""
+    (tmp_path / "batch.yaml").write_text(dump(with_train(tiny, "batch", samples=2)))
+    words = ("--config", tmp_path / "batch.yaml")
+    assert voxelscale("train", store.path, tmp_path / "first", *words)[0] == 0
+    more = (*words, "--from", tmp_path / "first")
+    code, _, errors = voxelscale(
+        "train", store.path, tmp_path / "new", *more, "--set", "train.freeze=encoder"
+    )
+    assert code == 2
+    assert "train.freeze=encoder: the statistics of batch norm in encode." in errors
+    # What was refused can be corrected in the same folder.
+    assert voxelscale("train", store.path, tmp_path / "new", *more)[0] == 0
+
+
 def test_two_ranks_begin_alike(tiny: Config, store: Store, run: Path, tmp_path: Path) -> None:
     config = with_train(tiny, samples=8, batch_size=2)
     for arguments in (command(config, store, tmp_path / "one"), two_ranks(config, store, tmp_path / "two")):

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,25 @@ def test_going_on_with_another_config_is_refused(config: Config, store: Store, t
     (tmp_path / "other" / "thesis.txt").touch()
     with pytest.raises(VoxelscaleError, match="holds files but no run"):
         start(config, store.path, tmp_path / "other")
+
+
+def test_a_run_that_was_refused_before_its_first_step_can_be_corrected(
+    config: Config, store: Store, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(VoxelscaleError, match=r"data\.fold is 7"):
+        start(replace(config, data=replace(config.data, fold=7)), store.path, run)
+    huge = replace(config, data=replace(config.data, patch_size=(3200, 3200, 3200)))
+    with pytest.raises(VoxelscaleError, match="GiB are available"):
+        start(huge, store.path, run)
+    assert not (run / "config.yaml").exists()
+    assert start(config, store.path, run)
+    assert read_bundle(run).config == config
+    assert "out_of_memory" not in (run / "metrics.jsonl").read_text()
+    # A run whose config somebody removed is no new one.
+    (run / "config.yaml").unlink()
+    with pytest.raises(VoxelscaleError, match="holds files but no run"):
+        start(config, store.path, run)
 
 
 def lengthen(run: Path, samples: int, longer: int) -> None:

@@ -12,13 +12,18 @@ import torch
 from tests.conftest import Command
 
 from voxelscale.config import Config, load
+from voxelscale.console import count
+from voxelscale.dataset.listing import list_sources
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_sealed
 from voxelscale.geometry import Grid, Scan, Triple, affine_from_itk
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, Calibration, load_untrusted, read_bundle, write_bundle
+from voxelscale.predict.record import Record, read_record
 from voxelscale.predict.work import Predictor
 from voxelscale.samples.batch import Normalisation
+from voxelscale.store.fingerprint import open_fold
+from voxelscale.store.prepare import prepare
 
 CPU = torch.device("cpu")
 
@@ -66,6 +71,39 @@ def test_its_probability_is_the_mean(
     assert np.abs(parts[0] - parts[1]).max() > 0.01
     together = Predictor(read_bundle(tmp_path / "all.vxs"), config, CPU, torch.float32)
     assert together.probability(scan()) == pytest.approx(np.mean(parts, axis=0), abs=1e-6)
+
+
+def test_what_one_fold_validates_on_the_others_were_trained_on(
+    voxelscale: Command, tiny: Config, scans: Path, tmp_path: Path
+) -> None:
+    """`predict --split val` says so of an ensemble of folds, and records it for `calibrate`."""
+    prepared = replace(tiny.prepare, split=(0.8, 0.0, 0.2), folds=2)
+    prepare(list_sources(scans), tmp_path / "store", prepared)
+    folds = [open_fold(tmp_path / "store", number) for number in (0, 1)]
+    models = [tmp_path / f"fold{number}.vxs" for number in (0, 1)]
+    for number, (fold, path) in enumerate(zip(folds, models, strict=True)):
+        bundle = made(load(sets=[f"data.fold={number}"], base=tiny), number)
+        write_bundle(path, replace(bundle, trained={"data": fold.fingerprint["digest"]}))
+    assert voxelscale("ensemble", *models, "--out", tmp_path / "all.vxs")[0] == 0
+    val, test = ({info.case for info in folds[0].split(name)} for name in ("val", "test"))
+    assert val
+    assert test
+
+    def predicted(model: Path, split: str) -> tuple[Record | None, str]:
+        out = tmp_path / f"{model.stem}-{split}"
+        told = voxelscale("predict", model, scans, out, "--store", tmp_path / "store", "--split", split)
+        assert told[0] == 0, told[2]
+        return read_record(out), told[2]
+
+    for model, split in ((models[0], "val"), (tmp_path / "all.vxs", "test")):
+        assert "was trained on" not in predicted(model, split)[1]
+    record, told = predicted(tmp_path / "all.vxs", "val")
+    assert f"of {count(len(val), 'scan')} of the split val a network of this model was trained on" in told
+    assert record is not None
+    assert record.splits == {
+        folds[0].fingerprint["digest"]: dict.fromkeys(sorted(val), "val"),
+        folds[1].fingerprint["digest"]: dict.fromkeys(sorted(val), "train"),
+    }
 
 
 def test_it_is_a_model_as_any(voxelscale: Command, models: list[Path], scans: Path, tmp_path: Path) -> None:

@@ -224,6 +224,46 @@ def test_decisions(opened: tuple[TestClient, Viewer, Path], scans: Path, predict
     assert (folder / "dataset.csv").stat().st_mode & 0o077 == 0
 
 
+def test_what_was_brushed_stays(opened: tuple[TestClient, Viewer, Path]) -> None:
+    """Accepted once more, moved, and beside a candidate that is rejected."""
+    client, *_ = opened
+    shape = tuple(client.get("/api/case/0").json()["lattice"]["shape"])
+    affine = np.asarray(client.get("/api/case/0").json()["lattice"]["affine"])
+    owners = filled(np.frombuffer(client.get("/api/case/0/prediction").content, "<i4"), int(np.prod(shape)))
+    whole = owners.reshape(shape) == 1
+
+    def place_of(mask: Any, step: Any = (0, 0, 0)) -> list[float]:
+        return list(affine[:3, :3] @ (np.argwhere(mask).mean(axis=0) + step) + affine[:3, 3])
+
+    act(client, action="accept", finding="1")
+    left = whole.copy()
+    left[:, :, round(np.argwhere(whole)[:, 2].mean()) :] = False
+    slices = {str(z): runs_of(left[z : z + 1]).ravel().tolist() for z in np.flatnonzero(whole.any((1, 2)))}
+    act(client, action="brush", slices=slices)
+    np.testing.assert_array_equal(decided(client, 0, shape), left)
+    act(client, action="accept", finding="1")
+    np.testing.assert_array_equal(decided(client, 0, shape), left)
+
+    act(client, action="move", finding="1", mm=place_of(left, (1, 2, 3)))
+    np.testing.assert_array_equal(decided(client, 0, shape), np.roll(left, (1, 2, 3), (0, 1, 2)))
+    act(client, action="reject", finding="1")
+    assert not decided(client, 0, shape).any()
+    # Taken back it is as it was found, where it was moved to.
+    act(client, action="accept", finding="1")
+    again = decided(client, 0, shape) > 0
+    assert again.sum() == whole.sum()
+    np.testing.assert_allclose(place_of(again), place_of(left, (1, 2, 3)), atol=1)
+
+    # A candidate has no voxels of its own: what a neighbour has there is the neighbour's.
+    act(client, action="move", finding="1", mm=(affine @ [4, 30, 8, 1])[:3].tolist())
+    beside = decided(client, 0, shape)
+    act(client, action="reject", finding="5")
+    np.testing.assert_array_equal(decided(client, 0, shape), beside)
+    act(client, action="accept", finding="5")
+    act(client, action="reject", finding="5")
+    np.testing.assert_array_equal(decided(client, 0, shape), beside)
+
+
 def test_decisions_survive(scans: Path, predictions: Path, door: Door, tmp_path: Path) -> None:
     """The journal is what counts: whatever was not written yet follows from it."""
     what = replace(shown(scans, predictions), folder=tmp_path)
@@ -328,6 +368,21 @@ def test_two_readers(scans: Path, predictions: Path, door: Door, voxelscale: Com
     code, _, errors = voxelscale("compare-readers", predictions, "Ann", "Eve")
     assert code == 2
     assert "no decisions of Eve" in errors
+
+
+def test_readers_who_disagree_about_the_class(tmp_path: Path) -> None:
+    """The same voxels in another class are no agreement, and where both found nothing there is no Dice."""
+    for reader, value in (("Ann", 1), ("Bob", 2)):
+        for case, there in (("a", value), ("b", 1), ("c", 0)):
+            mask = np.zeros((6, 8, 10), np.uint8)
+            mask[2:4, 3:6, 2:7] = there
+            folder = tmp_path / "readers" / reader / case
+            write_scan(Scan(mask, np.eye(4)), folder / "mask.nii.gz")
+            outcome = {"case": case, "finished": True, "prediction": "p", "marks": []}
+            (folder / "decisions.json").write_text(json.dumps(outcome))
+    result = compare_readers(tmp_path, "Ann", "Bob")
+    assert [row["dice"] for row in result["cases"]] == [0.0, 1.0, None]
+    assert result["dice"] == 0.5
 
 
 def test_a_case_that_cannot_be_read(scans: Path, predictions: Path, door: Door, tmp_path: Path) -> None:

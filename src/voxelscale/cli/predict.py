@@ -134,6 +134,7 @@ def predict(
             hint = "check --split, and that reading.names is the same as in voxelscale prepare"
             raise VoxelscaleError(f"{scans}: no case of the split {split} of {store}", hint)
         record_cases(out, (source.case for source in sources), split, opened.fingerprint["digest"])
+        _record_trained(bundle, store, {source.case for source in sources}, split, out)
         exported = [source for source in exported if source in sources]
     write_names(sources, out)
     outcome = run_predict(sources, bundle, settings.predict, out, settings.reading)
@@ -155,6 +156,28 @@ def predict(
             sent = send_results(archive, fetched, by_series)
             print(f"{count(sent, 'result')} sent to the archive")
     return code
+
+
+def _record_trained(bundle: Bundle, store: Path, cases: set[str], split: str, out: Path) -> None:
+    """Record which cases a network of the model was trained on, and warn where the split says otherwise.
+
+    An ensemble of folds has seen all scans but the test split: what one fold validates on, the others
+    train on.
+    """
+    from voxelscale.predict.record import record_cases
+    from voxelscale.store.fingerprint import folds_of
+
+    seen = set[str]()
+    for each in folds_of(store, {str(one.trained.get("data")) for one in bundle.networks}):
+        if trained := cases & {info.case for info in each.split("train")}:
+            record_cases(out, trained, "train", each.fingerprint["digest"])
+            seen |= trained
+    if seen and split != "train":
+        warn(
+            f"{store}: of {count(len(cases), 'scan')} of the split {split} a network of this model was "
+            f"trained on {len(seen)}: results there say nothing of new scans; use --split test, or scans "
+            "outside the store"
+        )
 
 
 @verb("Prediction", name="export-dicom")

@@ -57,5 +57,8 @@ class AugmentConfig(Section):
         each_once = len(set(self.flip_axes)) == len(self.flip_axes) and set(self.flip_axes) <= set("zyx")
         return [
             ("flip_axes", each_once, "letters of zyx, each at most once"),
-            ("strength", self.strength >= 0, "at least 0"),
+            *self.at_least_0("strength", "rotate_deg", "noise_std", "blur_sigma"),
+            *self.shares("p_affine", "p_noise", "p_blur", "p_gamma", "p_brightness", "p_low_resolution"),
+            *self.ranges("scale", "gamma", "brightness", "low_resolution"),
+            ("blur_sigma", self.blur_sigma[0] <= self.blur_sigma[1], "minimum and maximum, in this order"),
         ]

@@ -33,7 +33,7 @@ class DataConfig(Section):
             ("patch_size", min(self.patch_size) >= 1, "at least 1 voxel along each axis"),
             ("foreground", 0 <= self.foreground <= 1, "between 0 and 1"),
             ("fold", self.fold is None or self.fold >= 0, "at least 0, or null"),
-            ("patches_per_case", self.patches_per_case >= 0, "at least 0"),
+            *self.at_least_0("patches_per_case", "cases"),
             ("readers", self.readers >= 1, "at least 1"),
             ("prefetch", self.prefetch >= 1, "at least 1"),
         ]

@@ -26,6 +26,8 @@ class LossConfig(Section):
 
     def rules(self) -> Sequence[Rule]:
         return [
+            *self.at_least_0("dice", "cross_entropy", "smooth"),
+            ("dice", self.dice > 0 or self.cross_entropy > 0, "above 0 where loss.cross_entropy is 0"),
             ("small", 0 <= self.small <= 2, "between 0 and 2"),
             ("top_k", 0 < self.top_k <= 1, "above 0 and at most 1"),
         ]

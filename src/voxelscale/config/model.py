@@ -85,6 +85,7 @@ class ModelConfig(Section):
         return [
             ("depth", self.depth >= 1, "at least 1"),
             ("filters", self.filters >= 1, "at least 1"),
+            ("max_filters", self.max_filters >= 1, "at least 1"),
             ("kernel_size", self.kernel_size >= 1 and self.kernel_size % 2 == 1, "odd"),
             ("kernels", all(edge > 0 and edge % 2 for kernel in kernels for edge in kernel), "odd"),
             ("kernels", len(kernels) in (0, self.depth), each),

@@ -65,7 +65,7 @@ class OptimConfig(Section):
     schedule: Literal["poly", "cosine", "linear", "step", "constant"] = "poly"
     """Schedule of the learning rate after the warm-up; poly has exponent 0.9, as in nnU-Net."""
     step_at: tuple[float, ...] = (0.5, 0.75)
-    """Milestones of schedule=step, as shares of the budget after the warm-up."""
+    """Milestones of schedule=step, as shares of the budget."""
     step_factor: float = 0.1
     """Factor of the learning rate at each milestone of schedule=step."""
     pretrained_lr: float = 1.0
@@ -100,9 +100,13 @@ class OptimConfig(Section):
             ("pretrained_lr", 0 < self.pretrained_lr <= 1, "above 0, at most 1"),
             ("reference_batch", self.reference_batch >= 1, "at least 1"),
             ("momentum", self.momentum is None or 0 <= self.momentum < 1, "at least 0 and below 1"),
-            ("weight_decay", self.weight_decay is None or self.weight_decay >= 0, "at least 0"),
+            *self.at_least_0("weight_decay"),
             ("betas", all(0 <= beta < 1 for beta in self.betas), "at least 0 and below 1, both"),
-            ("grow_from", self.grow_from >= 0, "at least 0"),
+            *self.at_least_0("max_lr", "gradient_clipping", "grow_from"),
+            ("eps", self.eps > 0, "above 0"),
+            ("trust", self.trust > 0, "above 0"),
+            *self.shares("step_at"),
+            ("step_factor", 0 < self.step_factor <= 1, "above 0, at most 1"),
             ("grow_share", 0 <= self.grow_share < 1, "at least 0 and below 1"),
             ("ema", 0 <= self.ema < 1, "at least 0 and below 1"),
             ("warmup", 0 <= self.warmup < 1, "at least 0 and below 1"),

@@ -42,6 +42,8 @@ class PhantomConfig(Section):
             ("spacing", min(self.spacing) > 0, "above 0 mm"),
             ("crops", not (self.crops and self.shapes), "without phantom.shapes"),
             ("cases", self.cases >= 1, "at least 1"),
+            ("size_mm", min(self.size_mm) > 0, "above 0 mm"),
+            *self.at_least_0("seed", "noise_hu"),
             ("nodules", 0 <= self.nodules[0] <= self.nodules[1], "minimum and maximum, in this order"),
             (
                 "diameter_mm",

@@ -61,6 +61,8 @@ class PredictConfig(Section):
                 self.low_threshold is None or 0 < self.low_threshold <= self.threshold,
                 "above 0 and at most predict.threshold, or null",
             ),
+            *self.shares("candidates"),
+            *self.at_least_0("min_volume_mm3"),
             ("merge_mm", 0 <= self.merge_mm < float("inf"), "at least 0 mm"),
             (
                 "smallest_mm3",

@@ -49,5 +49,6 @@ class PrepareConfig(Section):
             ("split", min(self.split) >= 0 and sum(self.split) > 0, "shares, at least one above 0"),
             ("spacing", self.spacing is None or min(self.spacing) > 0, "above 0 mm"),
             ("folds", self.folds == 0 or self.folds >= 2, "0, or at least 2"),
-            ("memory_gib", self.memory_gib >= 0, "at least 0"),
+            ("chunk", self.chunk >= 1, "at least 1"),
+            *self.at_least_0("memory_gib", "seed", "workers"),
         ]

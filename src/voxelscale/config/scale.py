@@ -52,7 +52,7 @@ class ScaleConfig(Section):
             ("seeds", len(self.seeds) >= 1, "at least one number"),
             ("node_devices", self.node_devices is None or self.node_devices >= 1, "at least 1"),
             ("rails", self.rails is None or self.rails >= 1, "at least 1"),
+            *self.at_least_0("seeds", "jobs", "price_per_hour", "watts"),
+            ("target", 0 < self.target <= 1, "above 0, at most 1"),
             ("hidden", self.hidden is None or 0 <= self.hidden <= 1, "at least 0 and at most 1"),
-            ("price_per_hour", self.price_per_hour is None or self.price_per_hour >= 0, "at least 0"),
-            ("watts", self.watts is None or self.watts >= 0, "at least 0"),
         ]

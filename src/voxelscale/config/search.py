@@ -58,8 +58,7 @@ class SearchConfig(Section):
     def rules(self) -> Sequence[Rule]:
         return [
             ("trials", self.trials >= 1, "at least 1"),
-            ("samples", self.samples >= 0, "at least 0"),
-            ("workers", self.workers >= 0, "at least 0"),
+            *self.at_least_0("samples", "workers", "seed", "trial_seconds", "memory_gib"),
             ("devices_per_trial", self.devices_per_trial >= 1, "at least 1"),
             ("startup", self.startup >= 1, "at least 1"),
             ("rungs", self.rungs >= 1, "at least 1"),
@@ -70,6 +69,4 @@ class SearchConfig(Section):
                 "one or more, each once",
             ),
             ("lease_seconds", self.lease_seconds >= 3, "at least 3"),
-            ("trial_seconds", self.trial_seconds >= 0, "at least 0"),
-            ("memory_gib", self.memory_gib >= 0, "at least 0"),
         ]

@@ -19,3 +19,25 @@ class Section:
     def rules(self) -> Sequence[Rule]:
         """The ranges of the section's values."""
         return ()
+
+    def at_least_0(self, *keys: str) -> list[Rule]:
+        """Rules of numbers, and of tuples of them; null is allowed."""
+        return [(key, all(n >= 0 for n in self._numbers(key)), "at least 0") for key in keys]
+
+    def shares(self, *keys: str) -> list[Rule]:
+        """Rules of probabilities and other shares."""
+        return [(key, all(0 <= n <= 1 for n in self._numbers(key)), "between 0 and 1") for key in keys]
+
+    def ranges(self, *keys: str, above: float = 0.0) -> list[Rule]:
+        """Rules of a minimum and a maximum above a number."""
+        rules: list[Rule] = []
+        for key in keys:
+            low, high = self._numbers(key)
+            rules.append((key, above < low <= high, f"minimum and maximum above {above:g}, in this order"))
+        return rules
+
+    def _numbers(self, key: str) -> Sequence[float]:
+        value = getattr(self, key)
+        if value is None:
+            return ()
+        return value if isinstance(value, tuple) else (value,)

@@ -89,11 +89,11 @@ class TrainConfig(Section):
             ("freeze", self.freeze == "nothing" or bool(self.start_from), "nothing without start_from"),
             ("samples", self.samples >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("ranks", self.ranks >= 0, "at least 0"),
+            *self.at_least_0("ranks", "seed", "threads", "max_restarts"),
+            *self.at_least_0("validate_every", "validate_cases", "recalibrate", "checkpoint_seconds"),
             ("virtual_workers", self.virtual_workers >= 1, "at least 1"),
             ("checkpoint_every", self.checkpoint_every >= 1, "at least 1"),
             ("keep", self.keep >= 1, "at least 1"),
-            ("max_restarts", self.max_restarts >= 0, "at least 0"),
             (
                 "track_to",
                 "@" not in self.track_to,

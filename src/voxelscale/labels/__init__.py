@@ -16,7 +16,7 @@ from voxelscale.classes import LESION, Classes
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Scan
 from voxelscale.labels.annotation import Labels
-from voxelscale.labels.stored import kind_of_stored, stored_in, union, warn_of_replaced
+from voxelscale.labels.stored import kind_of_stored, stored_in, touching_values, union, warn_of_replaced
 from voxelscale.tables import is_table_of
 
 HEAD = 4096
@@ -76,14 +76,14 @@ def read_labels(
     for path in of_kind.get("spheres", ()):
         found.append(spheres.read(path, image, series))
     if "mask" in of_kind:
-        masks = _read_masks(of_kind["mask"], image, image_path, values, classes, allow_empty)
-        found.append(Labels(mask=masks))
+        found.append(_read_masks(of_kind["mask"], image, image_path, values, classes, allow_empty))
     kept = kind_of_stored(classes)
     arrays = [labels.mask.array.astype(kept, copy=False) for labels in found]
     merged, replaced = union(arrays, classes) if len(found) > 1 else (arrays[0], 0)
     warn_of_replaced(", ".join(map(str, of_kind)), replaced)
     findings = tuple(finding for labels in found for finding in labels.findings)
-    return Labels(mask=Scan(merged, found[0].mask.affine), findings=findings)
+    touching = tuple(sorted({value for labels in found for value in labels.touching}))
+    return Labels(mask=Scan(merged, found[0].mask.affine), findings=findings, touching=touching)
 
 
 def kind_of(path: Path) -> Literal["SEG", "RTSTRUCT", "LIDC", "spheres", "mask"]:
@@ -117,15 +117,17 @@ def _read_masks(
     values: tuple[int, ...] | None,
     classes: Classes,
     allow_empty: bool,
-) -> Scan:
-    """The union of masks on the image's voxels, as stored labels."""
+) -> Labels:
+    """The union of masks on the image's voxels."""
     from voxelscale.formats import on_lattice, read_label
     from voxelscale.geometry import reorient, resample
 
     turned, masks, held = reorient(image), [], {}
+    touching: set[int] = set()
     for path in paths:
         mask = reorient(read_label(path, values or classes.numbers or None))
         mask = on_lattice(path, mask, image_path or path, turned.grid)
+        touching |= set(touching_values(mask.array, values, classes))
         # The same lattice, perhaps in another order of voxels: the nearest is the very voxel.
         placed = Scan(stored_in(path, mask, values, classes).array, turned.affine)
         masks.append(resample(placed, image.grid, "nearest").array)
@@ -138,4 +140,4 @@ def _read_masks(
                 raise VoxelscaleError(f"{path}: no voxel of the values {values} (it holds {shown})", hint)
     made, replaced = union(masks, classes) if len(masks) > 1 else (masks[0], 0)
     warn_of_replaced(", ".join(map(str, paths)), replaced)
-    return Scan(made, image.affine)
+    return Labels(mask=Scan(made, image.affine), touching=tuple(sorted(touching)))

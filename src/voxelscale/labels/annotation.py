@@ -34,7 +34,9 @@ class Labels:
         mask: stored labels (`voxelscale.classes`) on the scan's own voxels: uint8 of 0 and 1 of one class,
             else int16.
         findings: empty where the source is only a mask.
+        touching: values of a mask that touch each other though all of them are the one class.
     """
 
     mask: Scan
     findings: tuple[Annotation, ...] = ()
+    touching: tuple[int, ...] = ()

@@ -6,7 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,12 @@ from voxelscale.labels.stored import kind_of_stored, labels_by_number, warn_of_r
 TUMOUR = re.compile(r"gtv|nodul|lesion|tumou?r|metasta", re.IGNORECASE)
 """What regions of interest are called that are lesions."""
 
+BUT_FOR = re.compile(
+    r"[-\u2013\u2212]\W*[icp]?gtv|(minus|without|excl\w*|\bnon?\b|\bex\b)[\W_]*([icp]?gtv|nodul|lesion|tumou?r|metasta)",
+    re.IGNORECASE,
+)
+"""What they are called that are something else but for the lesions, such as ``Lungs-GTV`` (AAPM TG-263)."""
+
 CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 """Geometric types of contours that hold an area (PS3.3 C.8.8.6.3)."""
 
@@ -34,6 +42,10 @@ MOST_POINTS = 2**16
 
 SAME_PLANE_MM, SAME_PLANE = 0.2, 0.25
 """Contours this near each other, in mm and in slices, lie in one plane: programs round to 0.1 mm."""
+
+SPARSE, FARTHEST_PLANES_MM = 1.01, 10.0
+"""Slices from plane to plane above which some have none, and the distance up to which these have the
+nearest plane's contours: hardly a scan to draw on has thicker slices."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +66,8 @@ class Region:
 
 
 Regions = dict[int, Region]
+
+Drawn = TypeVar("Drawn")
 
 
 def read(
@@ -99,8 +113,11 @@ def read(
         if values is None and not any(sets[path][number].tumour for number in numbers):
             only = sets[path][numbers[0]].name or numbers[0]
             notice(f"{path}: its only region, {only}, is taken as the lesion")
+        if values is None and len(numbers) > 1:
+            taken = ", ".join(sets[path][number].name or str(number) for number in numbers)
+            notice(f"{path}: regions {taken} together are taken as the lesion")
         for number in numbers:
-            outside += _paint(path, sets[path][number].contours, lattice, drawn)
+            outside += _paint(path, sets[path][number], lattice, drawn)
         contours = sum(len(sets[path][number].contours) for number in numbers)
         _check_inside(path, outside, contours, bool(drawn.any()))
         mask |= on_scan(path, drawn, lattice, image).array
@@ -125,7 +142,7 @@ def _read_classes(paths: Sequence[Path], image: Scan, series: str, classes: Clas
             region, drawn = regions[number], np.zeros(lattice.shape, np.uint8)
             _warn_of_others(path, number, region)
             if region.contours:
-                outside += _paint(path, region.contours, lattice, drawn)
+                outside += _paint(path, region, lattice, drawn)
                 contours += len(region.contours)
                 drawn_any |= bool(drawn.any())
                 replaced += lay(made, on_scan(path, drawn, lattice, image).array > 0, label, classes)
@@ -183,7 +200,8 @@ def _regions(found: DicomObject) -> Regions:
         if number in regions:
             raise ValueError(f"two regions of number {number}")
         name = names.get(number, "")
-        tumour = types.get(number) == "GTV" or TUMOUR.search(name) is not None
+        named = TUMOUR.search(name) is not None and BUT_FOR.search(name) is None
+        tumour = named or types.get(number) == "GTV"
         if contours or others:
             regions[number] = Region(name, tumour, contours, others)
     return regions
@@ -226,11 +244,9 @@ def _chosen(sets: dict[Path, Regions], values: tuple[int, ...] | None) -> dict[P
     return chosen
 
 
-def _paint(
-    path: Path, contours: Sequence[NDArray[np.float64]], lattice: Lattice, mask: NDArray[np.uint8]
-) -> int:
+def _paint(path: Path, wanted: Region, lattice: Lattice, mask: NDArray[np.uint8]) -> int:
     """Set a region's voxels; how many of its contours reach beyond the scan."""
-    drawn = [lattice.mm_to_index(points) for points in contours]
+    drawn = [lattice.mm_to_index(points) for points in wanted.contours]
     spread = np.max([np.ptp(points, axis=0) for points in drawn], axis=0)
     axis = int(np.argmin(spread))
     if spread[axis] > 0.5:
@@ -239,19 +255,54 @@ def _paint(
     others = [a for a in range(3) if a != axis]
     last = np.asarray(mask.shape) - 0.5
     there = [((points >= -0.5) & (points <= last)).all(axis=1) for points in drawn]
+    placed = [(float(points[:, axis].mean()), points[:, others]) for points in drawn]
+    step = min(SAME_PLANE, SAME_PLANE_MM / lattice.spacing[axis])
+    reach = _reach(f"{path}: {wanted.name}".rstrip(": "), placed, step, lattice.spacing[axis])
     slices: dict[int, list[tuple[float, NDArray[np.float64]]]] = {}
-    for points in drawn:
-        place = float(points[:, axis].mean())
+    for place, points in placed:
         if -0.5 <= place <= last[axis]:
-            number = int(np.clip(np.rint(place), 0, mask.shape[axis] - 1))
-            slices.setdefault(number, []).append((place, points[:, others]))
+            # From less than `reach` below the plane to `reach` above it: midway between slices it is one's.
+            first, end = (int(np.floor(place + d)) + 1 for d in (-reach, reach))
+            for number in {min(max(n, 0), mask.shape[axis] - 1) for n in range(first, end)}:
+                slices.setdefault(number, []).append((place, points))
     region = np.zeros_like(mask)
     view = np.moveaxis(region, axis, 0)
-    step = min(SAME_PLANE, SAME_PLANE_MM / lattice.spacing[axis])
-    for number, placed in slices.items():
-        _fill(view[number], number, placed, step)
+    for number, near in slices.items():
+        _fill(view[number], number, near, step)
     mask |= region
     return sum(not within.all() for within in there)
+
+
+def _reach(
+    what: str, placed: Sequence[tuple[float, NDArray[np.float64]]], step: float, spacing: float
+) -> float:
+    """How many slices to either side of its plane a contour holds for: half a slice.
+
+    More, with a warning, where a region is drawn on some slices only, as on every third one or on a scan of
+    thicker slices: else it would fall into as many lesions as planes.
+
+    Args:
+        what: for the warning.
+        placed: each contour's place among the slices, and its points in pixels.
+        step: of the places, up to which contours lie in one plane.
+        spacing: of the slices, mm.
+    """
+    planes = _planes([(place, (p.min(axis=0), p.max(axis=0))) for place, p in placed], step)
+    # Only from planes whose contours lie over each other: others are of another lesion.
+    apart = [
+        b[0][0] - a[0][0]
+        for a, b in pairwise(planes)
+        if any((c[0] <= d[1]).all() and (d[0] <= c[1]).all() for _, c in a for _, d in b)
+    ]
+    gap = float(np.median(apart)) if apart else 0.0
+    if gap <= SPARSE:
+        return 0.5
+    told = f"{what}: drawn on every {gap:.2g} slices ({gap * spacing:.3g} mm)"
+    if gap * spacing > FARTHEST_PLANES_MM:
+        warn(f"{told}; the slices between are left empty")
+        return 0.5
+    warn(f"{told}; the slices between are given the nearest contour")
+    return gap / 2
 
 
 def _fill(
@@ -266,9 +317,7 @@ def _fill(
         placed: each contour's place among the slices, and its points in pixels.
         step: of the places, up to which contours lie in one plane.
     """
-    placed = sorted(placed, key=lambda pair: pair[0])
-    cuts = np.flatnonzero(np.diff([place for place, _ in placed]) > step) + 1
-    planes = [placed[a:b] for a, b in zip([0, *cuts], [*cuts, len(placed)], strict=True)]
+    planes = _planes(placed, step)
     taken = np.zeros(plane.shape, np.bool_)
     for contours in sorted(planes, key=lambda pairs: abs(np.mean([p for p, _ in pairs]) - number)):
         shape = plane.shape[0], plane.shape[1]
@@ -277,6 +326,13 @@ def _fill(
         for area in new:
             plane ^= area
         taken |= np.logical_or.reduce(filled)
+
+
+def _planes(placed: Sequence[tuple[float, Drawn]], step: float) -> list[list[tuple[float, Drawn]]]:
+    """What was drawn, with its place among the slices, by plane; `step` is the most within one."""
+    ordered = sorted(placed, key=lambda pair: pair[0])
+    cuts = np.flatnonzero(np.diff([place for place, _ in ordered]) > step) + 1
+    return [ordered[a:b] for a, b in zip([0, *cuts], [*cuts, len(ordered)], strict=True)]
 
 
 def _unlike(contours: Sequence[tuple[float, NDArray[np.float64]]]) -> list[NDArray[np.float64]]:

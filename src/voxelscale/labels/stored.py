@@ -49,6 +49,34 @@ def stored_in(path: Path, mask: Scan, values: tuple[int, ...] | None, classes: C
         raise VoxelscaleError(f"{path}: {what}", _to_name(classes, error.values)) from None
 
 
+def touching_values(
+    mask: NDArray[Any], values: tuple[int, ...] | None, classes: Classes
+) -> tuple[int, ...]:
+    """Values that touch each other though all above 0 are the one class: an organ and its tumour, say.
+
+    Lesions that are merely numbered hardly ever touch.
+
+    Args:
+        mask: (z, y, x), whole numbers.
+        values: of the lesion, where they are chosen.
+    """
+    if values is not None or classes.values != ((),):
+        return ()
+    for axis in range(3):  # where nothing is needs no look
+        there = np.flatnonzero((mask > 0).any(axis=tuple({0, 1, 2} - {axis})))
+        if not len(there):
+            return ()
+        mask = mask.take(range(there[0], there[-1] + 1), axis)
+    mask = np.where(np.isin(mask, [*classes.ignore, *classes.background]), 0, mask)
+    found: set[int] = set()
+    for axis in range(3):
+        ahead = np.moveaxis(mask, axis, 0)
+        one, other = ahead[:-1], ahead[1:]
+        differ = (one > 0) & (other > 0) & (one != other)
+        found |= {int(v) for v in np.unique(np.concatenate([one[differ], other[differ]]))}
+    return tuple(sorted(found))
+
+
 def _to_name(classes: Classes, values: Sequence[int]) -> str:
     """How to say what values are."""
     named = ", ".join(

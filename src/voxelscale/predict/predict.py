@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from voxelscale.config import Config, PredictConfig, ReadingConfig
-from voxelscale.console import warn
+from voxelscale.console import count, warn
 from voxelscale.dataset.listing import Source, detect_layout
 from voxelscale.device import default_device
 from voxelscale.errors import VoxelscaleError
-from voxelscale.findings import write_findings
+from voxelscale.findings import Finding, read_findings, write_findings
 from voxelscale.model.bundle import Bundle
 from voxelscale.predict.ranks import predict_in_ranks
-from voxelscale.predict.record import record_cases
-from voxelscale.predict.work import Predictions, Work
+from voxelscale.predict.record import read_record, record_cases
+from voxelscale.predict.work import Predictions, Work, predicted_by
 from voxelscale.ranks.place import fill
 
 
@@ -31,7 +31,8 @@ def predict(
 
     ``<out>/<case>/mask.nii.gz`` lies voxel on voxel on the scan, ``<case>/findings.csv`` is LUNA16's
     table and ``findings.json`` has every field, and the warnings; ``<out>/findings.csv`` is the table of
-    all cases. Of several classes the mask has the data set's values, and the tables have a column ``class``
+    all cases that this model has predicted into the folder, by earlier commands too. Of several classes
+    the mask has the data set's values, and the tables have a column ``class``
     (`voxelscale.predict.classes.classes_by`). Run again with the same arguments it keeps what is whole and
     unchanged. Started by torchrun, srun or mpiexec, the ranks share the scans out, and what remains of them
     by windows (`voxelscale.predict.ranks`).
@@ -58,10 +59,29 @@ def predict(
     if not outcome.findings:
         case, message, hint = outcome.failed[0]
         raise VoxelscaleError(f"no scan could be predicted; {case}: {message}", hint)
-    every = [f for found in outcome.findings.values() for f in found]
+    by_case = _of_before(bundle, out, outcome) | outcome.findings
+    every = [f for case in sorted(by_case) for f in by_case[case]]
     write_findings(every, out / "findings.csv", labelled=not bundle.classes.single)
     _warn_of(outcome)
     return outcome
+
+
+def _of_before(bundle: Bundle, out: Path, outcome: Predictions) -> dict[str, list[Finding]]:
+    """What earlier commands found in other cases of this folder, with the same model."""
+    record, tried = read_record(out), {case for case, *_ in outcome.failed} | outcome.findings.keys()
+    found: dict[str, list[Finding]] = {}
+    others = []
+    for case in sorted((record.cases if record else frozenset()) - tried):
+        if not (path := out / case / "findings.json").is_file():
+            continue  # it failed then
+        if predicted_by(out / case) in ("", bundle.identity):
+            found[case] = read_findings(path)
+        else:
+            others.append(case)
+    if others:
+        what = f"{out}: {count(len(others), 'case')} of another model, such as {others[0]}"
+        warn(f"{what}: left out of findings.csv; predict with each model into a folder of its own")
+    return found
 
 
 def with_channels_of(bundle: Bundle, config: Config, scans: Path) -> Config:

@@ -31,7 +31,7 @@ STORAGE = "VOXELSCALE_STORAGE"
 """In a worker's environment: the storage's URL, whose password is written to no file."""
 
 FREE = {"trials", "workers", "devices_per_trial", "lease_seconds", "trial_seconds", "memory_gib", "storage"}
-"""Keys of ``search`` that may change when a search is resumed."""
+"""Keys of ``search`` that may change when a search is resumed; `_devices` says when the devices may not."""
 
 CONSTRAINTS = ("memory", "pooling")
 """Of every trial: 0 or less where it can run (`voxelscale.search.feasible`)."""
@@ -191,12 +191,20 @@ def _defined(config: Config) -> dict[str, Any]:
     return {**kept, "search": {k: v for k, v in tree["search"].items() if k not in FREE}}
 
 
+def _devices(config: Config) -> int | None:
+    """Devices of every trial, on which its global batch depends; None where each trial has its own."""
+    return None if "train.ranks" in config.search.space else config.search.devices_per_trial
+
+
 def _claim(config: Config, out: Path) -> None:
     """Note the definition in the folder, or check that it is the one that the search was started with."""
     path = out / DEFINITION
     if path.is_file():
-        begun, now = _defined(load_stored(path)), _defined(config)
+        before = load_stored(path)
+        begun, now = _defined(before), _defined(config)
         changed = [f"{s}.{k}" for s in now for k in now[s] if now[s][k] != begun[s].get(k)]
+        if _devices(before) != _devices(config):
+            changed.append("search.devices_per_trial")
         if changed:
             hint = "choose another folder, or resume with the config that it was started with"
             raise VoxelscaleError(f"{out}: the search was started with another {changed[0]}", hint)
@@ -231,7 +239,7 @@ def _open_study(config: Config, out: Path, data: str = "") -> Study:
         load_if_exists=True,
         **tools,
     )
-    known, facts = study.user_attrs, {"data": data, "defined": defined}
+    known, facts = study.user_attrs, {"data": data, "defined": defined, "devices": _devices(config)}
     if any(known.get(key, value) != value for key, value in facts.items()):
         raise VoxelscaleError(
             f"the storage holds another search named {search.study}",
@@ -270,8 +278,8 @@ def _queue_first(search: Search, data: str) -> None:
 def _warm_points(search: Search, folder: Path, data: str) -> list[dict[str, Value]]:
     """Take an earlier search's trials as known where they are ours, too; else its best, to be tried.
 
-    A trial is the same where it was trained with the same config, on the same data, for the same
-    objectives.
+    A trial is the same where it was trained with the same config, on as many devices, on the same data,
+    for the same objectives.
     """
     earlier = reopen(folder)
     results = read_results(earlier.study, earlier.config, earlier.space)
@@ -280,9 +288,9 @@ def _warm_points(search: Search, folder: Path, data: str) -> list[dict[str, Valu
     sign, others, taken = 1.0 if results.maximise[0] else -1.0, [], 0
     known = [t.params for t in search.study.get_trials(deepcopy=False)]
     for trial in sorted(results.done, key=lambda t: -sign * t.values[0]):
-        config = trial_config(earlier, trial.params, ranks=1)
+        config = trial_config(earlier, trial.params, earlier.config.search.devices_per_trial)
         point, _ = search.space.values_of(config)
-        if not same or trial_config(search, point, ranks=1) != config:
+        if not same or trial_config(search, point, search.config.search.devices_per_trial) != config:
             others.append(point)
         elif point not in known:
             taken += 1

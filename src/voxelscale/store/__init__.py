@@ -91,6 +91,7 @@ class CaseInfo:
         lost: lesions of the mask that resampling left without a voxel, and how many of the others it
             merged or cut (`voxelscale.store.lesions.Resampled`).
         scan: what the scan is (`voxelscale.store.plausible.About.kept`); {} in older stores.
+        touching: values of the mask that touch each other though all are the one class.
     """
 
     case: str
@@ -109,6 +110,7 @@ class CaseInfo:
     merged: int = 0
     cut: int = 0
     scan: dict[str, Any] = field(default_factory=dict)
+    touching: tuple[int, ...] = ()
     lesion_classes: tuple[int, ...] = ()
     channels: tuple[Kept, ...] = ()
     channel_hu: tuple[dict[str, float], ...] = ()
@@ -415,6 +417,7 @@ def _info(entry: dict[str, Any]) -> CaseInfo:
             "lesion_volumes_mm3": tuple(entry["lesion_volumes_mm3"]),
             "findings": tuple(entry.get("findings", ())),
             "lost": tuple(entry.get("lost", ())),
+            "touching": tuple(entry.get("touching", ())),
             "lungs": tuple(tuple(side) for side in box) if box else None,
             "lesion_classes": tuple(entry.get("lesion_classes", ())),
             "channels": tuple(Kept.from_dict(one) for one in entry.get("channels", ())),

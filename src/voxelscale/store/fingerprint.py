@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,21 @@ def open_fold(path: Path, fold: int | None) -> Store:
         VoxelscaleError: as `open_store` and `in_fold`.
     """
     return in_fold(open_store(path), fold)
+
+
+def folds_of(path: Path, digests: Collection[str]) -> list[Store]:
+    """A store with each of its splits, its own and its folds', whose fingerprint has one of the digests.
+
+    So a model is known to have been trained on their training cases (`Bundle.trained`).
+
+    Raises:
+        VoxelscaleError: as `open_store`.
+    """
+    store, found = open_store(path), []
+    for fold in (None, *range(len(store.folds))):
+        with contextlib.suppress(VoxelscaleError):  # none of its training cases is there
+            found.append(in_fold(store, fold))
+    return [each for each in found if each.fingerprint["digest"] in digests]
 
 
 def in_fold(store: Store, fold: int | None) -> Store:

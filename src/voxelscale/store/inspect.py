@@ -21,6 +21,7 @@ from voxelscale.dataset import DataSet, Source
 from voxelscale.dataset.reading import labels_of, read_image, read_more
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import IntTriple, Scan, Triple, reorient, sphere_diameter
+from voxelscale.labels.stored import MOST_SHOWN
 from voxelscale.lungs import lung_field, no_lungs
 from voxelscale.parallel import map_processes
 from voxelscale.store import CaseInfo, Store, open_store
@@ -238,7 +239,12 @@ def look_at(source: Source, reading: ReadingConfig) -> Facts:
         problems.append(Problem(severity="note", case=source.case, text="has no mask"))
     else:
         try:
-            mask = reorient(labels_of(source, raw, reading).mask).array
+            labels = labels_of(source, raw, reading)
+            mask = reorient(labels.mask).array
+            if labels.touching:
+                shown = ", ".join(map(str, labels.touching[:MOST_SHOWN]))
+                text = f"values {shown} of its mask touch each other, and all count as lesion"
+                problems.append(Problem(severity="warning", case=source.case, text=text))
         except VoxelscaleError as error:
             problems.append(Problem(severity="error", case=source.case, text=error.message))
     if len(source.channels) > 1:

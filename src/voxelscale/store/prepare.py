@@ -36,7 +36,7 @@ from voxelscale.store import (
 from voxelscale.store.channels import Kept, keep
 from voxelscale.store.fingerprint import SPLITS, fingerprint
 from voxelscale.store.lesions import resample_labels
-from voxelscale.store.plausible import about
+from voxelscale.store.plausible import about, implausible_hu
 from voxelscale.store.spacing import target_spacing
 
 Made = TypeVar("Made")
@@ -109,6 +109,7 @@ def prepare(
         if config.lungs and info.lungs is None:
             notice(f"{info.case}: no lungs found; patches are drawn from the whole scan")
         _report_changed(info, spacing, config.keep_small)
+    _warn_of_doubts(infos, sources[0].channels[0])
     failures = tuple((case, *failed[case]) for case in sorted(failed))
     if not infos:
         raise _none_prepared(failed)
@@ -194,6 +195,30 @@ def _report_changed(info: CaseInfo, spacing: Triple, kept: bool) -> None:
         parted = f"{info.cut} fall into parts" if info.cut else ""
         changed, left = " and ".join(filter(None, (joined, parted))), len(info.lesion_volumes_mm3)
         notice(f"{info.case}: of the lesions at {size} mm {changed}: {count(left, 'lesion')} in the store")
+
+
+def _warn_of_doubts(infos: Sequence[CaseInfo], channel: Channel) -> None:
+    """Say which scans cannot be CT though they are taken for it, and which masks may hold an organ, too."""
+    no_hu = {
+        info.case: text
+        for info in infos
+        if channel.scheme == "ct" and info.scan
+        for severity, text in implausible_hu(info.scan["values"])
+        if severity == "error"
+    }
+    if no_hu:
+        case, text = next(iter(no_hu.items()))
+        of = f"{len(no_hu)} of {count(len(infos), 'scan')}"
+        named = f"name what it is, as reading.channels=[MR] (now {channel.name})"
+        warn(f"{of} taken for CT but not in HU, such as {case}: {text}; {named}")
+    if several := [info for info in infos if info.touching]:
+        shown = ", ".join(map(str, several[0].touching[:MOST_SHOWN]))
+        of = f"{len(several)} of {count(len(infos), 'mask')}"
+        warn(
+            f"{of} with values that touch each other, such as {shown} in {several[0].case}: all count as "
+            "lesion; where some are organs choose, as reading.labels=[2], or name classes, as "
+            "reading.labels={organ: 1, tumour: 2}"
+        )
 
 
 def _warn_of_empty_splits(infos: Sequence[CaseInfo], shares: Triple) -> None:
@@ -295,6 +320,7 @@ def prepare_case(
         merged=label.merged,
         cut=label.cut,
         scan=about(image, lungs, source).kept(),
+        touching=labels.touching,
     )
     thinned = [_thin(flat) for flat in label.lesions]
     write_case(out, info, np.stack(stored), label.array, thinned, config.chunk)

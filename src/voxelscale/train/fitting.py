@@ -91,6 +91,7 @@ def fit(
     """
     folder = None if run is None else Path(run)
     _check_ranks(config)
+    _check_weights(config)
     source = _Samples(samples, _count(samples), config.train.seed)
     whole = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in model.modules())
     with kept_config(folder):
@@ -107,6 +108,15 @@ def fit(
             if folder is not None and validate is None and workers.rank == 0:
                 _write_weights(folder / WEIGHTS, model, {"samples": result.seen})
     return result
+
+
+def _check_weights(config: Config) -> None:
+    """Raise a VoxelscaleError where the config asks for weights, which only `voxelscale train` reads."""
+    hint = "load weights into the model before, and freeze parameters by requires_grad_(False)"
+    if config.train.start_from:
+        raise VoxelscaleError("fit: train.start_from is for voxelscale train only", hint)
+    if config.optim.pretrained_lr != 1:
+        raise VoxelscaleError("fit: optim.pretrained_lr is for voxelscale train only", hint)
 
 
 def load_weights(path: Path | str) -> dict[str, Tensor]:

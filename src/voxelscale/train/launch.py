@@ -155,9 +155,26 @@ def _train_as_rank(config: Config, store: Path, run: Path) -> bool:
         raise SystemExit(LOST) from None
 
 
+LEFT = {
+    *(
+        "arithmetic.json",
+        "checkpoints",
+        "environment.json",
+        "metrics.jsonl",
+        "pretrained.json",
+        "tensorboard",
+    ),
+    *(FAULT_FILE, STOP_FILE),
+}
+"""What a run that was refused before its first step may leave in its folder."""
+
+
 @contextmanager
 def kept_config(run: Path | None) -> Iterator[None]:
-    """After an error within it the run's ``config.yaml`` is what it was: a config that is refused goes."""
+    """After an error within it the run's ``config.yaml`` is what it was: a config that is refused goes.
+
+    A new run's goes where nothing was trained with it, so that the command can be corrected.
+    """
     path = None if run is None or os.environ.get("RANK", "0") != "0" else run / "config.yaml"
     before = b""
     if path:
@@ -165,12 +182,20 @@ def kept_config(run: Path | None) -> Iterator[None]:
             before = path.read_bytes()
     try:
         yield
-    except (VoxelscaleError, SystemExit):
+    except (VoxelscaleError, SystemExit) as error:
         # The disk may be full, and the first error is the one to report.
         with suppress(VoxelscaleError, OSError):
             if path and before and path.read_bytes() != before:
                 write_atomic(path, before)
+            elif path and not before and isinstance(error, VoxelscaleError) and not _begun(path.parent):
+                path.unlink()
         raise
+
+
+def _begun(run: Path) -> bool:
+    """Whether a training in the folder has come to its first step."""
+    trained = any(event["samples"] > 0 for event in read_events(run))
+    return trained or any((run / "checkpoints").glob("*.ckpt")) or any(run.glob("*.vxs"))
 
 
 def claim(run: Path, config: Config) -> None:
@@ -183,6 +208,9 @@ def claim(run: Path, config: Config) -> None:
     if chief or (run / "config.yaml").is_file():
         check_claim(run, config)
     if chief:
+        if not (run / "config.yaml").is_file():
+            for name in ("metrics.jsonl", "arithmetic.json", "pretrained.json"):
+                (run / name).unlink(missing_ok=True)
         # The optimisers' defaults may change, those of the run may not.
         write_atomic(run / "config.yaml", dump(_settled(config)))
 
@@ -206,7 +234,7 @@ def check_claim(run: Path, config: Config) -> None:
                 f"{run}: was started with {key}={begun.get(key)}, not {now[key]}",
                 "choose another folder for the run, or resume with the config that it holds",
             )
-    elif run.is_dir() and any(run.iterdir()):
+    elif run.is_dir() and (_begun(run) or any(one.name not in LEFT for one in run.iterdir())):
         raise VoxelscaleError(f"{run}: holds files but no run", "choose an empty or new folder for the run")
 
 

@@ -34,6 +34,8 @@ from voxelscale.train.memory import available_memory, estimate_memory, gib, step
 from voxelscale.train.patch_sizes import isotropic_patches, scaled_patches, with_patch
 
 LEAST_BATCH, MOST_BATCH = 2, 16
+CPU_VOXELS = 48**3
+"""Voxels of a patch on a CPU at most (measured: docs/benchmarks.md, "Patches on a CPU")."""
 DATA_SHARE = 0.05
 """A batch covers at most this share of the training voxels."""
 PRESET_GIB = {"resenc_m": 8, "resenc_l": 24, "resenc_xl": 40}
@@ -72,7 +74,8 @@ def make_plan(
     store: Store,
     measure: Callable[[Config], int],
     budget: int,
-    most_batch: int = MOST_BATCH,
+    *,
+    on_cpu: bool = False,
 ) -> Plan:
     """The largest patch that the memory takes, its depth and its batch.
 
@@ -80,7 +83,8 @@ def make_plan(
         config: its model (but the depth), optimiser and precision are what is planned for.
         measure: bytes of a config's training step.
         budget: bytes of one device.
-        most_batch: patches of a step at most.
+        on_cpu: what is planned for is a CPU. It takes as long for a patch in a batch as alone, and seconds
+            for a large one, so the batch is the smallest and the patch has at most `CPU_VOXELS`.
 
     Raises:
         VoxelscaleError: not even the smallest patch fits.
@@ -89,7 +93,8 @@ def make_plan(
     shape = np.median(np.asarray([info.shape for info in cases], np.float64), axis=0)
     usable = budget * (1 - HEADROOM)
     bounds = (PRESET_DEEPEST, PRESET_VOXELS) if config.model.preset in PRESET_GIB else ()
-    ladder = list(isotropic_patches(shape.tolist(), store.spacing, config.model.dims, *bounds))
+    useful = list(isotropic_patches(shape.tolist(), store.spacing, config.model.dims, *bounds))
+    ladder = [c for c in useful if math.prod(c[0]) <= CPU_VOXELS] if on_cpu else useful
 
     def planned(patch: IntTriple, depth: int, batch: int) -> Config:
         return _with(config, store.spacing, patch, depth, batch)
@@ -102,13 +107,15 @@ def make_plan(
         raise VoxelscaleError(f"plan: no patch fits into {gib(budget)}, not even {smallest}", hint)
     patch, depth = fitting[-1]
     voxels = sum(math.prod(c.shape) for c in cases)
-    most = min(most_batch, int(DATA_SHARE * voxels / math.prod(patch)))
+    most = LEAST_BATCH if on_cpu else min(MOST_BATCH, int(DATA_SHARE * voxels / math.prod(patch)))
     batch = _batch(most, lambda n: measure(planned(patch, depth, n)), usable)
     chosen = planned(patch, depth, batch)
     memory = measure(chosen)
-    bound = (
-        "of the memory" if len(fitting) < len(ladder) else "it holds the median scan or all that is useful"
-    )
+    bound = "it holds the median scan or all that is useful"
+    if len(ladder) < len(useful):
+        bound = "a CPU takes seconds for a larger one and would make few updates"
+    if len(fitting) < len(ladder):
+        bound = "of the memory"
     return Plan(
         patch_size=patch,
         depth=depth,
@@ -122,9 +129,8 @@ def make_plan(
 def plan_store(config: Config, store: Store) -> Plan:
     """Plan for the memory that `config.prepare.memory_gib` says, and write the store's ``plan.yaml``.
 
-    Where that is 0, it is the preset's, or else what the device has that a training here would use. If
-    that is a CPU, the batch is the smallest: a larger one takes as long per patch there, and makes fewer
-    updates.
+    Where that is 0, it is the preset's, or else what the device has that a training here would use: where
+    that is a CPU, patch and batch are small.
 
     Raises:
         VoxelscaleError: not even the smallest patch fits, or the file cannot be written.
@@ -140,8 +146,7 @@ def plan_store(config: Config, store: Store) -> Plan:
         classes=store.classes,
     )
     here = not (config.prepare.memory_gib or config.model.preset in PRESET_GIB)
-    most_batch = LEAST_BATCH if here and device.type == "cpu" else MOST_BATCH
-    plan = make_plan(config, store, measure, budget, most_batch)
+    plan = make_plan(config, store, measure, budget, on_cpu=here and device.type == "cpu")
     write_atomic(store.path / PLAN_FILE, plan_text(plan, config))
     return plan
 

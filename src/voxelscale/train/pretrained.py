@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from voxelscale.config import Config, from_dict, to_dict
 from voxelscale.console import notice, warn
@@ -263,7 +264,19 @@ def _recorded(run: Path) -> tuple[str, ...]:
 
 
 def _freeze(model: nn.Module, names: frozenset[str], what: str) -> None:
+    """Keep weights that were taken as they are.
+
+    Raises:
+        VoxelscaleError: a frozen layer is batch norm.
+    """
     for name, parameter in model.named_parameters():
         inside = not name.startswith(HEADS) if what == "all_but_head" else name.startswith("encode.")
         if what != "nothing" and inside and name in names:
             parameter.requires_grad_(False)
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, _BatchNorm) and own and not any(p.requires_grad for p in own):
+            raise VoxelscaleError(
+                f"train.freeze={what}: the statistics of batch norm in {name} would still change",
+                "set a low optim.pretrained_lr instead, or take a model with model.norm=instance",
+            )

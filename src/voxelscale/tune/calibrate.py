@@ -155,7 +155,7 @@ def _warn_of_origin(bundle: Bundle, run: Path, predictions: Path, cases: Sequenc
     if trained:
         warn(
             f"{predictions}: the model was trained on {count(len(trained), 'scan')} of these, and is "
-            "overconfident there; calibrate on --split val"
+            "overconfident there; calibrate on scans that none of its networks was trained on"
         )
 
 

@@ -135,9 +135,16 @@ def training_of(config: Config) -> Config:
         validate_every=0,
         ranks=1,
         virtual_workers=1,
+        start_from="",  # that was of the first network
+        freeze="nothing",
     )
     optim = replace(
-        config.optim, name="adamw", lr=wanted.lr, reference_batch=wanted.batch_size, grow_from=0
+        config.optim,
+        name="adamw",
+        lr=wanted.lr,
+        reference_batch=wanted.batch_size,
+        grow_from=0,
+        pretrained_lr=1.0,
     )
     # Windows and thresholds do not matter here, and must not prevent resuming.
     return replace(config, train=train, optim=optim, predict=PredictConfig())

@@ -158,40 +158,62 @@ def apply(case: Case, state: State, line: Mapping[str, Any]) -> None:
 
 def _judge(case: Case, state: State, line: Mapping[str, Any]) -> None:
     """Accept, reject or move a finding or an added nodule."""
-    name = line["finding"]
+    name, action = line["finding"], line["action"]
     mark = state.marks.get(name) if isinstance(name, str) else None
     if mark is None:
         raise Refused("no such finding")
-    grid, place, verdict = case.prediction.grid, mark.place, "accepted"
-    voxels = mark.voxels
-    if line["action"] == "move":
+    if action == "accept" and mark.verdict == "accepted":
+        return  # what was brushed since stays
+    place, voxels = mark.place, mark.voxels[:0]
+    if action == "move":
         place = _place(line)
-        own = voxels if len(voxels) else _own_voxels(case, name)
-        centre = grid.index_to_mm(own.mean(axis=0)) if len(own) else None
-        voxels = _moved(own, grid, centre, place)
-    elif line["action"] == "reject":
-        verdict, voxels = "rejected", voxels[:0]
-    elif not len(voxels):
-        voxels = _own_voxels(case, name) if place is None else sphere(grid, place, mark.diameter_mm or 0.0)
-    _put(case.classes, state.mask, mark.voxels, mark.label, False)
-    if line["action"] == "reject":  # what the brush left of it goes, too
-        _put(case.classes, state.mask, _own_voxels(case, name), mark.label, False)
+        voxels = _moved(case, mark, _shape(case, state, name), place)
+    elif action == "accept":
+        voxels = _own_voxels(case, name)
+        voxels = voxels if place is None else _moved(case, mark, voxels, place)
+    gone = [mark.voxels]
+    if action == "reject" and _has_mask(case, name):  # what the brush left of it goes, too
+        gone.append(_own_voxels(case, name))
+    for old in gone:
+        _put(case.classes, state.mask, _of_no_other(state, name, old), mark.label, False)
     _put(case.classes, state.mask, voxels, mark.label, True)
-    mark.verdict, mark.place, mark.voxels = verdict, place, voxels
+    mark.verdict, mark.place, mark.voxels = "rejected" if action == "reject" else "accepted", place, voxels
 
 
-def _moved(
-    voxels: NDArray[np.int64], grid: Grid, centre: NDArray[np.float64] | None, place: Sequence[float]
-) -> NDArray[np.int64]:
-    """Voxels shifted by whole steps so that their centre comes to a place; those that leave the scan go."""
-    if centre is None:
-        raise Refused("no such finding")
-    shift = np.rint(grid.mm_to_index(place) - grid.mm_to_index(centre)).astype(np.int64)
+def _shape(case: Case, state: State, name: str) -> NDArray[np.int64]:
+    """What is moved: of an accepted one what the brush left of it, if anything."""
+    mark = state.marks[name]
+    voxels = mark.voxels if len(mark.voxels) else _own_voxels(case, name)
+    if mark.verdict != "accepted":
+        return voxels
+    values = state.mask[tuple(voxels.T)]
+    there = values >> mark.label & 1 > 0 if case.classes.regions else values == mark.label + 1
+    return voxels[there] if there.any() else voxels
+
+
+def _of_no_other(state: State, name: str, voxels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The voxels without those of other accepted ones of the same class: they overlap at times."""
+    mine, shape = state.marks[name], state.mask.shape
+    others = [m.voxels for n, m in state.marks.items() if n != name and m.label == mine.label]
+    flat = [np.ravel_multi_index(tuple(each.T), shape) for each in (voxels, *others)]
+    alone = ~np.isin(flat[0], np.concatenate([flat[0][:0], *flat[1:]]))
+    return np.asarray(voxels[alone])
+
+
+def _moved(case: Case, mark: Mark, voxels: NDArray[np.int64], place: Sequence[float]) -> NDArray[np.int64]:
+    """Voxels shifted by whole steps so that their centre comes to a place; those that leave the scan go.
+
+    An added nodule that has none, as it was rejected, is a sphere again.
+    """
+    grid = case.prediction.grid
+    if not len(voxels):
+        return sphere(grid, place, mark.diameter_mm or 0.0)
+    shift = np.rint(grid.mm_to_index(place) - voxels.mean(axis=0)).astype(np.int64)
     there = voxels + shift
     there = there[((there >= 0) & (there < grid.shape)).all(axis=1)]
     if not len(there):
         raise Refused("that place lies outside the scan")
-    return there
+    return np.asarray(there)
 
 
 def _own_voxels(case: Case, name: str) -> NDArray[np.int64]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.lesions import mean_or_none
 from voxelscale.evaluate.overlap import overlap
@@ -21,7 +23,8 @@ def compare_readers(predictions: Path, a: str, b: str) -> dict[str, Any]:
 
     Findings count that both accepted or rejected; Cohen's kappa is that of these two verdicts (Cohen,
     Educational and Psychological Measurement 20, 1960), None where both gave one verdict only. The Dice is
-    of the masks of cases that both have finished.
+    of the masks of cases that both have finished: the mean over the values in them (of regions, each has
+    the value of the smallest region that holds the voxel), None where both masks are empty.
 
     Returns:
         plain values, as ``--json`` prints them.
@@ -91,7 +94,7 @@ def text_table(result: Mapping[str, Any]) -> list[str]:
         f"  only {b} accepted: {counts['rejected']['accepted']}",
         f"agreement                 {shown(result['agreement'])}",
         f"Cohen's kappa             {shown(result['kappa'])}",
-        f"mean Dice of the masks    {shown(result['dice'])} ({len(finished)} cases that both finished)",
+        f"mean Dice of the masks    {shown(result['dice'])} ({len(finished)} cases that both finished, not empty)",
         f"added nodules             {a}: {added[0]}, {b}: {added[1]}",
     ]
 
@@ -119,5 +122,8 @@ def _added(outcome: Mapping[str, Any]) -> int:
     return sum(not m["finding"].isdigit() and m["verdict"] == "accepted" for m in marks)
 
 
-def _dice(a: Path, b: Path) -> float:
-    return overlap(read_label(a).array, read_label(b).array).dice
+def _dice(a: Path, b: Path) -> float | None:
+    """Mean over the values that either mask has; None where both are empty."""
+    one, other = read_label(a).array, read_label(b).array
+    values = np.setdiff1d(np.union1d(one, other), [0])
+    return mean_or_none([overlap(one == value, other == value).dice for value in values])
