@@ -94,7 +94,7 @@ def text_table(result: Mapping[str, Any]) -> list[str]:
         f"  only {b} accepted: {counts['rejected']['accepted']}",
         f"agreement                 {shown(result['agreement'])}",
         f"Cohen's kappa             {shown(result['kappa'])}",
-        f"mean Dice of the masks    {shown(result['dice'])} ({len(finished)} cases that both finished, not empty)",
+        f"mean Dice of the masks    {shown(result['dice'])} ({len(finished)} cases, both finished)",
         f"added nodules             {a}: {added[0]}, {b}: {added[1]}",
     ]
 
