@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.conftest import Command
+from tests.several import bundle_of
 from voxelscale import api
 from voxelscale.api import (
     CaseResult,
@@ -35,9 +36,13 @@ from voxelscale.api import (
     scan_of,
     summarise,
 )
+from voxelscale.channels import Channel
+from voxelscale.classes import LESION
 from voxelscale.dataset.listing import list_sources
 from voxelscale.findings import lesions_of_mask
 from voxelscale.formats import read_label
+from voxelscale.model.build import build_model
+from voxelscale.model.bundle import write_bundle
 from voxelscale.store import Store
 from voxelscale.train.launch import start
 
@@ -224,6 +229,24 @@ def test_what_is_no_scan_for_the_model(run: Path, scans: Path) -> None:
         model.predict(torn, affine=affine)
     with pytest.raises(VoxelscaleError, match="the scan: its voxel axes do not stand at right angles"):
         model.predict(array, affine=affine + np.eye(4, k=1) * [1, 1, 0, 0])
+
+
+def test_channels_that_do_not_belong_together(tiny: Config, tmp_path: Path) -> None:
+    """As of the command: an error where one lies elsewhere, a warning where it covers a part only."""
+    two = (Channel(name="T1", scheme="zscore"), Channel(name="T2", scheme="zscore"))
+    network = build_model(tiny.model, tiny.data.patch_size, (4.0, 4.0, 4.0), channels=2)
+    config = replace(tiny, predict=replace(tiny.predict, refuse_unusable=False))
+    bundle = bundle_of(config, network.state_dict(), (4.0, 4.0, 4.0), LESION, two)
+    write_bundle(tmp_path / "model.vxs", bundle)
+    model, values = Model.load(tmp_path / "model.vxs"), np.random.default_rng(0).random((20, 20, 20))
+    here, part, away = (np.diag([4.0, 4.0, 4.0, 1.0]) for _ in range(3))
+    part[0, 3], away[0, 3] = 40.0, 500.0
+    first, partly, elsewhere = (scan_of(values, affine) for affine in (here, part, away))
+    assert model.predict(first, first).warnings == ()
+    (warning,) = model.predict(first, partly).warnings
+    assert "channel T2: covers" in warning
+    with pytest.raises(VoxelscaleError, match="channel T2: does not overlap with the first"):
+        model.predict(first, elsewhere)
 
 
 def test_findings_as_a_table(run: Path, scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:

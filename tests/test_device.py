@@ -25,7 +25,7 @@ def tiny() -> nn.Module:
 
 
 def test_inference_is_in_the_precision_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "choose_precision", lambda wanted, device: torch.bfloat16)
+    monkeypatch.setattr(room, "has_bf16", lambda device: True)
     # float32 is timed first.
     for faster, dtype in (([3.0, 5.0, 3.0, 5.0], torch.float32), ([5.0, 3.0, 5.0, 3.0], torch.bfloat16)):
         seconds = iter(faster)
@@ -33,6 +33,13 @@ def test_inference_is_in_the_precision_that_is_faster(monkeypatch: pytest.Monkey
         assert choose_inference(tiny().eval(), SHAPE, CPU, "auto") == dtype
     monkeypatch.setattr(room, "seconds_of", lambda step, device: pytest.fail("timed"))
     assert choose_inference(tiny().eval(), SHAPE, CPU, "bf16") == torch.bfloat16
+
+
+@pytest.mark.parametrize("trained", ["auto", "bf16", "fp32"])
+def test_inference_is_never_in_an_emulated_bfloat16(monkeypatch: pytest.MonkeyPatch, trained: str) -> None:
+    """A model that was trained in it elsewhere, such as the starter, took minutes for a window."""
+    monkeypatch.setattr(room, "has_bf16", lambda device: False)
+    assert choose_inference(tiny().eval(), SHAPE, CPU, trained) == torch.float32
 
 
 def test_the_record_comes_back() -> None:

@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from voxelscale.channels import Channel
 from voxelscale.classes import IGNORED, LESION, Classes, UnknownValues
 from voxelscale.config import Config, load
+from voxelscale.dataset.reading import check_overlap
 from voxelscale.dataset.source import Source
 from voxelscale.device import default_device
 from voxelscale.errors import VoxelscaleError
@@ -216,8 +217,8 @@ class Model:
             settings: keys of the config, such as ``"predict.threshold=0.3"``.
 
         Raises:
-            VoxelscaleError: it is no scan for this model, an array has no affine or holds NaN, or a setting
-                is unknown.
+            VoxelscaleError: it is no scan for this model, channels do not overlap, an array has no affine
+                or holds NaN, or a setting is unknown.
         """
         if len(channels) != len(self.channels):
             names = ", ".join(channel.name for channel in self.channels)
@@ -227,6 +228,10 @@ class Model:
         if affine is not None and not any(isinstance(one, np.ndarray) for one in channels):
             raise VoxelscaleError("an affine, but no array", "leave it out: a scan has its own")
         first, *more = (_as_scan(one, affine) for one in channels)
+        lacking = [
+            check_overlap(first.grid, scan.grid, f"channel {channel.name}", "the first", channel.name)
+            for channel, scan in zip(self.channels[1:], more, strict=True)
+        ]
         config = load(None, settings, self.config).predict
         lungs, warnings = None, list[str]()
         if self._bundle.of_ct:
@@ -246,7 +251,7 @@ class Model:
             probabilities={
                 name: files[probability_file(self.classes, name)] for name in self.classes.names
             },
-            warnings=tuple(warnings),
+            warnings=(*warnings, *filter(None, lacking)),
             classes=self.classes,
         )
 

@@ -11,7 +11,8 @@ from typing import Any
 import pydicom
 import pytest
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
-from pynetdicom import AE
+from pynetdicom import AE, evt
+from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind, Verification
 from tests.archive.hospital import Orthanc, StandIn, Time, free_port, listener, result, series, uids
 
 from voxelscale.archive.dimse import Sender, receiver
@@ -110,6 +111,72 @@ def test_what_is_received_is_what_was_sent(tmp_path: Path, port: Port) -> None:
         assert kept.PatientName == "SECRET^A"
     names = "".join(map(str, (tmp_path / "l").rglob("*")))
     assert not [word for word in ("PATIENT1", "SECRET", "2.25.") if word in names]
+
+
+class Sink:
+    """An archive that takes everything."""
+
+    def answers(self) -> bool:
+        return True
+
+    def patient(self, study: str) -> str:
+        return "P1"
+
+    def send(self, files: list[Path], done: Callable[[str], None] = lambda uid: None) -> int:
+        for file in files:
+            done(str(pydicom.dcmread(file).SOPInstanceUID))
+        return len(files)
+
+
+def test_what_arrives_while_a_series_is_predicted_is_kept_and_noted(
+    tmp_path: Path, told: Callable[[], str]
+) -> None:
+    files = series(tmp_path / "a", "P1", slices=8)
+    time, answer = Time(), StandIn()
+    one = listener(tmp_path / "l", None, answer, time, sink=Sink())
+
+    def put(some: list[Path]) -> None:
+        assert isinstance(one.scans, Inbox)
+        for file in some:
+            one.scans.put(pydicom.dcmread(file), file.read_bytes())
+
+    put(files[:4])
+    answer.before = lambda: put(files[4:])
+    for _ in range(3):
+        one.round()
+        time.at += 200
+    (row,) = one.ledger.rows()
+    assert (row.state, row.instances) == ("stored", 4)
+    assert row.reason == "answered with 4 instances; 4 more came meanwhile"
+    assert row.reason in told()
+    assert len(list((tmp_path / "l" / "inbox").rglob("*.dcm"))) == 4
+
+
+@pytest.mark.parametrize("trouble", ["busy", "two patients"])
+def test_a_query_that_fails_is_not_an_answer(tmp_path: Path, trouble: str) -> None:
+    """A result must not go out because the archive could not say whose the study is now."""
+
+    def find(event: Any) -> Iterator[tuple[int, Any]]:
+        if trouble == "busy":
+            yield 0xA700, None
+            return
+        for patient in ("P1", "P2"):
+            found = pydicom.Dataset()
+            found.QueryRetrieveLevel, found.PatientID = "STUDY", patient
+            found.StudyInstanceUID = event.identifier.StudyInstanceUID
+            yield 0xFF00, found
+
+    entity = AE(ae_title="PACS")
+    entity.add_supported_context(StudyRootQueryRetrieveInformationModelFind)
+    entity.add_supported_context(Verification)
+    server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_FIND, find)])
+    settings = SendSettings(host="127.0.0.1", port=server.server_address[1], ae_title="PACS", timeout=5.0)
+    raised, said = {"busy": (AwayError, "0xA700"), "two patients": (UntrueError, "2 patients")}[trouble]
+    try:
+        with pytest.raises(raised, match=said):
+            Sender(settings).patient("1.2.3")
+    finally:
+        entity.shutdown()
 
 
 def test_duplicates_are_harmless(tmp_path: Path, port: Port, told: Callable[[], str]) -> None:

@@ -13,6 +13,8 @@ from tests.conftest import Command
 
 from voxelscale.archive.access import Access
 from voxelscale.archive.dicomweb import DicomWeb
+from voxelscale.archive.study import fetch_study
+from voxelscale.dataset.names import Names
 
 
 def test_from_orthanc_and_back(
@@ -44,6 +46,29 @@ def test_from_orthanc_and_back(
     assert "0 results sent" in again[1]
     everything = said + err + "".join(again[1:]) + "".join(map(str, out.rglob("*")))
     assert not [w for w in ("PATIENT7", "SECRET", study, one, PASSWORD) if w in everything]
+
+
+def test_a_series_whose_instances_were_replaced_is_fetched_again(orthanc: Orthanc, tmp_path: Path) -> None:
+    """As many as before, but others: what was fetched is of images that the archive took back."""
+    files = series(tmp_path / "a", "P1")
+    orthanc.add(files)
+    study, one = uids(files)
+    web, names = DicomWeb(Access(url=orthanc.web)), Names(how="hash", folder=tmp_path)
+    place = fetch_study(web, study, "", tmp_path / "out", names).places[one]
+    first = {file.name: file.stat().st_mtime_ns for file in place.iterdir()}
+    fetch_study(web, study, "", tmp_path / "out", names)
+    assert {file.name: file.stat().st_mtime_ns for file in place.iterdir()} == first
+    (known,) = orthanc.get("/series")
+    orthanc.ask("DELETE", f"/series/{known}")
+
+    def renew(dataset: pydicom.Dataset) -> None:
+        dataset.SOPInstanceUID = f"{dataset.SOPInstanceUID}.9"
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+
+    orthanc.add(series(tmp_path / "b", "P1", change=renew))
+    fetch_study(web, study, "", tmp_path / "out", names)
+    here = {str(pydicom.dcmread(file).SOPInstanceUID) for file in place.glob("*.dcm")}
+    assert here == set(web.instances(study, one))
 
 
 def test_compressed_series_arrive_as_they_are(orthanc: Orthanc, tmp_path: Path) -> None:

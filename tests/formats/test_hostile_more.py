@@ -359,6 +359,7 @@ def test_each_of_many_hostile_labels_is_reported_and_the_good_one_prepared(
     sets = ["--set", "prepare.workers=1", "--set", "prepare.plan=false", "--set", "prepare.split=[1,0,0]"]
     code, lines, seconds, mib = typed("prepare", tmp_path / "set.csv", tmp_path / "store", *sets)
     assert code == 2
+    assert "not in HU" in lines.pop(0)  # the one good case, of values from 0 on
     errors = [line for line in lines if line.startswith("error: ")]
     hints = [line for line in lines if line.startswith("hint: ")]
     assert len(lines) == 2 * len(names) + 1, lines

@@ -154,6 +154,8 @@ def some_logits(classes: Classes, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def small_weight(mask: NDArray[np.bool_], exponent: float) -> NDArray[np.float64]:
+    if len(mask) == 1:  # a slice: the square about each pixel
+        return small_weight(mask[0], exponent)[None]
     share = ndimage.uniform_filter(mask.astype(float), AROUND, mode="constant")
     return np.where(mask, (0.5 / np.maximum(share, 1e-9)) ** exponent, 1).clip(1)
 

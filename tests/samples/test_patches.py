@@ -472,9 +472,17 @@ def test_low_resolution_is_the_librarys(resolution: float) -> None:
     volume = torch.randn(12, 16, 20, generator=torch.Generator().manual_seed(0))
     ours = LowResolution(resolution=resolution)(volume)
     size = [round(n * resolution) for n in volume.shape]
-    coarse = F.interpolate(volume[None, None], size=size, mode="nearest")
+    coarse = F.interpolate(volume[None, None], size=size, mode="nearest-exact")
     theirs = F.interpolate(coarse, size=volume.shape, mode="trilinear", align_corners=False)[0, 0]
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_low_resolution_does_not_move_the_image() -> None:
+    """Over all resolutions a ramp keeps its place; its label stays where it is, too."""
+    ramp = torch.arange(48.0).expand(48, 48, 48)
+    shares = np.linspace(0.5, 0.99, 50).tolist()
+    moved = [LowResolution(resolution=share)(ramp)[24, 24, 8:40] - ramp[24, 24, 8:40] for share in shares]
+    assert abs(float(torch.stack(moved).mean())) < 0.1
 
 
 def test_what_was_read_is_not_changed(store: Store) -> None:

@@ -17,6 +17,7 @@ import pytest
 from scipy import stats
 from tests.conftest import Command
 from tests.experiments.emulated import Emulated
+from tests.scale.test_cost import STEP
 from tests.train.runs import processes, seen_in
 
 from voxelscale.config import Config, dump, load
@@ -24,8 +25,9 @@ from voxelscale.console import Progress
 from voxelscale.errors import VoxelscaleError
 from voxelscale.experiments.once import Ending
 from voxelscale.experiments.shares import Share, share_devices
+from voxelscale.scale import scale as command
 from voxelscale.scale import study as study_module
-from voxelscale.scale.cost import MODEL
+from voxelscale.scale.cost import MODEL, StepCost
 from voxelscale.scale.study import Stop, Trial, TrialScore, plan, run_study, t_interval
 from voxelscale.scale.trials import real_ranks, train_trial
 from voxelscale.store import Store
@@ -68,6 +70,37 @@ def test_settings_over_a_recipe() -> None:
         plan(config('scale.recipes=["large_batch:optim.no_such=1"]'))
     with pytest.raises(VoxelscaleError, match="recipe"):
         plan(config("scale.recipes=[larger_batch]"))
+
+
+def test_what_cannot_be_emulated_is_refused_before_anything_is_trained(
+    store: Store, tmp_path: Path, voxelscale: Command
+) -> None:
+    sets = ("model.norm=sync_batch", "scale.recipes=[unchanged, auto]", "scale.workers=[1, 8]")
+    words = [word for one in sets for word in ("--set", one)]
+    code, _, errors = voxelscale("scale", store.path, tmp_path / "study", *words)
+    assert code == 2
+    assert "recipe auto: its growing batch cannot be emulated with sync_batch" in errors
+    assert "1 device for 8 workers" in errors
+    assert not (tmp_path / "study" / "runs").exists()
+
+
+def test_a_step_is_timed_again_on_another_machine(
+    tiny: Config, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = []
+
+    def measure(config: Config, _: Store) -> StepCost:
+        timed.append(config.train.checkpoint_activations)
+        return STEP
+
+    monkeypatch.setattr("voxelscale.scale.measure.measure_step", measure)
+    monkeypatch.setattr("voxelscale.scale.measure.measure_start", lambda *_: 1.0)
+    less = replace(tiny, train=replace(tiny.train, checkpoint_activations=True))
+    for machine in ("a laptop", "a GPU"):
+        monkeypatch.setattr(command, "_machine", lambda machine=machine: machine)
+        for one in (tiny, tiny, less):
+            command._step(one, store, tmp_path)
+    assert timed == [False, True] * 2
 
 
 def test_sums_by_hand(tmp_path: Path) -> None:

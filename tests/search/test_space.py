@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxelscale.config import Config, load, to_dict
+from voxelscale.config import Config, from_dict, load, to_dict
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search.space import read_space
 
@@ -131,6 +131,26 @@ def test_a_searched_optimiser_brings_its_own_defaults() -> None:
     assert (used["sgd"].momentum, used["muon"].momentum) == (0.99, 0.95)
     decay = with_space({"optim.weight_decay": {"float": [1e-6, 1e-1], "log": True}}, "optim.name=sgd")
     assert read_space(decay).values_of(decay) == ({"optim.weight_decay": 3e-5}, [])
+
+
+@pytest.mark.parametrize(
+    ("model", "settled"),
+    [
+        ({"depth": 3, "kernels": [[1, 3, 3], [3, 3, 3], [3, 3, 3]]}, {"model.kernel_size"}),
+        ({"depth": 3, "blocks": [1, 2, 3]}, set()),
+        ({"preset": "resenc_m"}, {"model.kernel_size", "model.filters", "model.norm"}),
+    ],
+)
+def test_what_a_plan_says_of_each_level_follows_the_depth(model: dict[str, Any], settled: set[str]) -> None:
+    """The default space takes the plan of coarse slices, and of a preset."""
+    config = from_dict({"model": model})
+    space, plain = read_space(config), read_space(Config())
+    assert {p.key for p in plain.parameters} - {p.key for p in space.parameters} == settled
+    for depth in (2, 5):
+        applied = space.apply(config, {"model.depth": depth}).model
+        assert applied.depth == depth
+        assert applied.kernels == config.model.of_depth(depth).kernels
+        assert applied.blocks == config.model.of_depth(depth).blocks
 
 
 def test_in_two_dimensions_a_patch_stays_flat() -> None:

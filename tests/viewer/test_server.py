@@ -24,7 +24,10 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import Finding, lesions_of_mask, write_findings
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan, as_lps, reorient
+from voxelscale.viewer import decisions
 from voxelscale.viewer.app import Viewer, build
+from voxelscale.viewer.cases import Case, list_predicted
+from voxelscale.viewer.decisions import Desk
 from voxelscale.viewer.guard import Door
 from voxelscale.viewer.pages import build_pages
 from voxelscale.viewer.readers import agreement, compare_readers
@@ -262,6 +265,33 @@ def test_what_was_brushed_stays(opened: tuple[TestClient, Viewer, Path]) -> None
     act(client, action="accept", finding="5")
     act(client, action="reject", finding="5")
     np.testing.assert_array_equal(decided(client, 0, shape), beside)
+
+
+def test_an_outcome_that_a_kill_left_behind_is_written_again(
+    scans: Path, predictions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decided while the mask was being written, and then the power failed."""
+    case = Case(list_predicted(predictions, DataSet(path=scans))[0], ReadingConfig())
+    desk = Desk(case, tmp_path, READER)
+    desk.act({"action": "accept", "finding": "1"})
+
+    def write_slowly(scan: Scan, path: Path) -> None:
+        monkeypatch.undo()
+        write_scan(scan, path)
+        for number in range(1, 5):
+            desk.act({"action": "reject", "finding": str(number)})
+        desk.act({"action": "finish", "value": True})
+
+    monkeypatch.setattr(decisions, "write_scan", write_slowly)
+    desk.save()
+    again = Desk(case, tmp_path, READER)
+    assert again.unsaved
+    again.save()
+    assert not Desk(case, tmp_path, READER).unsaved
+    assert not read_label(tmp_path / "a" / "mask.nii.gz").array.any()
+    table = (tmp_path / "dataset.csv").read_text().splitlines()
+    assert table[0] == "image,label,case,patient,seriesuid"
+    assert len(table) == 2
 
 
 def test_decisions_survive(scans: Path, predictions: Path, door: Door, tmp_path: Path) -> None:
@@ -519,6 +549,11 @@ def test_several_classes(door: Door, tmp_path: Path, regions: bool) -> None:
     for number in range(1, len(found) + 1):
         act(client, 0, action="accept", finding=str(number))
     np.testing.assert_array_equal(decided(client, 0, written.shape), stored)
+    if not regions:  # what lay under an added one of another class is there again without it
+        act(client, 0, action="add", mm=[5.0, 5.0, 3.0], diameter_mm=3.0, label=1)
+        assert (decided(client, 0, written.shape) != stored).any()
+        act(client, 0, action="reject", finding="a1")
+        np.testing.assert_array_equal(decided(client, 0, written.shape), stored)
     act(client, 0, action="reject", finding="1")
     expected = stored.copy()
     expected[2:8][expected[2:8] == 1] = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -166,8 +166,9 @@ class DicomWeb:
         series.finish()
         return series.patient or ""
 
-    def release(self, entry: Entry) -> None:
-        """Nothing is kept of a series that has been answered."""
+    def release(self, entry: Entry, files: Collection[str]) -> int:
+        """Nothing is kept of a series that has been answered: 0, as of `Inbox.release`."""
+        return 0
 
     def send(self, files: Sequence[Path], done: Callable[[str], None] = lambda uid: None) -> int:
         """Store results that the archive does not have; how many were sent.

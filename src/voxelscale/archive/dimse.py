@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from voxelscale.archive.identity import read_header, text_of
+from voxelscale.archive.identity import FIX, read_header, text_of
 from voxelscale.archive.inbox import Inbox
 from voxelscale.archive.settings import ReceiveSettings, SendSettings
 from voxelscale.archive.troubles import AwayError, UntrueError, missing_extra, quiet_libraries
@@ -110,7 +110,10 @@ class Sender:
         """The PatientID of a study; "" where the archive does not say it; None: it knows no such study."""
         with self._associated([]) as (association, may_find):
             found = self._find(association, may_find, "STUDY", StudyInstanceUID=study, PatientID="")
-        return text_of(found[0], "PatientID") if found else None
+        patients = {text_of(item, "PatientID") for item in found}
+        if len(patients) > 1:
+            raise UntrueError(f"{self._name}: has {len(patients)} patients of one study", FIX)
+        return patients.pop() if patients else None
 
     def send(self, files: Sequence[Path], done: Callable[[str], None] = lambda uid: None) -> int:
         """Store results that the archive does not have; see `DicomWeb.send`."""
@@ -161,6 +164,10 @@ class Sender:
                 raise AwayError(f"{self._name}: the association was cut off", "check that the archive runs")
             if status.Status in PENDING and item is not None:
                 found.append(item)
+            elif status.Status not in (*PENDING, SUCCESS):
+                # Not the same as nothing that matches: a patient may have been changed.
+                what = f"{self._name}: does not answer a query (0x{status.Status:04X})"
+                raise AwayError(what, "check its log")
         return [item for item in found if all(text_of(item, k) == v for k, v in keys.items() if v)]
 
     @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,9 +100,20 @@ class Inbox:
         series.finish()
         return series.patient or ""
 
-    def release(self, entry: Entry) -> None:
-        """Remove the files of a series that has been answered."""
-        shutil.rmtree(self._place(entry), ignore_errors=True)
+    def release(self, entry: Entry, files: Collection[str]) -> int:
+        """Remove the files of a series that have been answered; how many others came meanwhile.
+
+        Args:
+            files: names of those that `fetch` copied.
+        """
+        place = self._place(entry)
+        with self._lock:
+            for name in files:
+                (place / name).unlink(missing_ok=True)
+            left = len(self._files(place))
+            if not left:
+                shutil.rmtree(place, ignore_errors=True)
+        return left
 
     def forget_old(self, wanted: set[str]) -> None:
         """Remove the files of series that were not answered, when nothing came for `keep_days`.
@@ -113,7 +125,7 @@ class Inbox:
             place = self._place(entry)
             newest = max(file.stat().st_mtime for file in self._files(place))
             if entry.series not in wanted and time.time() - newest > self._keep_days * 86400:
-                self.release(entry)
+                shutil.rmtree(place, ignore_errors=True)
 
     def _place(self, entry: Entry) -> Path:
         return self._folder / self._names.case(f"{entry.study}/{entry.series}")

@@ -252,7 +252,12 @@ class Listener:
         ]
         sent = self.sink.send(left, lambda uid: self.ledger.sent(row, uid, self.clock.now()))
         self.meter.add("results_total", value=sent)
-        row = self.ledger.move(row, "stored", self.clock.now())
+        answered = [file.name for file in self._place(row, "scan").glob("*.dcm")]
+        others = self.scans.release(self._entry(row), answered)
+        more = f"answered with {row.instances} instances; {others} more came meanwhile" if others else ""
+        row = self.ledger.move(row, "stored", self.clock.now(), more)
+        if more:
+            warn(f"{row.name}: {more}")
         notice(f"{row.name}: stored")
         if self.settings.keep_scans:
             kept = self.folder / "scans" / row.name
@@ -260,7 +265,6 @@ class Listener:
             kept.parent.mkdir(exist_ok=True)
             os.replace(self._place(row, "scan"), kept)
         self._clear(row)
-        self.scans.release(self._entry(row))
         return row
 
     def _patient(self, row: Row) -> str | None:

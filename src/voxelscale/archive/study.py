@@ -68,7 +68,8 @@ def fetch_study(web: DicomWeb, study: str, series: str, out: Path, names: Names)
 
 
 def _fetch(web: DicomWeb, entry: Entry, folder: Path) -> None:
-    if folder.is_dir() and len(list(folder.glob("*.dcm"))) == entry.instances:
+    here = {text_of(read_header(file), "SOPInstanceUID") for file in folder.glob("*.dcm")}
+    if here and here == set(web.instances(entry.study, entry.series)):  # as many may be others
         return
     with whole_folder(folder) as part:
         web.fetch(entry, part)

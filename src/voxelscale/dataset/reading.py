@@ -99,18 +99,33 @@ def _check_place(source: Source, path: Path, name: str, first: Grid, grid: Grid)
         size, wanted = (" x ".join(map(str, g.shape[:0:-1])) for g in (grid, first))
         hint = "give channels of one size"
         raise VoxelscaleError(f"{path}: {size} pixels, but {source.image.name} has {wanted}", hint)
-    share = covered(first, grid)
-    if not share:
-        hint = "check that the channels belong together"
-        raise VoxelscaleError(f"{path}: does not overlap with {source.image.name}", hint)
-    if share < COVERED:
-        text = f"covers {100 * share:.1f} % of {source.image.name} only; the rest has no {name}"
-        warn(f"{path}: {text}")
+    if lacking := check_overlap(first, grid, str(path), source.image.name, name):
+        warn(lacking)
     spacing = " x ".join(f"{step:g}" for step in grid.spacing)
     text = (
         f"{name} lies on another lattice ({spacing} mm, z, y, x): it is resampled onto the first channel's"
     )
     notice(f"{source.case}: {text}", level=2)
+
+
+def check_overlap(first: Grid, grid: Grid, what: str, image: str, name: str) -> str:
+    """A warning where a channel covers only a part of the first one; "" where it covers it.
+
+    Args:
+        what: the channel's file or the like, for messages.
+        image: the first channel's.
+        name: of the channel.
+
+    Raises:
+        VoxelscaleError: they have no voxel in common.
+    """
+    share = covered(first, grid)
+    if not share:
+        hint = "check that the channels belong together"
+        raise VoxelscaleError(f"{what}: does not overlap with {image}", hint)
+    if share >= COVERED:
+        return ""
+    return f"{what}: covers {100 * share:.1f} % of {image} only; the rest has no {name}"
 
 
 def covered(first: Grid, other: Grid) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from voxelscale import __version__
 from voxelscale.classes import LESION, Classes, UnknownValues
 from voxelscale.config import ReadingConfig
 from voxelscale.config.export import ExportConfig
-from voxelscale.console import Progress, notice
+from voxelscale.console import Progress, notice, warn
 from voxelscale.dataset.source import Source
 from voxelscale.dicom_out import rtstruct, seg, sr
 from voxelscale.dicom_out.codes import Concept, concept_of
@@ -96,9 +96,26 @@ class Prediction:
         merge_mm = self.facts.get("merge_mm", 0.0)
         try:
             merge_mm = float(merge_mm)
-            return parts_of(self.stored, self.classes, self.findings, self.original.grid, merge_mm)
+            parts = parts_of(self.stored, self.classes, self.findings, self.original.grid, merge_mm)
+            self._warn_of_lost({part.rank for part in parts})
+            return parts
         except (TypeError, ValueError) as error:
             raise VoxelscaleError(f"{self.original.case}: {error}", AGAIN) from None
+
+    def _warn_of_lost(self, shown: Collection[int | None]) -> None:
+        """Say which findings of the mask have no part, as overlapping regions run together in it."""
+        thresholds = self.facts.get("thresholds")
+        least = thresholds.get("threshold") if isinstance(thresholds, dict) else None
+        if not self.classes.regions or not isinstance(least, float):
+            return
+        lost = [
+            f"{finding.label} {rank} ({finding.probability:.2f})"
+            for rank, finding in enumerate(self.findings, start=1)
+            if rank not in shown and finding.score is not None and finding.score >= least
+        ]
+        if lost:
+            what = f"not in the report, as they run together with others: {', '.join(lost)}"
+            warn(f"{self.original.case}: {what}")
 
     @cached_property
     def of_findings(self) -> list[Segment]:

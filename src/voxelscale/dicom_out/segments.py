@@ -92,8 +92,8 @@ def parts_of(
     """The voxels of each finding that the mask has, in the order of the findings; then of each class what
     is no finding: components below ``predict.min_volume_mm3``.
 
-    Of regions the mask holds one value a voxel, so that a component may have some voxels more or less than
-    the finding that was measured: there the nearest one of about its size is it.
+    Of regions the mask holds one value a voxel, so that a component may have voxels more or less than the
+    finding that was measured: there the one of about its size is it, or else the one around its centre.
 
     Args:
         stored: labels (z, y, x).
@@ -108,7 +108,7 @@ def parts_of(
     for at, (name, where) in enumerate(classes.each(stored)):
         free = {rank: f for rank, f in enumerate(findings, start=1) if classes.single or f.label == name}
         left = masked_regions(where, grid, merge_mm=merge_mm, least=0) if where.any() else []
-        for is_it in (_is_exactly, _is_about) if classes.regions else (_is_exactly,):
+        for is_it in (_is_exactly, _is_about, _holds_centre) if classes.regions else (_is_exactly,):
             others = []
             for voxels in left:
                 rank = next((rank for rank, f in free.items() if is_it(voxels, f, grid)), None)
@@ -136,6 +136,11 @@ def _is_about(voxels: Voxels, finding: Finding, grid: Grid) -> bool:
     apart = np.linalg.norm(centre - (finding.x, finding.y, finding.z))
     ratio = len(voxels) * grid.voxel_mm3 / max(finding.volume_mm3, 1e-9)
     return bool(apart <= finding.diameter_mm / 2 and 1 / LIKE <= ratio <= LIKE)
+
+
+def _holds_centre(voxels: Voxels, finding: Finding, grid: Grid) -> bool:
+    apart = np.linalg.norm(grid.index_to_mm(voxels) - (finding.x, finding.y, finding.z), axis=1)
+    return bool(apart.min() <= max(grid.spacing))
 
 
 def whole_classes(stored: NDArray[Any], classes: Classes) -> list[Part]:

@@ -111,7 +111,7 @@ def evaluate_folds(store: Path, data: DataSet, out: Path) -> tuple[dict[str, Any
 
 
 def _fold(fold: int, sources: Sequence[Source], summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A fold's number and cases, their mean Dice, and that of each class where there are several."""
+    """A fold's number and cases, each class's mean Dice where there are several, and the mean Dice."""
     names = {source.case for source in sources}
     own = [row for row in summary["cases"] if row["case"] in names and row["dice"] is not None]
     row: dict[str, Any] = {"fold": fold, "cases": len(names), "dice": _mean([one["dice"] for one in own])}
@@ -119,6 +119,7 @@ def _fold(fold: int, sources: Sequence[Source], summary: Mapping[str, Any]) -> d
         row["classes"] = {
             name: _mean([one["dice"] for one in own if one["class"] == name]) for name in summary["classes"]
         }
+        row["dice"] = _mean([dice for dice in row["classes"].values() if dice is not None])
     return row
 
 

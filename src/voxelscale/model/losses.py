@@ -135,8 +135,10 @@ def small_lesion_weight(target: Tensor, exponent: float) -> Tensor:
     whose edge is `AROUND` voxels: a small lesion's weigh more, those of one that fills half of it do not.
 
     Args:
-        target: ``(batch, 1, z, y, x)`` or ``(batch, 1, y, x)``, 0 or 1, float.
+        target: ``(batch, 1, z, y, x)`` or ``(batch, 1, y, x)``, 0 or 1, float; of one slice it is a square.
     """
+    if is_slice(target):
+        return small_lesion_weight(target[:, :, 0], exponent).unsqueeze(2)
     if not on_processor(target):
         return _small_lesion_weight(target, exponent)
     # Most of a patch is no lesion; what is computed is the box around those of each sample.
@@ -148,6 +150,11 @@ def small_lesion_weight(target: Tensor, exponent: float) -> Tensor:
             box = tuple(slice(first, last + 1) for first, last in zip(low, high, strict=True))
             out[box] = _small_lesion_weight(one[box][None], exponent)[0]
     return weight
+
+
+def is_slice(x: Tensor) -> bool:
+    """Whether it is a 2-D sample as 2-D trainings have it, ``(batch, channel, 1, y, x)``."""
+    return x.dim() == 5 and x.shape[2] == 1
 
 
 def on_processor(x: Tensor) -> bool:

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from voxelscale.model.losses import AROUND, LEAST_SMOOTH, mean_weight, on_processor, small_lesion_weight
+from voxelscale.model.losses import (
+    AROUND,
+    LEAST_SMOOTH,
+    is_slice,
+    mean_weight,
+    on_processor,
+    small_lesion_weight,
+)
 
 
 def softmax_dice_cross_entropy(
@@ -56,6 +63,8 @@ def _small_weight(labels: Tensor, exponent: float, count: int, dtype: torch.dtyp
         labels: ``(batch, 1, z, y, x)`` or ``(batch, 1, y, x)``.
         count: classes, background included.
     """
+    if is_slice(labels):
+        labels = labels[:, :, 0]
     if on_processor(labels):
         around = torch.stack([_own_around(one[0]) for one in labels])[:, None]
         weight = (0.5 * AROUND ** (labels.dim() - 2) / around.to(dtype)).pow(exponent).clamp_min(1)

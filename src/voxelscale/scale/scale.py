@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from voxelscale.config import Config, to_dict
 from voxelscale.config.renamed import with_first_names
-from voxelscale.console import notice
+from voxelscale.console import count, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.experiments.shares import share_devices
 from voxelscale.files import digest_of, write_atomic
@@ -53,6 +53,7 @@ def scale(config: Config, store_path: Path, out: Path) -> list[CostedRow]:
     store = open_fold(store_path, config.data.fold)
     require_validation(store, config)
     trials = plan(config)
+    _check_emulation(trials)
     jobs = config.scale.jobs or _devices()
     train_one = partial(train_trial, store=store_path, shares=share_devices(jobs))
     # The parts of a step are timed first, while nothing else runs.
@@ -118,6 +119,19 @@ def _network(config: Config, cluster: Cluster) -> tuple[Interconnect, list[str]]
     return network, [*notes, f"{share} ({rule if hidden is None else 'scale.hidden'})"]
 
 
+def _check_emulation(trials: Sequence[Trial]) -> None:
+    """Raise a VoxelscaleError, before anything is trained, where workers cannot be emulated."""
+    for trial in trials:
+        model, optim, ranks = trial.config.model, trial.config.optim, trial.config.train.ranks
+        real = max(ranks, _gpus(), 1)
+        if model.norm == "sync_batch" and optim.grow_from and trial.workers > real:
+            raise VoxelscaleError(
+                f"scale: recipe {trial.recipe}: its growing batch cannot be emulated with sync_batch, and "
+                f"there are {count(real, 'device')} for {count(trial.workers, 'worker')}",
+                f"use scale.recipes=[unchanged], or {trial.recipe}:optim.grow_from=0",
+            )
+
+
 def _machine() -> str:
     """Where one worker's step was timed, in words."""
     if not _gpus():
@@ -148,7 +162,11 @@ def _step(config: Config, store: Store, out: Path) -> StepCost:
     # What a step costs does not depend on rates and schedules.
     what = {key: tree[key] for key in ("data", "augment", "model", "loss")}
     what["optim"] = tree["optim"]["name"]
-    how = ("batch_size", "precision", "channels_last", "compile", "deterministic")
+    how = [
+        *("batch_size", "precision", "channels_last", "compile", "deterministic"),
+        *("checkpoint_activations", "cuda_graph"),
+    ]
+    what["device"] = _machine()
     what["train"] = [tree["train"].get(key) for key in how]
     what["model of time"] = MODEL
     path = out / "steps" / f"{digest_of(what)[:8]}.json"
@@ -169,7 +187,7 @@ def _check(config: Config, store: Store, out: Path) -> dict[str, Any]:
     path = out / "model_check.json"
     if path.is_file():
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if known.get("model") == MODEL:
+        if (known.get("model"), known.get("device")) == (MODEL, _machine()):
             return known
     from voxelscale.scale.measure import describe, validate_model
 
@@ -181,6 +199,7 @@ def _check(config: Config, store: Store, out: Path) -> dict[str, Any]:
         return {"lines": [f"the time model was not checked: {error.message}; {error.hint}"]}
     facts = {
         "model": MODEL,
+        "device": _machine(),
         "hidden": found.hidden,
         "predicted_seconds": found.predicted.total,
         "measured_seconds": found.measured,

@@ -120,6 +120,8 @@ class Space:
         Raises:
             VoxelscaleError: they do not go together.
         """
+        if "model.depth" in params:
+            config = _of_depth(config, params["model.depth"])
         tree = to_dict(config)
         for parameter in self.parameters:
             if parameter.key in params:
@@ -160,6 +162,11 @@ class Space:
         return points
 
 
+def _of_depth(config: Config, depth: Value) -> Config:
+    """What the config says of each level, such as a plan's kernels, fitted to another depth."""
+    return replace(config, model=config.model.of_depth(int(depth or config.model.depth)))
+
+
 def read_space(config: Config) -> Space:
     """The space that ``search.space`` declares, or the default one where it is empty.
 
@@ -183,6 +190,7 @@ def default_space(config: Config) -> dict[str, dict[str, Any]]:
 
     Rates lie a decade to both sides of the optimiser's own, and one with momentum has it searched. A search
     that was started before there were such defaults lists its momentum, and keeps the space that it had.
+    What a preset or a plan's kernels settle is left out.
     """
     own = config.optim.momentum is None
     rate = OWN[config.optim.name if own else "adamw"].lr
@@ -192,7 +200,7 @@ def default_space(config: Config) -> dict[str, dict[str, Any]]:
     whole = step * max(2, round(edge / step))
     bounds = [max(step, whole // 2 // step * step), whole // 2 * 3 // step * step]
     shape = [n / edge for n in config.data.patch_size]
-    return {
+    space: dict[str, dict[str, Any]] = {
         "data.patch_size": {"int": bounds, "step": step, "shape": shape},
         "data.patches_per_case": {"categorical": [0, 16, 64, 256]},
         "model.depth": {"int": [2, 5]},
@@ -205,6 +213,9 @@ def default_space(config: Config) -> dict[str, dict[str, Any]]:
         "loss.cross_entropy": {"float": [0.5, 20.0], "log": True},
         "augment.strength": {"float": [0.0, 2.0]},
     }
+    settled = {"model.filters", "model.norm"} if config.model.preset != "none" else set[str]()
+    settled |= {"model.kernel_size"} if config.model.kernels or settled else set()
+    return {key: how for key, how in space.items() if key not in settled}
 
 
 def _suggest(trial: Trial, parameter: Parameter) -> Value:
@@ -307,7 +318,7 @@ def _check_values(config: Config, parameter: Parameter) -> None:
     """Refuse values that the config would refuse."""
     section, name = parameter.place
     for value in _some_of(parameter.distribution):
-        tree = to_dict(config)
+        tree = to_dict(_of_depth(config, value) if parameter.key == "model.depth" else config)
         tree[section][name] = parameter.setting(value)
         try:
             from_dict(tree, "search.space")

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from voxelscale.config import OptimConfig
-from voxelscale.console import notice
+from voxelscale.console import notice, warn
 from voxelscale.device import (
     Arithmetic,
     autocast,
     choose_precision,
+    has_bf16,
     policy,
     quickest,
     seconds_of,
@@ -101,6 +102,8 @@ def _ways(trial: Trial, wanted: Wanted) -> list[Arithmetic]:
     name: Literal["fp32", "bf16"] = (
         "bf16" if choose_precision(wanted.precision, device) == torch.bfloat16 else "fp32"
     )
+    if name == "bf16" and not has_bf16(device):
+        warn(f"{device}: has no bfloat16 and emulates it, many times slower; set train.precision=auto")
     if name == "bf16" and not bf16_agrees(trial.make_model, trial.shape, device):
         notice(f"{device}: bfloat16 disagrees with float32 here; computing in float32")
         name = "fp32"

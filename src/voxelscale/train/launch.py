@@ -208,7 +208,7 @@ def claim(run: Path, config: Config) -> None:
     if chief or (run / "config.yaml").is_file():
         check_claim(run, config)
     if chief:
-        if not (run / "config.yaml").is_file():
+        if run.is_dir() and not (run / "config.yaml").is_file():
             for name in ("metrics.jsonl", "arithmetic.json", "pretrained.json"):
                 (run / name).unlink(missing_ok=True)
         # The optimisers' defaults may change, those of the run may not.

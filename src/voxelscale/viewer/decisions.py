@@ -176,6 +176,7 @@ def _judge(case: Case, state: State, line: Mapping[str, Any]) -> None:
         gone.append(_own_voxels(case, name))
     for old in gone:
         _put(case.classes, state.mask, _of_no_other(state, name, old), mark.label, False)
+        _give_back(case.classes, state, name, old)
     _put(case.classes, state.mask, voxels, mark.label, True)
     mark.verdict, mark.place, mark.voxels = "rejected" if action == "reject" else "accepted", place, voxels
 
@@ -198,6 +199,17 @@ def _of_no_other(state: State, name: str, voxels: NDArray[np.int64]) -> NDArray[
     flat = [np.ravel_multi_index(tuple(each.T), shape) for each in (voxels, *others)]
     alone = ~np.isin(flat[0], np.concatenate([flat[0][:0], *flat[1:]]))
     return np.asarray(voxels[alone])
+
+
+def _give_back(classes: Classes, state: State, name: str, voxels: NDArray[np.int64]) -> None:
+    """Where a mark lay over one of another class, which it replaced, that one is there again."""
+    if classes.regions:
+        return
+    free = np.zeros(state.mask.shape, np.bool_)
+    free[tuple(voxels.T)] = state.mask[tuple(voxels.T)] == 0
+    for other, mark in state.marks.items():
+        if other != name and len(mark.voxels) and mark.label != state.marks[name].label:
+            _put(classes, state.mask, mark.voxels[free[tuple(mark.voxels.T)]], mark.label, True)
 
 
 def _moved(case: Case, mark: Mark, voxels: NDArray[np.int64], place: Sequence[float]) -> NDArray[np.int64]:
@@ -359,8 +371,9 @@ class Desk:
                 return
             written, marks = self.case.classes.written(self.state.mask), self.outcome()
         write_scan(as_in_file(written, self.case.image.raw), self.folder / MASK)
-        write_atomic(self.folder / OUTCOME, json.dumps(marks, indent=1))
         tabulate(self._top, self.case.listed.source, marks["finished"])
+        # Last: it says that the others are of these lines.
+        write_atomic(self.folder / OUTCOME, json.dumps(marks, indent=1))
 
     @property
     def outdated(self) -> bool:
@@ -370,11 +383,12 @@ class Desk:
 
     @property
     def unsaved(self) -> bool:
-        """Whether the journal is newer than the mask."""
-        journal, outcome = self.folder / JOURNAL, self.folder / OUTCOME
-        return bool(self._lines) and (
-            not outcome.is_file() or outcome.stat().st_mtime_ns < journal.stat().st_mtime_ns
-        )
+        """Whether the journal has lines that outcome, mask and table do not know of."""
+        try:
+            known = json.loads((self.folder / OUTCOME).read_text(encoding="utf-8"))["lines"]
+        except (OSError, ValueError, KeyError, TypeError):
+            known = None
+        return bool(self._lines) and known != len(self._lines)
 
     def outcome(self) -> dict[str, Any]:
         """Plain values: who, when, and the verdict on each finding and added nodule."""
@@ -398,6 +412,7 @@ class Desk:
             "time": last,
             "finished": self.state.finished,
             "prediction": self.case.prediction.digest,
+            "lines": len(self._lines),
             "brushed": any(line["action"] == "brush" for line in _kept(self._lines)),
             "marks": marks,
         }
@@ -446,10 +461,10 @@ def tabulate(folder: Path, source: Source, finished: bool) -> None:
     path = folder / TABLE
     images = [source.image, *source.more]
     several = [f"image_{channel.name}" for channel in source.channels] if source.more else ["image"]
-    columns = [*several, "label", "case", "patient"]
+    columns = [*several, "label", "case", "patient", "seriesuid"]
     rows = {}
     if path.is_file():
-        table = read_table(path, columns)
+        table = read_table(path, columns[:-1], columns[-1:])  # earlier tables do not name the series
         rows = {
             table.word(cells, "case"): [table.word(cells, c) for c in columns] for _, cells in table.rows()
         }
@@ -461,6 +476,7 @@ def tabulate(folder: Path, source: Source, finished: bool) -> None:
             mask,
             source.case,
             source.patient,
+            source.series,
         ]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *rows.values()])

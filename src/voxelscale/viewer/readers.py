@@ -13,7 +13,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.lesions import mean_or_none
 from voxelscale.evaluate.overlap import overlap
 from voxelscale.formats import read_label
-from voxelscale.viewer.decisions import MASK, OUTCOME, READERS, reader_folder
+from voxelscale.viewer.decisions import MASK, OUTCOME, READERS, read_journal, reader_folder
 
 VERDICTS = ("accepted", "rejected")
 
@@ -107,6 +107,8 @@ def _outcomes(predictions: Path, reader: str) -> dict[str, dict[str, Any]]:
             content = json.loads(path.read_text(encoding="utf-8"))
             found[str(content["case"])] = content
             _ = [(m["finding"], m["verdict"]) for m in content["marks"]], content["finished"]
+            if content.get("lines", lines := len(read_journal(path.parent))) != lines:
+                raise ValueError("decisions were made since")
         except (OSError, ValueError, KeyError, TypeError):
             hint = "open the case in voxelscale view again: it writes the file anew"
             raise VoxelscaleError(f"{path}: cannot be read", hint) from None

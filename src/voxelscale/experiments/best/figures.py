@@ -82,6 +82,19 @@ def samples_of(scores: Scored, patients: NDArray[np.int64], seed: int) -> dict[s
     }
 
 
+def patients_with(scores: Scored, patients: NDArray[np.int64], metric: str) -> int:
+    """How many patients have anything to say about a metric: a Dice, or else a lesion.
+
+    Args:
+        scores: (classes, cases).
+    """
+    if metric == "dice":
+        there = ~np.isnan(dices_of(scores)).all(axis=0)
+    else:
+        there = np.asarray([any(score.matches.hits for score in case) for case in scores.T], np.bool_)
+    return len(np.unique(patients[there]))
+
+
 def _mean_without_nan(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Over the first axis; NaN where all are."""
     there = ~np.isnan(values)
@@ -106,19 +119,19 @@ def compared(
         configuration, its ``interval``, ``p``, and for averages ``p_holm``.
     """
     samples = samples_of(scores, patients, seed)
-    units = int(patients.max()) + 1
+    units = {key: patients_with(scores[0], patients, key) for key in samples}
     rows = [{"average": average, **_row(own)} for own, average in zip(scores, averages, strict=True)]
     for at, row in enumerate(rows):
         for key, drawn in samples.items():
-            row[f"{key}_interval"] = percentile_interval(drawn[at], units)
+            row[f"{key}_interval"] = percentile_interval(drawn[at], units[key])
     singles = [at for at, row in enumerate(rows) if not row["average"]]
     reference = max(singles, key=lambda at: or_least(rows[at][metric]))
     for at, row in enumerate(rows):
         known = None not in (row[metric], rows[reference][metric])
         apart = samples[metric][at] - samples[metric][reference]
         row["difference"] = row[metric] - rows[reference][metric] if known else None
-        row["interval"] = percentile_interval(apart, units) if known and at != reference else None
-        row["p"] = p_value(apart, units) if known and at != reference else None
+        row["interval"] = percentile_interval(apart, units[metric]) if known and at != reference else None
+        row["p"] = p_value(apart, units[metric]) if known and at != reference else None
     means = [row for row in rows if row["average"]]
     for row, p in zip(means, holm([row["p"] for row in means]), strict=True):
         row["p_holm"] = p

@@ -10,7 +10,7 @@ import numpy as np
 
 from voxelscale.config import PredictConfig
 from voxelscale.evaluate.bootstrap import p_value, percentile_interval
-from voxelscale.experiments.best.figures import Metric, figure, or_least, samples_of
+from voxelscale.experiments.best.figures import Metric, figure, or_least, patients_with, samples_of
 from voxelscale.experiments.best.unseen import Asked, Scored, Unseen
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -81,7 +81,7 @@ def _judged(unseen: Unseen, scores: Sequence[Scored], metric: Metric, seed: int)
     patients, (plain, _, honest) = unseen.patients, scores
     before, same, left_out = (figure(each, metric) for each in scores)
     drawn = samples_of(np.stack([honest, plain]), patients, seed)[metric]
-    apart, units = drawn[0] - drawn[1], int(patients.max()) + 1
+    apart, units = drawn[0] - drawn[1], patients_with(plain, patients, metric)
     return {
         "before": before,
         "after_on_the_same_cases": same,

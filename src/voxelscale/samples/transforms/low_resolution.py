@@ -41,5 +41,6 @@ class LowResolution:
         """A line of n voxels sampled down and up again, (n, n)."""
         # What becomes of each unit line is a column of the map.
         size = max(1, round(n * self.resolution))
-        coarse = F.interpolate(torch.eye(n)[None], size=size, mode="nearest")
+        # "nearest" would take the voxel at the lower border, and move the image against its label.
+        coarse = F.interpolate(torch.eye(n)[None], size=size, mode="nearest-exact")
         return F.interpolate(coarse, size=n, mode="linear", align_corners=False)[0].T.contiguous()
