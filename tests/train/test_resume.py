@@ -28,7 +28,7 @@ from tests.train.runs import (
     two_ranks,
     with_train,
 )
-from voxelscale.config import Config
+from voxelscale.config import Config, load
 from voxelscale.console import set_verbosity
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.bundle import read_bundle
@@ -211,6 +211,17 @@ def test_the_global_batch_stays_when_a_run_goes_on(config: Config, store: Store,
     assert (run / "config.yaml").read_bytes() == before
     assert start(with_train(config, samples=16, batch_size=1, virtual_workers=2), store.path, run)
     assert seen_in(run)[-1] == 16
+
+
+@pytest.mark.parametrize("setting", ["optim.grow_from=2", "train.recipe=muon"])
+def test_each_workers_batch_stays_where_the_batch_grows(
+    config: Config, store: Store, tmp_path: Path, setting: str
+) -> None:
+    """It grows by whole workers: with another batch of each the updates would be others."""
+    run, growing = tmp_path / "run", load(sets=[setting], base=config)
+    assert start(with_train(growing, samples=8, batch_size=2, virtual_workers=2), store.path, run)
+    with pytest.raises(VoxelscaleError, match=r"started with train\.batch_size=2, not 4"):
+        start(with_train(growing, samples=8, batch_size=4, virtual_workers=1), store.path, run)
 
 
 def test_batch_norms_own_batch_stays_when_a_run_goes_on(

@@ -225,8 +225,9 @@ def check_claim(run: Path, config: Config) -> None:
     if path.is_file():
         begun, now = (_flat(to_dict(_settled(one))) for one in (load_stored(path), config))
         trained = ("data.", "augment.", "model.", "loss.", "optim.", "train.", "predict.")
-        # Batch norm's statistics are those of each worker's own batch.
-        free = FREE - {"train.batch_size"} if config.model.norm == "batch" else FREE
+        # Batch norm's statistics are those of each worker's own batch, and a batch grows by whole workers.
+        growing = config.optim.grow_from > 0 or config.train.recipe != "none"
+        free = FREE - {"train.batch_size"} if config.model.norm == "batch" or growing else FREE
         changed = [k for k in now if now[k] != begun.get(k) and k.startswith(trained) and k not in free]
         if changed:
             key = changed[0]
