@@ -198,7 +198,7 @@ def test_contours_on_some_slices_are_one_lesion(tmp_path: Path, capsys: pytest.C
     """On every third slice, or on slices 1.25 times as thick as the scan's: none is left out between."""
     area = int(drawn_at(tmp_path, [12], [12]).sum())
     assert capsys.readouterr().err == ""
-    for places, slices, told in (
+    for places, slices, message in (
         ([10, 13, 16], range(9, 18), "every 3 slices (3 mm)"),
         ([8 + 1.25 * n for n in range(9)], range(8, 19), "every 1.2 slices (1.25 mm)"),
     ):
@@ -206,7 +206,7 @@ def test_contours_on_some_slices_are_one_lesion(tmp_path: Path, capsys: pytest.C
         assert {z: int(mask[z].sum()) for z in np.flatnonzero(mask.any((1, 2)))} == dict.fromkeys(
             slices, area
         )
-        assert f"GTV: drawn on {told}; the slices between are given" in capsys.readouterr().err
+        assert f"GTV: drawn on {message}; the slices between are given" in capsys.readouterr().err
     # Two lesions side by side; and two above each other, each on a slice of its own.
     beside = drawn_at(tmp_path, [10, 10, 13, 13], [6, 19] * 2)
     assert np.flatnonzero(beside.any((1, 2))).tolist() == list(range(9, 15))

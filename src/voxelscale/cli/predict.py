@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from voxelscale.config import Config
     from voxelscale.dataset import Source
     from voxelscale.model.bundle import Bundle
+    from voxelscale.store import Store
 
 USAGE = "voxelscale predict MODEL OUT --dicomweb URL --study UID"
 
@@ -106,7 +107,8 @@ def predict(
     from voxelscale.predict.predict import with_channels_of
     from voxelscale.predict.record import record_cases
     from voxelscale.predict.text import lines
-    from voxelscale.store.fingerprint import open_fold
+    from voxelscale.store import open_store
+    from voxelscale.store.fingerprint import in_fold
 
     bundle = _read_model(model)
     settings = read_config(config, set_, bundle.config)
@@ -127,14 +129,15 @@ def predict(
     exported = _came_as_dicom(sources) if kinds else []
     data.names.keep_in(out)
     if store is not None:
-        opened = open_fold(store, settings.data.fold)
+        whole = open_store(store)
+        opened = in_fold(whole, settings.data.fold)
         wanted = {info.case for info in opened.split(split)}
         sources = [source for source in sources if source.case in wanted]
         if not sources:
             hint = "check --split, and that reading.names is the same as in voxelscale prepare"
             raise VoxelscaleError(f"{scans}: no case of the split {split} of {store}", hint)
         record_cases(out, (source.case for source in sources), split, opened.fingerprint["digest"])
-        _record_trained(bundle, store, {source.case for source in sources}, split, out)
+        _record_trained(bundle, whole, {source.case for source in sources}, split, out)
         exported = [source for source in exported if source in sources]
     write_names(sources, out)
     outcome = run_predict(sources, bundle, settings.predict, out, settings.reading)
@@ -158,7 +161,7 @@ def predict(
     return code
 
 
-def _record_trained(bundle: Bundle, store: Path, cases: set[str], split: str, out: Path) -> None:
+def _record_trained(bundle: Bundle, store: Store, cases: set[str], split: str, out: Path) -> None:
     """Record which cases a network of the model was trained on, and warn where the split says otherwise.
 
     An ensemble of folds has seen all scans but the test split: what one fold validates on, the others
@@ -174,8 +177,8 @@ def _record_trained(bundle: Bundle, store: Path, cases: set[str], split: str, ou
             seen |= trained
     if seen and split != "train":
         warn(
-            f"{store}: of {count(len(cases), 'scan')} of the split {split} a network of this model was "
-            f"trained on {len(seen)}: results there say nothing of new scans; use --split test, or scans "
+            f"{store.path}: of {count(len(cases), 'scan')} of the split {split} a network of this model "
+            f"was trained on {len(seen)}: results there say nothing of new scans; use --split test, or scans "
             "outside the store"
         )
 

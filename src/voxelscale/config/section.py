@@ -28,12 +28,12 @@ class Section:
         """Rules of probabilities and other shares."""
         return [(key, all(0 <= n <= 1 for n in self._numbers(key)), "between 0 and 1") for key in keys]
 
-    def ranges(self, *keys: str, above: float = 0.0) -> list[Rule]:
-        """Rules of a minimum and a maximum above a number."""
+    def ranges(self, *keys: str) -> list[Rule]:
+        """Rules of a minimum and a maximum above 0."""
         rules: list[Rule] = []
         for key in keys:
             low, high = self._numbers(key)
-            rules.append((key, above < low <= high, f"minimum and maximum above {above:g}, in this order"))
+            rules.append((key, 0 < low <= high, "minimum and maximum above 0, in this order"))
         return rules
 
     def _numbers(self, key: str) -> Sequence[float]:

@@ -120,8 +120,9 @@ class Space:
         Raises:
             VoxelscaleError: they do not go together.
         """
-        if "model.depth" in params:
-            config = _of_depth(config, params["model.depth"])
+        if depth := params.get("model.depth"):
+            # What the config says of each level, such as a plan's kernels, is fitted to it.
+            config = replace(config, model=config.model.of_depth(int(depth)))
         tree = to_dict(config)
         for parameter in self.parameters:
             if parameter.key in params:
@@ -160,11 +161,6 @@ class Space:
                 for value in (values if parameter.active(point) else values[:1])
             ]
         return points
-
-
-def _of_depth(config: Config, depth: Value) -> Config:
-    """What the config says of each level, such as a plan's kernels, fitted to another depth."""
-    return replace(config, model=config.model.of_depth(int(depth or config.model.depth)))
 
 
 def read_space(config: Config) -> Space:
@@ -316,12 +312,10 @@ def _shape(
 
 def _check_values(config: Config, parameter: Parameter) -> None:
     """Refuse values that the config would refuse."""
-    section, name = parameter.place
+    alone = Space(parameters=(parameter,))
     for value in _some_of(parameter.distribution):
-        tree = to_dict(_of_depth(config, value) if parameter.key == "model.depth" else config)
-        tree[section][name] = parameter.setting(value)
         try:
-            from_dict(tree, "search.space")
+            alone.apply(config, {parameter.key: value})
         except VoxelscaleError as error:
             problem = error.message.removeprefix("config: ").removeprefix("search.space: ")
             raise VoxelscaleError(f"search.space: {problem}", error.hint) from None

@@ -101,15 +101,15 @@ def open_fold(path: Path, fold: int | None) -> Store:
     return in_fold(open_store(path), fold)
 
 
-def folds_of(path: Path, digests: Collection[str]) -> list[Store]:
+def folds_of(store: Store, digests: Collection[str]) -> list[Store]:
     """A store with each of its splits, its own and its folds', whose fingerprint has one of the digests.
 
     So a model is known to have been trained on their training cases (`Bundle.trained`).
 
-    Raises:
-        VoxelscaleError: as `open_store`.
+    Args:
+        store: as `open_store` gives it.
     """
-    store, found = open_store(path), []
+    found = []
     for fold in (None, *range(len(store.folds))):
         with contextlib.suppress(VoxelscaleError):  # none of its training cases is there
             found.append(in_fold(store, fold))
