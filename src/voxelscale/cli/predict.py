@@ -178,8 +178,8 @@ def _record_trained(bundle: Bundle, store: Store, cases: set[str], split: str, o
     if seen and split != "train":
         warn(
             f"{store.path}: of {count(len(cases), 'scan')} of the split {split} a network of this model "
-            f"was trained on {len(seen)}: results there say nothing of new scans; use --split test, or scans "
-            "outside the store"
+            f"was trained on {len(seen)}: results there say nothing of new scans; use --split test, or "
+            "scans outside the store"
         )
 
 
