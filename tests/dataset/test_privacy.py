@@ -140,6 +140,15 @@ def everything_written(out: Path, said: str) -> dict[str, bytes]:
     return everything
 
 
+def is_text(content: bytes) -> bool:
+    """Whether these bytes are UTF-8."""
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def test_no_identifier_is_in_any_output(pipeline: tuple[Path, str, str], archive: Path) -> None:
     out, said, told = pipeline
     everything = everything_written(out, said) | {"stderr": told.encode()}
@@ -163,7 +172,9 @@ def test_no_folders_name_is_in_any_output(pipeline: tuple[Path, str, str], archi
         assert private.stat().st_mode & 0o777 == 0o600
         assert FOLDER.encode() in everything.pop(str(private))
     for where, content in everything.items():
-        for form in (FOLDER, "DOE", "19500101", FOLDER.replace("^", "_"), FOLDER.encode().hex()):
+        # Three letters are in any few megabytes of weights by chance.
+        short = ["DOE"] if is_text(content) else []
+        for form in (FOLDER, "DOE^", "DOE_", "JOHN_", "19500101", FOLDER.encode().hex(), *short):
             assert form.lower().encode() not in content.lower(), (where, form)
     kept = [line for line in told.splitlines() if not line.startswith("error: ")]
     assert not any("DOE" in line for line in kept)
