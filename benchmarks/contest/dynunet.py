@@ -9,6 +9,7 @@ spacing, and logits back to theirs.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import monai
@@ -19,9 +20,6 @@ from monai.data import CacheDataset, set_track_meta
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
 from monai.networks.nets.dynunet import DynUNet
-from torch.nn import functional as F
-
-from voxelscale.formats import read_scan
 
 from .data import Answer, Case
 from .nnunet import plan_of
@@ -53,7 +51,11 @@ def train(job: Job, place: Place, course: Course) -> Trained:
             for name in place.trained_on(job)
         ],
         mt.Compose(
-            [*loading(["image", "label"]), *_augmenting(patch, job.value("mirror", "true") == "true")]
+            [
+                *loading(["image", "label"]),
+                mt.EnsureTyped(["image", "label"], track_meta=False),
+                *_augmenting(patch, job.value("mirror", "true") == "true"),
+            ]
         ),
         num_workers=None,
         progress=False,
@@ -98,12 +100,11 @@ def train(job: Job, place: Place, course: Course) -> Trained:
         set_track_meta(place.data.detect)
         image = look({"image": str(case.image)})["image"]
         with torch.inference_mode():
-            logits = sliding_window_inference(image[None], patch[::-1], 2, network, 0.5, mode="gaussian")
-            if place.data.detect:  # from the plan's spacing back to the scan's
-                own = read_scan(case.image).array.shape[::-1]
-                logits = F.interpolate(logits, own, mode="trilinear", align_corners=False)
-        labels = np.asarray(logits[0].argmax(0)).transpose(2, 1, 0)
-        return Answer(labels=labels, probability=np.asarray(logits[0].softmax(0)[1]).transpose(2, 1, 0))
+            logits = sliding_window_inference(image[None], patch[::-1], 2, network, 0.5, mode="gaussian")[0]
+        if place.data.detect:
+            logits = back_to(case.image, logits)
+        labels = np.asarray(logits.argmax(0)).transpose(2, 1, 0)
+        return Answer(labels=labels, probability=np.asarray(logits.softmax(0)[1]).transpose(2, 1, 0))
 
     return Trained(
         batch=batch,
@@ -115,6 +116,13 @@ def train(job: Job, place: Place, course: Course) -> Trained:
             "parameters": sum(weight.numel() for weight in network.parameters()),
         },
     )
+
+
+def back_to(image: Path, logits: Any) -> torch.Tensor:
+    """Logits (label, x, y, z) with their affine, on an image's own voxels."""
+    own = mt.LoadImage(image_only=True, ensure_channel_first=True)(image)
+    match = mt.ResampleToMatch(mode="bilinear", padding_mode="border")
+    return torch.as_tensor(match(logits, img_dst=own))
 
 
 def _network(plan: dict[str, Any], outputs: int, heads: int, filters: int) -> DynUNet:
@@ -151,7 +159,7 @@ def _loading(place: Place, plans: dict[str, Any]) -> Any:
         modes = [{"image": "bilinear", "label": "nearest"}[key] for key in keys]
         resample = []
         if place.data.detect:
-            resample = [mt.Spacingd(keys, spacing, mode=modes), mt.EnsureTyped(keys, track_meta=False)]
+            resample = [mt.Spacingd(keys, spacing, mode=modes)]
         reading = [mt.LoadImaged(keys), mt.EnsureChannelFirstd(keys, channel_dim="no_channel")]
         return [*reading, *resample, *normalise]
 

@@ -35,9 +35,10 @@ def show(results: list[dict[str, Any]], data: str, fold: int, on: str) -> None:
     print(f"{columns} {'updates':>7} {'samples':>7} {'of rates':>20}  contender")
     table = _by_rate(results, on)
     for budget in sorted({key[2] for key in table}):
-        reference = _best(table, ("ours", (), budget))
         rows = [(key, _best(table, key)) for key in table if key[2] == budget]
-        for key, runs in sorted(rows, key=lambda row: -_mean(row[1], "dice")):
+        rows.sort(key=lambda row: -_mean(row[1], "dice"))
+        reference = next((runs for (name, *_), runs in rows if name == "ours"), [])
+        for key, runs in rows:
             _row(key, runs, table[key], reference)
 
 
