@@ -4,7 +4,7 @@
 // Where the crosshair is
 
 function place() {
-  view.voxel = view.voxel.map((v, i) => Math.min(view.lattice.shape[i] - 0.5, Math.max(-0.5, v)));
+  view.voxel = view.lattice.within(view.voxel);
   niivue.scene.crosshairPos = view.lattice.toShare(view.voxel);
   niivue.drawScene();
   moved();
@@ -97,11 +97,7 @@ function drawTile(context, tile) {
   context.beginPath();
   context.rect(tile.left, tile.top, tile.width, tile.height);
   context.clip();
-  const picture = view.planes.picture(
-    axis,
-    Math.min(Math.max(at, 0), view.lattice.shape[axis] - 1),
-    view.window,
-  );
+  const picture = view.planes.picture(axis, at, view.window);
   if (picture) {
     inVoxels();
     context.imageSmoothingQuality = "high";

@@ -105,7 +105,6 @@ const nameOf = (event) => {
 function onKey(event) {
   const field = event.target.closest("input, select");
   if (
-    !view.facts ||
     view.stroke ||
     $("help").open ||
     (field && !(field.type === "range" && !event.key.startsWith("Arrow"))) ||
@@ -117,5 +116,8 @@ function onKey(event) {
   if (!found || !found[2]) return;
   event.preventDefault();
   event.stopPropagation();
-  found[2](event.shiftKey);
+  const [key, , act] = found;
+  // A key that is held down decides once, and Ctrl+Shift+Z, which redoes elsewhere, undoes nothing.
+  if (Object.values(ACTS).includes(act) && (event.repeat || (event.ctrlKey && event.shiftKey))) return;
+  if (["N", "P", "H"].includes(key) || !isReading()) act(event.shiftKey);
 }
