@@ -383,7 +383,7 @@ def test_a_case_that_cannot_be_shown(page: Page) -> None:
     before = page.js(states)
     page.js(
         "window.fetched = window.fetch; window.fetch = (path, ...more) => path === '/api/case/1'"
-        " ? Promise.resolve(new Response('{\"error\": \"b: is damaged\"}', { status: 422 }))"
+        ' ? Promise.resolve(new Response(\'{"error": "b: is damaged"}\', { status: 422 }))'
         " : fetched(path, ...more)"
     )
     page.keys("n")
