@@ -449,3 +449,20 @@ def test_without_findings_the_threshold_is_the_predictions(page: Page) -> None:
     )
     assert threshold == 0.5
     assert page.js("select('1'); return $('said').textContent") == "Nothing was found"
+
+
+def test_balls_lie_where_the_scan_is_shown(page: Page) -> None:
+    """Also of a very oblique scan, which NiiVue is given as if it were upright."""
+    page.open("b", "1")
+    until(lambda: page.js("return solid.volumes.length > 0 && solid.meshes.length > 0"))
+    upright, oblique, shown = page.js(
+        "const place = () => { draw3d(); const { pts } = solid.meshes.at(-1), out = [0, 0, 0];"
+        "  for (let k = 0; k < 528; k++) out[k % 3] += pts[k] / 176; return out };"
+        "const v = voxelscale, before = place(), voxel = v.lattice.toVoxel(v.facts.marks[0].mm);"
+        "const [a, b, c, d] = v.facts.lattice.affine;"
+        "v.lattice = new Lattice({ ...v.facts.lattice, affine: [b, c, a, d] });"
+        "v.facts.marks[0].mm = v.lattice.toMm(voxel);"
+        "return [before, place(), Array.from(solid.frac2mm(v.lattice.toShare(voxel), 0, true))]"
+    )
+    assert upright == pytest.approx(shown[:3], abs=0.01)
+    assert oblique == pytest.approx(upright, abs=0.01)

@@ -300,8 +300,9 @@ function tellWhere() {
 
 // 3-D
 
-function ball([x, y, z], radius, into) {
-  // A sphere as 16 x 10 facets, RAS mm.
+function ball(mm, radius, into) {
+  // A sphere as 16 x 10 facets, RAS mm where NiiVue has that place: it shows very oblique scans as if upright.
+  const [x, y, z] = solid.frac2mm(view.lattice.toShare(view.lattice.toVoxel(mm)), 0, true);
   const first = into.points.length / 3,
     wide = 16,
     high = 10;
@@ -310,8 +311,8 @@ function ball([x, y, z], radius, into) {
       const a = (Math.PI * i) / high,
         b = (2 * Math.PI * j) / wide;
       into.points.push(
-        -x + radius * Math.sin(a) * Math.cos(b),
-        -y + radius * Math.sin(a) * Math.sin(b),
+        x + radius * Math.sin(a) * Math.cos(b),
+        y + radius * Math.sin(a) * Math.sin(b),
         z + radius * Math.cos(a),
       );
     }
