@@ -466,3 +466,15 @@ def test_balls_lie_where_the_scan_is_shown(page: Page) -> None:
     )
     assert upright == pytest.approx(shown[:3], abs=0.01)
     assert oblique == pytest.approx(upright, abs=0.01)
+
+
+def test_of_very_many_findings_the_first_are_in_3d(page: Page) -> None:
+    page.open("a", "1")
+    until(lambda: page.js("return solid.volumes.length > 0"))
+    balls = page.js(
+        "const { facts } = voxelscale;"
+        "facts.findings = Array(500).fill(facts.findings[0]); facts.lesions = [];"
+        "facts.marks = facts.findings.map((_, n) => ({ ...facts.marks[0], finding: String(n + 1) }));"
+        "select('450'); draw3d(); return solid.meshes.map((mesh) => mesh.pts.length / 528)"
+    )
+    assert balls == [200, 2]  # the selected one, and the crosshair

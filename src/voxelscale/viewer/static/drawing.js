@@ -300,6 +300,9 @@ function tellWhere() {
 
 // 3-D
 
+// Of findings, of lesions and of added ones: without a GPU 3000 balls take 20 s, at every move of the crosshair.
+const MOST_BALLS = 200;
+
 function ball(mm, radius, into) {
   // A sphere as 16 x 10 facets, RAS mm where NiiVue has that place: it shows very oblique scans as if upright.
   const [x, y, z] = solid.frac2mm(view.lattice.toShare(view.lattice.toVoxel(mm)), 0, true);
@@ -343,6 +346,7 @@ function draw3d() {
         name === view.selected ? "mark" : truth ? "truth" : name.startsWith("a") ? "decided" : "prediction";
       if (
         kind !== group ||
+        (kind !== "mark" && Number(name.replace(/\D/, "")) > MOST_BALLS) ||
         (mark && mark.verdict === "rejected") ||
         (!truth && !shows(name)) ||
         (truth && !view.on.truth)
