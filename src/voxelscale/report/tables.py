@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -83,14 +83,17 @@ def list_findings(
     predictions: Path,
     sources: Mapping[str, Source],
     reading: ReadingConfig,
-) -> Iterator[Listed]:
-    """All cases' findings, each with what it hits by the evaluation's rule.
+) -> tuple[list[Listed], list[str]]:
+    """All cases' findings, each with what it hits by the evaluation's rule; and the cases that have other
+    findings now than were evaluated.
 
     Args:
         by_class: the evaluation of each class by name; of the only one its name is "".
         without: cases that have no prediction.
     """
     lesions = {name: _by_case(own["lesions"]) for name, own in by_class.items()}
+    listed: list[Listed] = []
+    changed = []
     rows = zip(*(own["cases"] for own in by_class.values()), strict=True)
     for case, of_case in ((each[0]["case"], each) for each in rows):
         if case in without:
@@ -105,8 +108,22 @@ def list_findings(
         except (VoxelscaleError, KeyError) as error:
             warn(f"{case}: its findings are not listed: {error}")
             continue
-        for finding, own in marked:
-            yield finding, _hit(finding, own, truth)
+        found = [(finding, _hit(finding, own, truth)) for finding, own in marked]
+        listed += found
+        each = zip(by_class, of_case, strict=True)
+        if any(_other(found, name, row, lesions[name].get(case, ())) for name, row in each):
+            changed.append(case)
+    return listed, changed
+
+
+def _other(
+    listed: Sequence[Listed], name: str, row: Mapping[str, Any], lesions: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether a case's findings of a class ("": of all) cannot be those that its row is of."""
+    own = [(finding.probability, hit) for finding, hit in listed if not name or finding.label == name]
+    confident = {one["probability"] for one in lesions if one["detected"]}
+    wrong = sum(hit == WRONG for _, hit in own)
+    return wrong != row["false_positives"] or not confident <= {p for p, hit in own if hit == LESION}
 
 
 def _hit(finding: Finding, lesions: Sequence[Mapping[str, float]], truth: Truth | None) -> str:
