@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from voxelscale.archive.answer import Answer
@@ -130,7 +130,8 @@ class Listener:
             return
         archive = self.settings.archive
         days = archive.days if archive else 0
-        since = datetime.fromtimestamp(self.clock.now(), UTC).date() - timedelta(days) if days else None
+        # Scanners write their own day: late in America's evening UTC is a day ahead.
+        since = datetime.fromtimestamp(self.clock.now()).date() - timedelta(days) if days else None
         for modality in self.settings.rules.modality:
             for study in self.scans.studies(modality, since):
                 if study.instances is not None and self._settled.get(study.uid) == study.instances:
