@@ -183,11 +183,12 @@ def case_table(cases: Sequence[Mapping[str, Any]]) -> str:
         "truth_voxels": "Voxels, truth",
         "predicted_voxels": "Voxels, predicted",
     }
-    rows = [[(_cell(key, case[key]), _sort_key(case[key])) for key in columns] for case in cases]
+    rows = [[(cell(key, case[key]), sort_key(case[key])) for key in columns] for case in cases]
     return sortable_table(list(columns.values()), rows, "Cases")
 
 
-def _cell(key: str, value: Any) -> str:
+def cell(key: str, value: Any) -> str:
+    """A figure of a case as `case_table` shows it, HTML."""
     if value is None:
         return "-"
     if key == "dice":
@@ -197,8 +198,8 @@ def _cell(key: str, value: Any) -> str:
     return escape(f"{value:,}" if isinstance(value, int) else str(value))
 
 
-def _sort_key(value: Any) -> str:
-    """What the page sorts by; the distance to an empty mask is infinite."""
+def sort_key(value: Any) -> str:
+    """What the page sorts by; what has no value, as the distance to an empty mask, comes last."""
     return "Infinity" if value is None else str(value)
 
 

@@ -25,6 +25,7 @@ from voxelscale.evaluate.truth import Truth, findings_in, labels_in, truth_of
 from voxelscale.findings import Finding, components, lesions_of_mask, read_prediction
 from voxelscale.formats import SAME_PLACE_MM, check_same_place, read_label
 from voxelscale.geometry import Grid, Scan, as_lps, reorient
+from voxelscale.report.facts import classes_in
 
 OVERVIEW_VOXELS = 3_000_000
 """Of the volume that NiiVue gets. Its planes are overdrawn with the scan's own voxels, slice by slice: all
@@ -121,7 +122,7 @@ class Case:
     def _read_prediction(self) -> Prediction:
         folder = self.listed.folder
         _, facts = read_prediction(folder / "findings.json")
-        classes = _classes_in(facts) or self.listed.source.classes
+        classes = classes_in(facts) or self.listed.source.classes
         mask = labels_in(folder / "mask.nii.gz", classes)
         findings = findings_in(folder / "findings.json", mask.grid, classes)
         voxels = voxels_of(findings, mask, classes)
@@ -355,13 +356,6 @@ def _digest(*files: Path) -> str:
     return hashlib.sha256(
         b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
     ).hexdigest()
-
-
-def _classes_in(facts: Mapping[str, Any]) -> Classes | None:
-    try:
-        return Classes.from_dict(facts["classes"])
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 class Cases:

@@ -290,7 +290,6 @@ function drawCross(context, tile, at, scale) {
 function tellWhere() {
   const mm = view.lattice.toMm(view.voxel),
     value = view.planes.value(view.voxel.map(Math.round));
-  view.mm = mm;
   const words = mm.map((v, i) => `${"xyz"[i]} ${v.toFixed(1)}`).join("  ");
   const unit = view.facts.lattice.ct ? " HU" : "",
     [low, high] = view.window.map(Math.round);

@@ -122,10 +122,6 @@ class PaintedMask {
     if (!this.slices.has(z)) this.slices.set(z, new Int32Array(this.shape[1] * this.shape[2]));
     return this.slices.get(z);
   }
-  at([z, y, x]) {
-    const slice = this.slices.get(z);
-    return slice ? slice[y * this.shape[2] + x] : 0;
-  }
   set([z, y, x], value, bits) {
     const slice = this.slice(z),
       place = y * this.shape[2] + x,
