@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from voxelscale.config import ReadingConfig
 from voxelscale.console import count, duration, warn
 from voxelscale.dataset import Source
 from voxelscale.errors import VoxelscaleError
-from voxelscale.evaluate.froc import LEAST_DIAMETER_MM, lies_in, match_marks
+from voxelscale.evaluate.froc import inside_any, lies_in
 from voxelscale.evaluate.text import size_name, text_change, text_value
-from voxelscale.evaluate.truth import Truth, truth_of
+from voxelscale.evaluate.truth import Sphere, Truth, truth_of
 from voxelscale.findings import Finding, read_findings
 from voxelscale.pages.page import plain_table, sortable_table
 from voxelscale.report.cases import confidence, further, meter
@@ -127,12 +126,11 @@ def _other(
 
 
 def _hit(finding: Finding, lesions: Sequence[Mapping[str, float]], truth: Truth | None) -> str:
-    mark = np.asarray([(finding.x, finding.y, finding.z, finding.probability)])
-    ignored = truth.ignored if truth else ()
-    excluded = _spheres([{name: getattr(one, name) for name in PLACED} for one in ignored])
-    uncounted = lies_in(mark[:, :3], truth.uncounted if truth else None)
-    matches = match_marks(mark, _spheres(lesions), excluded, uncounted)
-    return WRONG if matches.false_positives else NEITHER if matches.on_excluded else LESION
+    place = np.asarray([(finding.x, finding.y, finding.z)])
+    if inside_any(place, [Sphere(one["x"], one["y"], one["z"], one["diameter_mm"]) for one in lesions]):
+        return LESION
+    ignored = truth and (inside_any(place, truth.ignored) | lies_in(place, truth.uncounted))
+    return NEITHER if ignored else WRONG
 
 
 def _by_case(lesions: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -140,15 +138,6 @@ def _by_case(lesions: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str
     for one in lesions:
         grouped[one["case"]].append(one)
     return grouped
-
-
-PLACED = ("x", "y", "z", "diameter_mm")
-
-
-def _spheres(rows: Sequence[Mapping[str, float]]) -> NDArray[np.float64]:
-    """(n, 4), as `match_marks` takes them, with the smallest diameter that the evaluation gives them."""
-    spheres = [(one["x"], one["y"], one["z"], max(one["diameter_mm"], LEAST_DIAMETER_MM)) for one in rows]
-    return np.asarray(spheres, np.float64).reshape(-1, 4)
 
 
 def size_table(sizes: Sequence[Mapping[str, Any]]) -> str:
