@@ -309,6 +309,11 @@ def test_brush_by_keys(page: Page) -> None:
     assert mask[20].sum() == 5  # a disc of 2 mm at 0.8 mm: the voxel and its four neighbours
     page.keys("e", " ")
     until(lambda: not page.mask()[20].any())
+    page.js(  # as a German keyboard has it: AltGr and 9
+        "document.body.dispatchEvent(new KeyboardEvent('keydown',"
+        "  { key: ']', ctrlKey: true, altKey: true, bubbles: true }))"
+    )
+    assert page.js("return $('brush-size').value") == "3"
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -99,7 +99,8 @@ function toggle(layer) {
 
 const nameOf = (event) => {
   const key = event.key === " " ? "Space" : event.key === "=" ? "+" : event.key;
-  return (event.ctrlKey || event.metaKey ? "Ctrl+" : "") + (key.length === 1 ? key.toUpperCase() : key);
+  const ctrl = (event.ctrlKey && !event.altKey) || event.metaKey ? "Ctrl+" : "";
+  return ctrl + (key.length === 1 ? key.toUpperCase() : key);
 };
 
 function onKey(event) {
@@ -108,7 +109,7 @@ function onKey(event) {
     view.stroke ||
     $("help").open ||
     (field && !(field.type === "range" && !event.key.startsWith("Arrow"))) ||
-    event.altKey
+    (event.altKey && !"[]".includes(event.key)) // which many keyboards have on AltGr or Option
   )
     return;
   if ([" ", "Enter"].includes(event.key) && event.target.closest("button:not([data-act])")) return;
