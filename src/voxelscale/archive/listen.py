@@ -23,7 +23,7 @@ from voxelscale.archive.dimse import Sender
 from voxelscale.archive.health import Meter
 from voxelscale.archive.identity import Entry, check_results, read_header, text_of, without_headers
 from voxelscale.archive.inbox import Inbox
-from voxelscale.archive.ledger import FILE, Ledger, Row
+from voxelscale.archive.ledger import FILE, OPEN, Ledger, Row
 from voxelscale.archive.rules import against
 from voxelscale.archive.settings import ListenSettings
 from voxelscale.archive.troubles import AwayError, UntrueError
@@ -78,6 +78,7 @@ class Listener:
         self.ledger = Ledger(self.folder / FILE)
         self._settled: dict[str, int] = {}
         self._away = 0
+        self._tidy()
         self.meter.series(self.ledger.counts())
 
     def run(self) -> None:
@@ -260,13 +261,30 @@ class Listener:
         if more:
             warn(f"{row.name}: {more}")
         notice(f"{row.name}: stored")
-        if self.settings.keep_scans:
+        self._put_away(row)
+        return row
+
+    def _put_away(self, row: Row) -> None:
+        """Keep the scan of an answered series, where that is asked for, and remove what else there is."""
+        scan = self._place(row, "scan")
+        if self.settings.keep_scans and row.state == "stored" and scan.is_dir():
             kept = self.folder / "scans" / row.name
             shutil.rmtree(kept, ignore_errors=True)
             kept.parent.mkdir(exist_ok=True)
-            os.replace(self._place(row, "scan"), kept)
+            os.replace(scan, kept)
         self._clear(row)
-        return row
+
+    def _tidy(self) -> None:
+        """Put away what a kill left of series that are done: it identifies patients."""
+        if not any((self.folder / "work").glob("*")):
+            return
+        rows = {row.name: row for row in self.ledger.rows()}
+        for place in (self.folder / "work").glob("*"):
+            row = rows.get(place.name)
+            if row is None:
+                shutil.rmtree(place, ignore_errors=True)
+            elif row.state not in OPEN:
+                self._put_away(row)
 
     def _patient(self, row: Row) -> str | None:
         """The PatientID of what was fetched, which is in its files only; None: they are gone."""
