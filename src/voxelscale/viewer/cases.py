@@ -24,7 +24,7 @@ from voxelscale.evaluate.froc import inside_any, lies_in
 from voxelscale.evaluate.truth import Truth, findings_in, labels_in, truth_of
 from voxelscale.findings import Finding, components, lesions_of_mask, read_prediction
 from voxelscale.formats import SAME_PLACE_MM, check_same_place, read_label
-from voxelscale.geometry import Grid, Scan, as_lps, reorient
+from voxelscale.geometry import Grid, Scan, as_lps, reorient, sphere_diameter
 from voxelscale.report.facts import classes_in
 
 OVERVIEW_VOXELS = 3_000_000
@@ -239,18 +239,14 @@ def voxels_of(findings: Sequence[Finding], mask: Scan, classes: Classes) -> list
             continue
         reach = [max(f.diameter_mm, f.axial_diameter_mm, 2 * max(mask.spacing)) / 2 for f in findings]
         for voxels in components(where):
-            (lesion,) = _centre_and_radius(voxels, mask.grid)
-            apart = np.where(of_class, np.linalg.norm(places - lesion[:3], axis=1), np.inf)
-            within = apart <= np.maximum(reach, lesion[3])
+            centre = mask.grid.index_to_mm(voxels.mean(axis=0))
+            radius = sphere_diameter(len(voxels) * mask.grid.voxel_mm3) / 2
+            apart = np.where(of_class, np.linalg.norm(places - centre, axis=1), np.inf)
+            within = apart <= np.maximum(reach, radius)
             if within.any():
                 parts[int(np.where(within, apart, np.inf).argmin())].append(voxels)
     nothing = np.zeros((0, 3), np.int64)
     return [np.concatenate(each) if each else nothing for each in parts]
-
-
-def _centre_and_radius(voxels: NDArray[np.int64], grid: Grid) -> NDArray[np.float64]:
-    radius = (3 * len(voxels) * grid.voxel_mm3 / (4 * np.pi)) ** (1 / 3)
-    return np.concatenate([grid.index_to_mm(voxels.mean(axis=0)), [radius]])[None]
 
 
 class _Image:

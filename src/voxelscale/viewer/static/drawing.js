@@ -178,7 +178,7 @@ const inPlane = (voxel, axis) => voxel.filter((_, i) => i !== axis);
 
 function drawMeasures(context, tile, at, scale) {
   const name = view.selected,
-    f = name.startsWith("t") ? view.facts.lesions[Number(name.slice(1)) - 1] : findingOf(name);
+    f = lesionOf(name) || findingOf(name);
   const mm = name && placeOf(name);
   if (!mm) return;
   const centre = view.lattice.toVoxel(mm),
@@ -351,7 +351,7 @@ function draw3d() {
         (truth && !view.on.truth)
       )
         continue;
-      const f = truth ? view.facts.lesions[Number(name.slice(1)) - 1] : findingOf(name);
+      const f = lesionOf(name) || findingOf(name);
       ball(placeOf(name), Math.max(2, (f ? f.diameter_mm : mark.diameter_mm) / 2), into);
     }
     if (group === "mark") ball(view.lattice.toMm(view.voxel), 2, into);

@@ -5,6 +5,7 @@
 
 const markOf = (name) => view.facts.marks.find((m) => m.finding === name);
 const findingOf = (name) => view.facts.findings[Number(name) - 1];
+const lesionOf = (name) => (name.startsWith("t") ? view.facts.lesions[Number(name.slice(1)) - 1] : undefined);
 const shows = (name) => !findingOf(name) || findingOf(name).probability >= view.threshold;
 
 function names() {
@@ -13,11 +14,9 @@ function names() {
 }
 
 function placeOf(name) {
-  if (name.startsWith("t")) return at(view.facts.lesions[Number(name.slice(1)) - 1]);
-  return markOf(name)?.mm;
+  const lesion = lesionOf(name);
+  return lesion ? [lesion.x, lesion.y, lesion.z] : markOf(name)?.mm;
 }
-
-const at = (f) => f && [f.x, f.y, f.z];
 
 function list() {
   const { facts } = view,
@@ -104,8 +103,7 @@ function select(name) {
   const asked = new URLSearchParams({ case: view.facts.name, finding: name });
   history.replaceState(null, "", `${location.pathname}#${asked}`);
   view.voxel = view.lattice.toVoxel(placeOf(name));
-  const lesion = name.startsWith("t") && view.facts.lesions[Number(name.slice(1)) - 1],
-    number = view.facts.classes.indexOf(lesion ? lesion.label : markOf(name).class);
+  const number = view.facts.classes.indexOf((lesionOf(name) || {}).label || markOf(name)?.class);
   if (number >= 0) $("class").value = number; // what is painted or added beside it is of its class
   list();
   $(`finding-${name}`).scrollIntoView({ block: "nearest" });
