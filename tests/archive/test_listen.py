@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time as clock
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,9 +22,9 @@ from tests.archive.hospital import BEGAN, Orthanc, StandIn, Time, listener, resu
 from voxelscale.archive import identity
 from voxelscale.archive.access import Access
 from voxelscale.archive.dicomweb import DicomWeb
-from voxelscale.archive.ledger import STATES
+from voxelscale.archive.ledger import STATES, Ledger, State
 from voxelscale.archive.listen import Listener
-from voxelscale.archive.settings import RulesSettings
+from voxelscale.archive.settings import ArchiveSettings, RulesSettings
 from voxelscale.errors import VoxelscaleError
 
 
@@ -54,6 +57,46 @@ def test_a_series_is_answered_once(orthanc: Orthanc, tmp_path: Path) -> None:
         settle(lost, time)
     assert lost.ledger.counts()["stored"] == 1
     assert len(answer.looked) == 2
+
+
+@pytest.mark.parametrize(("zone", "day"), [("Pacific/Honolulu", 31), ("UTC", 1)])
+def test_days_are_those_of_the_hospital(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zone: str, day: int
+) -> None:
+    """At 03:15 UTC it is still the day before in Hawaii."""
+    asked: list[date | None] = []
+
+    class Empty:
+        def studies(self, modality: str, since: date | None) -> list[Any]:
+            asked.append(since)
+            return []
+
+    monkeypatch.setenv("TZ", zone)
+    clock.tzset()
+    try:
+        one = listener(tmp_path / "l", Empty(), StandIn(), Time())
+        days = ArchiveSettings(url="http://x", days=1)
+        one.settings = replace(one.settings, archive=days)
+        one.round()
+    finally:
+        monkeypatch.undo()
+        clock.tzset()
+    assert [one.day for one in asked if one] == [day]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_a_kill_left_of_answered_series_is_put_away(tmp_path: Path, keep: bool) -> None:
+    """It identifies patients; those of series that are still worked on stay."""
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    states: tuple[State, ...] = ("predicted", "stored", "failed")
+    for number, state in enumerate(states):
+        ledger.move(ledger.see("1.2", f"1.2.{number}", state, 4, 0.0), state, 1.0)
+    ledger.close()
+    for name in ("predicted", "stored", "failed", "unknown"):
+        series(tmp_path / "work" / name / "scan", "P1", 2)
+    listener(tmp_path, None, StandIn(), Time(), keep_scans=keep)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["predicted"]
+    assert len(list((tmp_path / "scans").rglob("*.dcm"))) == (2 if keep else 0)
 
 
 def settle(one: Listener, time: Time, rounds: int = 3) -> None:

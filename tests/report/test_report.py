@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from voxelscale.dataset import DataSet
 from voxelscale.dataset.listing import list_sources
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.evaluate import evaluate_folder
-from voxelscale.findings import lesions_of_mask, write_findings
+from voxelscale.findings import lesions_of_mask, read_findings, write_findings
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan
 from voxelscale.pages import charts
@@ -75,8 +76,25 @@ def test_the_page(scans: Path, predicted: Path, store: Store, tmp_path: Path) ->
     for case in summary["cases"]:
         assert case["case"] in html
         assert f"{case['dice']:.3f}" in html
+    assert "other findings" not in html
     assert html.count('class="case"') == 3
     assert html.count('class="truth" d="M') >= 3
+
+
+@pytest.mark.parametrize("now", ["another model", "nothing"])
+def test_an_evaluation_of_other_findings_is_named(
+    scans: Path, predicted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], now: str
+) -> None:
+    """Predicted again since: the figures are not of what is drawn and listed beside them."""
+    summary = evaluate_folder(predicted, DataSet(path=scans), predicted)
+    case = summary["cases"][0]["case"]
+    found = read_findings(predicted / case / "findings.json")
+    less_sure = [replace(f, probability=0.9 * f.probability) for f in found if now != "nothing"]
+    write_findings(less_sure, predicted / case / "findings.csv", predicted / case / "findings.json")
+    write_report(None, predicted, DataSet(path=scans), tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert f"Have other findings now than the figures are of: 1 case</b><div>{case}</div>" in html
+    assert "run voxelscale evaluate again" in capsys.readouterr().err
 
 
 def test_names_are_escaped(scans: Path, predicted: Path, tmp_path: Path) -> None:

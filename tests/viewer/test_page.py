@@ -309,3 +309,177 @@ def test_brush_by_keys(page: Page) -> None:
     assert mask[20].sum() == 5  # a disc of 2 mm at 0.8 mm: the voxel and its four neighbours
     page.keys("e", " ")
     until(lambda: not page.mask()[20].any())
+    page.js(  # as a German keyboard has it: AltGr and 9
+        "document.body.dispatchEvent(new KeyboardEvent('keydown',"
+        "  { key: ']', ctrlKey: true, altKey: true, bubbles: true }))"
+    )
+    assert page.js("return $('brush-size').value") == "3"
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_beyond_the_last_slice_there_is_none(page: Page, axis: int) -> None:
+    """By keys or by dragging to the border one stays in the last slice, and paints there."""
+    page.open("a", "5")
+    page.js("setBrush(''); voxelscale.selected = ''; voxelscale.axis = arguments[0]", axis)
+    last = page.js("return voxelscale.lattice.shape")[axis] - 1
+    page.js("for (let k = 0; k < 80; k++) nudge(voxelscale.axis, 1)")
+    assert page.js("return Math.round(voxelscale.voxel[voxelscale.axis])") == last
+    share = [0, 1, 0] if axis == 2 else [0, 0, 1]
+    page.js("niivue.scene.crosshairPos = arguments[0]; niivue.onLocationChange()", share)
+    assert page.js("return Math.round(voxelscale.voxel[voxelscale.axis])") == last
+    page.js(
+        "const v = voxelscale.lattice.shape.map((n) => n >> 1); v[voxelscale.axis] = 1000;"
+        "voxelscale.voxel = v; place()"
+    )
+    before = page.mask()
+    page.keys("b", " ")
+    page.settled()
+    until(lambda: (page.mask() != before).any())
+    assert set(np.argwhere(page.mask() != before)[:, axis]) == {last}
+    assert page.js("return $('said').className") == ""
+
+
+def test_nothing_is_decided_while_another_case_is_read(page: Page) -> None:
+    """By no button and no key: what is shown is still the case before."""
+    page.open("a", "1")
+    states = "return voxelscale.cases.map((c) => c.state)"
+    before = page.js(states)
+    page.driver.execute_async_script(
+        "const done = arguments[0]; open(1);"
+        "setTimeout(() => {"
+        "  for (const name of ['accept', 'reject', 'add', 'brush', 'undo', 'finish'])"
+        "    document.querySelector(`[data-act=${name}]`).click();"
+        "  for (const key of ['a', 'r', 'd', 'b', ' '])"
+        "    document.body.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));"
+        "  voxelscale.queue.then(done) }, 0)"
+    )
+    page.ready("b")
+    page.settled()
+    assert page.js(states) == before
+    page.js("ACTS.accept()")
+    page.settled()
+    assert page.js(states)[1] == "begun"
+    page.js("ACTS.undo()")
+    page.settled()
+
+
+def test_what_another_window_decided_is_not_painted_over(page: Page) -> None:
+    page.open("b", "1")
+    count = page.js("return voxelscale.facts.lines")
+    page.js("ACTS.accept()")
+    page.settled()
+    accepted = page.mask()
+    # As a window that was opened before has it: an empty slice in which one voxel is painted.
+    page.js(
+        "voxelscale.facts.lines = arguments[0]; act({ action: 'brush', slices: { 4: [0, 1, 1] } })", count
+    )
+    page.settled()
+    assert "in another window" in page.js("return $('said').textContent")
+    page.open("b", "1")
+    np.testing.assert_array_equal(page.mask(), accepted)
+    page.js("ACTS.undo()")
+    page.settled()
+
+
+def test_a_case_that_cannot_be_shown(page: Page) -> None:
+    """It says why, shows nothing of the case before, and the next one can be opened by keys."""
+    page.open("a", "1")
+    states = "return voxelscale.cases.map((c) => c.state)"
+    before = page.js(states)
+    page.js(
+        "window.fetched = window.fetch; window.fetch = (path, ...more) => path === '/api/case/1'"
+        ' ? Promise.resolve(new Response(\'{"error": "b: is damaged"}\', { status: 422 }))'
+        " : fetched(path, ...more)"
+    )
+    page.keys("n")
+    until(lambda: page.js("return $('said').textContent") == "b: is damaged")
+    assert page.js("return getComputedStyle($('views')).visibility") == "hidden"
+    page.keys("a")
+    page.settled()
+    assert page.js("return $('said').textContent") == "b: is damaged"
+    assert page.js(states) == before
+    page.keys("p")
+    page.ready("a")
+    assert page.js("return getComputedStyle($('views')).visibility") == "visible"
+
+
+def test_links_to_what_is_not_there(page: Page) -> None:
+    page.driver.get("about:blank")
+    page.driver.get(f"{page.served.url}?token={page.served.door.token}#case=nobody&finding=2")
+    page.ready("a")
+    assert "no case nobody" in page.js("return $('said').textContent")
+    page.open("b", "99")
+    assert "no finding 99" in page.js("return $('said').textContent")
+    assert page.js("return voxelscale.selected") == ""
+
+
+def test_a_key_that_is_held_down_decides_once(page: Page) -> None:
+    page.open("a", "1")
+    lines = page.js("return voxelscale.facts.lines")
+    page.js(
+        "const press = (more) => document.body.dispatchEvent("
+        "  new KeyboardEvent('keydown', { bubbles: true, ...more }));"
+        "press({ key: 'd' }); press({ key: 'd', repeat: true }); press({ key: 'd', repeat: true });"
+        "press({ key: 'Z', ctrlKey: true, shiftKey: true })"
+    )
+    page.settled()
+    assert page.js("return voxelscale.facts.lines") == lines + 1
+    page.keys("j")
+    place = page.js("return voxelscale.voxel")
+    page.js(
+        "const k = { key: 'PageUp', bubbles: true, repeat: true };"
+        "document.body.dispatchEvent(new KeyboardEvent('keydown', k))"
+    )
+    assert page.js("return voxelscale.voxel") != place
+    page.js("ACTS.undo()")
+    page.settled()
+
+
+def test_the_class_is_that_of_the_selected_finding(page: Page) -> None:
+    """So that the brush goes on with it; another one may be chosen."""
+    page.open("a", "1")
+    chosen = page.js(
+        "Object.assign(voxelscale.facts, { classes: ['x', 'y'] });"
+        "voxelscale.facts.marks.forEach((m, n) => { m.class = 'xyyx'[n] || 'x' }); showFacts();"
+        "return ['1', '2', '4', '3'].map((name) => { select(name); return label() })"
+    )
+    assert chosen == [0, 1, 0, 1]
+
+
+def test_without_findings_the_threshold_is_the_predictions(page: Page) -> None:
+    page.open("b", "1")
+    threshold = page.js(
+        "voxelscale.facts.findings = []; voxelscale.facts.marks = []; voxelscale.facts.lesions = [];"
+        "showFacts(); return voxelscale.threshold"
+    )
+    assert threshold == 0.5
+    assert page.js("select('1'); return $('said').textContent") == "Nothing was found"
+
+
+def test_balls_lie_where_the_scan_is_shown(page: Page) -> None:
+    """Also of a very oblique scan, which NiiVue is given as if it were upright."""
+    page.open("b", "1")
+    until(lambda: page.js("return solid.volumes.length > 0 && solid.meshes.length > 0"))
+    upright, oblique, shown = page.js(
+        "const place = () => { draw3d(); const { pts } = solid.meshes.at(-1), out = [0, 0, 0];"
+        "  for (let k = 0; k < 528; k++) out[k % 3] += pts[k] / 176; return out };"
+        "const v = voxelscale, before = place(), voxel = v.lattice.toVoxel(v.facts.marks[0].mm);"
+        "const [a, b, c, d] = v.facts.lattice.affine;"
+        "v.lattice = new Lattice({ ...v.facts.lattice, affine: [b, c, a, d] });"
+        "v.facts.marks[0].mm = v.lattice.toMm(voxel);"
+        "return [before, place(), Array.from(solid.frac2mm(v.lattice.toShare(voxel), 0, true))]"
+    )
+    assert upright == pytest.approx(shown[:3], abs=0.01)
+    assert oblique == pytest.approx(upright, abs=0.01)
+
+
+def test_of_very_many_findings_the_first_are_in_3d(page: Page) -> None:
+    page.open("a", "1")
+    until(lambda: page.js("return solid.volumes.length > 0"))
+    balls = page.js(
+        "const { facts } = voxelscale;"
+        "facts.findings = Array(500).fill(facts.findings[0]); facts.lesions = [];"
+        "facts.marks = facts.findings.map((_, n) => ({ ...facts.marks[0], finding: String(n + 1) }));"
+        "select('450'); draw3d(); return solid.meshes.map((mesh) => mesh.pts.length / 528)"
+    )
+    assert balls == [200, 2]  # the selected one, and the crosshair

@@ -294,6 +294,26 @@ def test_an_outcome_that_a_kill_left_behind_is_written_again(
     assert len(table) == 2
 
 
+def test_a_kill_does_not_leave_an_old_mask_in_the_table(
+    scans: Path, predictions: Path, door: Door, tmp_path: Path
+) -> None:
+    """Finished, reopened and changed, and killed before it was written: the next start writes it."""
+    case = Case(list_predicted(predictions, DataSet(path=scans))[1], ReadingConfig())
+    desk = Desk(case, tmp_path, READER)
+    for number in range(1, 5):
+        desk.act({"action": "accept", "finding": str(number)})
+    desk.act({"action": "finish", "value": True})
+    desk.save()
+    desk.act({"action": "reject", "finding": "1"})
+    before = read_label(tmp_path / "b" / "mask.nii.gz").array
+    _, viewer = build(replace(shown(scans, predictions), folder=tmp_path), door)
+    viewer.close()
+    mask = reorient(read_label(tmp_path / "b" / "mask.nii.gz")).array
+    np.testing.assert_array_equal(mask, desk.state.mask)
+    assert mask.sum() < before.sum()
+    assert not (tmp_path / "a").exists()
+
+
 def test_decisions_survive(scans: Path, predictions: Path, door: Door, tmp_path: Path) -> None:
     """The journal is what counts: whatever was not written yet follows from it."""
     what = replace(shown(scans, predictions), folder=tmp_path)

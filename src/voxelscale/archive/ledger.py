@@ -125,8 +125,12 @@ class Ledger:
 
     def get(self, series: str) -> Row | None:
         """A series' row; None where it was never seen."""
-        found = self._db.execute(f"SELECT {COLUMNS} FROM series WHERE series = ?", (series,)).fetchone()  # noqa: S608
-        return None if found is None else Row(**dict(zip(COLUMNS.split(", "), found, strict=True)))
+        return next(self._select("WHERE series = ?", series), None)
+
+    def _select(self, where: str, *values: object) -> Iterator[Row]:
+        names = COLUMNS.split(", ")
+        for found in self._db.execute(f"SELECT {COLUMNS} FROM series {where}", values):  # noqa: S608
+            yield Row(**dict(zip(names, found, strict=True)))
 
     def _get(self, series: str) -> Row:
         row = self.get(series)
@@ -139,19 +143,13 @@ class Ledger:
         Args:
             stable: seconds since the number of instances last changed.
         """
-        names = COLUMNS.split(", ")
-        rows = self._db.execute(
-            f"SELECT {COLUMNS} FROM series WHERE state IN ('seen', 'fetched', 'predicted') AND due <= ?"  # noqa: S608
-            " AND (state != 'seen' OR changed <= ?) ORDER BY first_seen, name",
-            (now, now - stable),
-        )
-        return [Row(**dict(zip(names, row, strict=True))) for row in rows]
+        where = "WHERE state IN ('seen', 'fetched', 'predicted') AND due <= ?"
+        where += " AND (state != 'seen' OR changed <= ?) ORDER BY first_seen, name"
+        return list(self._select(where, now, now - stable))
 
     def rows(self) -> Iterator[Row]:
         """All series, in the order in which they were first seen."""
-        names = COLUMNS.split(", ")
-        for row in self._db.execute(f"SELECT {COLUMNS} FROM series ORDER BY first_seen, name"):  # noqa: S608
-            yield Row(**dict(zip(names, row, strict=True)))
+        return self._select("ORDER BY first_seen, name")
 
     def open(self) -> set[str]:
         """UIDs of the series that are still to be worked on."""
@@ -162,8 +160,7 @@ class Ledger:
 
     def of_study(self, study: str) -> list[Row]:
         """The series of a study that were seen."""
-        found = self._db.execute("SELECT series FROM series WHERE study = ?", (study,)).fetchall()
-        return [self._get(series) for (series,) in found]
+        return list(self._select("WHERE study = ?", study))
 
     def move(self, row: Row, state: State, now: float, reason: str = "", patient: str | None = None) -> Row:
         """A series has come to a state; its attempts count from 0 again."""

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from voxelscale.archive.answer import Answer
@@ -23,7 +23,7 @@ from voxelscale.archive.dimse import Sender
 from voxelscale.archive.health import Meter
 from voxelscale.archive.identity import Entry, check_results, read_header, text_of, without_headers
 from voxelscale.archive.inbox import Inbox
-from voxelscale.archive.ledger import FILE, Ledger, Row
+from voxelscale.archive.ledger import FILE, OPEN, Ledger, Row
 from voxelscale.archive.rules import against
 from voxelscale.archive.settings import ListenSettings
 from voxelscale.archive.troubles import AwayError, UntrueError
@@ -78,6 +78,7 @@ class Listener:
         self.ledger = Ledger(self.folder / FILE)
         self._settled: dict[str, int] = {}
         self._away = 0
+        self._tidy()
         self.meter.series(self.ledger.counts())
 
     def run(self) -> None:
@@ -130,7 +131,8 @@ class Listener:
             return
         archive = self.settings.archive
         days = archive.days if archive else 0
-        since = datetime.fromtimestamp(self.clock.now(), UTC).date() - timedelta(days) if days else None
+        # Scanners write their own day: late in America's evening UTC is a day ahead.
+        since = datetime.fromtimestamp(self.clock.now()).date() - timedelta(days) if days else None
         for modality in self.settings.rules.modality:
             for study in self.scans.studies(modality, since):
                 if study.instances is not None and self._settled.get(study.uid) == study.instances:
@@ -259,13 +261,30 @@ class Listener:
         if more:
             warn(f"{row.name}: {more}")
         notice(f"{row.name}: stored")
-        if self.settings.keep_scans:
+        self._put_away(row)
+        return row
+
+    def _put_away(self, row: Row) -> None:
+        """Keep the scan of an answered series, where that is asked for, and remove what else there is."""
+        scan = self._place(row, "scan")
+        if self.settings.keep_scans and row.state == "stored" and scan.is_dir():
             kept = self.folder / "scans" / row.name
             shutil.rmtree(kept, ignore_errors=True)
             kept.parent.mkdir(exist_ok=True)
-            os.replace(self._place(row, "scan"), kept)
+            os.replace(scan, kept)
         self._clear(row)
-        return row
+
+    def _tidy(self) -> None:
+        """Put away what a kill left of series that are done: it identifies patients."""
+        if not any((self.folder / "work").glob("*")):
+            return
+        rows = {row.name: row for row in self.ledger.rows()}
+        for place in (self.folder / "work").glob("*"):
+            row = rows.get(place.name)
+            if row is None:
+                shutil.rmtree(place, ignore_errors=True)
+            elif row.state not in OPEN:
+                self._put_away(row)
 
     def _patient(self, row: Row) -> str | None:
         """The PatientID of what was fetched, which is in its files only; None: they are gone."""

@@ -126,6 +126,7 @@ def sortable_table(
     rows: Sequence[Sequence[tuple[str, str]]],
     label: str,
     style: str = "wide",
+    more: str = "",
 ) -> str:
     """A table that the page sorts by the column whose head is pressed.
 
@@ -133,6 +134,7 @@ def sortable_table(
         columns: plain text; the first is sorted as text, all others as numbers.
         rows: HTML of each cell, and what it is sorted by.
         label, style: as of `plain_table`.
+        more: HTML of a body below, which is not sorted.
     """
     head = "".join(
         f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in columns
@@ -141,7 +143,7 @@ def sortable_table(
     for row in rows:
         cells = (f'<td data-value="{escape(by, quote=True)}">{cell}</td>' for cell, by in row)
         body += f"<tr>{''.join(cells)}</tr>"
-    table = f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    table = f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody>{more}</table>'
     return wide(table, label, style)
 
 

@@ -124,20 +124,6 @@ def read_scans(
         return None
 
 
-def finding_cells(number: int, finding: Finding) -> list[str]:
-    """A row of the table of `FINDING_COLUMNS`, HTML."""
-    hu = MISSING if finding.mean_hu is None else f"{finding.mean_hu:.0f}"
-    return [
-        str(number),
-        confidence(finding),
-        f"{finding.x:.1f}, {finding.y:.1f}, {finding.z:.1f}",
-        f"{finding.diameter_mm:.1f}",
-        f"{finding.axial_diameter_mm:.1f}",
-        f"{finding.volume_mm3:,.0f}",
-        hu,
-    ]
-
-
 def confidence(finding: Finding) -> str:
     """A finding's confidence with a bar, HTML."""
     return meter(finding.probability) + f"{finding.probability:.3f}"
@@ -150,7 +136,18 @@ def meter(share: float) -> str:
 
 def finding_table(findings: Sequence[Finding], most: int, label: str) -> str:
     """The findings, most confident first, at most so many; how many more there are stands below."""
-    rows = [finding_cells(number, f) for number, f in enumerate(findings[:most], start=1)]
+    rows = [
+        [
+            str(number),
+            confidence(f),
+            f"{f.x:.1f}, {f.y:.1f}, {f.z:.1f}",
+            f"{f.diameter_mm:.1f}",
+            f"{f.axial_diameter_mm:.1f}",
+            f"{f.volume_mm3:,.0f}",
+            MISSING if f.mean_hu is None else f"{f.mean_hu:.0f}",
+        ]
+        for number, f in enumerate(findings[:most], start=1)
+    ]
     columns = list(FINDING_COLUMNS)
     if any(f.label for f in findings):
         columns.insert(1, "Class")

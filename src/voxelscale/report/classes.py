@@ -11,15 +11,17 @@ import numpy as np
 from voxelscale.console import count
 from voxelscale.evaluate.text import text_value
 from voxelscale.pages.page import cards, legend, sortable_table, swatch
-from voxelscale.report.cases import meter, toggles
+from voxelscale.report.cases import toggles
 from voxelscale.report.curves import froc_chart, training_charts
 from voxelscale.report.pictures import Shown, chosen, mistakes
 from voxelscale.report.tables import (
     Listed,
     all_findings,
     case_table,
+    cell,
     figure_cards,
     size_table,
+    sort_key,
     text_range,
     time_card,
 )
@@ -113,12 +115,12 @@ def _table(classes: Mapping[str, Any]) -> str:
         rows.append(
             [
                 (f'{swatch(at)}<a href="#class-{at}" style="color:inherit">{escape(name)}</a>', name),
-                (_meter(dice["mean"]), _key(dice["mean"])),
+                (cell("dice", dice["mean"]), sort_key(dice["mean"])),
                 (
                     "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
-                    _key(dice["mean"]),
+                    sort_key(dice["mean"]),
                 ),
-                *((text, _key(value)) for text, value in values),
+                *((text, sort_key(value)) for text, value in values),
             ]
         )
     return sortable_table(columns, rows, "Classes")
@@ -161,20 +163,11 @@ def _cases(cases: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
         rows.append(
             [
                 (escape(case["case"]), case["case"]),
-                (_meter(case["dice"]), _key(case["dice"])),
-                (f"{escape(lowest)} {text_value(low)}".strip(), _key(low)),
+                (cell("dice", case["dice"]), sort_key(case["dice"])),
+                (f"{escape(lowest)} {text_value(low)}".strip(), sort_key(low)),
                 (str(len(known)), str(len(known))),
-                *((text_value(case["classes"].get(n)), _key(case["classes"].get(n))) for n in single),
+                *((text_value(case["classes"].get(n)), sort_key(case["classes"].get(n))) for n in single),
             ]
         )
     columns = ["Case", "Mean Dice", "Lowest class", "Classes", *(f"Dice, {name}" for name in single)]
     return sortable_table(columns, rows, "Cases")
-
-
-def _meter(share: float | None) -> str:
-    return "-" if share is None else f"{meter(share)}{share:.3f}"
-
-
-def _key(value: float | None) -> str:
-    """What the page sorts by: what has no value comes last."""
-    return "Infinity" if value is None else str(value)

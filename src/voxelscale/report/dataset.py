@@ -12,7 +12,7 @@ import numpy as np
 from voxelscale.console import count
 from voxelscale.geometry import sphere_diameter
 from voxelscale.pages.charts import Panel, chart
-from voxelscale.pages.page import legend, notes, sortable_table, swatch, wide, write_page
+from voxelscale.pages.page import legend, notes, sortable_table, swatch, write_page
 from voxelscale.report.overlays import LUNG_WINDOW, WINDOW_NAME, Slice, draw_slice
 from voxelscale.store.inspect import (
     BINS,
@@ -38,6 +38,7 @@ COLUMNS = (
     "Lesions, ml",
     "Lungs, l",
 )
+CLASS_COLUMNS = ("Class", "Cases", "Components", "ml in a case: median", "least", "most")
 
 
 def write_dataset_page(found: Inspection, name: str, out: Path) -> None:
@@ -115,34 +116,24 @@ def text_table(found: Inspection) -> list[str]:
     """The cases as lines of text, columns aligned; then those that cannot be read, with their errors."""
     columns = _columns(found.cases)
     rows = [columns, *([text for text, _ in _row(one, columns)] for one in found.cases)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:], strict=True))]
-        )
+    first = max(len(row[0]) for row in rows)
+    unreadable = [f"{p.case.ljust(first)}  cannot be read: {p.text}" for p in found.unreadable]
+    return [*_aligned(rows), *unreadable, *_text_channels(found.cases), *_text_classes(found.cases)]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines; all but the first column to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        "  ".join([row[0].ljust(first), *(t.rjust(w) for t, w in zip(row[1:], others, strict=True))])
         for row in rows
     ]
-    lines += [f"{p.case.ljust(widths[0])}  cannot be read: {p.text}" for p in found.unreadable]
-    return [*lines, *_text_channels(found.cases), *_text_classes(found.cases)]
 
 
 def _text_classes(cases: Sequence[Facts]) -> list[str]:
     """A line a class: cases, components, volume in a case that has it."""
     rows = _class_rows(cases)
-    if not rows:
-        return []
-    head = ("Class", "Cases", "Components", "ml in a case: median", "least", "most")
-    table = [head, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
-    return [
-        "",
-        *(
-            "  ".join(
-                [row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:], strict=True))]
-            )
-            for row in table
-        ),
-    ]
+    return ["", *_aligned([CLASS_COLUMNS, *rows])] if rows else []
 
 
 def _text_channels(cases: Sequence[Facts]) -> list[str]:
@@ -219,22 +210,14 @@ def _row(one: Facts, columns: Sequence[str]) -> list[tuple[str, str]]:
 
 def _table(found: Inspection) -> str:
     columns = _columns(found.cases)
-    head = "".join(f'<th><button type="button">{name}</button></th>' for name in columns)
-    rows = []
-    for one in found.cases:
-        cells = [
-            f'<td data-value="{escape(key, quote=True)}">{escape(text)}</td>'
-            for text, key in _row(one, columns)
-        ]
-        rows.append(f"<tr>{''.join(cells)}</tr>")
+    rows = [[(escape(text), key) for text, key in _row(one, columns)] for one in found.cases]
     # A body of its own, which is not sorted: its rows have no values.
     unreadable = "".join(
         f'<tr><td>{escape(problem.case)}</td><td colspan="{len(columns) - 1}">cannot be read: '
         f"{escape(problem.text)}</td></tr>"
         for problem in found.unreadable
     )
-    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody><tbody>{unreadable}</tbody>"
-    return wide(f'<table class="sortable">{body}</table>', "Cases")
+    return sortable_table(columns, rows, "Cases", more=f"<tbody>{unreadable}</tbody>")
 
 
 def _problems(problems: Sequence[Problem]) -> str:
@@ -306,15 +289,14 @@ def _of_channel(name: str, cases: Sequence[ChannelFacts]) -> Panel:
 
 def _class_sections(cases: Sequence[Facts]) -> list[str]:
     """The classes with their colours: cases, components and volumes; [] where there is one."""
-    names = _classes(cases)
-    if not names:
-        return []
-    columns = ["Class", "Cases", "Components", "ml in a case: median", "least", "most"]
     rows = [
-        [(f"{swatch(at)}{escape(row[0])}", row[0]), *((text, text.split()[0]) for text in row[1:])]
+        [
+            (f"{swatch(at)}{escape(row[0])}", row[0]),
+            *((text, "Infinity" if text == "-" else text.split()[0]) for text in row[1:]),
+        ]
         for at, row in enumerate(_class_rows(cases))
     ]
-    return ["<h2>Classes</h2>", sortable_table(columns, rows, "Classes")]
+    return ["<h2>Classes</h2>", sortable_table(CLASS_COLUMNS, rows, "Classes")] if rows else []
 
 
 def _of_values(values: Sequence[float], label: str, counted: str) -> Panel:

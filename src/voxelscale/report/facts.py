@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from voxelscale import __version__
+from voxelscale.classes import Classes
 from voxelscale.errors import VoxelscaleError
 from voxelscale.predict.work import predicted_by
 from voxelscale.report.overlays import WINDOW_NAME
@@ -65,6 +66,14 @@ def warnings_of(folder: Path) -> list[str]:
     """What ``findings.json`` says against relying on a case's findings."""
     content = read_json(folder / "findings.json").get("warnings", [])
     return [str(text) for text in content] if isinstance(content, list) else []
+
+
+def classes_in(content: Mapping[str, Any]) -> Classes | None:
+    """What ``findings.json`` says that its model distinguishes; None where it does not."""
+    try:
+        return Classes.from_dict(content["classes"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from voxelscale.classes import Classes
 from voxelscale.config import ReadingConfig
@@ -16,7 +14,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import Finding, read_prediction
 from voxelscale.pages.page import cards, legend, notes, write_page
 from voxelscale.report.cases import finding_table, read_scans, toggles, view_command
-from voxelscale.report.facts import head, model_lines, model_section, models, warnings_of
+from voxelscale.report.facts import classes_in, head, model_lines, model_section, models, warnings_of
 from voxelscale.report.overlays import Place, window_name
 
 MOST_PICTURES = 3
@@ -78,10 +76,8 @@ def write_findings_page(
         except VoxelscaleError as error:
             failed.append(f"{source.case}: {source.without_paths(error.message)}")
             continue
-        classes = _classes_in(content) or source.classes
-        cases.append(
-            Predicted(source=source, findings=findings, warnings=warnings_of(folder), classes=classes)
-        )
+        classes, warnings = classes_in(content) or source.classes, warnings_of(folder)
+        cases.append(Predicted(source=source, findings=findings, warnings=warnings, classes=classes))
     absent = [s.case for s in sources if s not in predicted]
     if absent:
         warn(f"{predictions}: no prediction of {count(len(absent), 'scan')}: {', '.join(absent[:5])}")
@@ -109,14 +105,6 @@ def write_findings_page(
         "finding below the threshold has none. The ring marks the finding.</footer>",
     ]
     write_page("Voxelscale findings", sections, out)
-
-
-def _classes_in(content: Mapping[str, Any]) -> Classes | None:
-    """What ``findings.json`` says that its model distinguishes; None where it does not."""
-    try:
-        return Classes.from_dict(content["classes"])
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def _cards(cases: list[Predicted]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from voxelscale.channels import Channel
-from voxelscale.console import count
+from voxelscale.console import count, warn
 from voxelscale.dataset import DataSet
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.text import text_value
@@ -71,7 +71,10 @@ def write_report(
     events = read_events(run) if run else []
     by_class = summary.get("classes", {"": summary})
     without = summary.get("coverage", {}).get("counted_as_empty", ())
-    listed = list(list_findings(by_class, without, predictions, sources, data.reading))
+    listed, changed = list_findings(by_class, without, predictions, sources, data.reading)
+    if changed:
+        what = f"{folder}: the evaluation is of other findings than {predictions} has now"
+        warn(f"{what}: run voxelscale evaluate again")
 
     def drawn(shown: Iterable[Shown]) -> Iterator[str]:
         return pictures(shown, predictions, sources, data.reading)
@@ -84,7 +87,7 @@ def write_report(
     window = window_name(next((s.channels[0] for s in sources.values()), Channel()))
     sections = [
         _head(summary, run, window),
-        *_warned(body, _warnings(summary, predictions)),
+        *_warned(body, _warnings(summary, predictions, changed)),
         model_section(model_lines(models(predictions, made), run)),
         _facts(run) if run else "",
         f"<footer>{SEVERAL if several else ''}{FOOTER}</footer>",
@@ -186,8 +189,9 @@ COVERAGE = {
 """Lists of cases in the evaluation's ``coverage``, in words."""
 
 
-def _warnings(summary: Mapping[str, Any], predictions: Path) -> Iterator[str]:
+def _warnings(summary: Mapping[str, Any], predictions: Path, changed: Sequence[str]) -> Iterator[str]:
     """What the figures leave out, and what speaks against them."""
+    yield notes(f"Have other findings now than the figures are of: {count(len(changed), 'case')}", changed)
     failed = [f"{f['case']}: {f['error']}" for f in summary.get("failed", [])]
     yield notes(f"Not evaluated: {count(len(failed), 'case')}", failed)
     coverage = summary.get("coverage", {})

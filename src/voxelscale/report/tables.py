@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from voxelscale.config import ReadingConfig
 from voxelscale.console import count, duration, warn
 from voxelscale.dataset import Source
 from voxelscale.errors import VoxelscaleError
-from voxelscale.evaluate.froc import LEAST_DIAMETER_MM, lies_in, match_marks
+from voxelscale.evaluate.froc import inside_any, lies_in
 from voxelscale.evaluate.text import size_name, text_change, text_value
-from voxelscale.evaluate.truth import Truth, truth_of
+from voxelscale.evaluate.truth import Sphere, Truth, truth_of
 from voxelscale.findings import Finding, read_findings
 from voxelscale.pages.page import plain_table, sortable_table
 from voxelscale.report.cases import confidence, further, meter
@@ -83,14 +82,17 @@ def list_findings(
     predictions: Path,
     sources: Mapping[str, Source],
     reading: ReadingConfig,
-) -> Iterator[Listed]:
-    """All cases' findings, each with what it hits by the evaluation's rule.
+) -> tuple[list[Listed], list[str]]:
+    """All cases' findings, each with what it hits by the evaluation's rule; and the cases that have other
+    findings now than were evaluated.
 
     Args:
         by_class: the evaluation of each class by name; of the only one its name is "".
         without: cases that have no prediction.
     """
     lesions = {name: _by_case(own["lesions"]) for name, own in by_class.items()}
+    listed: list[Listed] = []
+    changed = []
     rows = zip(*(own["cases"] for own in by_class.values()), strict=True)
     for case, of_case in ((each[0]["case"], each) for each in rows):
         if case in without:
@@ -105,17 +107,30 @@ def list_findings(
         except (VoxelscaleError, KeyError) as error:
             warn(f"{case}: its findings are not listed: {error}")
             continue
-        for finding, own in marked:
-            yield finding, _hit(finding, own, truth)
+        found = [(finding, _hit(finding, own, truth)) for finding, own in marked]
+        listed += found
+        each = zip(by_class, of_case, strict=True)
+        if any(_other(found, name, row, lesions[name].get(case, ())) for name, row in each):
+            changed.append(case)
+    return listed, changed
+
+
+def _other(
+    listed: Sequence[Listed], name: str, row: Mapping[str, Any], lesions: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether a case's findings of a class ("": of all) cannot be those that its row is of."""
+    own = [(finding.probability, hit) for finding, hit in listed if not name or finding.label == name]
+    confident = {one["probability"] for one in lesions if one["detected"]}
+    wrong = sum(hit == WRONG for _, hit in own)
+    return wrong != row["false_positives"] or not confident <= {p for p, hit in own if hit == LESION}
 
 
 def _hit(finding: Finding, lesions: Sequence[Mapping[str, float]], truth: Truth | None) -> str:
-    mark = np.asarray([(finding.x, finding.y, finding.z, finding.probability)])
-    ignored = truth.ignored if truth else ()
-    excluded = _spheres([{name: getattr(one, name) for name in PLACED} for one in ignored])
-    uncounted = lies_in(mark[:, :3], truth.uncounted if truth else None)
-    matches = match_marks(mark, _spheres(lesions), excluded, uncounted)
-    return WRONG if matches.false_positives else NEITHER if matches.on_excluded else LESION
+    place = np.asarray([(finding.x, finding.y, finding.z)])
+    if inside_any(place, [Sphere(one["x"], one["y"], one["z"], one["diameter_mm"]) for one in lesions]):
+        return LESION
+    ignored = truth and (inside_any(place, truth.ignored) | lies_in(place, truth.uncounted))
+    return NEITHER if ignored else WRONG
 
 
 def _by_case(lesions: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -123,15 +138,6 @@ def _by_case(lesions: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str
     for one in lesions:
         grouped[one["case"]].append(one)
     return grouped
-
-
-PLACED = ("x", "y", "z", "diameter_mm")
-
-
-def _spheres(rows: Sequence[Mapping[str, float]]) -> NDArray[np.float64]:
-    """(n, 4), as `match_marks` takes them, with the smallest diameter that the evaluation gives them."""
-    spheres = [(one["x"], one["y"], one["z"], max(one["diameter_mm"], LEAST_DIAMETER_MM)) for one in rows]
-    return np.asarray(spheres, np.float64).reshape(-1, 4)
 
 
 def size_table(sizes: Sequence[Mapping[str, Any]]) -> str:
@@ -166,11 +172,12 @@ def case_table(cases: Sequence[Mapping[str, Any]]) -> str:
         "truth_voxels": "Voxels, truth",
         "predicted_voxels": "Voxels, predicted",
     }
-    rows = [[(_cell(key, case[key]), _sort_key(case[key])) for key in columns] for case in cases]
+    rows = [[(cell(key, case[key]), sort_key(case[key])) for key in columns] for case in cases]
     return sortable_table(list(columns.values()), rows, "Cases")
 
 
-def _cell(key: str, value: Any) -> str:
+def cell(key: str, value: Any) -> str:
+    """A figure of a case as `case_table` shows it, HTML."""
     if value is None:
         return "-"
     if key == "dice":
@@ -180,8 +187,8 @@ def _cell(key: str, value: Any) -> str:
     return escape(f"{value:,}" if isinstance(value, int) else str(value))
 
 
-def _sort_key(value: Any) -> str:
-    """What the page sorts by; the distance to an empty mask is infinite."""
+def sort_key(value: Any) -> str:
+    """What the page sorts by; what has no value, as the distance to an empty mask, comes last."""
     return "Infinity" if value is None else str(value)
 
 

@@ -23,7 +23,7 @@ from voxelscale.console import warn
 from voxelscale.dataset.source import identity
 from voxelscale.errors import VoxelscaleError
 from voxelscale.viewer.cases import Case, Cases, Listed, finding_facts, lattice
-from voxelscale.viewer.decisions import Desk, Refused, read_journal
+from voxelscale.viewer.decisions import Desk, Refused, is_behind, read_journal
 from voxelscale.viewer.guard import Door, Guard
 from voxelscale.viewer.runs import runs_of
 
@@ -94,6 +94,19 @@ class Viewer:
         except VoxelscaleError as error:
             warn(f"{error.message}; {error.hint}")
 
+    def catch_up(self) -> None:
+        """Write what a kill kept from being written: the table of finished cases is read elsewhere."""
+        for one in self.shown.cases:
+            folder = self.shown.folder / one.name
+            if is_behind(folder, read_journal(folder)):
+                self._writer.submit(self._write_again, one)
+
+    def _write_again(self, one: Listed) -> None:
+        try:
+            Desk(Case(one, self.shown.reading), self.shown.folder, self.shown.reader).save()
+        except (VoxelscaleError, Refused) as error:
+            warn(one.source.without_paths(str(error)))
+
     def close(self) -> None:
         """Write what has not been written yet."""
         self._writer.shutdown(wait=True)
@@ -154,7 +167,7 @@ class Viewer:
         if not isinstance(line, dict) or not isinstance(line.get("action"), str):
             raise Refused("no action")
         desk = self.desk(number)
-        desk.act({name: line[name] for name in sorted(ASKED & set(line))})
+        desk.act({name: line[name] for name in sorted(ASKED & set(line))}, line.get("after"))
         with self._lock:
             self._save(number)
         return state_of(desk)
@@ -167,7 +180,7 @@ ASKED = {"action", "finding", "mm", "diameter_mm", "label", "slices", "value"}
 def state_of(desk: Desk) -> dict[str, Any]:
     """What the page shows of the reader's decisions."""
     outcome = desk.outcome()
-    return {"marks": outcome["marks"], "finished": outcome["finished"], "can_undo": desk.can_undo}
+    return {name: outcome[name] for name in ("marks", "finished", "lines")} | {"can_undo": desk.can_undo}
 
 
 def identity_of(case: Case) -> str:
@@ -224,6 +237,7 @@ def build(shown: Shown, door: Door) -> tuple[Guard, Viewer]:
     ]
     if shown.cases:
         viewer.cases.open(0)  # is read while the browser starts
+    viewer.catch_up()
     app = Starlette(routes=routes)
     app.state.cases = shown.cases
     return Guard(app, door), viewer

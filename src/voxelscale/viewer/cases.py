@@ -24,7 +24,8 @@ from voxelscale.evaluate.froc import inside_any, lies_in
 from voxelscale.evaluate.truth import Truth, findings_in, labels_in, truth_of
 from voxelscale.findings import Finding, components, lesions_of_mask, read_prediction
 from voxelscale.formats import SAME_PLACE_MM, check_same_place, read_label
-from voxelscale.geometry import Grid, Scan, as_lps, reorient
+from voxelscale.geometry import Grid, Scan, as_lps, reorient, sphere_diameter
+from voxelscale.report.facts import classes_in
 
 OVERVIEW_VOXELS = 3_000_000
 """Of the volume that NiiVue gets. Its planes are overdrawn with the scan's own voxels, slice by slice: all
@@ -121,7 +122,7 @@ class Case:
     def _read_prediction(self) -> Prediction:
         folder = self.listed.folder
         _, facts = read_prediction(folder / "findings.json")
-        classes = _classes_in(facts) or self.listed.source.classes
+        classes = classes_in(facts) or self.listed.source.classes
         mask = labels_in(folder / "mask.nii.gz", classes)
         findings = findings_in(folder / "findings.json", mask.grid, classes)
         voxels = voxels_of(findings, mask, classes)
@@ -238,18 +239,14 @@ def voxels_of(findings: Sequence[Finding], mask: Scan, classes: Classes) -> list
             continue
         reach = [max(f.diameter_mm, f.axial_diameter_mm, 2 * max(mask.spacing)) / 2 for f in findings]
         for voxels in components(where):
-            (lesion,) = _centre_and_radius(voxels, mask.grid)
-            apart = np.where(of_class, np.linalg.norm(places - lesion[:3], axis=1), np.inf)
-            within = apart <= np.maximum(reach, lesion[3])
+            centre = mask.grid.index_to_mm(voxels.mean(axis=0))
+            radius = sphere_diameter(len(voxels) * mask.grid.voxel_mm3) / 2
+            apart = np.where(of_class, np.linalg.norm(places - centre, axis=1), np.inf)
+            within = apart <= np.maximum(reach, radius)
             if within.any():
                 parts[int(np.where(within, apart, np.inf).argmin())].append(voxels)
     nothing = np.zeros((0, 3), np.int64)
     return [np.concatenate(each) if each else nothing for each in parts]
-
-
-def _centre_and_radius(voxels: NDArray[np.int64], grid: Grid) -> NDArray[np.float64]:
-    radius = (3 * len(voxels) * grid.voxel_mm3 / (4 * np.pi)) ** (1 / 3)
-    return np.concatenate([grid.index_to_mm(voxels.mean(axis=0)), [radius]])[None]
 
 
 class _Image:
@@ -355,13 +352,6 @@ def _digest(*files: Path) -> str:
     return hashlib.sha256(
         b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
     ).hexdigest()
-
-
-def _classes_in(facts: Mapping[str, Any]) -> Classes | None:
-    try:
-        return Classes.from_dict(facts["classes"])
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 class Cases:

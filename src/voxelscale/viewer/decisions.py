@@ -328,13 +328,19 @@ class Desk:
             )
         self.state = replay(case, self._lines)
 
-    def act(self, line: Mapping[str, Any]) -> None:
+    def act(self, line: Mapping[str, Any], after: int | None = None) -> None:
         """Do one thing, and record it before this returns.
+
+        Args:
+            after: how many lines the journal had when the reader saw the case; None: it does not matter.
 
         Raises:
             Refused: it cannot be done; nothing has changed.
+            VoxelscaleError: it cannot be recorded, or something was decided in another window meanwhile.
         """
         with self._lock:
+            if after is not None and after != len(self._lines):
+                raise self._elsewhere()
             if line.get("action") == "undo":
                 if not _kept(self._lines):
                     raise Refused("there is nothing to undo")
@@ -348,9 +354,7 @@ class Desk:
                     raise Refused(f"{error.args[0]} is missing") from None
             try:
                 if _size(self.folder / JOURNAL) != self._size:
-                    raise VoxelscaleError(
-                        f"{self.case.name}: decided in another window meanwhile", "open this page again"
-                    )
+                    raise self._elsewhere()
                 _append(self.folder / JOURNAL, whole)
             except VoxelscaleError:
                 self.state = replay(self.case, self._lines)
@@ -358,6 +362,10 @@ class Desk:
             self._size = _size(self.folder / JOURNAL)
             self._lines.append(whole)
             self.state = state
+
+    def _elsewhere(self) -> VoxelscaleError:
+        what = f"{self.case.name}: decided in another window meanwhile"
+        return VoxelscaleError(what, "open this page again")
 
     def _stamped(self, line: Mapping[str, Any]) -> dict[str, Any]:
         when = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -384,11 +392,7 @@ class Desk:
     @property
     def unsaved(self) -> bool:
         """Whether the journal has lines that outcome, mask and table do not know of."""
-        try:
-            known = json.loads((self.folder / OUTCOME).read_text(encoding="utf-8"))["lines"]
-        except (OSError, ValueError, KeyError, TypeError):
-            known = None
-        return bool(self._lines) and known != len(self._lines)
+        return is_behind(self.folder, self._lines)
 
     def outcome(self) -> dict[str, Any]:
         """Plain values: who, when, and the verdict on each finding and added nodule."""
@@ -427,6 +431,15 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
     """The lines of a case's journal; of one that a kill cut short there is none."""
     lines = read_json_lines(folder / JOURNAL)
     return [line for line in lines if isinstance(line, dict) and isinstance(line.get("action"), str)]
+
+
+def is_behind(folder: Path, lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a case's journal has lines that outcome, mask and table do not know of."""
+    try:
+        known = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))["lines"]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = None
+    return bool(lines) and known != len(lines)
 
 
 def _size(path: Path) -> int:

@@ -72,7 +72,7 @@ function buildPointer() {
   const canvas = $("drawn");
   canvas.addEventListener("pointerdown", (event) => {
     const tile = tileAt(pixelOf(event));
-    if (!tile || !view.brush || !view.decided) return;
+    if (!tile || !view.brush || !view.decided || event.button !== 0 || isReading()) return;
     if (view.reloading) return say("One moment: the mask is on its way", true);
     canvas.setPointerCapture(event.pointerId);
     view.axis = tile.axis;

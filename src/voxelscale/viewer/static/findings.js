@@ -5,6 +5,7 @@
 
 const markOf = (name) => view.facts.marks.find((m) => m.finding === name);
 const findingOf = (name) => view.facts.findings[Number(name) - 1];
+const lesionOf = (name) => (name.startsWith("t") ? view.facts.lesions[Number(name.slice(1)) - 1] : undefined);
 const shows = (name) => !findingOf(name) || findingOf(name).probability >= view.threshold;
 
 function names() {
@@ -13,11 +14,9 @@ function names() {
 }
 
 function placeOf(name) {
-  if (name.startsWith("t")) return at(view.facts.lesions[Number(name.slice(1)) - 1]);
-  return markOf(name)?.mm;
+  const lesion = lesionOf(name);
+  return lesion ? [lesion.x, lesion.y, lesion.z] : markOf(name)?.mm;
 }
-
-const at = (f) => f && [f.x, f.y, f.z];
 
 function list() {
   const { facts } = view,
@@ -97,11 +96,15 @@ function summarise() {
 }
 
 function select(name) {
-  if (!names().includes(name)) return;
+  const all = names();
+  if (!all.includes(name))
+    return say(all.length ? `There is no finding ${name}` : "Nothing was found", all.length > 0);
   view.selected = name;
   const asked = new URLSearchParams({ case: view.facts.name, finding: name });
   history.replaceState(null, "", `${location.pathname}#${asked}`);
   view.voxel = view.lattice.toVoxel(placeOf(name));
+  const number = view.facts.classes.indexOf((lesionOf(name) || {}).label || markOf(name)?.class);
+  if (number >= 0) $("class").value = number; // what is painted or added beside it is of its class
   list();
   $(`finding-${name}`).scrollIntoView({ block: "nearest" });
   $("findings").setAttribute("aria-activedescendant", `finding-${name}`);
@@ -124,16 +127,17 @@ function setThreshold(value) {
 // Judging: one thing after the other, so that the journal has them in the order they were done
 
 function act(line) {
-  const number = view.number,
+  const { facts } = view,
     reloads = !["brush", "finish"].includes(line.action);
   view.reloading += reloads;
   view.queue = view.queue.then(async () => {
     try {
-      const state = await ask(`/api/case/${number}/act`, line);
-      view.cases[number].state = state.finished ? "finished" : "begun";
+      // With what it is based on: another window may have decided something since.
+      const state = await ask(`/api/case/${facts.number}/act`, { ...line, after: facts.lines });
+      view.cases[facts.number].state = state.finished ? "finished" : "begun";
       listCases();
-      if (number !== view.number) return;
-      Object.assign(view.facts, state);
+      Object.assign(facts, state);
+      if (facts !== view.facts) return;
       if (line.action === "add") view.selected = state.marks[state.marks.length - 1].finding;
       if (!names().includes(view.selected)) view.selected = names()[0] || "";
       list();
@@ -143,7 +147,7 @@ function act(line) {
       say(line.action === "finish" && state.finished ? "Finished: N leads to the next case" : "Saved");
     } catch (error) {
       say(error.message, true);
-      if (line.action === "brush" && number === view.number) await loadMask("decided").catch(() => {});
+      if (line.action === "brush" && facts === view.facts) await loadMask("decided").catch(() => {});
     }
     view.reloading -= reloads;
   });
@@ -177,6 +181,7 @@ function judge(action) {
 }
 
 function nextOpen() {
+  if (view.reading) return;
   const open = view.facts.marks.filter((m) => m.verdict === "open" && shows(m.finding));
   if (open.length && !$("said").classList.contains("error")) select(open[0].finding);
 }

@@ -99,17 +99,17 @@ function toggle(layer) {
 
 const nameOf = (event) => {
   const key = event.key === " " ? "Space" : event.key === "=" ? "+" : event.key;
-  return (event.ctrlKey || event.metaKey ? "Ctrl+" : "") + (key.length === 1 ? key.toUpperCase() : key);
+  const ctrl = (event.ctrlKey && !event.altKey) || event.metaKey ? "Ctrl+" : "";
+  return ctrl + (key.length === 1 ? key.toUpperCase() : key);
 };
 
 function onKey(event) {
   const field = event.target.closest("input, select");
   if (
-    !view.facts ||
     view.stroke ||
     $("help").open ||
     (field && !(field.type === "range" && !event.key.startsWith("Arrow"))) ||
-    event.altKey
+    (event.altKey && !"[]".includes(event.key)) // which many keyboards have on AltGr or Option
   )
     return;
   if ([" ", "Enter"].includes(event.key) && event.target.closest("button:not([data-act])")) return;
@@ -117,5 +117,8 @@ function onKey(event) {
   if (!found || !found[2]) return;
   event.preventDefault();
   event.stopPropagation();
-  found[2](event.shiftKey);
+  const [key, , act] = found;
+  // A key that is held down decides once, and Ctrl+Shift+Z, which redoes elsewhere, undoes nothing.
+  if (Object.values(ACTS).includes(act) && (event.repeat || (event.ctrlKey && event.shiftKey))) return;
+  if (["N", "P", "H"].includes(key) || !isReading()) act(event.shiftKey);
 }

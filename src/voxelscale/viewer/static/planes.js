@@ -30,8 +30,9 @@ class Lattice {
     const [nz, ny, nx] = this.shape;
     return [fz * nz - 0.5, (1 - fy) * ny - 0.5, (1 - fx) * nx - 0.5];
   }
-  inside(voxel) {
-    return voxel.every((v, i) => Math.round(v) >= 0 && Math.round(v) < this.shape[i]);
+  // The nearest place in the scan; its far border belongs to the last voxels.
+  within(voxel) {
+    return voxel.map((v, i) => Math.min(this.shape[i] - 0.501, Math.max(-0.5, v)));
   }
 }
 
@@ -120,10 +121,6 @@ class PaintedMask {
   slice(z) {
     if (!this.slices.has(z)) this.slices.set(z, new Int32Array(this.shape[1] * this.shape[2]));
     return this.slices.get(z);
-  }
-  at([z, y, x]) {
-    const slice = this.slices.get(z);
-    return slice ? slice[y * this.shape[2] + x] : 0;
   }
   set([z, y, x], value, bits) {
     const slice = this.slice(z),

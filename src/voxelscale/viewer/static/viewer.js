@@ -37,7 +37,9 @@ const view = {
   brush: "",
   stroke: null,
   reloading: 0,
+  reading: true, // another case: until it is there nothing is decided
   number: -1,
+  opened: 0,
   queue: Promise.resolve(),
 };
 window.voxelscale = view; // for tests and the curious
@@ -108,7 +110,7 @@ async function start() {
     draw();
   };
   niivue.onLocationChange = () => {
-    view.voxel = view.lattice.ofShare(niivue.scene.crosshairPos);
+    view.voxel = view.lattice.within(view.lattice.ofShare(niivue.scene.crosshairPos));
     moved();
   };
   new ResizeObserver(layout).observe($("views"));
@@ -138,6 +140,12 @@ function say(text, error = false) {
   $("said").className = error ? "error" : "";
 }
 
+function isReading() {
+  const failed = document.body.classList.contains("failed");
+  if (view.reading && !failed) say("One moment: the case is being read", true);
+  return view.reading;
+}
+
 // Cases
 
 function listCases() {
@@ -147,20 +155,21 @@ function listCases() {
 }
 
 async function fromAddress() {
-  const asked = new URLSearchParams(location.hash.slice(1));
-  const number = Math.max(
-    0,
-    view.cases.findIndex((c) => c.name === asked.get("case")),
-  );
-  if (number !== view.number) await open(number, asked.get("finding") || "1");
+  const asked = new URLSearchParams(location.hash.slice(1)),
+    name = asked.get("case"),
+    number = view.cases.findIndex((c) => c.name === name);
+  if (number < 0 || number !== view.number) await open(Math.max(0, number), asked.get("finding") || "1");
   else select(asked.get("finding") || "1");
+  if (name && number < 0) say(`There is no case ${name}: this is the first one`, true);
 }
 
 async function open(number, finding = "1") {
   if (number < 0 || number >= view.cases.length) return;
+  const turn = ++view.opened;
+  Object.assign(view, { reading: true, ready: false });
   await view.queue;
+  if (turn !== view.opened) return;
   view.number = number;
-  view.ready = false;
   $("loading").hidden = false;
   $("case").value = number;
   say("");
@@ -170,7 +179,8 @@ async function open(number, finding = "1") {
     error,
     null,
   ]);
-  if (number !== view.number) return;
+  if (turn !== view.opened) return;
+  document.body.classList.toggle("failed", !overview);
   if (!overview) {
     $("loading").hidden = true;
     return say(facts.message, true);
@@ -183,6 +193,7 @@ async function open(number, finding = "1") {
     prediction: null,
     probability: null,
     decided: null,
+    selected: "",
     brush: "",
   });
   view.planes = new Planes(number, view.lattice, draw, (error) =>
@@ -191,14 +202,17 @@ async function open(number, finding = "1") {
   view.windows = facts.lattice.ct ? CT_WINDOWS : [["Window", ...facts.lattice.range]];
   showFacts();
   await showVolumes(overview);
+  if (turn !== view.opened) return;
   view.times.shown = performance.now() - began;
+  view.reading = false;
   $("loading").hidden = true;
-  select(view.facts.findings.length ? finding : "");
+  select(finding);
   await Promise.all(["prediction", "truth", "decided", "probability"].map(loadMask));
+  if (turn !== view.opened) return;
   view.times.masks = performance.now() - began;
   view.ready = true;
   draw();
-  if (view.shown3d) setTimeout(() => number === view.number && showSolid(overview), SOFTWARE_WAIT);
+  if (view.shown3d) setTimeout(() => turn === view.opened && showSolid(overview), SOFTWARE_WAIT);
 }
 
 async function showVolumes(overview) {
@@ -220,11 +234,11 @@ async function showSolid(overview) {
 }
 
 async function loadMask(what) {
-  if (what === "truth" && !view.facts.has_truth) return;
-  if (what === "probability" && !view.facts.has_probability) return;
-  const number = view.number,
-    runs = new Int32Array(await ask(`/api/case/${number}/${what}`));
-  if (number !== view.number) return;
+  const { facts } = view;
+  if (what === "truth" && !facts.has_truth) return;
+  if (what === "probability" && !facts.has_probability) return;
+  const runs = new Int32Array(await ask(`/api/case/${facts.number}/${what}`));
+  if (facts !== view.facts) return;
   const kind = what === "decided" ? PaintedMask : RunMask;
   view[what] = new kind(runs, view.lattice.shape);
   draw();
@@ -235,10 +249,9 @@ function showFacts() {
   document.title = `${facts.name} – Voxelscale viewer`;
   $("patient").textContent = facts.patient;
   $("notes").replaceChildren(...facts.warnings.map((text) => element("div", "", text)));
-  view.threshold = Math.min(
-    facts.threshold ?? 0.5,
-    ...[0.01 * Math.floor(100 * Math.max(0, ...facts.findings.map((f) => f.probability)))],
-  );
+  const least = facts.threshold ?? 0.5,
+    highest = Math.max(0, ...facts.findings.map((f) => f.probability));
+  view.threshold = facts.findings.length ? Math.min(least, 0.01 * Math.floor(100 * highest)) : least;
   $("threshold").value = view.threshold;
   $("class").hidden = facts.classes.length < 2;
   $("class").replaceChildren(...facts.classes.map((name, n) => new Option(name, n)));
@@ -279,7 +292,7 @@ function buildControls() {
     $("keys").append(line);
   }
   for (const one of document.querySelectorAll("[data-act]"))
-    one.addEventListener("click", () => ACTS[one.dataset.act]());
+    one.addEventListener("click", () => !isReading() && ACTS[one.dataset.act]());
   for (const [text, key] of [
     ["▲", "PageUp"],
     ["▼", "PageDown"],
