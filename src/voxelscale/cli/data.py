@@ -108,7 +108,6 @@ def prepare(
     """
     check_output(store)
     from voxelscale.dataset.names_table import write_names
-    from voxelscale.store import PLAN_FILE
     from voxelscale.store.prepare import prepare as run_prepare
 
     settings = read_config(config, set_)
@@ -119,8 +118,7 @@ def prepare(
     parts = [f"{sum(c.split == split for c in outcome.done)} {split}" for split in ("train", "val", "test")]
     kept = f", {outcome.kept} of them kept from before" if outcome.kept else ""
     print(f"{count(len(outcome.done), 'case')} in {store} ({', '.join(parts)}){kept}")
-    planned = outcome.kept == len(outcome.done) and (store / PLAN_FILE).is_file()
-    if settings.prepare.plan and not planned:
+    if settings.prepare.plan:
         from voxelscale.train.plan import report_plan
 
         report_plan(settings, store)
