@@ -126,12 +126,13 @@ def _score(
 ) -> CaseResult:
     true, predicted = one.truth, one.prediction
     grid = whole.window(one.start, true.shape)
+    flat = [axis for axis, voxels in enumerate(whole.shape) if voxels == 1]
     lesions = lesions_of_mask(case, true, whole, one.start)
     paired = pair_components(true, predicted, grid, findings, excluded, uncounted)
     return CaseResult(
         case=case,
         overlap=overlap(true, predicted),
-        surface=compare_surfaces(true, predicted, grid.spacing),
+        surface=compare_surfaces(true, predicted, grid.spacing, flat if len(flat) < 3 else ()),
         lesions=tuple(lesions),
         matches=match(lesions, findings, excluded, uncounted),
         lesion_overlaps=tuple(lesion_overlaps(paired)),

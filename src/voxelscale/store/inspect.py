@@ -20,7 +20,7 @@ from voxelscale.config import ReadingConfig
 from voxelscale.dataset import DataSet, Source
 from voxelscale.dataset.reading import labels_of, read_image, read_more
 from voxelscale.errors import VoxelscaleError
-from voxelscale.geometry import IntTriple, Scan, Triple, reorient, sphere_diameter
+from voxelscale.geometry import IntTriple, Scan, Triple, equivalent_diameter, reorient
 from voxelscale.labels.stored import MOST_SHOWN
 from voxelscale.lungs import lung_field, no_lungs
 from voxelscale.parallel import map_processes
@@ -127,6 +127,11 @@ class Facts:
     classes: Classes = LESION
     classes_mm3: tuple[tuple[float, ...], ...] = ()
     channels: tuple[ChannelFacts, ...] = ()
+
+    @property
+    def diameters_mm(self) -> list[float]:
+        """Equivalent diameters of the lesions, largest first."""
+        return [equivalent_diameter(volume, self.shape, self.spacing) for volume in self.lesions_mm3]
 
     @property
     def is_ct(self) -> bool:
@@ -494,7 +499,7 @@ def _plain(facts: Facts) -> dict[str, Any]:
     values = {
         name: getattr(facts, "hu" if name == "values" else name) for name in names if name not in hidden
     }
-    values["diameters_mm"] = [round(sphere_diameter(v), 2) for v in facts.lesions_mm3]
+    values["diameters_mm"] = [round(diameter, 2) for diameter in facts.diameters_mm]
     if facts.classes_mm3:
         values["classes"] = dict(zip(facts.classes.names, facts.classes_mm3, strict=True))
     if facts.channels:

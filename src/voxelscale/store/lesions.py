@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.classes import IGNORED, LESION, Classes
-from voxelscale.geometry import SAME_MM, Grid, Scan, resample, sphere_diameter
+from voxelscale.geometry import SAME_MM, Grid, Scan, equivalent_diameter, resample
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,7 +132,7 @@ def _facts(grid: Grid, voxels: NDArray[np.int64]) -> dict[str, Any]:
     volume = len(voxels) * grid.voxel_mm3
     return {
         "volume_mm3": round(volume, 3),
-        "diameter_mm": round(sphere_diameter(volume), 2),
+        "diameter_mm": round(equivalent_diameter(volume, grid.shape, grid.spacing), 2),
         "centre": [round(float(v), 2) for v in grid.index_to_mm(voxels).mean(axis=0)],
     }
 
