@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def compare_folders(
     """
     both = [predicted_cases(folder, data) for folder in (first, second)]
     # Each folder may have a key of its own, by which its cases are called; scans are the same all the same.
-    scans = [{(s.image, s.series): s for s in cases.predicted} for cases in both]
+    scans = [_by_scan(cases.predicted) for cases in both]
     shared = [scan for scan in scans[0] if scan in scans[1]]
     folders = {
         scans[0][scan].case: (first / scans[0][scan].case, second / scans[1][scan].case) for scan in shared
@@ -112,6 +113,17 @@ def compare_folders(
         kept = {**result, "failed": [failure.kept for failure in failed]}
         write_atomic(out, json.dumps(kept, indent=1))
     return {**result, "failed": [failure.for_terminal for failure in failed]}
+
+
+def _by_scan(sources: Sequence[Source]) -> dict[Hashable, Source]:
+    """Each source by its files, and by its number among those of the same ones under several names."""
+    times = Counter[Hashable]()
+    found: dict[Hashable, Source] = {}
+    for source in sources:
+        files = source.image, source.series, source.labels
+        found[files, times[files]] = source
+        times[files] += 1
+    return found
 
 
 def _score(source: Source, folders: tuple[Path, Path], reading: ReadingConfig) -> list[Pair]:
