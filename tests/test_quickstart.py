@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.conftest import Command
 from tests.model.test_shipped import made_up_crop
 from voxelscale.config import Config, dump
 from voxelscale.formats import write_scan
-from voxelscale.quickstart import quickstart_config
+from voxelscale.quickstart import QuickstartResult, quickstart_config
 
 
 def test_the_packaged_config_is_whole() -> None:
@@ -37,3 +40,13 @@ def test_the_whole_job_in_one_command_and_again(tiny: Config, tmp_path: Path) ->
     assert "starter: the lung nodule model" in done.stderr
     assert (tmp_path / "all" / "scan" / "real" / "findings.json").is_file()
     assert "<svg" in (tmp_path / first["report"]).read_text()
+
+
+def test_a_scan_that_fails_at_the_end_is_the_exit_code(
+    voxelscale: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = QuickstartResult(dice=0.5, sensitivity_at_1_fp=None, seconds={}, report=tmp_path / "a.html")
+    monkeypatch.setattr("voxelscale.quickstart.quickstart", lambda *_: result)
+    monkeypatch.setattr("voxelscale.cli.predict.predict", lambda *_: 2)
+    code, out, _ = voxelscale("quickstart", tmp_path / "all", "--scan", tmp_path)
+    assert (code, json.loads(out.splitlines()[-1])["dice"]) == (2, 0.5)
