@@ -69,8 +69,8 @@ def test_the_contour_of_a_picture_is_monais(axis: int, smooth: float) -> None:
     """Of one slice only its contour counts: not the faces, which are where the masks overlap."""
     truth, prediction = (blob(seed, (1, 40, 50), smooth, 0.5)[0] for seed in (1, 2))
     spacing: Triple = (1.0, 2.0, 0.7) if axis == 0 else (2.0, 0.7, 1.0)
-    planes = (np.expand_dims(mask, axis) for mask in (truth, prediction))
-    ours = compare_surfaces(*planes, spacing, flat=[axis]).dice
+    planes = [np.expand_dims(mask, axis) for mask in (truth, prediction)]
+    ours = compare_surfaces(planes[0], planes[1], spacing, flat=[axis]).dice
     for at, tolerance in enumerate((1.0, 2.0)):
         theirs = compute_surface_dice(
             *(torch.from_numpy(mask[None, None]) for mask in (prediction, truth)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 # Each registers its commands; the help lists them in this order.
@@ -27,6 +28,8 @@ __all__ = [
 
 def main() -> None:
     """Entry point; --quiet and --verbose may stand anywhere before a bare ``--``."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     levels = [word for word in words[:end] if word in LEVELS]
