@@ -8,8 +8,9 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.evaluate.scored import evaluate_case
 
-from voxelscale.evaluate.evaluate import evaluate_case, summarise
+from voxelscale.evaluate.evaluate import summarise
 from voxelscale.evaluate.froc import Matches, froc, match
 from voxelscale.evaluate.overlap import Overlap, overlap
 from voxelscale.findings import Finding, lesions_of_mask

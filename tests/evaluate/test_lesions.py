@@ -17,8 +17,9 @@ from monai.apps.detection.metrics.coco import COCOMetric
 from monai.apps.detection.metrics.matching import matching_batch
 from numpy.typing import NDArray
 from tests.conftest import Command
+from tests.evaluate.scored import evaluate_case
 
-from voxelscale.evaluate.evaluate import evaluate_case, summarise
+from voxelscale.evaluate.evaluate import summarise
 from voxelscale.evaluate.froc import Matches
 from voxelscale.evaluate.lesions import (
     SIZE_BINS_MM,

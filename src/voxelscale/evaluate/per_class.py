@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from voxelscale.classes import Classes
 from voxelscale.evaluate.bootstrap import RESAMPLES, Units, percentile_interval, resampled_means
-from voxelscale.evaluate.overlap import common_box
 
 Box = tuple[slice, slice, slice]
 
@@ -63,16 +62,21 @@ def each_class(
 
 
 def _boxes(classes: Classes, truth: NDArray[Any], prediction: NDArray[Any]) -> Iterator[Box]:
-    if classes.single or classes.regions:
-        for at in range(len(classes.names)):
-            yield common_box(classes.where(truth, at), classes.where(prediction, at))
-        return
     from scipy.ndimage import find_objects
 
-    # All classes in one pass: a whole scan is not searched a hundred times.
     if truth.shape != prediction.shape:
         raise ValueError(f"labels of {truth.shape} and {prediction.shape} are not on the same grid")
-    found = (find_objects(labels, max_label=len(classes.names)) for labels in (truth, prediction))
+    both = (truth, prediction)
+    if classes.regions:  # which overlap
+        found = [
+            [
+                find_objects(classes.where(labels, at).view(np.uint8), 1)[0]
+                for at in range(len(classes.names))
+            ]
+            for labels in both
+        ]
+    else:  # all classes in one pass: a whole scan is not searched a hundred times
+        found = [find_objects(labels, max_label=len(classes.names)) for labels in both]
     for pair in zip(*found, strict=True):
         yield _around([box for box in pair if box is not None])
 
