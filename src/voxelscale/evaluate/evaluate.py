@@ -27,7 +27,7 @@ from voxelscale.evaluate.lesions import (
     mean_or_none,
     pair_components,
 )
-from voxelscale.evaluate.nodules import TABLE, Nodule, by_trait, hits_on_nodules, read_nodules
+from voxelscale.evaluate.nodules import TABLE, Nodule, by_trait, read_nodules
 from voxelscale.evaluate.overlap import Overlap, overlap
 from voxelscale.evaluate.per_class import OneClass, mean_dice
 from voxelscale.evaluate.surface import TOLERANCES_MM, SurfaceScore, compare_surfaces
@@ -51,7 +51,8 @@ class CaseResult:
         lesion_overlaps: predicted components held against them.
         iou_matches: predicted components matched to them at each of `IOU_THRESHOLDS`.
         nodules: synthetic ones that were put into the scan.
-        nodule_hits: confidence of the best finding on each, NaN where it was missed.
+        nodule_hits: confidence of the best finding on each, NaN where it was missed; each is matched by
+            itself, also where two touch and are one component of the mask.
     """
 
     case: str
@@ -117,7 +118,7 @@ def _score(
         lesion_overlaps=tuple(lesion_overlaps(paired)),
         iou_matches=tuple(match_by_iou(paired, threshold) for threshold in IOU_THRESHOLDS),
         nodules=tuple(nodules),
-        nodule_hits=hits_on_nodules(nodules, findings),
+        nodule_hits=match(nodules, findings).hits,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,14 +64,7 @@ def resample_labels(
     # What is ignored is no lesion, and gives way where one was kept.
     array = np.where((array == IGNORED) & (found.array == 0), IGNORED, found.array).astype(np.int16)
     values = [int(found.array.flat[flat[0]]) - 1 for flat in found.lesions]
-    return Resampled(
-        array=array,
-        lesions=found.lesions,
-        classes=values,
-        lost=found.lost,
-        merged=found.merged,
-        cut=found.cut,
-    )
+    return replace(found, array=array, classes=values)
 
 
 def _joined(array: NDArray[Any], parts: list[Resampled]) -> Resampled:
