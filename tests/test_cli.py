@@ -303,6 +303,9 @@ def test_an_oblique_flipped_scan_is_found_at_the_same_place(
         (["phantom", "out", "--set", "phantom.cases=0"], "phantom.cases is 0"),
         (["phantom", "out", "--config", "no.yaml"], "no.yaml"),
         (["config", "--set", "train.sample=3"], "train.sample"),
+        (["predict", "starter", "scans", "out", "--split", "val"], "--split without --store"),
+        (["phantom", "out", "--copies", "3"], "--copies without --into"),
+        (["phantom", "out", "--originals"], "--originals without --into"),
     ],
 )
 def test_mistakes_are_two_lines(

@@ -19,6 +19,7 @@ from voxelscale.cli.common import (
     verb,
 )
 from voxelscale.console import count
+from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output
 
 
@@ -63,6 +64,9 @@ def phantom(
     sets += [f"phantom.crops={json.dumps(str(crops))}"] if crops is not None else []
     settings = read_config(config, sets)
     if not into:
+        if originals or copies != 1:
+            option = "--originals" if originals else "--copies"
+            raise VoxelscaleError(f"{option} without --into", "give the scans: --into scan.nii.gz")
         table = dataset.write_phantoms(settings.phantom, out, settings.prepare.workers)
         print(f"{count(settings.phantom.cases, 'phantom')} in {table}")
         return 0
