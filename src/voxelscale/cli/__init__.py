@@ -6,24 +6,12 @@ import io
 import sys
 
 # Each registers its commands; the help lists them in this order.
-from voxelscale.cli import data, train, study, predict, export, archive, evaluate, view, help  # isort: skip
+from voxelscale.cli import data, train, study, predict, export, archive, evaluate, view, help  # isort: skip  # noqa: F401
 from voxelscale.cli.common import app, print_error
 from voxelscale.errors import VoxelscaleError
 from voxelscale.usage import LEVELS, UsageError, explain
 
-__all__ = [
-    "app",
-    "archive",
-    "data",
-    "evaluate",
-    "export",
-    "help",
-    "main",
-    "predict",
-    "study",
-    "train",
-    "view",
-]
+__all__ = ["app", "main"]
 
 
 def main() -> None:

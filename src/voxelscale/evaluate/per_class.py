@@ -21,20 +21,15 @@ class OneClass:
 
     Attributes:
         name: the class's.
-        box: the smallest (z, y, x) that holds it in truth and prediction; one voxel where it is in neither.
+        start: the first voxel (z, y, x) of the smallest box that holds it in truth and prediction; the box
+            is one voxel where it is in neither.
         truth, prediction: bool, within the box.
     """
 
     name: str
-    box: Box
+    start: tuple[int, int, int]
     truth: NDArray[np.bool_]
     prediction: NDArray[np.bool_]
-
-    @property
-    def start(self) -> tuple[int, int, int]:
-        """The voxel at which the box begins."""
-        z, y, x = (axis.start for axis in self.box)
-        return z, y, x
 
 
 def each_class(
@@ -55,7 +50,7 @@ def each_class(
     for at, (name, box) in enumerate(zip(classes.names, boxes, strict=True)):
         yield OneClass(
             name=name,
-            box=box,
+            start=(box[0].start, box[1].start, box[2].start),
             truth=classes.where(truth[box], at),
             prediction=classes.where(prediction[box], at),
         )

@@ -26,6 +26,7 @@ from voxelscale.lungs import lung_field, no_lungs
 from voxelscale.parallel import map_processes
 from voxelscale.store import CaseInfo, Store, open_store
 from voxelscale.store.channels import Kept
+from voxelscale.store.fingerprint import SPLITS
 from voxelscale.store.lesions import lesion_voxels
 from voxelscale.store.plausible import Remark, Severity, Values, about, remarks, spread
 from voxelscale.store.prepare import axis_codes
@@ -179,10 +180,7 @@ def inspect(data: DataSet, workers: int = 0) -> Inspection:
     path = data.path
     if (path / "dataset.json").is_file() and (path / "cases").is_dir():
         store = open_store(path)
-        kind, splits = (
-            "store",
-            {name: [c.case for c in store.split(name)] for name in ("train", "val", "test")},
-        )
+        kind, splits = "store", {name: [c.case for c in store.split(name)] for name in SPLITS}
         results = _gather(partial(look_at_stored, store), store.cases, lambda info: info.case, workers)
     else:
         kind, splits = "data set", declared_split(path)
