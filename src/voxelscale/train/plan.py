@@ -154,7 +154,8 @@ def plan_store(config: Config, store: Store) -> Plan:
 def _made_for(config: Config, store: Store) -> str:
     """A line by which a plan is known to be of this data and this config."""
     sections = [asdict(section) for section in (config.data, config.model, config.optim, config.train)]
-    of = [*sections, config.prepare.memory_gib, store.spacing, store.fingerprint["digest"]]
+    cases = [[info.case, info.split, info.key] for info in store.cases]
+    of = [*sections, config.prepare.memory_gib, store.spacing, cases]
     return f"# Made for {digest_of(of)[:16]}; prepare replaces it where data or settings have changed.\n"
 
 
