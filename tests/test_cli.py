@@ -20,8 +20,10 @@ from tests.conftest import Command, assert_same_place
 from voxelscale import __version__
 from voxelscale.config import Config, dump
 from voxelscale.dataset.listing import list_sources
+from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.text import size_name
 from voxelscale.model.bundle import read_bundle, write_bundle
+from voxelscale.parallel import map_processes
 from voxelscale.phantom.dataset import write_phantoms
 
 VERBS = [
@@ -301,6 +303,9 @@ def test_an_oblique_flipped_scan_is_found_at_the_same_place(
         (["phantom", "out", "--set", "phantom.cases=0"], "phantom.cases is 0"),
         (["phantom", "out", "--config", "no.yaml"], "no.yaml"),
         (["config", "--set", "train.sample=3"], "train.sample"),
+        (["predict", "starter", "scans", "out", "--split", "val"], "--split without --store"),
+        (["phantom", "out", "--copies", "3"], "--copies without --into"),
+        (["phantom", "out", "--originals"], "--originals without --into"),
     ],
 )
 def test_mistakes_are_two_lines(
@@ -321,6 +326,36 @@ def test_a_hostile_model_is_refused(voxelscale: Command, tmp_path: Path, content
     code, _, err = voxelscale("predict", tmp_path / "model.vxs", tmp_path, tmp_path / "out")
     assert code == 2
     assert "Traceback" not in err
+
+
+def test_a_pipe_that_is_closed_is_no_fault_of_the_disk() -> None:
+    command = [sys.executable, "-m", "voxelscale.cli", "config", "--markdown"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()  # before anything is written, as head does after its lines
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
+def test_a_name_that_the_terminal_cannot_show() -> None:
+    command = [sys.executable, "-m", "voxelscale.cli", "config", "--set", "phantom.shapes=患.sqlite"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"shapes: \u60a3.sqlite" in done.stdout
+
+
+def _ended_by_the_system(number: int) -> int:
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_worker_that_the_system_ends_is_an_error_with_a_hint() -> None:
+    work = map_processes(_ended_by_the_system, [0, 1], label="prepare", name=str, workers=1)
+    with pytest.raises(VoxelscaleError, match="prepare: the system ended one of its processes"):
+        list(work)
 
 
 def test_quiet_anywhere(voxelscale: Command, tmp_path: Path, config_file: Path) -> None:

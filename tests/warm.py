@@ -175,6 +175,8 @@ def _become(request: dict[str, Any], fds: Sequence[int]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    # The one of before takes the null device's place in the file for that of a pipe.
+    sys.stdout = os.fdopen(1, "w", encoding=os.environ.get("PYTHONIOENCODING"), closefd=False)
     _forks_too()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _call_it(request["arguments"])

@@ -217,6 +217,20 @@ def sphere_diameter(volume: float) -> float:
     return float((6 * volume / np.pi) ** (1 / 3))
 
 
+def equivalent_diameter(volume: float, shape: Sequence[int], spacing: Sequence[float]) -> float:
+    """Diameter, mm, of the sphere of a lesion's volume; in a scan of one slice, such as a picture, of the
+    circle of its area.
+
+    Args:
+        volume: mm3.
+        shape, spacing: the scan's voxels, and mm, (z, y, x).
+    """
+    flat = [step for n, step in zip(shape, spacing, strict=True) if n == 1]
+    if len(flat) == 1:
+        return 2 * float((volume / flat[0] / np.pi) ** 0.5)
+    return sphere_diameter(volume)
+
+
 def affine_from_itk(
     origin: Sequence[float], spacing: Sequence[float], direction: ArrayLike
 ) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import resource_tracker
@@ -39,6 +40,9 @@ def map_processes(
         name: what it says of an item.
         workers: processes; 0: one a core.
         here: whether to do it in this process, one after another.
+
+    Raises:
+        VoxelscaleError: the system ended a process, as it does where memory runs out.
     """
     if not items:
         return
@@ -62,6 +66,9 @@ def map_processes(
                     result = error
                 progress.update(done, name(item))
                 yield item, result
+        except BrokenProcessPool:
+            hint = "if memory ran out, fewer processes need less: --set prepare.workers=1"
+            raise VoxelscaleError(f"{label}: the system ended one of its processes", hint) from None
         except BaseException:
             # Waiting here: the pool's own exit would take the cancelling back.
             pool.shutdown(wait=True, cancel_futures=True)

@@ -64,9 +64,11 @@ def quickstart(folder: Path, config: Config) -> QuickstartResult:
         notice(f"{name}: {duration(seconds[name])}")
         started = time.monotonic()
 
-    data = DataSet(path=write_phantoms(config.phantom, folder / "data", config.prepare.workers))
+    table = write_phantoms(config.phantom, folder / "data", config.prepare.workers)
+    data = DataSet(path=table, reading=config.reading)
     lap("phantom")
-    prepare(data.cases, folder / "store", config.prepare)
+    for case, message, hint in prepare(data.cases, folder / "store", config.prepare, config.reading).failed:
+        raise VoxelscaleError(f"{case}: {message}", hint)
     lap("prepare")
     if not start(config, folder / "store", folder / "run"):
         raise VoxelscaleError(f"{folder / 'run'}: stopped", "the same command resumes from there")

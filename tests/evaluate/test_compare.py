@@ -185,6 +185,20 @@ def test_cases_that_one_of_them_lacks_are_left_out(
     assert json.loads(out)["only_b"] == []
 
 
+def test_one_scan_under_two_names_is_two_cases(
+    voxelscale: Command, scans: Path, predicted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As two readers' masks of a scan: each is a case, as for evaluate."""
+    source = list_sources(scans)[0]
+    table = tmp_path / "readers.csv"
+    rows = [f"{name},{source.image},{source.labels[0]}" for name in (source.case, "again")]
+    table.write_text("\n".join(["case,image,label", *rows]))
+    for folder in predicted:
+        shutil.copytree(folder / source.case, folder / "again")
+    code, out, err = voxelscale("compare", *predicted, table, "--json")
+    assert (code, json.loads(out)["scans"]) == (0, 2), err
+
+
 def test_a_broken_prediction_is_reported_and_the_others_are_compared(
     voxelscale: Command, scans: Path, predicted: tuple[Path, Path]
 ) -> None:

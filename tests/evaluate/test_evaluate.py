@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.evaluate.scored import evaluate_case
 
-from voxelscale.evaluate.evaluate import evaluate_case, summarise
+from voxelscale.evaluate.evaluate import summarise
 from voxelscale.evaluate.froc import Matches, froc, match
 from voxelscale.evaluate.overlap import Overlap, overlap
-from voxelscale.findings import Finding
+from voxelscale.findings import Finding, lesions_of_mask
 from voxelscale.geometry import Scan
 
 
@@ -147,3 +149,18 @@ def test_a_summary_of_two_cases() -> None:
     assert high == pytest.approx(0.8 * dice)
     assert [row["detected"] for row in summary["cases"]] == [1, 0]
     assert [row["detected"] for row in summary["lesions"]] == [True, False]
+
+
+@pytest.mark.parametrize("step", [1.0, 5.0])
+def test_a_picture_is_measured_as_one(step: float) -> None:
+    """A disc has the diameter of a disc, is hit within its radius, and its faces are no surface."""
+    affine = np.diag([step, 1.0, 1.0, 1.0])[[2, 1, 0, 3]]
+    apart = np.hypot(*np.ogrid[-64:64, -64:64])[None]
+    truth, prediction = (Scan((apart <= radius).astype(np.uint8), affine) for radius in (40, 33))
+    (lesion,) = lesions_of_mask("a", truth.array, truth.grid)
+    assert lesion.diameter_mm == pytest.approx(80, abs=0.5)
+    off = replace(finding(lesion.x + 30), y=lesion.y, z=lesion.z)
+    score = evaluate_case("a", truth, prediction, [off])
+    assert score.matches.hits == (1.0,)
+    assert score.surface.dice == (0, 0)
+    assert score.surface.hd95_mm == pytest.approx(7, abs=0.75)

@@ -17,9 +17,10 @@ from monai.apps.detection.metrics.coco import COCOMetric
 from monai.apps.detection.metrics.matching import matching_batch
 from numpy.typing import NDArray
 from tests.conftest import Command
+from tests.evaluate.scored import evaluate_case
 
-from voxelscale.evaluate.evaluate import evaluate_case, summarise
-from voxelscale.evaluate.froc import Matches
+from voxelscale.evaluate.evaluate import summarise
+from voxelscale.evaluate.froc import Matches, match
 from voxelscale.evaluate.lesions import (
     SIZE_BINS_MM,
     Components,
@@ -30,7 +31,7 @@ from voxelscale.evaluate.lesions import (
     match_by_iou,
     pair_components,
 )
-from voxelscale.evaluate.nodules import Nodule, by_trait, hits_on_nodules, read_nodules
+from voxelscale.evaluate.nodules import Nodule, by_trait, read_nodules
 from voxelscale.evaluate.text import text_summary
 from voxelscale.findings import Finding, lesions_of_mask
 from voxelscale.geometry import Grid, Scan
@@ -296,10 +297,10 @@ def nodule(x: float, **traits: str) -> Nodule:
 def test_nodules_by_trait() -> None:
     solid, glass = nodule(0.0, kind="solid", place="wall"), nodule(6.0, kind="ground glass")
     finding = replace(findings_of(row("#"), 0.8)[0], x=1.0)
-    assert hits_on_nodules([solid, glass], [finding])[0] == 0.8
-    assert math.isnan(hits_on_nodules([solid, glass], [finding])[1])
-    assert all(math.isnan(hit) for hit in hits_on_nodules([solid], []))
-    assert hits_on_nodules([], [finding]) == ()
+    assert match([solid, glass], [finding]).hits[0] == 0.8
+    assert math.isnan(match([solid, glass], [finding]).hits[1])
+    assert all(math.isnan(hit) for hit in match([solid], []).hits)
+    assert match([], [finding]).hits == ()
     table = by_trait([solid, glass], [0.8, NAN], threshold=0.9)
     assert [(r["value"], r["sensitivity"]) for r in table["kind"]] == [
         ("ground glass", 0.0),

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.conftest import Command
+from tests.evaluate.scored import evaluate_case
 from tests.several import CLASSES, write_predictions, write_several
 from tests.several import REGIONS as NESTED
 
@@ -24,7 +25,6 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.compare import Score, compare_classes, compare_scores, holm, text_table
 from voxelscale.evaluate.evaluate import (
     CaseResult,
-    evaluate_case,
     evaluate_classes,
     evaluate_folder,
     summarise,

@@ -63,6 +63,33 @@ def test_empty_masks() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
+@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("smooth", [0.0, 1.0, 4.0])
+def test_the_contour_of_a_picture_is_monais(axis: int, smooth: float) -> None:
+    """Of one slice only its contour counts: not the faces, which are where the masks overlap."""
+    truth, prediction = (blob(seed, (1, 40, 50), smooth, 0.5)[0] for seed in (1, 2))
+    spacing: Triple = (1.0, 2.0, 0.7) if axis == 0 else (2.0, 0.7, 1.0)
+    planes = [np.expand_dims(mask, axis) for mask in (truth, prediction)]
+    ours = compare_surfaces(planes[0], planes[1], spacing, flat=[axis]).dice
+    for at, tolerance in enumerate((1.0, 2.0)):
+        theirs = compute_surface_dice(
+            *(torch.from_numpy(mask[None, None]) for mask in (prediction, truth)),
+            class_thresholds=[tolerance + 1e-6],
+            include_background=True,
+            spacing=(2.0, 0.7),
+            use_subvoxels=True,
+        )
+        assert ours[at] == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_circles_7_pixels_apart() -> None:
+    radius = np.hypot(*np.ogrid[-256:256, -256:256])[None]
+    score = compare_surfaces(radius <= 200, radius <= 193, (1.0, 1.0, 1.0), flat=[0])
+    assert score.dice == (0, 0)
+    assert score.hd95_mm == pytest.approx(7, abs=0.75)
+
+
+@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("smooth", [0.0, 1.0])
 def test_surface_dice_is_monais(spacing: Triple, smooth: float) -> None:

@@ -15,7 +15,8 @@ from voxelscale.config import PhantomConfig
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import read_scan, write_scan
 from voxelscale.geometry import Grid, Scan, reorient
-from voxelscale.phantom.insertion import Copy, copy_with_nodules
+from voxelscale.phantom import Phantom
+from voxelscale.phantom.insertion import copy_with_nodules
 from voxelscale.phantom.nodules import Nodule, outline
 
 CHEST = SHARED / "totalsegmentator" / "example_ct.nii.gz"
@@ -44,7 +45,7 @@ def healthy(scan: Scan) -> Scan:
     return Scan(np.zeros(scan.array.shape, np.uint8), scan.affine)
 
 
-def changed_by(scan: Scan, made: Copy) -> NDArray[np.float64]:
+def changed_by(scan: Scan, made: Phantom) -> NDArray[np.float64]:
     added: NDArray[np.float64] = np.subtract(made.image.array, scan.array, dtype=np.float64)
     return added
 

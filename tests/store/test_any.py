@@ -12,6 +12,7 @@ import torch
 from scipy import ndimage
 from tests.regions import write_regions
 
+from voxelscale.channels import channel_of
 from voxelscale.classes import Classes
 from voxelscale.config import AugmentConfig, DataConfig, PrepareConfig, ReadingConfig
 from voxelscale.dataset import DataSet
@@ -176,6 +177,20 @@ def test_k_folds_by_patient(data: Path, tmp_path: Path) -> None:
     assert sorted(validated) == sorted(info.case for info in store.cases if info.case not in tested)
     for fold in range(3):
         assert {info.case for info in in_fold(store, fold).split("test")} == tested
+
+
+@pytest.mark.parametrize(("first", "second"), [("CT", "PET"), ("PET", "CT")])
+def test_a_channel_that_the_data_set_names_otherwise_is_kept_anew(
+    first: str, second: str, data: Path, tmp_path: Path
+) -> None:
+    source = DataSet(path=data).cases[0]
+    for name in (first, second):
+        one = replace(source, channels=(channel_of(name),), more=())
+        assert prepare([one], tmp_path, PrepareConfig(workers=1, plan=False)).kept == 0
+    store = open_store(tmp_path)
+    assert [channel.name for channel in store.channels] == [second]
+    assert bool(store.cases[0].channels) == (second == "PET")
+    assert store.fills
 
 
 def test_one_class_of_many_is_binary(data: Path, tmp_path: Path) -> None:

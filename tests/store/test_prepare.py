@@ -18,7 +18,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import write_scan
 from voxelscale.geometry import Scan, to_itk
 from voxelscale.store import CaseInfo, Reader, Store, open_store
-from voxelscale.store.prepare import assign_splits, prepare
+from voxelscale.store.prepare import assign_splits, prepare, prepare_case
 
 
 def info(case: str, patient: str) -> CaseInfo:
@@ -99,6 +99,21 @@ def test_running_again_keeps_what_is_unchanged(tiny: Config, scans: Path, tmp_pa
     assert prepare(sources, tmp_path, tiny.prepare).kept == 1
     assert prepare(sources, tmp_path, replace(tiny.prepare, spacing=(6.0, 5.0, 5.0))).kept == 0
     assert open_store(tmp_path).spacing == (6.0, 5.0, 5.0)
+
+
+def test_an_ended_preparation_with_other_settings_leaves_no_mixed_store(
+    tiny: Config, scans: Path, tmp_path: Path
+) -> None:
+    sources, spacing = list_sources(scans)[:2], (6.0, 5.0, 5.0)
+    prepare(sources, tmp_path, tiny.prepare)
+    other = replace(tiny.prepare, spacing=spacing)
+    prepare_case(sources[0], other, tmp_path, spacing)  # killed after the first
+    with pytest.raises(VoxelscaleError, match="not there") as error:
+        open_store(tmp_path)
+    assert "give the same command again" in error.value.hint
+    assert prepare(sources, tmp_path, other).kept == 1
+    store = open_store(tmp_path)
+    assert all(store.read(info.case)[0].shape == info.shape for info in store.cases)
 
 
 def test_a_broken_case_does_not_stop_the_others(tiny: Config, scans: Path, tmp_path: Path) -> None:

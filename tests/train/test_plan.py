@@ -16,10 +16,10 @@ from voxelscale.classes import Classes
 from voxelscale.config import Config, dump, from_dict, load
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.unet import plan_pooling
-from voxelscale.store import CaseInfo, Store
+from voxelscale.store import CaseInfo, Store, write_table
 from voxelscale.store.spacing import target_spacing
 from voxelscale.train.memory import estimate_memory
-from voxelscale.train.plan import make_plan, plan_store, plan_text
+from voxelscale.train.plan import make_plan, plan_store, plan_text, report_plan
 
 
 def test_nearly_isotropic_spacing_is_the_median() -> None:
@@ -161,6 +161,27 @@ def test_the_memory_of_each_preset(
     assert f"of {target:.2f} GiB" in plan_store(config, here).reasons[-1]
     small = replace(config, prepare=replace(config.prepare, memory_gib=2.0))
     assert "of 2.00 GiB" in plan_store(small, here).reasons[-1]
+
+
+def test_prepare_plans_again_where_data_or_settings_have_changed(
+    tiny: Config, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("voxelscale.train.plan.estimate_memory", lambda config, **_: memory_of_maps(config))
+    here, path = replace(store, path=tmp_path), tmp_path / "plan.yaml"
+    small = replace(tiny, prepare=replace(tiny.prepare, memory_gib=0.1))
+
+    def planned(config: Config, store: Store) -> str:
+        write_table(store)
+        report_plan(config, tmp_path)
+        return path.read_text() if path.is_file() else ""
+
+    first = planned(tiny, here)
+    path.write_text(first + "# mine\n")
+    assert planned(tiny, here) == first + "# mine\n"
+    assert "of 0.10 GiB" in planned(small, here)
+    fewer = replace(here, cases=here.cases[:3])
+    assert "# mine" not in planned(small, fewer)
+    assert planned(replace(tiny, prepare=replace(tiny.prepare, memory_gib=1e-6)), fewer) == ""
 
 
 def test_a_small_patch_and_batch_are_planned_for_cpus_alone(

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 # Each registers its commands; the help lists them in this order.
-from voxelscale.cli import data, train, study, predict, export, archive, evaluate, view, help  # isort: skip
+from voxelscale.cli import data, train, study, predict, export, archive, evaluate, view, help  # isort: skip  # noqa: F401
 from voxelscale.cli.common import app, print_error
 from voxelscale.errors import VoxelscaleError
 from voxelscale.usage import LEVELS, UsageError, explain
 
-__all__ = [
-    "app",
-    "archive",
-    "data",
-    "evaluate",
-    "export",
-    "help",
-    "main",
-    "predict",
-    "study",
-    "train",
-    "view",
-]
+__all__ = ["app", "main"]
 
 
 def main() -> None:
     """Entry point; --quiet and --verbose may stand anywhere before a bare ``--``."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     levels = [word for word in words[:end] if word in LEVELS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import select
 import signal
 import sys
 import threading
@@ -64,6 +65,9 @@ Annotations = Annotated[
 
 Verb = Callable[..., int | None]
 
+SIGPIPE_EXIT = 141
+"""What a shell says of a program that SIGPIPE ended."""
+
 
 def verb(
     group: str, *, goes_on: bool = False, to: typer.Typer = app, name: str | None = None
@@ -85,16 +89,18 @@ def verb(
             try:
                 with _sigterm_as_interrupt():
                     code = command(*args, **kwargs) or 0
+                sys.stdout.flush()
             except VoxelscaleError as error:
                 print_error(error.message, error.hint)
                 code = 2
             except OSError as error:
+                code = SIGPIPE_EXIT if isinstance(error, BrokenPipeError) and _nobody_reads() else 2
                 # A full or failing disk, a network share that is gone: a traceback would not help.
-                print_error(
-                    f"{error.filename or 'input or output'}: {error.strerror or error}",
-                    "check the disk and its permissions",
-                )
-                code = 2
+                if code == 2:
+                    print_error(
+                        f"{error.filename or 'input or output'}: {error.strerror or error}",
+                        "check the disk and its permissions",
+                    )
             except KeyboardInterrupt:
                 again = "resumes where this one stopped" if goes_on else "starts again from the beginning"
                 print_error("interrupted", f"the same command {again}")
@@ -105,6 +111,16 @@ def verb(
         return command
 
     return register
+
+
+def _nobody_reads() -> bool:
+    """Whether the pipe that results go to was closed, as `head` does; what is left of them is dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from voxelscale.cli.common import (
     verb,
 )
 from voxelscale.console import count
+from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output
 
 
@@ -63,6 +64,9 @@ def phantom(
     sets += [f"phantom.crops={json.dumps(str(crops))}"] if crops is not None else []
     settings = read_config(config, sets)
     if not into:
+        if originals or copies != 1:
+            option = "--originals" if originals else "--copies"
+            raise VoxelscaleError(f"{option} without --into", "give the scans: --into scan.nii.gz")
         table = dataset.write_phantoms(settings.phantom, out, settings.prepare.workers)
         print(f"{count(settings.phantom.cases, 'phantom')} in {table}")
         return 0
@@ -108,7 +112,6 @@ def prepare(
     """
     check_output(store)
     from voxelscale.dataset.names_table import write_names
-    from voxelscale.store import PLAN_FILE
     from voxelscale.store.prepare import prepare as run_prepare
 
     settings = read_config(config, set_)
@@ -119,8 +122,7 @@ def prepare(
     parts = [f"{sum(c.split == split for c in outcome.done)} {split}" for split in ("train", "val", "test")]
     kept = f", {outcome.kept} of them kept from before" if outcome.kept else ""
     print(f"{count(len(outcome.done), 'case')} in {store} ({', '.join(parts)}){kept}")
-    planned = outcome.kept == len(outcome.done) and (store / PLAN_FILE).is_file()
-    if settings.prepare.plan and not planned:
+    if settings.prepare.plan:
         from voxelscale.train.plan import report_plan
 
         report_plan(settings, store)

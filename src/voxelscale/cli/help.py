@@ -26,7 +26,7 @@ def quickstart(
     ] = None,
     config: ConfigFile = None,
     set_: Sets = None,
-) -> None:
+) -> int:
     """Run all steps on synthetic scans, in minutes.
 
     \b
@@ -53,11 +53,12 @@ def quickstart(
     print(f"sensitivity at 1 false positive per scan: {text_value(result.sensitivity_at_1_fp)}")
     print(f"time: {duration(total)} ({laps})")
     print(f"report: {result.report}")
+    code: int | None = 0
     if scan is not None:
         from voxelscale.cli.predict import predict
         from voxelscale.model.shipped import SHIPPED
 
-        predict(Path(SHIPPED[0]), scan, out / "scan")
+        code = predict(Path(SHIPPED[0]), scan, out / "scan")
     summary = {
         "dice": _rounded(result.dice),
         "sensitivity_at_1_fp": _rounded(result.sensitivity_at_1_fp),
@@ -65,6 +66,7 @@ def quickstart(
         "report": str(result.report),
     }
     print(json.dumps(summary))
+    return code or 0
 
 
 @verb("Help")

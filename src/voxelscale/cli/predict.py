@@ -38,7 +38,9 @@ def predict(
     store: Annotated[
         Path | None, typer.Option(help="Predict only the cases in this store's --split.")
     ] = None,
-    split: Annotated[str, typer.Option(help="With --store: train, val or test.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="With --store: train, val or test, which is the default.")
+    ] = None,
     dicom_out: Annotated[
         str | None,
         typer.Option(metavar="KINDS", help="Also write DICOM: seg, sr, rtstruct, ..."),
@@ -101,6 +103,10 @@ def predict(
         out, dicom_out = scans, dicom_out or ("seg,sr" if send else None)
     if out is None:
         raise VoxelscaleError("predict: missing argument OUT", "voxelscale predict MODEL SCANS OUT")
+    if split is not None and store is None:
+        hint = "give the store that has the split: --store store/"
+        raise VoxelscaleError("--split without --store", hint)
+    split = split or "test"
     check_output(out)
     from voxelscale.dataset.names_table import write_names
     from voxelscale.predict.predict import predict as run_predict

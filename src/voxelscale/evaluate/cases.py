@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from voxelscale.console import Progress, count, notice, warn
+from voxelscale.console import count, notice, warn
 from voxelscale.dataset import DataSet, Source
 from voxelscale.errors import VoxelscaleError
+from voxelscale.parallel import map_processes
 from voxelscale.predict.record import RECORD, read_record
 from voxelscale.predict.work import made_from_this, predicted_by
 
@@ -230,13 +231,11 @@ def each_case(
     """
     made: dict[str, Made] = {}
     failed = []
-    with Progress(label, len(sources)) as progress:
-        for done, source in enumerate(sources, start=1):
-            try:
-                made[source.case] = work(source)
-            except VoxelscaleError as error:
-                failed.append(Failure(source=source, error=error))
-            progress.update(done, source.case)
+    for source, result in map_processes(work, sources, label=label, name=lambda one: one.case, here=True):
+        if isinstance(result, VoxelscaleError):
+            failed.append(Failure(source=source, error=result))
+        else:
+            made[source.case] = result
     return made, failed
 
 

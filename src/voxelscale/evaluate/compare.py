@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from voxelscale.evaluate.bootstrap import (
     RESAMPLES,
     p_value,
     percentile_interval,
-    resampled_means,
 )
 from voxelscale.evaluate.cases import each_case, none_usable, predicted_cases
 from voxelscale.evaluate.evaluate import read_prediction
@@ -77,7 +77,7 @@ def compare_folders(
     """
     both = [predicted_cases(folder, data) for folder in (first, second)]
     # Each folder may have a key of its own, by which its cases are called; scans are the same all the same.
-    scans = [{(s.image, s.series): s for s in cases.predicted} for cases in both]
+    scans = [_by_scan(cases.predicted) for cases in both]
     shared = [scan for scan in scans[0] if scan in scans[1]]
     folders = {
         scans[0][scan].case: (first / scans[0][scan].case, second / scans[1][scan].case) for scan in shared
@@ -112,6 +112,17 @@ def compare_folders(
         kept = {**result, "failed": [failure.kept for failure in failed]}
         write_atomic(out, json.dumps(kept, indent=1))
     return {**result, "failed": [failure.for_terminal for failure in failed]}
+
+
+def _by_scan(sources: Sequence[Source]) -> dict[Hashable, Source]:
+    """Each source by its files, and by its number among those of the same ones under several names."""
+    times = Counter[Hashable]()
+    found: dict[Hashable, Source] = {}
+    for source in sources:
+        files = source.image, source.series, source.labels
+        found[files, times[files]] = source
+        times[files] += 1
+    return found
 
 
 def _score(source: Source, folders: tuple[Path, Path], reading: ReadingConfig) -> list[Pair]:
@@ -160,7 +171,7 @@ def compare_scores(pairs: Mapping[str, Pair], resamples: int = RESAMPLES, seed: 
     dices = _dices(known)
     matches = [[pair[model].matches for pair in pairs.values()] for model in (0, 1)]
     lesions = sum(len(m.hits) for m in matches[0])
-    measures = {"dice": _dice_measure(dices, resamples, seed)}
+    measures = {"dice": _dice_measure(dices[:, None], resamples, seed)}
     with_lesions = sum(bool(m.hits) for m in matches[0])
     samples = resampled([pool(m) for m in matches], resamples, seed)
     curves = [froc(m) for m in matches]
@@ -213,7 +224,7 @@ def compare_classes(
     known = dices[..., ~np.isnan(dices).all(axis=(0, 1))]
     return {
         "classes": classes,
-        "mean_dice": _mean_dice_measure(known, resamples, seed),
+        "mean_dice": _dice_measure(known, resamples, seed),
         "scans": dices.shape[-1],
         "scans_with_dice": known.shape[-1],
         "resamples": resamples,
@@ -221,8 +232,8 @@ def compare_classes(
     }
 
 
-def _mean_dice_measure(dices: NDArray[np.float64], resamples: int, seed: int) -> dict[str, Any]:
-    """The mean Dice over classes of both.
+def _dice_measure(dices: NDArray[np.float64], resamples: int, seed: int) -> dict[str, Any]:
+    """The mean Dice of both, of several classes the mean over these.
 
     Args:
         dices: (2, classes, scans); NaN where there is no Dice.
@@ -232,7 +243,7 @@ def _mean_dice_measure(dices: NDArray[np.float64], resamples: int, seed: int) ->
         return dict.fromkeys(("a", "b", "difference", "interval", "p", "wilcoxon_p"))
     scans = dices.shape[-1]
     measure = _measure((first, second), resampled_mean_over_classes(dices, resamples, seed), scans)
-    # As in the Dice of one class: who finds nothing where nothing is is right.
+    # Who finds nothing where nothing is is right.
     either = ~np.isnan(dices).all(axis=0)
     right = np.where(either, np.where(np.isnan(dices), 1.0, dices), 0.0).sum(axis=1) / either.sum(axis=0)
     return {**measure, "wilcoxon_p": wilcoxon_p(right[0] - right[1]) if scans >= MIN_SCANS else None}
@@ -247,25 +258,6 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         least = max(least, min(1.0, p * (len(known) - rank)))
         corrected[at] = least
     return corrected
-
-
-def _dice_measure(dices: NDArray[np.float64], resamples: int, seed: int) -> dict[str, Any]:
-    """The mean Dice of both.
-
-    Args:
-        dices: (2, scans); NaN where one of them has no Dice.
-    """
-    scans = dices.shape[1]
-    there = ~np.isnan(dices)
-    if not there.any(axis=1).all():
-        return dict.fromkeys(("a", "b", "difference", "interval", "p", "wilcoxon_p"))
-    sums, counts = (
-        resampled_means(v, resamples, seed) for v in (np.nan_to_num(dices), there.astype(float))
-    )
-    with np.errstate(invalid="ignore"):
-        measure = _measure(np.nanmean(dices, axis=1), sums / counts, scans)
-    right = np.where(there, dices, 1.0)
-    return {**measure, "wilcoxon_p": wilcoxon_p(right[0] - right[1]) if scans >= MIN_SCANS else None}
 
 
 def _measure(

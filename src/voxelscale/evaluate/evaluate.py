@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.classes import LESION
 from voxelscale.console import warn
 from voxelscale.dataset import DataSet, Source
 from voxelscale.evaluate.bootstrap import RESAMPLES, percentile_interval, resampled_means
@@ -28,9 +27,9 @@ from voxelscale.evaluate.lesions import (
     mean_or_none,
     pair_components,
 )
-from voxelscale.evaluate.nodules import TABLE, Nodule, by_trait, hits_on_nodules, read_nodules
+from voxelscale.evaluate.nodules import TABLE, Nodule, by_trait, read_nodules
 from voxelscale.evaluate.overlap import Overlap, overlap
-from voxelscale.evaluate.per_class import OneClass, each_class, mean_dice
+from voxelscale.evaluate.per_class import OneClass, mean_dice
 from voxelscale.evaluate.surface import TOLERANCES_MM, SurfaceScore, compare_surfaces
 from voxelscale.evaluate.truth import Truth, findings_in, labels_in, truth_of
 from voxelscale.files import write_atomic, write_csv
@@ -52,7 +51,8 @@ class CaseResult:
         lesion_overlaps: predicted components held against them.
         iou_matches: predicted components matched to them at each of `IOU_THRESHOLDS`.
         nodules: synthetic ones that were put into the scan.
-        nodule_hits: confidence of the best finding on each, NaN where it was missed.
+        nodule_hits: confidence of the best finding on each, NaN where it was missed; each is matched by
+            itself, also where two touch and are one component of the mask.
     """
 
     case: str
@@ -69,26 +69,6 @@ class CaseResult:
     def both_empty(self) -> bool:
         """A healthy scan in which nothing was found: it has no Dice, no surface and no distance."""
         return not self.overlap.truth and not self.overlap.prediction
-
-
-def evaluate_case(
-    case: str,
-    truth: Scan,
-    prediction: Scan,
-    findings: Sequence[Finding],
-    nodules: Sequence[Nodule] = (),
-    excluded: Sequence[Placed] = (),
-) -> CaseResult:
-    """Score one case of one class.
-
-    Args:
-        truth, prediction: masks on one lattice; not 0 is lesion.
-        findings: of the same scan, LPS mm.
-        nodules: synthetic ones in it.
-        excluded: what is neither right nor wrong to find.
-    """
-    (one,) = each_class(LESION, truth.array != 0, prediction.array != 0)
-    return _score(case, one, truth.grid, findings, nodules, excluded)
 
 
 def evaluate_classes(
@@ -126,18 +106,19 @@ def _score(
 ) -> CaseResult:
     true, predicted = one.truth, one.prediction
     grid = whole.window(one.start, true.shape)
+    flat = [axis for axis, voxels in enumerate(whole.shape) if voxels == 1]
     lesions = lesions_of_mask(case, true, whole, one.start)
     paired = pair_components(true, predicted, grid, findings, excluded, uncounted)
     return CaseResult(
         case=case,
         overlap=overlap(true, predicted),
-        surface=compare_surfaces(true, predicted, grid.spacing),
+        surface=compare_surfaces(true, predicted, grid.spacing, flat if len(flat) < 3 else ()),
         lesions=tuple(lesions),
         matches=match(lesions, findings, excluded, uncounted),
         lesion_overlaps=tuple(lesion_overlaps(paired)),
         iou_matches=tuple(match_by_iou(paired, threshold) for threshold in IOU_THRESHOLDS),
         nodules=tuple(nodules),
-        nodule_hits=hits_on_nodules(nodules, findings),
+        nodule_hits=match(nodules, findings).hits,
     )
 
 
@@ -247,14 +228,13 @@ def summarise(results: Sequence[CaseResult]) -> dict[str, Any]:
     than `voxelscale.evaluate.bootstrap.MIN_SCANS` cases, or of fewer scans with a lesion.
     """
     matches = [r.matches for r in results]
-    lesions = sum(len(r.lesions) for r in results)
     outlined = [r for r in results if not r.both_empty]
     pooled = sum((r.overlap for r in results), Overlap(truth=0, prediction=0, both=0))
     curve = froc(matches)
     return {
         "scans": len(results),
         "scans_with_lesions": sum(bool(r.lesions) for r in results),
-        "lesion_count": lesions,
+        "lesion_count": sum(len(r.lesions) for r in results),
         "healthy": _healthy(results),
         "dice": spread([r.overlap.dice for r in outlined]),
         "dice_pooled": pooled.dice if outlined else None,
@@ -263,7 +243,7 @@ def summarise(results: Sequence[CaseResult]) -> dict[str, Any]:
             for at, tolerance in enumerate(TOLERANCES_MM)
         ],
         "hd95_mm": _finite([r.surface.hd95_mm for r in outlined]),
-        **(_froc_figures(matches, curve) if lesions else _no_froc(curve)),
+        **_froc_figures(matches, curve),
         **_lesion_tables(results, threshold_at_1_fp(curve)),
         "iou": [
             {"iou": threshold, **detection_figures([r.iou_matches[at] for r in results])}
@@ -281,44 +261,34 @@ def _healthy(results: Sequence[CaseResult]) -> dict[str, int]:
 
 
 def _froc_figures(matches: Sequence[Matches], curve: Froc) -> dict[str, Any]:
-    samples = resampled([pool(matches)], RESAMPLES)[0]
+    """Sensitivities; without a lesion none is defined, only the number of false positives."""
+    samples = resampled([pool(matches)], RESAMPLES)[0]  # NaN without a lesion
     scans = sum(bool(m.hits) for m in matches)
-    at_1_fp = OPERATING_POINTS.index(1.0)
+    points = [
+        {
+            "fp_per_scan": point,
+            "sensitivity": curve.sensitivity_at(point) if scans else None,
+            "interval": percentile_interval(samples[:, at], scans),
+        }
+        for at, point in enumerate(OPERATING_POINTS)
+    ]
+    at_1_fp = points[OPERATING_POINTS.index(1.0)]
     return {
-        "sensitivity_at_1_fp": curve.sensitivity_at(1.0),
-        "sensitivity_at_1_fp_interval": percentile_interval(samples[:, at_1_fp], scans),
+        "sensitivity_at_1_fp": at_1_fp["sensitivity"],
+        "sensitivity_at_1_fp_interval": at_1_fp["interval"],
         "froc": {
-            "fp_per_scan": curve.fp_per_scan.tolist(),
-            "sensitivity": curve.sensitivity.tolist(),
-            "points": [
-                {
-                    "fp_per_scan": point,
-                    "sensitivity": curve.sensitivity_at(point),
-                    "interval": percentile_interval(samples[:, at], scans),
-                }
-                for at, point in enumerate(OPERATING_POINTS)
-            ],
-            "cpm": curve.cpm,
+            "fp_per_scan": curve.fp_per_scan.tolist() if scans else [],
+            "sensitivity": curve.sensitivity.tolist() if scans else [],
+            "points": points,
+            "cpm": curve.cpm if scans else None,
             "cpm_interval": percentile_interval(samples.mean(axis=1), scans),
         },
-        "operating_point": {**_every_finding(curve), "sensitivity": float(curve.sensitivity[-1])},
+        "operating_point": {
+            "threshold": float(curve.thresholds[-1]) if len(curve.thresholds) > 1 else None,
+            "fp_per_scan": float(curve.fp_per_scan[-1]),
+            "sensitivity": float(curve.sensitivity[-1]) if scans else None,
+        },
     }
-
-
-def _no_froc(curve: Froc) -> dict[str, Any]:
-    """The same without a lesion: no sensitivity is defined, only the number of false positives."""
-    points = [{"fp_per_scan": p, "sensitivity": None, "interval": None} for p in OPERATING_POINTS]
-    return {
-        "sensitivity_at_1_fp": None,
-        "sensitivity_at_1_fp_interval": None,
-        "froc": {"fp_per_scan": [], "sensitivity": [], "points": points, "cpm": None, "cpm_interval": None},
-        "operating_point": {**_every_finding(curve), "sensitivity": None},
-    }
-
-
-def _every_finding(curve: Froc) -> dict[str, float | None]:
-    threshold = float(curve.thresholds[-1]) if len(curve.thresholds) > 1 else None
-    return {"threshold": threshold, "fp_per_scan": float(curve.fp_per_scan[-1])}
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

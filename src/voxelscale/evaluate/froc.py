@@ -112,7 +112,7 @@ class Placed(Protocol):
 
 
 def match(
-    lesions: Sequence[Finding],
+    lesions: Sequence[Placed],
     findings: Sequence[Finding],
     excluded: Sequence[Placed] = (),
     uncounted: Scan | None = None,

@@ -10,13 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
-from voxelscale.evaluate.froc import LEAST_DIAMETER_MM, match_marks
 from voxelscale.evaluate.lesions import sensitivity_figures
-from voxelscale.findings import Finding
 from voxelscale.tables import read_table
 
 TABLE = "nodules.csv"
@@ -70,16 +66,6 @@ def read_nodules(data: Path) -> dict[str, list[Nodule]]:
     return nodules
 
 
-def hits_on_nodules(nodules: Sequence[Nodule], findings: Sequence[Finding]) -> tuple[float, ...]:
-    """For each nodule the confidence of the best finding within its radius, NaN where it was missed.
-
-    Nodules that touch each other are one component of the mask, but each is matched by itself here.
-    """
-    marks = np.asarray([(f.x, f.y, f.z, f.probability) for f in findings])
-    spheres = np.asarray([(n.x, n.y, n.z, max(n.diameter_mm, LEAST_DIAMETER_MM)) for n in nodules])
-    return match_marks(marks, spheres, np.empty((0, 4))).hits
-
-
 def by_trait(
     nodules: Sequence[Nodule], hits: Sequence[float], threshold: float
 ) -> dict[str, list[dict[str, Any]]]:
@@ -93,11 +79,13 @@ def by_trait(
     for trait in TRAITS:
         values = sorted({nodule.traits[trait] for nodule in nodules if trait in nodule.traits})
         tables[trait] = [
-            {"value": value, **sensitivity_figures(_hits_of(nodules, hits, trait, value), threshold)}
+            {
+                "value": value,
+                **sensitivity_figures(
+                    [hit for n, hit in zip(nodules, hits, strict=True) if n.traits.get(trait) == value],
+                    threshold,
+                ),
+            }
             for value in values
         ]
     return {trait: rows for trait, rows in tables.items() if rows}
-
-
-def _hits_of(nodules: Sequence[Nodule], hits: Sequence[float], trait: str, value: str) -> list[float]:
-    return [hit for n, hit in zip(nodules, hits, strict=True) if n.traits.get(trait) == value]

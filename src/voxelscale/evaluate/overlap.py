@@ -41,15 +41,3 @@ def overlap(truth: NDArray[Any], prediction: NDArray[Any]) -> Overlap:
         prediction=int(np.count_nonzero(b)),
         both=int(np.count_nonzero(a & b)),
     )
-
-
-def common_box(truth: NDArray[Any], prediction: NDArray[Any]) -> tuple[slice, slice, slice]:
-    """The smallest box (z, y, x) with all that is not 0 in either mask; one voxel where both are empty."""
-    if truth.shape != prediction.shape:
-        raise ValueError(f"masks of {truth.shape} and {prediction.shape} are not on the same grid")
-    either = (truth != 0) | (prediction != 0)
-    ends = []
-    for others in ((1, 2), (0, 2), (0, 1)):
-        there = np.flatnonzero(either.any(axis=others))
-        ends.append(slice(int(there[0]), int(there[-1]) + 1) if len(there) else slice(0, 1))
-    return ends[0], ends[1], ends[2]

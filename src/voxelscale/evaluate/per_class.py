@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from voxelscale.classes import Classes
 from voxelscale.evaluate.bootstrap import RESAMPLES, Units, percentile_interval, resampled_means
-from voxelscale.evaluate.overlap import common_box
 
 Box = tuple[slice, slice, slice]
 
@@ -22,20 +21,15 @@ class OneClass:
 
     Attributes:
         name: the class's.
-        box: the smallest (z, y, x) that holds it in truth and prediction; one voxel where it is in neither.
+        start: the first voxel (z, y, x) of the smallest box that holds it in truth and prediction; the box
+            is one voxel where it is in neither.
         truth, prediction: bool, within the box.
     """
 
     name: str
-    box: Box
+    start: tuple[int, int, int]
     truth: NDArray[np.bool_]
     prediction: NDArray[np.bool_]
-
-    @property
-    def start(self) -> tuple[int, int, int]:
-        """The voxel at which the box begins."""
-        z, y, x = (axis.start for axis in self.box)
-        return z, y, x
 
 
 def each_class(
@@ -56,23 +50,28 @@ def each_class(
     for at, (name, box) in enumerate(zip(classes.names, boxes, strict=True)):
         yield OneClass(
             name=name,
-            box=box,
+            start=(box[0].start, box[1].start, box[2].start),
             truth=classes.where(truth[box], at),
             prediction=classes.where(prediction[box], at),
         )
 
 
 def _boxes(classes: Classes, truth: NDArray[Any], prediction: NDArray[Any]) -> Iterator[Box]:
-    if classes.single or classes.regions:
-        for at in range(len(classes.names)):
-            yield common_box(classes.where(truth, at), classes.where(prediction, at))
-        return
     from scipy.ndimage import find_objects
 
-    # All classes in one pass: a whole scan is not searched a hundred times.
     if truth.shape != prediction.shape:
         raise ValueError(f"labels of {truth.shape} and {prediction.shape} are not on the same grid")
-    found = (find_objects(labels, max_label=len(classes.names)) for labels in (truth, prediction))
+    both = (truth, prediction)
+    if classes.regions:  # which overlap
+        found = [
+            [
+                find_objects(classes.where(labels, at).view(np.uint8), 1)[0]
+                for at in range(len(classes.names))
+            ]
+            for labels in both
+        ]
+    else:  # all classes in one pass: a whole scan is not searched a hundred times
+        found = [find_objects(labels, max_label=len(classes.names)) for labels in both]
     for pair in zip(*found, strict=True):
         yield _around([box for box in pair if box is not None])
 

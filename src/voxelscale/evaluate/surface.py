@@ -61,7 +61,9 @@ class SurfaceScore:
     hd95_mm: float
 
 
-def compare_surfaces(truth: NDArray[Any], prediction: NDArray[Any], spacing: Triple) -> SurfaceScore:
+def compare_surfaces(
+    truth: NDArray[Any], prediction: NDArray[Any], spacing: Triple, flat: Sequence[int] = ()
+) -> SurfaceScore:
     """Compare two masks' surfaces; whatever is not 0 is inside.
 
     Where a mask reaches the scan's border its surface goes along it.
@@ -69,10 +71,12 @@ def compare_surfaces(truth: NDArray[Any], prediction: NDArray[Any], spacing: Tri
     Args:
         truth, prediction: (z, y, x) of one shape.
         spacing: mm along (z, y, x); the axes are taken as perpendicular.
+        flat: axes along which the scan has one voxel, as a picture along z: a mask has no surface across
+            them, only the contour around it.
     """
     if truth.shape != prediction.shape:
         raise ValueError(f"masks of {truth.shape} and {prediction.shape} are not on the same grid")
-    a, b = surface_of(truth, spacing), surface_of(prediction, spacing)
+    a, b = (surface_of(mask, spacing, flat) for mask in (truth, prediction))
     if not len(a.areas) or not len(b.areas):
         same = len(a.areas) == len(b.areas)
         return SurfaceScore(dice=(float(same),) * len(TOLERANCES_MM), hd95_mm=0.0 if same else math.inf)
@@ -85,8 +89,14 @@ def compare_surfaces(truth: NDArray[Any], prediction: NDArray[Any], spacing: Tri
     )
 
 
-def surface_of(mask: NDArray[Any], spacing: Triple) -> Surface:
-    """The surface elements of a mask (z, y, x); not 0 is inside. Time and memory go with its voxels."""
+def surface_of(mask: NDArray[Any], spacing: Triple, flat: Sequence[int] = ()) -> Surface:
+    """The surface elements of a mask (z, y, x); not 0 is inside. Time and memory go with its voxels.
+
+    Args:
+        flat: as of `compare_surfaces`.
+    """
+    for axis in flat:
+        mask = np.repeat(mask, 2, axis)  # between the two there is the contour and nothing else
     inside = np.unravel_index(np.flatnonzero(mask != 0), mask.shape)
     # Cell (z, y, x) has the voxels from (z - 1, y - 1, x - 1) to (z, y, x), so there is one cell more than
     # voxels along each axis. A voxel is corner k of the cell that lies 1 - k from it along each axis, which
@@ -105,8 +115,9 @@ def surface_of(mask: NDArray[Any], spacing: Triple) -> Surface:
         found.append(code[cut])
         codes[voxels + step] = 0  # so that each cell is taken once
     index = np.stack(np.unravel_index(np.concatenate(cells), shape), axis=-1)
-    points = np.asarray((index - 0.5) * np.asarray(spacing), np.float64)
-    return Surface(points=points, areas=areas_of_codes(spacing)[np.concatenate(found)])
+    there = (index[:, list(flat)] == 1).all(axis=1)
+    points = np.asarray((index[there] - 0.5) * np.asarray(spacing), np.float64)
+    return Surface(points=points, areas=areas_of_codes(spacing)[np.concatenate(found)[there]])
 
 
 def areas_of_codes(spacing: Triple) -> NDArray[np.float64]:

@@ -29,7 +29,7 @@ from voxelscale.findings.regions import (
     masked_regions,
     sure_regions,
 )
-from voxelscale.geometry import Grid, IntTriple, Scan, Triple, sphere_diameter
+from voxelscale.geometry import Grid, IntTriple, Scan, Triple, equivalent_diameter
 
 __all__ = [
     "LEAST_NODULE_MM3",
@@ -68,7 +68,7 @@ class Finding:
         case: the scan's name.
         x, y, z: centroid, LPS mm.
         index: centroid as fractional voxel (z, y, x) of the scan; ``index_zyx`` in the JSON file.
-        diameter_mm: of the sphere of the same volume.
+        diameter_mm: of the sphere of the same volume (`voxelscale.geometry.equivalent_diameter`).
         axial_diameter_mm: maximum extent within one axial slice, from voxel centre to voxel centre, plus
             a pixel (the RECIST measure, to about a pixel).
         volume_mm3: voxels times the voxel's volume.
@@ -277,7 +277,7 @@ def _shape(case: str, voxels: NDArray[np.int64], grid: Grid) -> dict[str, Any]:
         "y": y,
         "z": z,
         "index": (float(centre[0]), float(centre[1]), float(centre[2])),
-        "diameter_mm": sphere_diameter(volume),
+        "diameter_mm": equivalent_diameter(volume, grid.shape, grid.spacing),
         "axial_diameter_mm": axial.long_mm,
         "volume_mm3": volume,
         "axial_ends": axial.long_ends,

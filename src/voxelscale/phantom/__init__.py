@@ -33,10 +33,10 @@ TERMINALS = 450
 
 @dataclass(frozen=True, eq=False)
 class Phantom:
-    """A synthetic scan and the truth about it.
+    """A scan with synthetic nodules, and the truth about it.
 
     Attributes:
-        image: HU, (z, y, x) int16.
+        image: HU, (z, y, x); int16 where all of it is synthetic.
         label: 1 where at least half of a voxel is nodule, (z, y, x) uint8; one component a nodule.
         nodules: those that have at least one such voxel.
     """

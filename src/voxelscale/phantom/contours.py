@@ -380,16 +380,12 @@ def choose(library: Library, diameter_mm: float, draw: float) -> int:
 
 def _rotation(draws: NDArray[np.float64]) -> NDArray[np.float64]:
     """A uniformly distributed rotation from three uniform numbers (Shoemake, Graphics Gems III, 1992)."""
+    from scipy.spatial.transform import Rotation
+
     share, first, second = draws[0], 2 * np.pi * draws[1], 2 * np.pi * draws[2]
     x, y = np.sqrt(1 - share) * np.array([np.sin(first), np.cos(first)])
     z, w = np.sqrt(share) * np.array([np.sin(second), np.cos(second)])
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-        ]
-    )
+    return np.asarray(Rotation.from_quat([x, y, z, w]).as_matrix(), np.float64)
 
 
 def _query(path: Path, query: str, values: tuple[float, ...]) -> list[tuple[Any, ...]]:

@@ -20,7 +20,7 @@ from voxelscale.dataset.stamps import label_stamp, source_stamp
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of
 from voxelscale.findings import components
-from voxelscale.geometry import Scan
+from voxelscale.geometry import Scan, sphere_diameter
 from voxelscale.phantom.contours import Posed, Shape, level_of
 from voxelscale.phantom.nodules import Nodule
 
@@ -162,7 +162,7 @@ def cut_from(hu: NDArray[np.float32], mask: NDArray[np.bool_], spacing: ArrayLik
     centre = np.argwhere(inside).mean(axis=0)
     reach = step * (float(np.linalg.norm(np.argwhere(inside) - centre, axis=1).max()) + 1)
     values = ndimage.map_coordinates(np.pad(hu, 2, mode="edge"), index, order=1, mode="nearest")
-    shape = Shape(depth, step, centre, float(np.cbrt(6 * volume / np.pi)), reach, name, values)
+    shape = Shape(depth, step, centre, sphere_diameter(volume), reach, name, values)
     median = float(np.median(hu[mask]))
     kind = "ground-glass" if median < GLASS_HU else "part-solid" if median < SOLID_HU else "solid"
     outside = edt(~mask, steps)
@@ -174,7 +174,7 @@ def cut_from(hu: NDArray[np.float32], mask: NDArray[np.bool_], spacing: ArrayLik
 def _lesions(mask: Scan) -> list[tuple[NDArray[np.int64], float]]:
     """The voxels and the equivalent diameter (mm) of each lesion of a mask."""
     voxel = mask.grid.voxel_mm3
-    return [(v, float(np.cbrt(6 * len(v) * voxel / np.pi))) for v in components(mask.array > 0)]
+    return [(v, sphere_diameter(len(v) * voxel)) for v in components(mask.array > 0)]
 
 
 def _pose(shape: Shape, scale: float, draws: NDArray[np.float64]) -> Posed:

@@ -20,6 +20,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import components
 from voxelscale.geometry import Grid, Scan
 from voxelscale.lungs import Lungs, lung_field
+from voxelscale.phantom import Phantom
 from voxelscale.phantom.canvas import Field, Point
 from voxelscale.phantom.contours import open_library
 from voxelscale.phantom.cuts import Cuts, with_cut
@@ -62,21 +63,6 @@ MORE_TRIES = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Copy:
-    """A scan with nodules put in.
-
-    Attributes:
-        image: HU, the scan's own grid and dtype.
-        label: 1 where at least half of a voxel is nodule, or was a lesion before; uint8.
-        nodules: those that were put in.
-    """
-
-    image: Scan
-    label: Scan
-    nodules: tuple[Nodule, ...]
-
-
-@dataclass(frozen=True, eq=False)
 class _Chest:
     """What is needed to find places: the scan as it was, and how deep in the lungs a coarse voxel is."""
 
@@ -95,7 +81,7 @@ def copy_with_nodules(
     config: PhantomConfig,
     copy: int,
     cuts: Cuts | None = None,
-) -> Copy:
+) -> Phantom:
     """A scan with `config.nodules` nodules more in its lungs, clear of each other and of its lesions.
 
     Args:
@@ -105,6 +91,10 @@ def copy_with_nodules(
         config: number, diameters, outlines, seed; the rest of it does not matter here.
         copy: from 1 on; 0 is the scan as it is.
         cuts: real nodules to put in instead of synthetic ones (`config.crops`).
+
+    Returns:
+        the image on the scan's own grid, of its own dtype; 1 in the label where at least half of a voxel is
+        nodule, or was a lesion before; the nodules that were put in.
 
     Raises:
         VoxelscaleError: no lungs are found in it, or no nodule fits into them.
@@ -124,7 +114,7 @@ def copy_with_nodules(
         if count and not done:
             hint = "smaller ones may fit: phantom.diameter_mm"
             raise VoxelscaleError(f"{case}: no place for a nodule in its lungs", hint)
-    return Copy(Scan(array, image.affine), Scan(mask, image.affine), tuple(done))
+    return Phantom(Scan(array, image.affine), Scan(mask, image.affine), tuple(done))
 
 
 def _look_at(case: str, image: Scan, lesion: NDArray[np.bool_]) -> _Chest:

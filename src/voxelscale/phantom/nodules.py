@@ -26,7 +26,8 @@ class Nodule:
 
     Attributes:
         centre: (x, y, z), LPS mm.
-        diameter_mm: of the sphere of its volume, before the lung's surface cuts it.
+        diameter_mm: of the sphere of its volume, before the lung's surface cuts it; lobes and spicules make
+            the volume somewhat smaller than that.
         kind, margin, place: one of `KINDS`, `MARGINS` (or ``contour``), `PLACES`.
         hu: of its solid part, or of the ground glass where it has none.
         shape: its outline's own random numbers.

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from voxelscale.console import count
-from voxelscale.geometry import sphere_diameter
 from voxelscale.pages.charts import Panel, chart
 from voxelscale.pages.page import legend, notes, sortable_table, swatch, write_page
 from voxelscale.report.overlays import LUNG_WINDOW, WINDOW_NAME, Slice, draw_slice
@@ -182,7 +181,7 @@ def _columns(cases: Sequence[Facts]) -> list[str]:
 
 def _row(one: Facts, columns: Sequence[str]) -> list[tuple[str, str]]:
     """Each column's text, and what it is sorted by."""
-    largest = sphere_diameter(one.lesions_mm3[0]) if one.lesions_mm3 else 0.0
+    largest = max(one.diameters_mm, default=0.0)
     volume = sum(one.lesions_mm3) / 1000
     lungs = one.lungs_ml
     number = (str(len(one.lesions_mm3)) if one.labelled else "no mask", str(len(one.lesions_mm3)))
@@ -242,7 +241,7 @@ def _histograms(cases: Sequence[Facts]) -> str:
 
 def distributions(cases: Sequence[Facts]) -> list[Panel]:
     """Histograms of spacings, HU or each channel's values, lesion diameters and lesions per case."""
-    diameters = [sphere_diameter(volume) for one in cases for volume in one.lesions_mm3]
+    diameters = [diameter for one in cases for diameter in one.diameters_mm]
     noun = _noun(cases)
     panels = [
         _of_values([one.spacing[0] for one in cases], "spacing along z, mm", "cases"),
@@ -324,9 +323,7 @@ def _thumbnails(cases: Sequence[Facts]) -> str:
                 classes=one.classes,
                 window=small.window or LUNG_WINDOW,
             )
-            caption = (
-                f"{one.case}: {len(one.lesions_mm3)}, largest {sphere_diameter(one.lesions_mm3[0]):.1f} mm"
-            )
+            caption = f"{one.case}: {len(one.lesions_mm3)}, largest {one.diameters_mm[0]:.1f} mm"
             drawn.append(
                 f"<figure>{draw_slice(cut, 50)}<figcaption>{escape(caption)}</figcaption></figure>"
             )

@@ -57,6 +57,8 @@ PLAN_FILE = "plan.yaml"
 FORMAT, FORMAT_OF_ANY = 1, 2
 """Of a store of one CT channel and one class, and of any other."""
 
+TABLE = "dataset.json"
+
 KEPT_BY_MODEL = (
     *("cases", "patients", "source_spacing", "extent_mm", "lesion_hu", "lesion_diameter_mm"),
     *("lesions_per_case", "scans"),
@@ -283,6 +285,9 @@ def write_case(
 ) -> None:
     """Write a case's file, atomically; it gets its name once all of it has been read back.
 
+    In the place of another file it takes the store's table away, which says what that one held: a
+    preparation with other settings that ends too early leaves no store, instead of a mixed one.
+
     Args:
         image: (c, z, y, x), as `voxelscale.store.channels.keep` gives each; of one channel (z, y, x), too.
         labels: (z, y, x) stored labels.
@@ -329,6 +334,8 @@ def write_case(
         whole = stored["info"] == entry and len(stored["lesions"]) == len(lesions)
         if not (whole and np.array_equal(again[:], voxels)):
             raise OSError("what was written reads differently")
+        if path.exists():
+            (store / TABLE).unlink(missing_ok=True)
         put_in_place(temporary, path)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise not_written(path, error) from None
@@ -360,7 +367,7 @@ def write_table(store: Store) -> None:
         "folds": [asdict(fold) for fold in store.folds],
         "cases": [asdict(info) for info in sorted(store.cases, key=lambda info: info.case)],
     }
-    write_atomic(store.path / "dataset.json", json.dumps(table, indent=1))
+    write_atomic(store.path / TABLE, json.dumps(table, indent=1))
 
 
 def open_store(path: Path) -> Store:
@@ -369,7 +376,7 @@ def open_store(path: Path) -> Store:
     Raises:
         VoxelscaleError: it is none, or of another format.
     """
-    table_path = path / "dataset.json"
+    table_path = path / TABLE
     try:
         table = json.loads(table_path.read_text(encoding="utf-8"))
         if table["format"] not in (FORMAT, FORMAT_OF_ANY):
@@ -386,6 +393,8 @@ def open_store(path: Path) -> Store:
         folds = tuple(_fold(one) for one in table.get("folds", ()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         hint = "name the folder that voxelscale prepare wrote"
+        if isinstance(error, FileNotFoundError) and (path / "cases").is_dir():
+            hint = "voxelscale prepare did not come to its end: give the same command again"
         problem = "not there" if isinstance(error, FileNotFoundError) else f"not a store's table ({error})"
         raise VoxelscaleError(f"{table_path}: {problem}", hint) from None
     return Store(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.errors import VoxelscaleError
-from voxelscale.geometry import sphere_diameter
+from voxelscale.geometry import equivalent_diameter
 from voxelscale.store import CaseInfo, Store, open_store
 from voxelscale.store.plausible import summary
 
@@ -34,6 +34,9 @@ def fingerprint(cases: Sequence[CaseInfo]) -> dict[str, Any]:
     """
     used = [c for c in cases if c.split == "train"] or list(cases)
     volumes = [v for c in used for v in c.lesion_volumes_mm3]
+    diameters = [
+        equivalent_diameter(v, c.shape, c.grid.spacing) for c in used for v in c.lesion_volumes_mm3
+    ]
     spacings = np.asarray([c.source_spacing for c in used])
     extents = np.asarray([np.multiply(c.shape, c.grid.spacing) for c in used])
     digest = hashlib.sha256("\n".join(f"{c.case} {c.split} {c.key}" for c in cases).encode()).hexdigest()
@@ -45,7 +48,7 @@ def fingerprint(cases: Sequence[CaseInfo]) -> dict[str, Any]:
             "count": len(volumes),
             "quartiles": _quartiles(volumes),
         },
-        "lesion_diameter_mm": _quartiles([sphere_diameter(volume) for volume in volumes]),
+        "lesion_diameter_mm": _quartiles(diameters),
         "lesions_per_case": _quartiles([len(c.lesion_volumes_mm3) for c in used]),
         "orientations": dict(sorted(Counter(c.axes for c in used).items())),
         "source_spacing": _range(spacings, 4),

@@ -20,12 +20,13 @@ from voxelscale.config import ReadingConfig
 from voxelscale.dataset import DataSet, Source
 from voxelscale.dataset.reading import labels_of, read_image, read_more
 from voxelscale.errors import VoxelscaleError
-from voxelscale.geometry import IntTriple, Scan, Triple, reorient, sphere_diameter
+from voxelscale.geometry import IntTriple, Scan, Triple, equivalent_diameter, reorient
 from voxelscale.labels.stored import MOST_SHOWN
 from voxelscale.lungs import lung_field, no_lungs
 from voxelscale.parallel import map_processes
 from voxelscale.store import CaseInfo, Store, open_store
 from voxelscale.store.channels import Kept
+from voxelscale.store.fingerprint import SPLITS
 from voxelscale.store.lesions import lesion_voxels
 from voxelscale.store.plausible import Remark, Severity, Values, about, remarks, spread
 from voxelscale.store.prepare import axis_codes
@@ -129,6 +130,11 @@ class Facts:
     channels: tuple[ChannelFacts, ...] = ()
 
     @property
+    def diameters_mm(self) -> list[float]:
+        """Equivalent diameters of the lesions, largest first."""
+        return [equivalent_diameter(volume, self.shape, self.spacing) for volume in self.lesions_mm3]
+
+    @property
     def is_ct(self) -> bool:
         """Whether the first channel holds HU."""
         return not self.channels or self.channels[0].scheme == "ct"
@@ -174,10 +180,7 @@ def inspect(data: DataSet, workers: int = 0) -> Inspection:
     path = data.path
     if (path / "dataset.json").is_file() and (path / "cases").is_dir():
         store = open_store(path)
-        kind, splits = (
-            "store",
-            {name: [c.case for c in store.split(name)] for name in ("train", "val", "test")},
-        )
+        kind, splits = "store", {name: [c.case for c in store.split(name)] for name in SPLITS}
         results = _gather(partial(look_at_stored, store), store.cases, lambda info: info.case, workers)
     else:
         kind, splits = "data set", declared_split(path)
@@ -494,7 +497,7 @@ def _plain(facts: Facts) -> dict[str, Any]:
     values = {
         name: getattr(facts, "hu" if name == "values" else name) for name in names if name not in hidden
     }
-    values["diameters_mm"] = [round(sphere_diameter(v), 2) for v in facts.lesions_mm3]
+    values["diameters_mm"] = [round(diameter, 2) for diameter in facts.diameters_mm]
     if facts.classes_mm3:
         values["classes"] = dict(zip(facts.classes.names, facts.classes_mm3, strict=True))
     if facts.channels:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.classes import IGNORED, LESION, Classes
-from voxelscale.geometry import SAME_MM, Grid, Scan, resample, sphere_diameter
+from voxelscale.geometry import SAME_MM, Grid, Scan, equivalent_diameter, resample
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,14 +64,7 @@ def resample_labels(
     # What is ignored is no lesion, and gives way where one was kept.
     array = np.where((array == IGNORED) & (found.array == 0), IGNORED, found.array).astype(np.int16)
     values = [int(found.array.flat[flat[0]]) - 1 for flat in found.lesions]
-    return Resampled(
-        array=array,
-        lesions=found.lesions,
-        classes=values,
-        lost=found.lost,
-        merged=found.merged,
-        cut=found.cut,
-    )
+    return replace(found, array=array, classes=values)
 
 
 def _joined(array: NDArray[Any], parts: list[Resampled]) -> Resampled:
@@ -132,7 +125,7 @@ def _facts(grid: Grid, voxels: NDArray[np.int64]) -> dict[str, Any]:
     volume = len(voxels) * grid.voxel_mm3
     return {
         "volume_mm3": round(volume, 3),
-        "diameter_mm": round(sphere_diameter(volume), 2),
+        "diameter_mm": round(equivalent_diameter(volume, grid.shape, grid.spacing), 2),
         "centre": [round(float(v), 2) for v in grid.index_to_mm(voxels).mean(axis=0)],
     }
 

@@ -282,9 +282,8 @@ def prepare_case(
     Raises:
         VoxelscaleError: the image or the mask is unfit; the message names the file.
     """
-    key = source_key(
-        source, config, reading, spacing
-    )  # first: a file that changes meanwhile is noticed next time
+    # First: a file that changes meanwhile is noticed next time.
+    key = source_key(source, config, reading, spacing)
     as_is = read_image(source, reading)
     axes = axis_codes(as_is.grid)
     image, labels = read_case(source, reading, as_is)
@@ -411,10 +410,11 @@ def source_key(source: Source, config: PrepareConfig, reading: ReadingConfig, sp
     shaping = {key: value for keys in with_first_names(sections).values() for key, value in keys.items()}
     if not reading.select:
         del shaping["select"]  # of stores from before there was a choice
-    files = [source_stamp(source), label_stamp(source)]
-    return digest_of(
-        [files, source.patient, source.series, digested(source.classes, reading), list(spacing), shaping]
-    )[:16]
+    classes, in_hu = digested(source.classes, reading), [one.scheme == "ct" for one in source.channels]
+    parts = [source_stamp(source), label_stamp(source)], source.patient, source.series, classes
+    # What is kept of a channel goes by its kind; one CT is not mentioned, as in earlier stores.
+    kinds = [] if in_hu == [True] else [in_hu]
+    return digest_of([*parts, list(spacing), shaping, *kinds])[:16]
 
 
 def _kept(

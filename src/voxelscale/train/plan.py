@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from voxelscale.config import Config, ModelConfig
 from voxelscale.console import notice
 from voxelscale.device import default_device
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import write_atomic
+from voxelscale.files import digest_of, write_atomic
 from voxelscale.geometry import IntTriple, Triple
 from voxelscale.model.unet import plan_kernels, plan_pooling
 from voxelscale.ranks.place import fill
@@ -147,20 +147,34 @@ def plan_store(config: Config, store: Store) -> Plan:
     )
     here = not (config.prepare.memory_gib or config.model.preset in PRESET_GIB)
     plan = make_plan(config, store, measure, budget, on_cpu=here and device.type == "cpu")
-    write_atomic(store.path / PLAN_FILE, plan_text(plan, config))
+    write_atomic(store.path / PLAN_FILE, plan_text(plan, config) + _made_for(config, store))
     return plan
 
 
+def _made_for(config: Config, store: Store) -> str:
+    """A line by which a plan is known to be of this data and this config."""
+    sections = [asdict(section) for section in (config.data, config.model, config.optim, config.train)]
+    cases = [[info.case, info.split, info.key] for info in store.cases]
+    of = [*sections, config.prepare.memory_gib, store.spacing, cases]
+    return f"# Made for {digest_of(of)[:16]}; prepare replaces it where data or settings have changed.\n"
+
+
 def report_plan(config: Config, store: Path) -> None:
-    """Plan for a store that was just prepared and report it; where that fails, it is only a warning."""
+    """Plan for a store that was just prepared and report it; where that fails, it is only a warning.
+
+    A plan that was made for the same data and config stays as it is.
+    """
+    path, opened = store / PLAN_FILE, open_store(store)
+    if path.is_file() and _made_for(config, opened) in path.read_text(encoding="utf-8"):
+        return
     try:
-        plan = plan_store(config, open_store(store))
+        plan = plan_store(config, opened)
     except VoxelscaleError as error:
         notice(f"warning: no plan: {error.message}")
+        path.unlink(missing_ok=True)  # another's, of before
         return
     for line in plan.reasons:
         notice(line)
-    path = store / PLAN_FILE
     notice(f"plan in {path}; to train with it: voxelscale train {store} run/ --config {path}")
 
 
