@@ -29,6 +29,7 @@ from voxelscale.ranks.launch import BEGAN, RESUME, VERBOSITY, end_with_parent, r
 from voxelscale.ranks.nodes import ALONE, Nodes
 from voxelscale.ranks.place import fill
 from voxelscale.train.log import STOP_FILE, read_events
+from voxelscale.train.track import FILE as TRACK_FILE
 
 FREE = {
     "train.ranks",
@@ -163,8 +164,9 @@ LEFT = {
         "metrics.jsonl",
         "pretrained.json",
         "tensorboard",
+        "wandb",
     ),
-    *(FAULT_FILE, STOP_FILE),
+    *(FAULT_FILE, STOP_FILE, TRACK_FILE),
 }
 """What a run that was refused before its first step may leave in its folder."""
 
@@ -209,7 +211,7 @@ def claim(run: Path, config: Config) -> None:
         check_claim(run, config)
     if chief:
         if run.is_dir() and not (run / "config.yaml").is_file():
-            for name in ("metrics.jsonl", "arithmetic.json", "pretrained.json"):
+            for name in ("metrics.jsonl", "arithmetic.json", "pretrained.json", TRACK_FILE):
                 (run / name).unlink(missing_ok=True)
         # The optimisers' defaults may change, those of the run may not.
         write_atomic(run / "config.yaml", dump(_settled(config)))

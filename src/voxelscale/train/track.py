@@ -120,12 +120,14 @@ class _Mlflow:
         from mlflow.exceptions import MlflowException
 
         try:
-            self._client.update_run(known, status="RUNNING")
+            there = bool(self._client.get_run(known).info.lifecycle_stage == "active")
         except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # another server, or it was deleted
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # another server
                 return False
             raise
-        return True
+        if there:  # it was not deleted
+            self._client.update_run(known, status="RUNNING")
+        return there
 
     def _experiment(self, artefacts: str | None) -> str:
         from mlflow.exceptions import MlflowException
