@@ -242,7 +242,7 @@ def _task(
         loss=lambda output, target: loss(_mapped(output, _as_float32), target),
         source=source,
         collate=partial(_collated, collate=collate or _stacked, place=place),
-        describe=_described if source.count is None else _described_item,
+        describe=lambda one: f"sample {one.index}" + f" (item {one.item})" * (source.count is not None),
         digest="" if source.count is None else f"{source.count} items",
         scoring=_Score(validate) if validate else None,
         keep=partial(_write_weights, run / WEIGHTS) if run else None,
@@ -272,14 +272,6 @@ def _write_weights(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
         {"format": FORMAT, "weights": weights, "trained": facts | {"voxelscale": __version__}}, buffer
     )
     write_sealed(path, buffer.getvalue())
-
-
-def _described(drawn: _Drawn) -> str:
-    return f"sample {drawn.index}"
-
-
-def _described_item(drawn: _Drawn) -> str:
-    return f"sample {drawn.index} (item {drawn.item})"
 
 
 def _stacked(contents: Sequence[Any]) -> tuple[Any, Any]:
