@@ -30,10 +30,10 @@ def with_train(config: Config, norm: str = "instance", **train: int) -> Config:
     )
 
 
-def final_weights(run: Path) -> dict[str, Tensor]:
-    """Weights and buffers of the newest checkpoint."""
+def final_weights(run: Path, part: str = "model") -> dict[str, Tensor]:
+    """Weights and buffers of the newest checkpoint: the model's, or the moving average's."""
     newest = sorted((run / "checkpoints").glob("samples_*.ckpt"))[-1]
-    weights: dict[str, Tensor] = load_untrusted(newest)["model"]
+    weights: dict[str, Tensor] = load_untrusted(newest)[part]
     return weights
 
 

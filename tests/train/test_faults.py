@@ -42,7 +42,7 @@ from voxelscale.train import checkpoint, fit, loop, memory
 from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.engine import Engine, Result
 from voxelscale.train.launch import start
-from voxelscale.train.log import read_events
+from voxelscale.train.log import note_out_of_memory, read_events
 from voxelscale.train.memory import ran_out
 from voxelscale.train.task import Table, Task
 from voxelscale.train.validate import ScanScoring
@@ -160,6 +160,17 @@ def test_out_of_memory_is_noted_and_reported(tiny: Config, tmp_path: Path) -> No
     go(toy(), tiny, tmp_path / "whole")
     assert identical(final_weights(tmp_path), final_weights(tmp_path / "whole"))
     assert all(event["event"] == "train" for event in read_events(tmp_path))
+
+
+def test_a_run_that_goes_on_has_not_run_out_of_memory(tiny: Config, tmp_path: Path) -> None:
+    """Though it ran out just where its checkpoint is, as when it was resumed on a GPU in use."""
+    with alone_in(tmp_path):
+        workers = Workers(rank=0, ranks=1, virtual=1, device=torch.device("cpu"))
+        assert Engine(toy(), with_train(tiny, samples=40), tmp_path, workers, 2).go(lambda: True).seen == 2
+    note_out_of_memory(tmp_path)
+    assert read_events(tmp_path)[-1] == {"event": "out_of_memory", "samples": 2}
+    go(toy(), tiny, tmp_path)
+    assert {event["event"] for event in read_events(tmp_path)} == {"train"}
 
 
 def test_out_of_memory_of_anyones_network(tiny: Config) -> None:

@@ -19,7 +19,7 @@ from voxelscale.model.unet import plan_pooling
 from voxelscale.store import CaseInfo, Store, write_table
 from voxelscale.store.spacing import target_spacing
 from voxelscale.train.memory import estimate_memory
-from voxelscale.train.plan import make_plan, plan_store, plan_text, report_plan
+from voxelscale.train.plan import fit_to_memory, make_plan, plan_store, plan_text, report_plan
 
 
 def test_nearly_isotropic_spacing_is_the_median() -> None:
@@ -221,3 +221,14 @@ def test_the_stores_channels_and_classes_count(store: Store, tmp_path: Path) -> 
     one, other = (plan_store(config, replace(each, path=tmp_path)) for each in (store, wide))
     assert math.prod(other.patch_size) * other.batch_size < math.prod(one.patch_size) * one.batch_size
     assert other.memory <= 0.2 * 2**30
+
+
+def test_a_patch_for_a_store_without_training_cases(
+    tiny: Config, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not what is wrong with it: the training says that there are no cases."""
+    cases = tuple(replace(info, split="test") for info in store.cases)
+    write_table(replace(store, path=tmp_path, cases=cases))
+    monkeypatch.setattr("voxelscale.train.plan.fit_patch", lambda *_, limit, **__: tuple(limit))
+    median = np.median([info.shape for info in cases], axis=0)
+    assert fit_to_memory(tiny, tmp_path).data.patch_size == tuple(map(round, median.tolist()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,13 @@ def test_a_deeper_network_takes_the_levels_of_the_same_resolution(store: Store) 
     }
 
 
-def nnunet_file(path: Path, model: nn.Module, **about: Any) -> Path:
+CT_LESION = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "lesion": 1}}
+
+
+def nnunet_file(
+    path: Path, model: nn.Module, described: Mapping[str, Any] = CT_LESION, **about: Any
+) -> Path:
     """As nnU-Net writes it: with a plan, and NumPy's numbers in the log."""
-    described = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "lesion": 1}}
     plans = {"configurations": {"3d_fullres": about}}
     arguments = {"plans": plans, "configuration": "3d_fullres", "fold": 0, "dataset_json": described}
     log = {"train_losses": [np.float64(-0.5), np.float32(0.1)], "ema_fg_dice": [np.float64(0.8)]}
@@ -147,6 +152,28 @@ def test_nnunets_residual_encoder_gives_the_same_answers(store: Store, tmp_path:
     image = torch.randn(2, 1, *PATCH)
     background, lesion = reference(image).unbind(1)
     torch.testing.assert_close(model(image)[:, 0], lesion - background, atol=1e-4, rtol=1e-4)
+
+
+def test_nnunets_regions_have_channels_by_name_and_a_head(store: Store, tmp_path: Path) -> None:
+    """As BraTS's; T1's weights must not look at FLAIR. The eleventh channel comes after the second."""
+    channels = {str(n): f"c{n}" for n in range(11)}
+    labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
+    described = {"channel_names": channels, "labels": labels, "regions_class_order": [1, 2]}
+    first, head = torch.randn(4, 11, 3, 3, 3), torch.randn(2, 4, 1, 1, 1)
+    holder = nn.Module()
+    holder.state_dict = lambda: {  # type: ignore[method-assign,assignment]
+        "encoder.stages.0.0.convs.0.conv.weight": first,
+        "decoder.seg_layers.0.weight": head,
+        "decoder.seg_layers.0.bias": torch.zeros(2),
+    }
+    path = nnunet_file(tmp_path / "checkpoint_final.pth", holder, described)
+    regions = Classes(names=("whole", "core"), values=((1, 2), (2,)), regions=True, order=(1, 2))
+    model = network(1, depth=2, channels=11, outputs=2)
+    ours = ("c10", *(f"c{n}" for n in range(10)))
+    take_over(model, read_pretrained(path), ours, replace(store, classes=regions))
+    found = model.state_dict()
+    assert torch.equal(found["encode.levels.0.conv1.weight"], first.roll(1, 1))
+    assert torch.equal(found["head.weight"], head)
 
 
 def test_nnunets_plain_network_by_hand(store: Store, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from voxelscale.console import set_verbosity
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.bundle import read_bundle
 from voxelscale.store import Store
-from voxelscale.train.launch import start
+from voxelscale.train.launch import claim, start
 from voxelscale.train.log import read_events
 
 
@@ -167,6 +167,12 @@ def test_going_on_with_another_config_is_refused(config: Config, store: Store, t
     assert start(config, store.path, run)
     with pytest.raises(VoxelscaleError, match=r"started with model\.norm=instance, not group"):
         start(with_train(config, "group"), store.path, run)
+    smaller = replace(config, predict=replace(config.predict, smallest_mm3={"lesion": 50.0}))
+    claim(tmp_path / "smaller", smaller)
+    with pytest.raises(
+        VoxelscaleError, match=r"started with predict\.smallest_mm3=\{'lesion': 50.0\}, not"
+    ):
+        claim(tmp_path / "smaller", config)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
     with pytest.raises(VoxelscaleError, match="holds files but no run"):

@@ -28,6 +28,7 @@ from voxelscale.model.bundle import read_bundle
 from voxelscale.store import Store
 from voxelscale.train import track
 from voxelscale.train.engine import Engine
+from voxelscale.train.launch import start
 from voxelscale.train.log import read_events
 from voxelscale.train.track import FILE, Begun, Tracking, settings_of, tracked_study
 
@@ -95,9 +96,11 @@ def test_a_training_is_logged_to_mlflow_in_a_folder_and_resumed_in_the_same_run(
         assert str(secret).encode() not in told
     kept = read_bundle(run).config.train
     assert (kept.track, kept.track_to) == ((), "")
-    (run / FILE).write_text(json.dumps({"mlflow": "0" * 32}))
-    Tracking(load(settings, ["train.track=[mlflow]", f"train.track_to={where}"]), run).end("FINISHED")
-    assert len(runs_in(uri)) == 2, "one that the server does not know begins anew"
+    mlflow.MlflowClient(tracking_uri=uri).delete_run(known)
+    for gone in (known, "0" * 32):
+        (run / FILE).write_text(json.dumps({"mlflow": gone}))
+        Tracking(load(settings, ["train.track=[mlflow]", f"train.track_to={where}"]), run).end("FINISHED")
+    assert len(runs_in(uri)) == 2, "one that was deleted, or that the server does not know, begins anew"
 
 
 class Recorded:
@@ -170,6 +173,29 @@ def test_one_that_hangs_is_given_up_at_the_end(
     tracking.log({"train/loss": 1.0}, 1)
     tracking.end("FINISHED")
     assert capsys.readouterr().err.count("MLflow: does not answer; the end of the run was not sent") == 1
+
+
+def test_a_run_that_is_corrected_before_its_first_step_is_a_new_one(
+    tiny: Config,
+    store: Store,
+    tmp_path: Path,
+    recorded: type[Recorded],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its settings are others, and what is sent of a run does not change."""
+
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_step", too_large)
+        with pytest.raises(VoxelscaleError, match="does not fit"):
+            start(tracked(tiny), store.path, tmp_path / "run")
+    smaller = replace(tiny, train=replace(tiny.train, samples=4), model=replace(tiny.model, filters=2))
+    (tmp_path / "run" / "wandb").mkdir()
+    assert start(tracked(smaller), store.path, tmp_path / "run")
+    begun = [value for what, value in recorded.told if what == "begin"]
+    assert [(one.known, one.settings["model.filters"]) for one in begun] == [("", 4), ("", 2)]
 
 
 def test_one_that_is_not_installed_is_named(

@@ -108,11 +108,15 @@ def test_plain_batch_norm_sees_each_workers_own_batch(
     assert distance(virtual, one, first) > 0.1
 
 
-def test_ranks_times_virtual_workers(tiny: Config, store: Store, train: Train) -> None:
+def test_ranks_times_virtual_workers(tiny: Config, store: Store, train: Train, tmp_path: Path) -> None:
+    """The average in a checkpoint is that of all ranks' statistics, too."""
     config = with_train(tiny, "batch")
+    config = replace(config, optim=replace(config.optim, ema=0.3))
     four = train(config, {"ranks": 1, "virtual_workers": 4, "batch_size": 1})
     mixed = train(config, {"ranks": 2, "virtual_workers": 2, "batch_size": 1})
     assert distance(mixed, four, initial(config, store)) <= 3e-2
+    averages = [final_weights(tmp_path / run, "average") for run in ("run_0", "run_1")]
+    assert apart(*({n: w for n, w in each.items() if "running" in n} for each in averages)) <= 1e-3
 
 
 @pytest.mark.slow

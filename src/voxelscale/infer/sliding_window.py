@@ -168,7 +168,7 @@ def predict_boxes(
     low = [(whole - n) // 2 for whole, n in zip(shape, image.shape[1:], strict=True)]
     place = device or volume.device
     padded = resident(padded, place)
-    framed = None if within is None else _framed(within.cpu(), shape, low)
+    framed = None if within is None else _framed(within.cpu(), shape, low, torch.tensor(False))
     each = list(zip(shape, windows.patch, strict=True))
     starts = [window_starts(n, p, windows.overlap, exact=windows.nnunet) for n, p in each]
     lines = [gaussian_profile(p, windows.nnunet) for p in windows.patch]
@@ -301,12 +301,14 @@ def _logits(
             raise VoxelscaleError(f"the network has {logits.shape[1]} outputs instead of {outputs}", hint)
         return logits
 
-    batches = _batched(iter(places), size)
-    for group, logits in (
-        _in_threads(predict, batches, threads, windows.threads // threads)
-        if threads > 1
-        else _in_turn(predict, batches)
-    ):
+    left = iter(places)
+    batches = iter(lambda: list(itertools.islice(left, size.now)), [])
+    each: Iterator[tuple[list[Place], Tensor]]
+    if threads > 1:
+        each = _in_threads(predict, batches, threads, windows.threads // threads)
+    else:
+        each = ((batch, predict(batch)) for batch in batches)
+    for group, logits in each:
         yield from zip(group, logits, strict=True)
 
 
@@ -324,13 +326,6 @@ def _at_a_time(windows: Windows, outputs: int, largest: int, device: torch.devic
         held = max(1, largest // (outputs * voxels * 4))
         batch, most, threads = min(batch, held), min(most, held), min(threads, held)
     return PassSize(now=batch, most=most), threads
-
-
-def _in_turn(
-    predict: Callable[[list[Place]], Tensor], batches: Iterator[list[Place]]
-) -> Iterator[tuple[list[Place], Tensor]]:
-    for batch in batches:
-        yield batch, predict(batch)
 
 
 def _in_threads(
@@ -461,17 +456,13 @@ def _pad_to(volume: Tensor, patch: IntTriple, *, zero: bool) -> Tensor:
         return volume
     low = [(whole - n) // 2 for whole, n in zip(shape, volume.shape[1:], strict=True)]
     fill = volume.new_zeros(len(volume)) if zero else volume.flatten(1).amin(1)
-    framed = fill[:, None, None, None].expand(-1, *shape).clone()
-    _window(framed, low, volume.shape[1:]).copy_(volume)
-    return framed
+    return _framed(volume, shape, low, fill[:, None, None, None])
 
 
-def _framed(within: Tensor, shape: Sequence[int], low: Sequence[int]) -> Tensor:
-    """The mask as the volume was padded."""
-    if within.shape == tuple(shape):
-        return within
-    framed = within.new_zeros(tuple(shape))
-    _window(framed, low, within.shape).copy_(within)
+def _framed(inner: Tensor, shape: Sequence[int], low: Sequence[int], fill: Tensor) -> Tensor:
+    """(..., z, y, x) within a larger volume of `shape`, where it begins at `low`; `fill` around it."""
+    framed = fill.expand(*inner.shape[:-3], *shape).clone()
+    _window(framed, low, inner.shape[-3:]).copy_(inner)
     return framed
 
 
@@ -490,8 +481,3 @@ def _profile_sum(size: int, starts: Sequence[int], profile: Tensor) -> Tensor:
 def _outer(profiles: Sequence[Tensor]) -> Tensor:
     z, y, x = profiles
     return z[:, None, None] * y[:, None] * x
-
-
-def _batched(places: Iterator[Place], size: PassSize) -> Iterator[list[Place]]:
-    while batch := list(itertools.islice(places, size.now)):
-        yield batch

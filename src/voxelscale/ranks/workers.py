@@ -12,7 +12,7 @@ import inspect
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -229,18 +229,19 @@ class WorkerBuffers:
         self.begin_worker()
 
 
-def float_buffers(model: nn.Module) -> list[Tensor]:
-    """Running statistics, without counters."""
-    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+def average_buffers(model: nn.Module, workers: Workers, averaged: Mapping[str, Tensor] = {}) -> None:
+    """Give every rank the mean over ranks of the running statistics, which are no counters.
 
-
-def average_buffers(model: nn.Module, workers: Workers) -> None:
-    """Give every rank the mean over ranks of the running statistics."""
+    Args:
+        averaged: of their moving average, by their names; it becomes that of all ranks, too.
+    """
     if workers.ranks == 1:
         return
-    for buffer in float_buffers(model):
-        dist.all_reduce(buffer)
-        buffer /= workers.ranks
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            for own in (buffer, averaged[name]) if name in averaged else (buffer,):
+                dist.all_reduce(own)
+                own /= workers.ranks
 
 
 def sum_over_ranks(table: Sequence[Sequence[float]], workers: Workers) -> list[list[float]]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_leaves
+
+from voxelscale.device import stream_of
 
 Collate = Callable[[Sequence[Any]], tuple[Any, Any]]
 """Samples to the network's input and target."""
@@ -45,7 +46,7 @@ class CudaSide:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, _stream_of(device)
+        self._device, self._stream = device, stream_of(device, -2)
 
     def entered(self) -> AbstractContextManager[Any]:
         """Within it this thread's kernels go to the stream."""
@@ -65,12 +66,6 @@ class CudaSide:
         for leaf in tree_leaves(made):
             if isinstance(leaf, torch.Tensor) and leaf.is_cuda:
                 leaf.record_stream(current)
-
-
-@lru_cache
-def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    """The same for every training of a process: PyTorch keeps the memory that a stream has freed for it."""
-    return torch.cuda.Stream(device, priority=-2)  # type: ignore[no-untyped-call]
 
 
 def on_device(

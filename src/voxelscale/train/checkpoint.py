@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from voxelscale.console import warn
 from voxelscale.errors import VoxelscaleError
@@ -78,12 +79,13 @@ class Writer:
         """Copy the state now; write ``samples_<seen>.ckpt``, then drop all but the last few."""
         content = {
             "format": FORMAT,
-            "model": _copied(trained.model.state_dict()),
-            "optimizer": _copied(trained.optimizer.state_dict()),
-            "average": _copied(trained.average.weights) if trained.average else {},
+            "model": dict(trained.model.state_dict()),
+            "optimizer": trained.optimizer.state_dict(),
+            "average": trained.average.weights if trained.average else {},
             "state": asdict(state),
         }
-        self._submit(lambda: self._write(content, state.seen))
+        copied = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
+        self._submit(lambda: self._write(copied, state.seen))
 
     def keep_best(self, seen: int) -> None:
         """Make the checkpoint at `seen` samples ``best.ckpt``, too."""
@@ -270,14 +272,3 @@ def _name(seen: int) -> str:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("samples_*.ckpt"))
-
-
-def _copied(tree: Any) -> Any:
-    """The same nested dictionaries and lists with every tensor copied to the CPU."""
-    if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: _copied(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_copied(value) for value in tree)
-    return tree

@@ -431,7 +431,8 @@ class Engine:
         self.meter.clear()
         self._saved_at = time.monotonic()
         if self.run is not None:
-            average_buffers(self.model, self.workers)
+            average = self.trained.average
+            average_buffers(self.model, self.workers, average.weights if average else {})
             if self.writer:
                 self.writer.save(self.trained, self.state)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -25,12 +26,15 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_sealed
 from voxelscale.model.bundle import load_untrusted
 from voxelscale.model.norm import SyncBatchNorm
+from voxelscale.ranks.faults import restarts
 from voxelscale.ranks.place import fill
 from voxelscale.ranks.workers import Workers
 from voxelscale.samples.order import item_of
 from voxelscale.samples.patches import Source
+from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.engine import Engine, Result
 from voxelscale.train.launch import claim, kept_config
+from voxelscale.train.log import STOP_FILE
 from voxelscale.train.loop import joined, stop_signals
 from voxelscale.train.snapshot import recalibrate, snapshot
 from voxelscale.train.task import Table, Task
@@ -86,8 +90,8 @@ def fit(
         of which save first.
 
     Raises:
-        VoxelscaleError: the run's folder, a checkpoint, the samples or the config is unfit, or the loss
-            is not finite.
+        VoxelscaleError: the run's folder, a checkpoint, the samples or the config is unfit, another
+            training is in the folder, or the loss is not finite.
     """
     folder = None if run is None else Path(run)
     _check_ranks(config)
@@ -97,7 +101,11 @@ def fit(
     with kept_config(folder):
         if folder is not None:
             claim(folder, config)
-        with joined(config, whole) as (workers, config, batch_size), stop_signals() as asked:
+        with (
+            joined(config, whole) as (workers, config, batch_size),
+            _taken(folder) if workers.rank == 0 else nullcontext(),
+            stop_signals() as asked,
+        ):
             devices = [workers.device] if workers.device.type == "cuda" else []
             with torch.random.fork_rng(devices):  # the engine seeds random layers
                 task = _task(model, loss, source, config, workers.device, folder, validate, collate)
@@ -108,6 +116,18 @@ def fit(
             if folder is not None and validate is None and workers.rank == 0:
                 _write_weights(folder / WEIGHTS, model, {"samples": result.seen})
     return result
+
+
+@contextmanager
+def _taken(folder: Path | None) -> Iterator[None]:
+    """Within it no other training is in the folder; what an earlier one was asked is forgotten."""
+    if folder is None:
+        yield
+        return
+    with alone_in(folder):
+        if not restarts():
+            (folder / STOP_FILE).unlink(missing_ok=True)
+        yield
 
 
 def _check_weights(config: Config) -> None:
@@ -222,7 +242,7 @@ def _task(
         loss=lambda output, target: loss(_mapped(output, _as_float32), target),
         source=source,
         collate=partial(_collated, collate=collate or _stacked, place=place),
-        describe=_described if source.count is None else _described_item,
+        describe=lambda one: f"sample {one.index}" + f" (item {one.item})" * (source.count is not None),
         digest="" if source.count is None else f"{source.count} items",
         scoring=_Score(validate) if validate else None,
         keep=partial(_write_weights, run / WEIGHTS) if run else None,
@@ -252,14 +272,6 @@ def _write_weights(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
         {"format": FORMAT, "weights": weights, "trained": facts | {"voxelscale": __version__}}, buffer
     )
     write_sealed(path, buffer.getvalue())
-
-
-def _described(drawn: _Drawn) -> str:
-    return f"sample {drawn.index}"
-
-
-def _described_item(drawn: _Drawn) -> str:
-    return f"sample {drawn.index} (item {drawn.item})"
 
 
 def _stacked(contents: Sequence[Any]) -> tuple[Any, Any]:

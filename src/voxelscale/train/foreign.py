@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from voxelscale.dataset.channels import said_by
 from voxelscale.errors import VoxelscaleError
 
 NUMBERS: list[Any] = [
@@ -129,13 +131,27 @@ def network_in(plan: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def names_of(content: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Channels, and classes after the background; () where it does not say, or where they are regions."""
+def names_of(content: Mapping[str, Any], path: Path) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """Channels, classes after the background in the order of the outputs, () where it does not say; and
+    whether these are regions."""
     try:
-        described = content["init_args"]["dataset_json"]
-        channels = tuple(str(name) for _, name in sorted(described["channel_names"].items()))
-        labels = {str(name): value for name, value in described["labels"].items() if name != "ignore"}
-        order = sorted(labels, key=lambda name: int(labels[name]))
-        return channels, tuple(order[1:])
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return (), ()
+        described = dict(content["init_args"]["dataset_json"])
+    except (KeyError, TypeError, ValueError):
+        return (), (), False
+    channels: tuple[str, ...] = ()
+    with suppress(VoxelscaleError):
+        channels = said_by(path, described.get("channel_names", described.get("modality")))
+    try:
+        labels = {
+            name: value if isinstance(value, list) else [value]
+            for name, value in described["labels"].items()
+        }
+        names = [str(name) for name in labels if name not in ("background", "ignore")]
+        regions = any(len(labels[name]) > 1 for name in names)
+        return (
+            channels,
+            tuple(names if regions else sorted(names, key=lambda n: int(labels[n][0]))),
+            regions,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        return channels, (), False

@@ -29,6 +29,8 @@ from voxelscale.ranks.launch import BEGAN, RESUME, VERBOSITY, end_with_parent, r
 from voxelscale.ranks.nodes import ALONE, Nodes
 from voxelscale.ranks.place import fill
 from voxelscale.train.log import STOP_FILE, read_events
+from voxelscale.train.track import FILE as TRACK_FILE
+from voxelscale.train.track import SECTIONS
 
 FREE = {
     "train.ranks",
@@ -163,8 +165,9 @@ LEFT = {
         "metrics.jsonl",
         "pretrained.json",
         "tensorboard",
+        "wandb",
     ),
-    *(FAULT_FILE, STOP_FILE),
+    *(FAULT_FILE, STOP_FILE, TRACK_FILE),
 }
 """What a run that was refused before its first step may leave in its folder."""
 
@@ -209,7 +212,7 @@ def claim(run: Path, config: Config) -> None:
         check_claim(run, config)
     if chief:
         if run.is_dir() and not (run / "config.yaml").is_file():
-            for name in ("metrics.jsonl", "arithmetic.json", "pretrained.json"):
+            for name in ("metrics.jsonl", "arithmetic.json", "pretrained.json", TRACK_FILE):
                 (run / name).unlink(missing_ok=True)
         # The optimisers' defaults may change, those of the run may not.
         write_atomic(run / "config.yaml", dump(_settled(config)))
@@ -223,33 +226,23 @@ def check_claim(run: Path, config: Config) -> None:
     """
     path = run / "config.yaml"
     if path.is_file():
-        begun, now = (_flat(to_dict(_settled(one))) for one in (load_stored(path), config))
-        trained = ("data.", "augment.", "model.", "loss.", "optim.", "train.", "predict.")
+        begun, now = (to_dict(_settled(one)) for one in (load_stored(path), config))
         # Batch norm's statistics are those of each worker's own batch, and a batch grows by whole workers.
         growing = config.optim.grow_from > 0 or config.train.recipe != "none"
         free = FREE - {"train.batch_size"} if config.model.norm == "batch" or growing else FREE
-        changed = [k for k in now if now[k] != begun.get(k) and k.startswith(trained) and k not in free]
-        if changed:
-            key = changed[0]
-            raise VoxelscaleError(
-                f"{run}: was started with {key}={begun.get(key)}, not {now[key]}",
-                "choose another folder for the run, or resume with the config that it holds",
-            )
+        for name in SECTIONS:
+            for key, value in now[name].items():
+                if value != begun[name][key] and f"{name}.{key}" not in free:
+                    raise VoxelscaleError(
+                        f"{run}: was started with {name}.{key}={begun[name][key]}, not {value}",
+                        "choose another folder for the run, or resume with the config that it holds",
+                    )
     elif run.is_dir() and (_begun(run) or any(one.name not in LEFT for one in run.iterdir())):
         raise VoxelscaleError(f"{run}: holds files but no run", "choose an empty or new folder for the run")
 
 
 def _settled(config: Config) -> Config:
     return replace(config, optim=config.optim.settled())
-
-
-def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat.update(
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        )
-    return flat
 
 
 def _devices() -> int:

@@ -29,7 +29,8 @@ OUT_OF_MEMORY = "out_of_memory"
 class RunLog:
     """Appends events to ``metrics.jsonl`` and mirrors their numbers to TensorBoard.
 
-    A run resumed from a checkpoint first drops the events after it: they will come again.
+    A run resumed from a checkpoint first drops the events after it, which will come again, and those that
+    say how it ended.
 
     Args:
         run: its folder.
@@ -46,7 +47,7 @@ class RunLog:
 
         self._run, self._tracking, self._diverged = run, tracking, False
         self._path = run / "metrics.jsonl"
-        last = {"validation": validated}
+        last = {"validation": validated, OUT_OF_MEMORY: -1, "diverged": -1}
         kept = [event for event in read_events(run) if event["samples"] <= last.get(event["event"], seen)]
         write_atomic(self._path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = self._path.open("a", encoding="utf-8")

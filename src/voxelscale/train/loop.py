@@ -24,9 +24,8 @@ from voxelscale.console import count, notice
 from voxelscale.device import Arithmetic, choose_precision
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
-from voxelscale.model.build import build_loss, build_model
+from voxelscale.model.build import build_loss
 from voxelscale.model.bundle import Bundle, write_bundle
-from voxelscale.model.checkpointing import checkpoint_activations
 from voxelscale.ranks.workers import Workers, join
 from voxelscale.samples.batch import (
     Normalisation,
@@ -42,7 +41,7 @@ from voxelscale.train.arithmetic import Trial, Wanted, choose_arithmetic
 from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.engine import Engine, Result
 from voxelscale.train.log import note_out_of_memory
-from voxelscale.train.memory import TooLarge, ran_out, require_memory
+from voxelscale.train.memory import TooLarge, ran_out, require_memory, untrained
 from voxelscale.train.pretrained import begin_from
 from voxelscale.train.recipes import resolve
 from voxelscale.train.task import Task
@@ -236,17 +235,7 @@ def _about(config: Config, store: Store, trained: int, validated: int) -> str:
 
 
 def _network(config: Config, store: Store) -> nn.Module:
-    model = build_model(
-        config.model,
-        config.data.patch_size,
-        store.spacing,
-        channels=len(store.channels),
-        outputs=store.classes.outputs,
-        regions=store.classes.regions,
-    )
-    if config.train.checkpoint_activations:
-        checkpoint_activations(model)
-    return model
+    return untrained(config, store.spacing, len(store.channels), store.classes)
 
 
 def _collate(

@@ -334,6 +334,13 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
+def untrained(config: Config, spacing: Triple, channels: int, classes: Classes) -> nn.Module:
+    """The network of a training before it, on the CPU, in PyTorch's own memory format."""
+    patch, outputs = config.data.patch_size, classes.outputs
+    model = build_model(config.model, patch, spacing, channels, outputs, regions=classes.regions)
+    return checkpoint_activations(model) if config.train.checkpoint_activations else model
+
+
 def make_network(
     config: Config,
     spacing: Triple,
@@ -343,13 +350,10 @@ def make_network(
     classes: Classes = LESION,
 ) -> nn.Module:
     """The network as a training has it, in its memory format."""
-    patch, outputs = config.data.patch_size, classes.outputs
-    model = build_model(config.model, patch, spacing, channels, outputs, regions=classes.regions)
+    model = untrained(config, spacing, channels, classes)
     if device.type != "cpu":
         model.to(device)
-    if config.train.formatted:
-        to_channels_last(model)
-    return checkpoint_activations(model) if config.train.checkpoint_activations else model
+    return to_channels_last(model) if config.train.formatted else model
 
 
 def seen_at_once(config: Config) -> int:

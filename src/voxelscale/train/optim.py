@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -46,11 +46,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig, pretrained: Collection
             {"params": others, "weight_decay": 0.0, "adapt": False, **more},
         ]
     if config.name == "lars":
-        return Lars(groups, lr=own.lr, momentum=own.momentum, trust=config.trust)
+        return Lars(groups, {"lr": own.lr, "momentum": own.momentum, "trust": config.trust})
     if config.name == "lamb":
-        return Lamb(groups, lr=own.lr, betas=config.betas, eps=config.eps)
+        return Lamb(groups, {"lr": own.lr, "betas": config.betas, "eps": config.eps})
     if config.name == "muon":
-        return Muon(groups, lr=own.lr, momentum=own.momentum, betas=config.betas, eps=config.eps)
+        rates: dict[str, Any] = {"lr": own.lr, "momentum": own.momentum}
+        return Muon(groups, rates | {"betas": config.betas, "eps": config.eps})
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=own.lr, betas=config.betas, eps=config.eps, fused=True)
     return torch.optim.SGD(groups, lr=own.lr, momentum=own.momentum, nesterov=own.momentum > 0)
@@ -117,9 +118,6 @@ class Lars(_Rule):
     groups whose ``adapt`` is False.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, momentum: float, trust: float) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust})
-
     def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         decay = group["weight_decay"]
         steps = torch._foreach_add(gradients, torch._foreach_mul(parameters, decay))
@@ -143,11 +141,6 @@ class Lamb(_Rule):
     without the ratio for groups whose ``adapt`` is False.
     """
 
-    def __init__(
-        self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
-    ) -> None:
-        super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps})
-
     def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         updates = self._adam_direction(parameters, gradients, group)
         torch._foreach_add_(updates, torch._foreach_mul(parameters, group["weight_decay"]))
@@ -167,16 +160,6 @@ class Muon(_Rule):
     so that one learning rate serves both. Groups whose ``adapt`` is False, and kernels of a single
     input or output channel, are updated by AdamW.
     """
-
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        lr: float,
-        momentum: float,
-        betas: tuple[float, float],
-        eps: float,
-    ) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "betas": tuple(betas), "eps": eps})
 
     def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         turned: list[tuple[Tensor, Tensor]] = []

@@ -191,7 +191,7 @@ def fit_to_memory(config: Config, store: Path) -> Config:
             "find it with one process, then give torchrun --set data.patch_size=...",
         )
     opened, device = open_fold(store, config.data.fold), default_device()
-    shapes = np.asarray([info.shape for info in opened.split("train")])
+    shapes = np.asarray([info.shape for info in opened.split("train") or opened.cases])
     limit = [round(float(n)) for n in np.median(shapes, axis=0)]
     sharers = 1 if device.type == "cuda" else max(1, config.train.ranks)
     patch = fit_patch(

@@ -67,12 +67,12 @@ def read_pretrained(path: Path) -> Pretrained:
 def _read(path: Path) -> Pretrained:
     if path.suffix == ".pth":
         content = load_foreign(path)
-        channels, names = names_of(content)
+        channels, names, regions = names_of(content, path)
         return Pretrained(
             weights=renamed(content["network_weights"]),
             channels=channels,
             classes=names,
-            kind="softmax",
+            kind="sigmoid" if regions else "softmax",
             network=network_of(content),
         )
     if path.suffix == ".ckpt":

@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -37,7 +36,7 @@ PROJECT = "voxelscale"
 set."""
 
 SECTIONS = ("data", "augment", "model", "loss", "optim", "train", "predict")
-"""Of the config, what is sent. Others have paths and the names of scans."""
+"""Of the config, what a run is made by, and what is sent. Others have paths and the names of scans."""
 
 NOT_SENT = {"train.start_from", "train.track", "train.track_to"}
 """Keys of these sections that may hold a path or a server."""
@@ -120,12 +119,14 @@ class _Mlflow:
         from mlflow.exceptions import MlflowException
 
         try:
-            self._client.update_run(known, status="RUNNING")
+            there = bool(self._client.get_run(known).info.lifecycle_stage == "active")
         except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # another server, or it was deleted
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # another server
                 return False
             raise
-        return True
+        if there:  # it was not deleted
+            self._client.update_run(known, status="RUNNING")
+        return there
 
     def _experiment(self, artefacts: str | None) -> str:
         from mlflow.exceptions import MlflowException
@@ -278,7 +279,7 @@ class Tracking:
         """
         for path in files:
             if path.is_file():
-                self._send(partial(_keep, path))
+                self._send(lambda tracker, path=path: tracker.keep(path))  # type: ignore[misc]
         self._send(lambda tracker: tracker.end(how))
         deadline = time.monotonic() + PATIENCE
         for one in self._threads:
@@ -308,10 +309,6 @@ def tracked_study(config: Config, folder: Path, files: Sequence[str] = ()) -> It
         yield tracking
     finally:
         tracking.end("FINISHED" if tracking.done else "KILLED", [folder / name for name in files])
-
-
-def _keep(path: Path, tracker: Tracker) -> None:
-    tracker.keep(path)
 
 
 class _Sender:

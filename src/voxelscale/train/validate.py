@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from statistics import fmean
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 
 from voxelscale.classes import IGNORED
 from voxelscale.config import Config
-from voxelscale.device import upload
+from voxelscale.device import stream_of, upload
 from voxelscale.errors import VoxelscaleError
 from voxelscale.infer.labels import predict_labels
 from voxelscale.infer.sliding_window import Windows, WindowTooLarge
@@ -117,7 +116,7 @@ def side_stream(device: torch.device) -> AbstractContextManager[None]:
         return nullcontext()
     before = torch.cuda.Event()  # type: ignore[no-untyped-call]
     before.record(torch.cuda.current_stream(device))
-    return _on_stream(device, _stream_of(device), before)
+    return _on_stream(device, stream_of(device, 0), before)
 
 
 @contextmanager
@@ -129,12 +128,6 @@ def _on_stream(device: torch.device, stream: torch.cuda.Stream, before: torch.cu
             yield
     finally:
         stream.synchronize()
-
-
-@lru_cache
-def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    """The same for every validation: PyTorch keeps the memory that a stream has freed for it."""
-    return torch.cuda.Stream(device, priority=0)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, kw_only=True)
