@@ -28,7 +28,7 @@ from voxelscale.experiments.shares import Share, share_devices
 from voxelscale.scale import scale as command
 from voxelscale.scale import study as study_module
 from voxelscale.scale.cost import MODEL, StepCost
-from voxelscale.scale.study import Stop, Trial, TrialScore, plan, run_study, t_interval
+from voxelscale.scale.study import Stop, Trial, TrialScore, claim, plan, run_study, t_interval
 from voxelscale.scale.trials import real_ranks, train_trial
 from voxelscale.store import Store
 from voxelscale.train.log import read_events
@@ -150,6 +150,15 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert len(done) == 6
     with pytest.raises(VoxelscaleError, match="another config"):
         run_study(config("optim.lr=0.5"), tmp_path, counted)
+
+
+def test_a_study_is_of_one_store(tiny: Config, store: Store, tmp_path: Path) -> None:
+    """What was trained on another store is no result of this one."""
+    claim(tiny, tmp_path)  # a study of before its data was noted
+    claim(tiny, tmp_path, "another store's digest")
+    with pytest.raises(VoxelscaleError, match="another data"):
+        command.scale(tiny, store.path, tmp_path)
+    assert not (tmp_path / "steps").exists(), "it is refused before anything is measured"
 
 
 def test_progress_counts_the_samples_of_running_trainings(

@@ -29,7 +29,7 @@ from voxelscale.scale.cost import (
 )
 from voxelscale.scale.links import Link, parse_link
 from voxelscale.scale.report import write_results
-from voxelscale.scale.study import Row, Trial, plan, run_study
+from voxelscale.scale.study import Row, Trial, claim, plan, run_study
 from voxelscale.scale.trials import train_trial
 from voxelscale.store import Store
 from voxelscale.store.fingerprint import open_fold
@@ -46,7 +46,7 @@ def scale(config: Config, store_path: Path, out: Path) -> list[CostedRow]:
 
     Raises:
         VoxelscaleError: a training failed, no validation scan has a lesion, the cluster or interconnect is
-            unknown, or `out` holds another study.
+            unknown, or `out` holds a study of another config or store.
     """
     cluster = cluster_of(config.scale)
     network, notes = _network(config, cluster)
@@ -54,6 +54,7 @@ def scale(config: Config, store_path: Path, out: Path) -> list[CostedRow]:
     require_validation(store, config)
     trials = plan(config)
     _check_emulation(trials)
+    claim(config, out, str(store.fingerprint["digest"]))
     jobs = config.scale.jobs or _devices()
     train_one = partial(train_trial, store=store_path, shares=share_devices(jobs))
     # The parts of a step are timed first, while nothing else runs.

@@ -180,7 +180,7 @@ def run_study(config: Config, out: Path, train_one: TrainOne, jobs: int = 1) -> 
         KeyboardInterrupt: the trials then have saved and stopped, after a second one without saving.
     """
     trials = plan(config)
-    _claim(config, out)
+    claim(config, out)
     outcomes = {t: done for t in trials if (done := read_outcome(out, t)) is not None}
     left = [trial for trial in trials if trial not in outcomes]
     total = sum(trial.config.train.samples for trial in trials)
@@ -310,16 +310,24 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - reach, mean + reach
 
 
-def _claim(config: Config, out: Path) -> None:
-    """Note the study's config, or check that it is the one that `out` was started with."""
+def claim(config: Config, out: Path, data: str = "") -> None:
+    """Note the study's config and data, or check that they are those that `out` was started with.
+
+    Args:
+        data: digest of the store; "": not known.
+
+    Raises:
+        VoxelscaleError: they are others.
+    """
     path = out / "study.json"
-    now = _trained(config)
-    if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8"))["config"] != now:
-            hint = "choose another folder, or resume with the config that it was started with"
-            raise VoxelscaleError(f"{out}: holds a study of another config", hint)
-        return
-    write_atomic(path, json.dumps({"config": now}))
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    now = {"config": _trained(config), **({"data": data} if data else {})}
+    for what, fact in now.items():
+        if known.get(what, fact) != fact:
+            hint = f"choose another folder, or resume with the {what} that it was started with"
+            raise VoxelscaleError(f"{out}: holds a study of another {what}", hint)
+    if not now.items() <= known.items():
+        write_atomic(path, json.dumps({**known, **now}))
 
 
 def _trained(config: Config) -> str:
