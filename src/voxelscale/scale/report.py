@@ -107,8 +107,8 @@ def _point(finding: CostedRow) -> Point:
         dice_high=row.dice_high,
         seconds=finding.time.total,
         relative=row.relative,
-        relative_low=row.relative_low,
-        relative_high=row.relative_high,
+        relative_low=row.relative if row.relative_low is None else row.relative_low,
+        relative_high=row.relative if row.relative_high is None else row.relative_high,
     )
 
 
