@@ -102,8 +102,9 @@ def _network(config: Config, cluster: Cluster) -> tuple[Interconnect, list[str]]
         between = parse_link(cluster.between)
     within = parse_link(cluster.within)
     hidden, gpu = config.scale.hidden, _gpus() > 0
+    all_rails = replace(between, beta_bytes_per_second=cluster.rails * between.beta_bytes_per_second)
     network = Interconnect(
-        within=between if cluster.devices == 1 else within,
+        within=all_rails if cluster.devices == 1 else within,
         between=None if cluster.devices == 1 else between,
         per_node=cluster.devices,
         rails=cluster.rails,
@@ -114,6 +115,7 @@ def _network(config: Config, cluster: Cluster) -> tuple[Interconnect, list[str]]
     notes = [f"cluster: {cluster.title}; {cluster.source}", f"between nodes: {_in_words(between)}"]
     if cluster.devices > 1:
         notes.append(f"within a node of {cluster.devices}: {_in_words(within)}")
+    if cluster.devices > 1 or cluster.rails > 1:
         notes.append(f"{cluster.rails} network adapter{'s' * (cluster.rails > 1)} a node")
     share = f"{100 * network.hidden:.0f} % of communication and reading runs beside the arithmetic"
     rule = f"the rule for a {'GPU' if gpu else 'processor whose cores all compute'}"
