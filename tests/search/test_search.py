@@ -342,6 +342,32 @@ def test_several_objectives_have_a_front(store: Store, tiny: Config, tmp_path: P
     assert "Pareto" in (tmp_path / "out" / "search.html").read_text()
 
 
+@pytest.mark.parametrize("objectives", [("time",), ("dice", "time"), ("parameters", "dice")])
+def test_what_diverged_is_no_quick_or_small_trial(
+    store: Store, tiny: Config, tmp_path: Path, objectives: tuple[str, ...]
+) -> None:
+    """The sampler would take it for the best of its kind."""
+    space = {"optim.lr": {"categorical": [1e-3, 1e30]}}
+    config = searched(tiny, space, sampler="grid", samples=16, objectives=objectives)
+    train = Emulated(ending=lambda c: "diverged" if c.optim.used.lr > 1 else "finished")
+    results = search_emulated(config, store.path, tmp_path / "out", train)
+    assert [t.state for t in results.trials] == ["done", "diverged"]
+    told = {t.params["optim.lr"]: t.values for t in reopen(tmp_path / "out").study.get_trials()}
+    assert (told[1e-3] is None, told[1e30]) == (False, None)
+
+
+def test_a_high_dice_is_not_pruned_where_time_is_minimised(
+    store: Store, tiny: Config, tmp_path: Path
+) -> None:
+    space = {"optim.lr": {"categorical": [1e-9, 1e-8, 1e-2]}}
+    config = searched(
+        tiny, space, samples=2000, sampler="grid", pruner="asha", factor=5, objectives=("time",)
+    )
+    results = search_emulated(config, store.path, tmp_path / "out", Emulated())
+    assert [t.state for t in results.trials] == ["done"] * 3
+    assert [[samples for samples, _ in t.curve] for t in results.trials] == [[400, 2000]] * 3
+
+
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [

@@ -29,7 +29,7 @@ from voxelscale.search.lease import CONTINUES, EARLIER, Lease, end_trial, hand_o
 from voxelscale.search.place import Place
 from voxelscale.search.records import CURVE, ENDED, NOTE, OUTCOME
 from voxelscale.search.results import State
-from voxelscale.search.sampling import should_prune
+from voxelscale.search.sampling import only_dice, should_prune
 from voxelscale.search.storage import patiently
 
 
@@ -107,7 +107,7 @@ class Attempt:
         """Report a validation to the study; whether it finds the trial hopeless."""
         study, trial = self.search.study, self.trial
         try:
-            if len(self.search.config.search.objectives) > 1:  # for which Optuna takes no reports
+            if not only_dice(self.search.config.search):  # a Dice is no value of such a study
                 curve = [*trial.user_attrs.get(CURVE, []), [samples, dice]]
                 patiently(lambda: trial.set_user_attr(CURVE, curve))
                 return False
@@ -139,7 +139,8 @@ class Attempt:
         """End the trial in the study, and drop what only a next attempt would need.
 
         Samplers learn from all but what failed or was pruned: what diverged or cannot run has the worst
-        Dice. A trial that was taken over meanwhile is left as it is.
+        Dice. (With other objectives what diverged counts as pruned: it was quick, and is no good.) A trial
+        that was taken over meanwhile is left as it is.
 
         Args:
             limits: its constraints (`voxelscale.search.feasible.constraints`).
@@ -157,7 +158,8 @@ class Attempt:
         except UpdateFinishedTrialError:
             return
         values = {"dice": dice, "time": self._seconds(ended), "parameters": float(parameters)}
-        if state in ("failed", "pruned"):
+        useless = state == "diverged" and not only_dice(self.search.config.search)
+        if state in ("failed", "pruned") or useless:
             patiently(lambda: end_trial(study, trial.number, TrialState.PRUNED))
         else:
             wanted = [values[name] for name in self.search.config.search.objectives]
