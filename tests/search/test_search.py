@@ -123,6 +123,24 @@ def test_a_search_of_before_lists_what_is_now_left_to_the_optimiser(
         begin(now, store.path, tmp_path / "out")
 
 
+def test_what_is_to_be_tried_first_is_tried_when_there_are_trials_for_it(
+    store: Store, tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_verbosity(1)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "optim: {lr: 0.02}\nmodel: {filters: 2, residual: true}\ntrain: {samples: 9, ranks: 1}\n"
+    )
+    out, train = tmp_path / "out", Emulated()
+    for trials in (1, 2):  # with one there is none for it
+        config = searched(tiny, trials=trials, first=(str(mine),), samples=16)
+        results = search_emulated(config, store.path, out, train)
+    assert [t.state for t in results.trials] == ["done"] * 2
+    assert results.trials[1].params == {"optim.lr": 0.02, "model.filters": 2}
+    said = "mine.yaml: model.residual not searched: the values of the search's config are taken"
+    assert said in capsys.readouterr().err
+
+
 def test_a_warm_start_takes_comparable_trials_as_known(
     done: Path, store: Store, tiny: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:

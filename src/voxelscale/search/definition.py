@@ -21,7 +21,7 @@ from voxelscale.files import digest_of, write_atomic
 from voxelscale.search.records import IMPORTED, NOTE, OUTCOME, directions, read_results
 from voxelscale.search.results import TrialResult, Value
 from voxelscale.search.sampling import make_pruner, make_sampler, rungs
-from voxelscale.search.space import SECTIONS, Space, read_space
+from voxelscale.search.space import OURS, SECTIONS, Space, read_space
 from voxelscale.search.storage import open_storage
 from voxelscale.store import open_store
 from voxelscale.store.fingerprint import open_fold
@@ -265,14 +265,37 @@ def _queue_first(search: Search, data: str) -> None:
             point, moved = space.values_of(config)
             if moved:
                 notice(f"{where}: {', '.join(moved)} outside the space: the nearest value is tried first")
+            if left := _not_searched(search, config):
+                notice(
+                    f"{where}: {', '.join(left)} not searched: the values of the search's config are taken"
+                )
             points.append(point)
     if settings.warm_start:
         points += _warm_points(search, Path(settings.warm_start), data)
-    known = [t.system_attrs.get("fixed_params", t.params) for t in search.study.get_trials(deepcopy=False)]
+    # One that was dropped, as one too many, is tried where more are wanted now.
+    known = [
+        t.system_attrs.get("fixed_params", t.params)
+        for t in search.study.get_trials(deepcopy=False)
+        if t.state != TrialState.FAIL
+    ]
     for point in points:
         if point not in known:
             known.append(point)
             search.study.enqueue_trial(dict(point))
+
+
+def _not_searched(search: Search, config: Config) -> list[str]:
+    """Keys that another config has otherwise, and that its trial does not take from it."""
+    own, other = (to_dict(replace(one, optim=one.optim.settled())) for one in (search.config, config))
+    searched = {".".join(parameter.place) for parameter in search.space.parameters}
+    ours = searched | {*OURS, "train.samples", "train.ranks"}
+    keys = [
+        f"{section}.{key}"
+        for section in SECTIONS
+        for key in own[section]
+        if own[section][key] != other[section][key]
+    ]
+    return [key for key in keys if key not in ours]
 
 
 def _warm_points(search: Search, folder: Path, data: str) -> list[dict[str, Value]]:

@@ -16,7 +16,8 @@ from voxelscale.search.space import Space, keys_of
 
 OUTCOME, NOTE, ENDED, IMPORTED, COST, CURVE = "outcome", "note", "ended", "imported", "cost", "curve"
 """Attributes of a trial: how it ended (a `State`), in words, and when (seconds since the epoch); whether
-it comes from an earlier search; what it was thought to cost; where Dice is not the only objective, (samples, Dice)."""
+it comes from an earlier search; what it was thought to cost; (samples, Dice) where Dice is not the only
+objective."""
 
 MAXIMISED = {"dice": True, "time": False, "parameters": False}
 COUNTED: tuple[State, ...] = ("waiting", "running", "done", "pruned", "diverged", "failed")
