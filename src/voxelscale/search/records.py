@@ -64,6 +64,11 @@ def state_of(trial: FrozenTrial) -> State:
     return outcome
 
 
+def wanted(config: SearchConfig, space: Space) -> int:
+    """How many trials are wanted; a grid has as many as it has points."""
+    return len(space.grid()) if config.sampler == "grid" else config.trials
+
+
 def read_results(study: Study, config: Config, space: Space) -> SearchResults:
     """All that is known of a search by now."""
     search = config.search
@@ -75,7 +80,7 @@ def read_results(study: Study, config: Config, space: Space) -> SearchResults:
         maximise=tuple(MAXIMISED[name] for name in search.objectives),
         keys=keys,
         log=log,
-        target=search.trials,
+        target=wanted(search, space),
         sampler=search.sampler,
         pruner=search.pruner,
         trials=[_result(trials, trial, space) for trial in latest(trials)],
