@@ -96,6 +96,21 @@ def test_every_scan_is_predicted_by_a_model_that_has_not_seen_it(
     assert voxelscale("predict", best / "model.vxs", scans, tmp_path / "new")[0] == 0
 
 
+def test_all_folds_have_one_config(
+    scans: Path, settings: Path, folded: Path, tmp_path: Path, voxelscale: Command
+) -> None:
+    """Their predictions are evaluated as one cross-validation."""
+    config = load(settings, ["data.fold=0", "train.threads=3"])  # threads may differ
+    (tmp_path / "fold_0" / "run").mkdir(parents=True)
+    (tmp_path / "fold_0" / "run" / "config.yaml").write_text(dump(config))
+    for changed in ("model.filters=6", "predict.threshold=0.3"):
+        words = ("--folds", "1", "--config", settings, "--set", changed)
+        code, _, errors = voxelscale("cv", folded, scans, tmp_path, *words)
+        assert code == 2
+        assert f"fold_0/run: was started with {changed.partition('=')[0]}=" in errors
+        assert not (tmp_path / "fold_1").exists()
+
+
 def test_an_error_of_one_of_several_at_a_time_is_one_line(
     scans: Path, settings: Path, folded: Path, tmp_path: Path, voxelscale: Command
 ) -> None:
