@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,6 +176,7 @@ def strip_password(url: str) -> str:
     """A URL without its password: for files; libpq finds it in PGPASSWORD or ~/.pgpass."""
     scheme, sign, rest = url.partition("://")
     user, at, host = rest.rpartition("@")
+    host = re.sub(r"(?<=[?&])password=[^&]*&?", "", host).rstrip("?&")
     return f"{scheme}{sign}{user.partition(':')[0]}{at}{host}"
 
 
