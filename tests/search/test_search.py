@@ -23,8 +23,8 @@ from voxelscale.experiments.once import Training
 from voxelscale.search import worker
 from voxelscale.search.definition import begin, reopen
 from voxelscale.search.lease import LOSSES, hand_over
-from voxelscale.search.results import utilisation
 from voxelscale.search.storage import JOURNAL
+from voxelscale.search.timeline import utilisation
 from voxelscale.store import Store
 
 
