@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from voxelscale.console import count
-from voxelscale.pages.charts import number
+from voxelscale.pages.charts import duration, number
 from voxelscale.scale.cost import Scaling, TrainingTime
-from voxelscale.scale.figure import duration
 from voxelscale.scale.study import Row
 
 Verdict = Literal["kept", "not certain", "lost", "unknown"]
