@@ -81,7 +81,7 @@ class Attempt:
             config=config,
             store=self.search.store,
             run=self.folder,
-            threads=place.threads,
+            threads=place.threads(len(place.devices)),
             environment=place.environment,
             seconds=max(1.0, limit - self._seconds()) if limit else math.inf,
         )

@@ -24,7 +24,7 @@ from voxelscale.search.results import TrialResult, Value
 from voxelscale.search.sampling import make_pruner, make_sampler, rungs
 from voxelscale.search.space import OURS, SECTIONS, Space, read_space
 from voxelscale.search.storage import open_storage
-from voxelscale.store import open_store
+from voxelscale.store import Store, open_store
 from voxelscale.store.fingerprint import open_fold
 
 DEFINITION = "search.yaml"
@@ -47,20 +47,20 @@ class Search:
 
     Attributes:
         out: its folder.
-        store: what its trials train on; `spacing` (z, y, x) in mm.
+        store: what its trials train on.
         config: as defined; what is not searched is every trial's.
         space: what is searched.
         study: in the storage.
-        channels: of the store's images.
+        spacing: of the store's images, mm (z, y, x); `channels` is how many they have.
         classes: of its labels.
     """
 
     out: Path
     store: Path
-    spacing: Triple
     config: Config
     space: Space
     study: Study
+    spacing: Triple = (1.0, 1.0, 1.0)
     channels: int = 1
     classes: Classes = LESION
 
@@ -83,19 +83,15 @@ def begin(config: Config, store: Path, out: Path) -> Search:
     space = read_space(config)
     opened = open_fold(store, config.data.fold)
     _claim(config, out)
-    study = _open_study(config, out, str(opened.fingerprint["digest"]))
-    search = Search(
-        out=out,
-        store=store,
-        spacing=opened.spacing,
-        config=config,
-        space=space,
-        study=study,
-        channels=len(opened.channels),
-        classes=opened.classes,
-    )
-    _queue_first(search, opened.fingerprint["digest"])
+    digest = str(opened.fingerprint["digest"])
+    study = _open_study(config, out, digest)
+    search = _on(opened, Search(out=out, store=store, config=config, space=space, study=study))
+    _queue_first(search, digest)
     return search
+
+
+def _on(store: Store, search: Search) -> Search:
+    return replace(search, spacing=store.spacing, channels=len(store.channels), classes=store.classes)
 
 
 def reopen(out: Path, store: Path | None = None) -> Search:
@@ -113,19 +109,9 @@ def reopen(out: Path, store: Path | None = None) -> Search:
     config = load_stored(path)
     url = os.environ.get(STORAGE) or config.search.storage
     config = replace(config, search=replace(config.search, storage=url))
-    search = Search(
-        out=out,
-        store=store or Path(),
-        spacing=(1.0, 1.0, 1.0),
-        config=config,
-        space=read_space(config),
-        study=_open_study(config, out),
-    )
-    if store is None:
-        return search
-    opened = open_store(store)
-    channels, classes = len(opened.channels), opened.classes
-    return replace(search, spacing=opened.spacing, channels=channels, classes=classes)
+    study = _open_study(config, out)
+    search = Search(out=out, store=store or Path(), config=config, space=read_space(config), study=study)
+    return search if store is None else _on(open_store(store), search)
 
 
 def trial_config(search: Search, params: Mapping[str, Value], ranks: int) -> Config:

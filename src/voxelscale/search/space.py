@@ -32,6 +32,7 @@ from voxelscale.config.optim import OWN
 from voxelscale.config.renamed import new_name
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search.results import Value
+from voxelscale.suggest import meant, nearest_keys
 
 KINDS = ("int", "float", "categorical")
 OPTIONS = {
@@ -258,11 +259,8 @@ def _check_key(config: Config, key: str) -> None:
     tree = to_dict(config)
     section, _, name = new_name(str(key)).partition(".")
     if section not in SECTIONS or name not in tree.get(section, {}):
-        from difflib import get_close_matches
-
-        known = [f"{s}.{n}" for s in SECTIONS for n in tree[s]]
-        near = get_close_matches(str(key), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"keys of {', '.join(SECTIONS)} can be searched"
+        near = nearest_keys(str(key), [f"{s}.{n}" for s in SECTIONS for n in tree[s]])
+        hint = meant(near) if near else f"keys of {', '.join(SECTIONS)} can be searched"
         raise VoxelscaleError(f"search.space: unknown key {key}", hint)
     if key in OURS:
         raise VoxelscaleError(f"search.space: {key} cannot be searched", OURS[key])
