@@ -288,6 +288,21 @@ def test_hopeless_trials_are_pruned_at_their_rung(store: Store, tiny: Config, tm
     assert [[samples for samples, _ in t.curve] for t in results.trials] == [[400, 2000], [400], [400]]
 
 
+def test_what_has_spent_its_own_budget_is_done(store: Store, tiny: Config, tmp_path: Path) -> None:
+    """Where budgets are searched, the end of a short one may be a rung of the others."""
+    space = {"train.samples": {"categorical": [2000, 400]}, "optim.lr": {"categorical": [1e-2, 1e-9]}}
+    config = searched(tiny, space, samples=2000, sampler="grid", pruner="asha", factor=5)
+    train = Emulated(dice=lambda c: c.optim.used.lr * c.train.samples)
+    results = search_emulated(config, store.path, tmp_path / "out", train)
+    states = [(t.params["train.samples"], t.params["optim.lr"], t.state) for t in results.trials]
+    assert states == [
+        (2000, 1e-2, "done"),
+        (2000, 1e-9, "pruned"),
+        (400, 1e-2, "done"),
+        (400, 1e-9, "done"),
+    ]
+
+
 def test_a_trial_that_was_pruned_past_its_rung_is_not_asked_again(
     store: Store, tiny: Config, tmp_path: Path
 ) -> None:

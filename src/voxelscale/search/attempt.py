@@ -97,14 +97,18 @@ class Attempt:
             if mark is None or mark in reported or self.pruned:
                 return False
             reported.add(mark)
-            hopeless = self._report(mark, dice)
+            hopeless = self._report(mark, dice, whole=mark == marks[-1])
             self.pruned = hopeless and mark > passed  # an earlier attempt was let past the others
             return self.pruned
 
         return train(training, order, validated)
 
-    def _report(self, samples: int, dice: float) -> bool:
-        """Report a validation to the study; whether it finds the trial hopeless."""
+    def _report(self, samples: int, dice: float, *, whole: bool) -> bool:
+        """Report a validation to the study; whether it finds the trial hopeless.
+
+        Args:
+            whole: whether the trial's own budget is spent, so that nothing is left to prune.
+        """
         study, trial = self.search.study, self.trial
         try:
             if not only_dice(self.search.config.search):  # a Dice is no value of such a study
@@ -112,7 +116,7 @@ class Attempt:
                 patiently(lambda: trial.set_user_attr(CURVE, curve))
                 return False
             patiently(lambda: trial.report(dice, samples))
-            if samples >= self.search.samples:
+            if whole:
                 return False
             trials = study.get_trials(deepcopy=False)
             return should_prune(study, trials[trial.number], sorted(superseded(trials)))
