@@ -162,6 +162,20 @@ def test_a_study_is_of_one_store(tiny: Config, store: Store, tmp_path: Path) -> 
     assert not (tmp_path / "steps").exists(), "it is refused before anything is measured"
 
 
+@pytest.mark.parametrize(("words", "measured"), [((), True), (("--no-measure",), False)])
+def test_the_option_wins_over_the_config(
+    words: tuple[str, ...],
+    measured: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    voxelscale: Command,
+) -> None:
+    asked: list[Config] = []
+    monkeypatch.setattr(command, "scale", lambda config, *_: asked.append(config) or [])
+    assert voxelscale("scale", tmp_path, tmp_path, "--set", "scale.measure=true", *words)[0] == 0
+    assert asked[0].scale.measure is measured
+
+
 def test_recipes_of_the_same_settings_share_a_training(tmp_path: Path) -> None:
     """Two at a time in one folder would be in each other's way."""
     trained: list[Path] = []
