@@ -27,7 +27,7 @@ from voxelscale.experiments.once import Ending
 from voxelscale.experiments.shares import Share, share_devices
 from voxelscale.scale import scale as command
 from voxelscale.scale import study as study_module
-from voxelscale.scale.advice import verdict
+from voxelscale.scale.advice import CostedRow, verdict
 from voxelscale.scale.cost import MODEL, StepCost
 from voxelscale.scale.study import Stop, Trial, TrialScore, claim, plan, run_study, summarise, t_interval
 from voxelscale.scale.trials import real_ranks, train_trial
@@ -171,7 +171,12 @@ def test_the_option_wins_over_the_config(
     voxelscale: Command,
 ) -> None:
     asked: list[Config] = []
-    monkeypatch.setattr(command, "scale", lambda config, *_: asked.append(config) or [])
+
+    def ask(config: Config, *_: Path) -> list[CostedRow]:
+        asked.append(config)
+        return []
+
+    monkeypatch.setattr(command, "scale", ask)
     assert voxelscale("scale", tmp_path, tmp_path, "--set", "scale.measure=true", *words)[0] == 0
     assert asked[0].scale.measure is measured
 
