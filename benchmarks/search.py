@@ -47,10 +47,11 @@ from voxelscale.files import write_csv
 from voxelscale.phantom.dataset import write_phantoms
 from voxelscale.scale.study import t_interval
 from voxelscale.search.report import status_table
-from voxelscale.search.results import SearchResults, TrialResult, Value, utilisation
+from voxelscale.search.results import SearchResults, TrialResult, Value
 from voxelscale.search.sampling import make_pruner, make_sampler, rungs, should_prune
 from voxelscale.search.search import search
 from voxelscale.search.space import Space, read_space
+from voxelscale.search.timeline import utilisation
 from voxelscale.store.prepare import prepare
 from voxelscale.train.launch import start
 from voxelscale.train.log import read_events

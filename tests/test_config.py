@@ -66,6 +66,41 @@ def test_a_bad_file_is_named(tmp_path: Path, content: str) -> None:
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            "train: {samples: 9}\nmodel: {depth: 3}\ntrain: {batch_size: 4}\n",
+            "the key train is there twice",
+        ),
+        ("train:\n  samples: 9\n  samples: 5\n", "the key samples is there twice"),
+        ("train: {samples: 010}\n", "train.samples is '010'"),  # 8 in YAML 1.1
+        ("train: {samples: 1:30}\n", "train.samples is '1:30'"),  # 90
+        ("export: {codes: {a: [I9C, 162.30, b]}}\n", "export.codes"),  # the code 162.3
+        ("export: {codes: {a: [X, no, b]}}\n", "export.codes"),  # the code False
+    ],
+)
+def test_nothing_is_read_as_something_else(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(VoxelscaleError) as caught:
+        load(path)
+    assert said in caught.value.message
+
+
+def test_numbers_of_yaml() -> None:
+    sets = (
+        "train.samples=20_000",
+        "optim.lr=.5",
+        "augment.noise_std=1e-3",
+        "prepare.spacing=[1., 2, 1.5e+0]",
+    )
+    config = load(None, [*sets, "export.codes={a: [X, '0123', b], c: [SCT, 59820001, d], e: [X, 0123, f]}"])
+    assert (config.train.samples, config.optim.lr, config.augment.noise_std) == (20_000, 0.5, 1e-3)
+    assert config.prepare.spacing == (1.0, 2.0, 1.5)
+    assert [code[1] for code in config.export.codes.values()] == ["0123", 59820001, "0123"]
+
+
 @given(st.integers(1, 10**9), st.floats(1e-8, 10), st.sampled_from(["instance", "group", "none"]))
 def test_values_survive_yaml(samples: int, rate: float, norm: str) -> None:
     config = load(sets=[f"train.samples={samples}", f"optim.lr={rate}", f"model.norm={norm}"])

@@ -19,9 +19,11 @@ from tests.pages import Page
 from voxelscale.classes import Classes
 from voxelscale.config import Config, PredictConfig
 from voxelscale.dataset import DataSet
+from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.bootstrap import drawn
 from voxelscale.evaluate.evaluate import evaluate_folder
 from voxelscale.experiments.best import figures
+from voxelscale.experiments.best.best import _names
 from voxelscale.experiments.best.figures import choose
 from voxelscale.findings import write_findings
 from voxelscale.formats import write_scan
@@ -417,3 +419,11 @@ def test_other_folds_are_refused(tmp_path: Path, tiny: Config, voxelscale: Comma
     code, _, errors = voxelscale("best", a, b, of.path / "cases.csv", tmp_path / "best", *of.sets)
     assert code == 2
     assert "of other folds: c1 is in fold 1 of one, 2 of the other" in errors
+
+
+def test_configurations_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / exp / "small" / "cv" for exp in ("one", "two")]
+    assert _names(folders) == ["one/small/cv", "two/small/cv"]
+    assert _names([tmp_path / "a", tmp_path / "b" / "c"]) == ["a", "c"]
+    with pytest.raises(VoxelscaleError, match="named twice"):
+        _names([folders[0], folders[0]])

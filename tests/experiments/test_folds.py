@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from tests.train.runs import processes, seen_in
 
 from voxelscale.config import Config, dump, load
 from voxelscale.dataset import DataSet
+from voxelscale.experiments import at_once
+from voxelscale.experiments.at_once import run_at_once
+from voxelscale.experiments.once import INTERRUPTED
 from voxelscale.formats import read_label
 from voxelscale.model.bundle import read_bundle
 from voxelscale.store import open_store
@@ -96,6 +100,21 @@ def test_every_scan_is_predicted_by_a_model_that_has_not_seen_it(
     assert voxelscale("predict", best / "model.vxs", scans, tmp_path / "new")[0] == 0
 
 
+def test_all_folds_have_one_config(
+    scans: Path, settings: Path, folded: Path, tmp_path: Path, voxelscale: Command
+) -> None:
+    """Their predictions are evaluated as one cross-validation."""
+    config = load(settings, ["data.fold=0", "train.threads=3"])  # threads may differ
+    (tmp_path / "fold_0" / "run").mkdir(parents=True)
+    (tmp_path / "fold_0" / "run" / "config.yaml").write_text(dump(config))
+    for changed in ("model.filters=6", "predict.threshold=0.3"):
+        words = ("--folds", "1", "--config", settings, "--set", changed)
+        code, _, errors = voxelscale("cv", folded, scans, tmp_path, *words)
+        assert code == 2
+        assert f"fold_0/run: was started with {changed.partition('=')[0]}=" in errors
+        assert not (tmp_path / "fold_1").exists()
+
+
 def test_an_error_of_one_of_several_at_a_time_is_one_line(
     scans: Path, settings: Path, folded: Path, tmp_path: Path, voxelscale: Command
 ) -> None:
@@ -108,6 +127,24 @@ def test_an_error_of_one_of_several_at_a_time_is_one_line(
     assert told[0].startswith("error: fold 1: ")
     assert "Traceback" not in errors
     assert (tmp_path / "fold_0" / "run" / "model.vxs").is_file(), "the other one has gone on"
+
+
+def test_a_fold_that_another_has_stopped_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a batch system stops one process: what is left must not pass for a whole cross-validation."""
+
+    def begin(*facts: Any) -> Any:
+        *_, fold, share = facts
+        code = f"raise SystemExit({INTERRUPTED if fold else 0})"
+        process, errors = subprocess.Popen([sys.executable, "-c", code]), (tmp_path / "said").open("wb+")
+        return at_once._Running(fold=fold, share=share, process=process, errors=errors)
+
+    monkeypatch.setattr(at_once, "_begin", begin)
+    monkeypatch.setattr(at_once, "LOOK", 0.05)
+    data = DataSet(path=tmp_path, reading=Config().reading)
+    assert not run_at_once(Config(), tmp_path, data, tmp_path, [0, 1], jobs=2)
+    assert run_at_once(Config(), tmp_path, data, tmp_path, [0], jobs=2)
 
 
 def test_folds_at_a_time_are_stopped_and_go_on(

@@ -20,6 +20,7 @@ from torch.distributed import _compute_bucket_assignment_by_size  # type: ignore
 from voxelscale.config import Config, load
 from voxelscale.errors import VoxelscaleError
 from voxelscale.experiments.once import Training, TrainingResult
+from voxelscale.scale import scale as command
 from voxelscale.scale.clusters import CLUSTERS, cluster_of
 from voxelscale.scale.cost import (
     Budget,
@@ -341,6 +342,16 @@ def test_clusters_by_hand() -> None:
     assert cluster_of(load(None, ["scale.interconnect=infiniband-hdr"]).scale).between == "infiniband-hdr"
 
 
+def test_the_adapters_of_a_node_count_with_one_device_in_it() -> None:
+    seconds = []
+    for rails in (1, 4):
+        config = load(None, ["scale.interconnect=alpha=0us,beta=10GB/s", f"scale.rails={rails}"])
+        network, notes = command._network(config, cluster_of(config.scale))
+        assert ("4 network adapters a node" in notes) == (rails == 4)
+        seconds.append(all_reduce_seconds(network, 8, 1e9))
+    assert seconds == pytest.approx([2 * 7 / 8 / 10, 2 * 7 / 8 / 40])
+
+
 def test_a_fit_finds_the_link_again() -> None:
     sizes = [4**power for power in range(1, 14)]
     exact = [ring_seconds(LINKS["ethernet-10g"], 4, size) for size in sizes]
@@ -432,3 +443,5 @@ def test_the_budget_of_a_config(tiny: Config, store: Store) -> None:
     assert budget == Budget(
         samples=100, batch_size=2, micro_batches=3, validations=4, cases=len(store.split("val"))
     )
+    more = replace(train, validate_at=(10, 60, 100, 500))  # 60 and 100 are due anyway, 500 never
+    assert budget_of(replace(tiny, train=more), store).validations == 5

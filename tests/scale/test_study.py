@@ -27,8 +27,9 @@ from voxelscale.experiments.once import Ending
 from voxelscale.experiments.shares import Share, share_devices
 from voxelscale.scale import scale as command
 from voxelscale.scale import study as study_module
+from voxelscale.scale.advice import CostedRow, verdict
 from voxelscale.scale.cost import MODEL, StepCost
-from voxelscale.scale.study import Stop, Trial, TrialScore, plan, run_study, t_interval
+from voxelscale.scale.study import Stop, Trial, TrialScore, claim, plan, run_study, summarise, t_interval
 from voxelscale.scale.trials import real_ranks, train_trial
 from voxelscale.store import Store
 from voxelscale.train.log import read_events
@@ -150,6 +151,69 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert len(done) == 6
     with pytest.raises(VoxelscaleError, match="another config"):
         run_study(config("optim.lr=0.5"), tmp_path, counted)
+
+
+def test_a_study_is_of_one_store(tiny: Config, store: Store, tmp_path: Path) -> None:
+    """What was trained on another store is no result of this one."""
+    claim(tiny, tmp_path)  # a study of before its store was noted
+    claim(tiny, tmp_path, "another store's digest")
+    with pytest.raises(VoxelscaleError, match="another store"):
+        command.scale(tiny, store.path, tmp_path)
+    assert not (tmp_path / "steps").exists(), "it is refused before anything is measured"
+
+
+@pytest.mark.parametrize(("words", "measured"), [((), True), (("--no-measure",), False)])
+def test_the_option_wins_over_the_config(
+    words: tuple[str, ...],
+    measured: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    voxelscale: Command,
+) -> None:
+    asked: list[Config] = []
+
+    def ask(config: Config, *_: Path) -> list[CostedRow]:
+        asked.append(config)
+        return []
+
+    monkeypatch.setattr(command, "scale", ask)
+    assert voxelscale("scale", tmp_path, tmp_path, "--set", "scale.measure=true", *words)[0] == 0
+    assert asked[0].scale.measure is measured
+
+
+def test_recipes_of_the_same_settings_share_a_training(tmp_path: Path) -> None:
+    """Two at a time in one folder would be in each other's way."""
+    trained: list[Path] = []
+
+    def noted(trial: Trial, run: Path, stop: Stop) -> TrialScore:
+        trained.append(run)
+        return made_up(trial, run, stop)
+
+    study = config("scale.recipes=[unchanged, auto]", "scale.workers=[1, 2, 8]", "scale.seeds=[0]")
+    rows = run_study(study, tmp_path, noted, jobs=6)
+    assert len(trained) == len(set(trained)) == 4, "auto is another recipe from 8 workers on"
+    assert [(row.recipe, row.workers) for row in rows] == [
+        (r, w) for r in study.scale.recipes for w in (1, 2, 8)
+    ]
+    assert rows[0].dice == rows[3].dice
+
+
+def test_what_stands_there_twice_is_no_further_seed() -> None:
+    for twice in ("workers=[1, 1, 4]", "seeds=[0, 0]", "recipes=[muon, muon]"):
+        with pytest.raises(VoxelscaleError) as caught:
+            config(f"scale.{twice}")
+        assert "each once" in caught.value.hint
+
+
+def test_one_seed_left_to_compare_with_gives_no_interval() -> None:
+    """Where one worker has a Dice with one of two seeds only, nothing is certain."""
+    trials = plan(config("scale.recipes=[unchanged]"))
+    one, many = summarise(trials, [TrialScore(dice=d) for d in (0.5, 0.5, 0.0, 0.2)], 0.9)
+    assert [(row.workers, row.relative, row.relative_low) for row in (one, many)] == [
+        (1, 1, None),
+        (4, 1, None),
+    ]
+    assert verdict(many, 0.9) == "not certain"
 
 
 def test_progress_counts_the_samples_of_running_trainings(

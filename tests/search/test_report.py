@@ -13,10 +13,10 @@ from tests.pages import Page, checked
 
 from voxelscale.search import figures
 from voxelscale.search.report import status_table, write_report
-from voxelscale.search.results import SearchResults, State, Stretch, TrialResult, Value, utilisation
+from voxelscale.search.results import SearchResults, State, Stretch, TrialResult, Value
 from voxelscale.search.study import study_of
 from voxelscale.search.text import duration, param_text, value_range, value_text
-from voxelscale.search.timeline import busy_share, device_spans, period
+from voxelscale.search.timeline import busy_share, device_spans, period, utilisation
 
 NOW = 10_000.0
 KEYS = ("optim.name", "optim.lr", "optim.momentum", "model.depth", "data.patch_size", "augment.enabled")

@@ -23,8 +23,8 @@ from voxelscale.experiments.once import Training
 from voxelscale.search import worker
 from voxelscale.search.definition import begin, reopen
 from voxelscale.search.lease import LOSSES, hand_over
-from voxelscale.search.results import utilisation
 from voxelscale.search.storage import JOURNAL
+from voxelscale.search.timeline import utilisation
 from voxelscale.store import Store
 
 
@@ -123,6 +123,24 @@ def test_a_search_of_before_lists_what_is_now_left_to_the_optimiser(
         begin(now, store.path, tmp_path / "out")
 
 
+def test_what_is_to_be_tried_first_is_tried_when_there_are_trials_for_it(
+    store: Store, tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_verbosity(1)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "optim: {lr: 0.02}\nmodel: {filters: 2, residual: true}\ntrain: {samples: 9, ranks: 1}\n"
+    )
+    out, train = tmp_path / "out", Emulated()
+    for trials in (1, 2):  # with one there is none for it
+        config = searched(tiny, trials=trials, first=(str(mine),), samples=16)
+        results = search_emulated(config, store.path, out, train)
+    assert [t.state for t in results.trials] == ["done"] * 2
+    assert results.trials[1].params == {"optim.lr": 0.02, "model.filters": 2}
+    said = "mine.yaml: model.residual not searched: the values of the search's config are taken"
+    assert said in capsys.readouterr().err
+
+
 def test_a_warm_start_takes_comparable_trials_as_known(
     done: Path, store: Store, tiny: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,7 +222,7 @@ def test_a_grid_is_run_once_each(store: Store, tiny: Config, tmp_path: Path) -> 
     config = searched(tiny, space, sampler="grid", samples=8, workers=2)
     results = search_emulated(config, store.path, tmp_path / "out", Emulated())
     points = [json.dumps(dict(t.params)) for t in results.done]
-    assert len(points) == len(set(points)) == 4
+    assert len(points) == len(set(points)) == results.target == 4
 
 
 def test_a_trial_that_diverges_is_reported_and_learned_from(
@@ -268,6 +286,21 @@ def test_hopeless_trials_are_pruned_at_their_rung(store: Store, tiny: Config, tm
     results = search_emulated(config, store.path, tmp_path / "out", Emulated())
     assert [t.state for t in results.trials] == ["done", "pruned", "pruned"]
     assert [[samples for samples, _ in t.curve] for t in results.trials] == [[400, 2000], [400], [400]]
+
+
+def test_what_has_spent_its_own_budget_is_done(store: Store, tiny: Config, tmp_path: Path) -> None:
+    """Where budgets are searched, the end of a short one may be a rung of the others."""
+    space = {"train.samples": {"categorical": [2000, 400]}, "optim.lr": {"categorical": [1e-2, 1e-9]}}
+    config = searched(tiny, space, samples=2000, sampler="grid", pruner="asha", factor=5)
+    train = Emulated(dice=lambda c: c.optim.used.lr * c.train.samples)
+    results = search_emulated(config, store.path, tmp_path / "out", train)
+    states = [(t.params["train.samples"], t.params["optim.lr"], t.state) for t in results.trials]
+    assert states == [
+        (2000, 1e-2, "done"),
+        (2000, 1e-9, "pruned"),
+        (400, 1e-2, "done"),
+        (400, 1e-9, "done"),
+    ]
 
 
 def test_a_trial_that_was_pruned_past_its_rung_is_not_asked_again(
@@ -340,6 +373,32 @@ def test_several_objectives_have_a_front(store: Store, tiny: Config, tmp_path: P
     assert all(len(t.values) == 2 and t.values[1] > 100 for t in results.done)
     assert 1 <= len(results.front) <= 3
     assert "Pareto" in (tmp_path / "out" / "search.html").read_text()
+
+
+@pytest.mark.parametrize("objectives", [("time",), ("dice", "time"), ("parameters", "dice")])
+def test_what_diverged_is_no_quick_or_small_trial(
+    store: Store, tiny: Config, tmp_path: Path, objectives: tuple[str, ...]
+) -> None:
+    """The sampler would take it for the best of its kind."""
+    space = {"optim.lr": {"categorical": [1e-3, 1e30]}}
+    config = searched(tiny, space, sampler="grid", samples=16, objectives=objectives)
+    train = Emulated(ending=lambda c: "diverged" if c.optim.used.lr > 1 else "finished")
+    results = search_emulated(config, store.path, tmp_path / "out", train)
+    assert [t.state for t in results.trials] == ["done", "diverged"]
+    told = {t.params["optim.lr"]: t.values for t in reopen(tmp_path / "out").study.get_trials()}
+    assert (told[1e-3] is None, told[1e30]) == (False, None)
+
+
+def test_a_high_dice_is_not_pruned_where_time_is_minimised(
+    store: Store, tiny: Config, tmp_path: Path
+) -> None:
+    space = {"optim.lr": {"categorical": [1e-9, 1e-8, 1e-2]}}
+    config = searched(
+        tiny, space, samples=2000, sampler="grid", pruner="asha", factor=5, objectives=("time",)
+    )
+    results = search_emulated(config, store.path, tmp_path / "out", Emulated())
+    assert [t.state for t in results.trials] == ["done"] * 3
+    assert [[samples for samples, _ in t.curve] for t in results.trials] == [[400, 2000]] * 3
 
 
 @pytest.mark.parametrize(

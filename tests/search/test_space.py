@@ -65,6 +65,32 @@ def test_values_outside_the_space_are_moved_to_the_nearest_and_named() -> None:
     assert (found["optim.lr"], found["model.depth"], found["data.patch_size"]) == (1e-2, 4, 32)
 
 
+@pytest.mark.parametrize(
+    ("key", "choices", "found"),
+    [
+        ("augment.rotate_deg", [[0, 0, 0], [15, 15, 30]], "[15, 15, 30]"),
+        ("optim.lr", ["1e-3", "5e-3"], "5e-3"),
+        ("optim.weight_decay", [None, 0.5], None),
+        ("augment.strength", [0, 1, 2], 1),
+    ],
+)
+def test_the_config_is_found_however_its_value_is_written(key: str, choices: Any, found: Any) -> None:
+    config = replace(Config(), search=replace(Config().search, space={key: {"categorical": choices}}))
+    assert read_space(config).values_of(config) == ({key: found}, [])
+
+
+def test_null_is_no_number_of_the_space() -> None:
+    config = with_space({"predict.low_threshold": {"float": [0.1, 0.5], "step": "1e-1"}})
+    assert read_space(config).values_of(config) == (
+        {"predict.low_threshold": 0.1},
+        ["predict.low_threshold"],
+    )
+
+
+def test_a_grid_of_thousands_has_them_all() -> None:
+    assert len(read_space(with_space({"data.cases": {"int": [1, 2000]}})).grid()) == 2000
+
+
 def test_a_grid_has_every_point_once_and_no_inactive_values() -> None:
     space: dict[str, Any] = {
         "optim.name": {"categorical": ["adamw", "sgd"]},
@@ -182,6 +208,14 @@ def test_in_two_dimensions_a_patch_stays_flat() -> None:
         ({"optim.lr": {"float": [0.1, 1.0], "shape": [1, 1, 1]}}, ("shape", "float")),
         ({"data.patch_size": {"int": [16, 32], "shape": [1, 1]}}, ("shape", "z, y, x")),
         ({"train.ranks": {"int": [1, 4]}}, ("train.ranks up to 4", "devices")),
+        ({"model.depth": {"int": [2, 4], "step": 0}}, ("step 0", "whole number above 0")),
+        ({"model.depth": {"int": [2, 4], "step": 0.5}}, ("step 0.5", "whole number above 0")),
+        ({"augment.noise_std": {"float": [0, 0.1], "step": "wide"}}, ("step 'wide'", "number above 0")),
+        ({"augment.noise_std": {"float": [0, 0.1], "points": "all"}}, ("points 'all'", "whole number")),
+        ({"optim.weight_decay": {"float": [0, float("inf")]}}, ("inf", "[minimum, maximum]")),
+        ({"optim.lr": {"float": [1e-4, 1e-2], "log": "no"}}, ("log 'no'", "true or false")),
+        ({"optim.lr": {"float": [1e-4, 1e-2], "if": "optim.name"}}, ("if 'optim.name'", "if: {")),
+        ({"optim.step_at": {"int": [0, 1]}}, ("optim.step_at", "a list")),
         (
             {"optim.momentum": {"float": [0.8, 0.9], "if": {"optim.name": "sgd"}}},
             ("optim.name", "not searched"),

@@ -11,6 +11,7 @@ import optuna
 import pytest
 
 from voxelscale.errors import VoxelscaleError
+from voxelscale.search.definition import strip_password
 from voxelscale.search.storage import JOURNAL, masked, open_storage
 
 
@@ -112,3 +113,14 @@ def test_a_server_that_is_not_there_is_reported_without_the_password(tmp_path: P
 def test_passwords_are_masked() -> None:
     assert masked("postgresql://me:se:cr@host:5/db") == "postgresql://me:***@host:5/db"
     assert masked("postgresql://host/db") == "postgresql://host/db"
+    assert masked("postgresql://me:s@cret@host/db?password=secret") == (
+        "postgresql://me:***@host/db?password=***"
+    )
+
+
+def test_no_password_goes_into_a_file() -> None:
+    bare = "postgresql://me@host:5/db"
+    for url in (bare, "postgresql://me:s@cret@host:5/db", f"{bare}?password=secret"):
+        assert strip_password(url) == bare
+    more = "postgresql://host/db?user=me&password=secret&sslmode=require"
+    assert strip_password(more) == "postgresql://host/db?user=me&sslmode=require"

@@ -134,7 +134,9 @@ def scale(
     cluster: Annotated[
         str | None, typer.Option(help="reedbush-h, reedbush-l, dgx-a100, dgx-h100, ethernet or laptop.")
     ] = None,
-    measure: Annotated[bool, typer.Option(help="Measure the link between ranks here instead.")] = False,
+    measure: Annotated[
+        bool | None, typer.Option(help="Measure the link between ranks here instead.")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(help="Trainings at a time; 0: one per core or GPU.")] = None,
     config: ConfigFile = None,
     set_: Sets = None,
@@ -157,7 +159,7 @@ def scale(
 
     lists = {"workers": workers, "recipes": recipes, "seeds": seeds}
     sets = [f"scale.{key}=[{value}]" for key, value in lists.items() if value is not None]
-    single = {"cluster": cluster, "interconnect": interconnect, "jobs": jobs, "measure": measure or None}
+    single = {"cluster": cluster, "interconnect": interconnect, "jobs": jobs, "measure": measure}
     sets += [f"scale.{key}={value}" for key, value in single.items() if value is not None]
     findings = run_scale(read_config(config, [*(set_ or []), *sets]), store, out)
     print(table(findings))

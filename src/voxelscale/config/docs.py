@@ -48,9 +48,7 @@ def commented(config: Config) -> str:
     for section, values in tree.items():
         lines += [*_comment(docstrings()[section], ""), f"{section}:"]
         for key, value in values.items():
-            words = choices(f"{section}.{key}")
-            text = docstrings()[f"{section}.{key}"]
-            lines += _comment(f"{text} One of {', '.join(words)}." if words else text, "  ")
+            lines += _comment(_meaning(f"{section}.{key}"), "  ")
             lines.append(f"  {_yaml(key, value)}")
         lines.append("")
     return "\n".join(lines)
@@ -77,16 +75,20 @@ def markdown() -> str:
             "|---|---|---|",
         ]
         for key, value in values.items():
-            words = choices(f"{section}.{key}")
-            text = docstrings()[f"{section}.{key}"] + (f" One of {', '.join(words)}." if words else "")
             default = _yaml(key, value).removeprefix(f"{key}: ")
-            lines.append(f"| `{section}.{key}` | `{default}` | {text.replace('|', chr(92) + '|')} |")
+            text = _meaning(f"{section}.{key}").replace("|", chr(92) + "|")
+            lines.append(f"| `{section}.{key}` | `{default}` | {text} |")
     return "\n".join(lines) + "\n"
 
 
 def undocumented() -> list[str]:
     """Sections and keys without a docstring."""
     return [key for key in (*to_dict(Config()), *keys()) if not docstrings().get(key)]
+
+
+def _meaning(key: str) -> str:
+    words = choices(key)
+    return docstrings()[key] + (f" One of {', '.join(words)}." if words else "")
 
 
 def _yaml(key: str, value: object) -> str:

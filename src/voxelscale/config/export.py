@@ -25,12 +25,13 @@ class ExportConfig(Section):
     """Whether the one-page report of a case shows the patient's name, ID and birth date."""
 
     def rules(self) -> Sequence[Rule]:
-        wanted = "[scheme, value, meaning] of each class, at most 16, 16 and 64 characters"
+        wanted = "[scheme, value, meaning] of each class, in quotes, at most 16, 16 and 64 characters"
         return [("codes", all(map(_is_code, self.codes.values())), wanted)]
 
 
 def _is_code(value: object) -> bool:
-    if not isinstance(value, list | tuple) or len(value) != 3:
+    # What YAML takes for another number or for true is another code: 162.30 would be 162.3.
+    if not isinstance(value, list | tuple) or [type(w) in (str, int) for w in value] != [True] * 3:
         return False
     texts = [str(word).strip() for word in value]
     limits = (MOST_SCHEME, MOST_CODE, MOST_MEANING)

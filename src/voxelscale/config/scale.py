@@ -47,9 +47,8 @@ class ScaleConfig(Section):
 
     def rules(self) -> Sequence[Rule]:
         return [
-            ("workers", min(self.workers, default=0) >= 1, "at least one number, of 1 or more"),
-            ("recipes", len(self.recipes) >= 1, "at least one name"),
-            ("seeds", len(self.seeds) >= 1, "at least one number"),
+            *self.each_once("workers", "recipes", "seeds"),
+            ("workers", min(self.workers, default=0) >= 1, "numbers of 1 or more"),
             ("node_devices", self.node_devices is None or self.node_devices >= 1, "at least 1"),
             ("rails", self.rails is None or self.rails >= 1, "at least 1"),
             *self.at_least_0("seeds", "jobs", "price_per_hour", "watts"),

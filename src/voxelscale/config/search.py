@@ -63,10 +63,6 @@ class SearchConfig(Section):
             ("startup", self.startup >= 1, "at least 1"),
             ("rungs", self.rungs >= 1, "at least 1"),
             ("factor", self.factor >= 2, "at least 2"),
-            (
-                "objectives",
-                1 <= len(self.objectives) == len(set(self.objectives)),
-                "one or more, each once",
-            ),
+            *self.each_once("objectives"),
             ("lease_seconds", self.lease_seconds >= 3, "at least 3"),
         ]

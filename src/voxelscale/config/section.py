@@ -36,6 +36,11 @@ class Section:
             rules.append((key, 0 < low <= high, "minimum and maximum above 0, in this order"))
         return rules
 
+    def each_once(self, *keys: str) -> list[Rule]:
+        """Rules of lists: what stood there twice would count twice."""
+        lists = {key: getattr(self, key) for key in keys}
+        return [(key, 1 <= len(v) == len(set(v)), "one or more, each once") for key, v in lists.items()]
+
     def _numbers(self, key: str) -> Sequence[float]:
         value = getattr(self, key)
         if value is None:

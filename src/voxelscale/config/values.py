@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -13,15 +15,43 @@ import yaml
 from voxelscale.errors import VoxelscaleError
 from voxelscale.suggest import meant, nearest
 
+_NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
+}
+"""As in YAML 1.1, without octal and sexagesimal numbers."""
+
 
 class _Plain(yaml.SafeLoader):
-    """YAML without aliases, by which a kilobyte can stand for gigabytes."""
+    """YAML without what would be read as something else than is meant.
+
+    No aliases, by which a kilobyte can stand for gigabytes; no key twice, of which YAML's reader keeps the
+    last; and 010 and 1:30 are texts, not the numbers 8 and 90.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, form) for tag, form in forms if tag not in _NUMBERS]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuse an alias; construct anything else as usual."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it refers to another place (*), which is not supported")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """Refuse a key that is there twice; construct anything else as usual."""
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise yaml.YAMLError(f"the key {twice[0]} is there twice in one section")
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _form in _NUMBERS.items():
+    _Plain.add_implicit_resolver(_tag, _form, list("-+.0123456789"))
 
 
 _UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
@@ -35,9 +65,8 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise VoxelscaleError(f"{path}: no such file", "name an existing YAML file with --config") from None
     except (OSError, *_UNREADABLE) as error:
-        problem = str(error).splitlines()[0][:200]
         raise VoxelscaleError(
-            f"{path}: not readable as YAML: {problem}", "correct the file's syntax"
+            f"{path}: not readable as YAML: {_first_line(error)}", "correct the file's syntax"
         ) from None
     if tree is None:
         return {}
@@ -50,8 +79,14 @@ def parse(value: str, text: str) -> Any:
     """The value of ``--set text``."""
     try:
         return yaml.load(value, _Plain)  # noqa: S506 (a SafeLoader)
-    except _UNREADABLE:
-        raise VoxelscaleError(f"--set {text}: the value is not YAML", "quote the value") from None
+    except _UNREADABLE as error:
+        raise VoxelscaleError(
+            f"--set {text}: the value is not YAML: {_first_line(error)}", "quote the value"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
 
 
 def coerce(kind: Any, value: Any, where: str, path: str) -> Any:

@@ -88,6 +88,7 @@ def run_at_once(
     waiting, shares = list(folds), share_devices(jobs)
     running: list[_Running] = []
     faults: list[VoxelscaleError] = []
+    codes: list[int] = []
     samples = config.train.samples
 
     def seen() -> int:
@@ -99,7 +100,7 @@ def run_at_once(
                 while waiting and not faults and not shares.empty():
                     running.append(_begin(config, store, data, out, waiting.pop(0), shares.get()))
                 time.sleep(LOOK)
-                faults += _ended(running, shares)
+                faults += _ended(running, shares, codes)
                 names = ", ".join(str(one.fold) for one in running)
                 progress.update(seen(), f"training or predicting fold {names}" if names else "")
     except KeyboardInterrupt:
@@ -110,14 +111,15 @@ def run_at_once(
             one.process.kill()
     if faults:
         raise faults[0]
-    return True
+    return not any(codes)  # what else than this command has stopped one of them
 
 
-def _ended(running: list[_Running], shares: SimpleQueue[Share]) -> list[VoxelscaleError]:
-    """Take those that have ended off the list; their errors."""
+def _ended(running: list[_Running], shares: SimpleQueue[Share], codes: list[int]) -> list[VoxelscaleError]:
+    """Take those that have ended off the list and note their exit codes; their errors."""
     faults = []
     for one in [one for one in running if one.process.poll() is not None]:
         running.remove(one)
+        codes.append(one.process.returncode)
         shares.put(one.share)
         if (fault := one.fault()) is not None:
             faults.append(fault)

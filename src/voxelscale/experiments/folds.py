@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from voxelscale.config import Config
+from voxelscale.config import Config, load_stored
 from voxelscale.console import count, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import whole_folder, write_atomic
@@ -178,7 +178,12 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def check(config: Config, out: Path) -> None:
-    """Raise a VoxelscaleError where a config, or how the command was started, is not for several folds."""
+    """Raise a VoxelscaleError where a config, or how the command was started, is not for several folds.
+
+    Nor is a config other than that of the folds that are there: they are evaluated as one.
+    """
+    from voxelscale.train.launch import check_claim
+
     fill()
     if "RANK" in os.environ:
         hint = "start it alone, with train.ranks processes; or each fold as a job: --folds 0"
@@ -187,6 +192,9 @@ def check(config: Config, out: Path) -> None:
         raise VoxelscaleError(
             f"data.fold is {config.data.fold}, but cv trains each fold", "name them by --folds"
         )
+    for begun in out.glob("fold_*/run/config.yaml"):
+        fold = load_stored(begun).data.fold
+        check_claim(begun.parent, replace(config, data=replace(config.data, fold=fold)))
 
 
 def _unseen(store: Path, data: DataSet, fold: int) -> list[Source]:

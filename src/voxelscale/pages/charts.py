@@ -63,6 +63,14 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it: three digits in ms, s, min, h or d."""
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= size:
+            return f"{number(seconds / size)} {unit}"
+    return f"{number(1000 * seconds)} ms"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Panel:
     """One pair of axes and what is drawn in it.

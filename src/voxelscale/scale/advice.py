@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from voxelscale.console import count
-from voxelscale.pages.charts import number
+from voxelscale.pages.charts import duration, number
 from voxelscale.scale.cost import Scaling, TrainingTime
-from voxelscale.scale.figure import duration
 from voxelscale.scale.study import Row
 
 Verdict = Literal["kept", "not certain", "lost", "unknown"]
@@ -62,11 +61,12 @@ class Prices:
 
 def verdict(row: Row, target: float) -> Verdict:
     """Whether the share `target` of one worker's Dice is kept."""
-    if row.relative is None or row.relative_low is None:
+    if row.relative is None:
         return "unknown"
     if row.diverged or row.relative < target:
         return "lost"
-    return "kept" if row.seeds > 1 and row.relative_low >= target else "not certain"
+    certain = row.seeds > 1 and row.relative_low is not None and row.relative_low >= target
+    return "kept" if certain else "not certain"
 
 
 def best(findings: Sequence[CostedRow], target: float) -> CostedRow | None:

@@ -7,14 +7,12 @@ Dice itself.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from voxelscale.pages.charts import SERIES, Line, Panel, draw, number
-
-TARGET = 0.99
-"""Share of one worker's Dice that a recipe should keep."""
+from voxelscale.pages.charts import SERIES, Line, Panel, draw, duration
+from voxelscale.scale.advice import CostedRow
+from voxelscale.scale.study import Row
 
 SHIFT = 5.0
 """Points between the intervals of two recipes, so that they do not cover each other."""
@@ -32,64 +30,34 @@ TIMES = [
 """Seconds at which the axis of times may have ticks."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One recipe at one number of workers.
-
-    Attributes:
-        dice_mean, dice_low, dice_high: over seeds, with its interval's ends.
-        seconds: wall time of the training.
-        relative: `dice_mean` over that of one worker; None where that is 0 or was not trained.
-        relative_low, relative_high: its interval's ends; None: those of `dice_mean`, scaled as it is.
-        measured: whether `seconds` was measured with so many real ranks; else it is the model's.
-    """
-
-    recipe: str
-    workers: int
-    dice_mean: float
-    dice_low: float
-    dice_high: float
-    seconds: float
-    relative: float | None
-    relative_low: float | None = None
-    relative_high: float | None = None
-    measured: bool = False
-
-
-def scaling_figure(points: Iterable[Point], *, target: float = TARGET) -> str:
+def scaling_figure(findings: Sequence[CostedRow], target: float) -> str:
     """The panels of `scaling_panels` as an SVG file."""
     label = "Time of a training and its Dice against the number of workers"
-    return draw(scaling_panels(points, target=target), 954, 430, label, alone=True)
+    return draw(scaling_panels(findings, target), 954, 430, label, alone=True)
 
 
-def scaling_panels(points: Iterable[Point], *, target: float = TARGET) -> tuple[Panel, Panel]:
+def scaling_panels(findings: Sequence[CostedRow], target: float) -> tuple[Panel, Panel]:
     """Time against workers, and Dice relative to one worker (Dice itself where there is no relative one).
 
-    Times: dots were measured, rings are the model's, the broken line is the first recipe's fewest workers
-    scaled ideally (1/N). Dice: with its intervals and the broken line of the target.
+    Times: rings are the model's, the broken line is the first recipe's fewest workers scaled ideally (1/N).
+    Dice: with its intervals and the broken line of the target.
 
     Args:
         target: share of one worker's Dice.
     """
-    points = sorted(points, key=lambda point: point.workers)
-    relative = not points or any(point.relative is not None for point in points)
+    points = sorted(findings, key=lambda finding: finding.row.workers)
+    relative = not points or any(point.row.relative is not None for point in points)
     return _time_panel(points), (_relative_panel(points, target) if relative else _dice_panel(points))
 
 
-def _time_panel(points: Sequence[Point]) -> Panel:
-    lines = [
-        Line(name=name, points=[(p.workers, p.seconds) for p in mine], **_look(place))
-        for place, (name, mine) in enumerate(_recipes(points).items())
-    ]
-    for place, mine in enumerate(_recipes(points).values()):
-        for measured, mark in ((True, "o"), (False, "ring")):
-            times = [(p.workers, p.seconds) for p in mine if p.measured == measured]
-            if times:
-                colour = _look(place)["colour"]
-                lines.append(Line(name="", points=times, mark=mark, marks_only=True, colour=colour))
-    for measured, mark, name in ((True, "o", "time measured"), (False, "ring", "time modelled")):
-        if any(p.measured == measured for p in points):
-            lines.append(Line(name=name, mark=mark, marks_only=True, colour="soft"))
+def _time_panel(points: Sequence[CostedRow]) -> Panel:
+    times = {name: [(p.row.workers, p.time.total) for p in mine] for name, mine in _recipes(points).items()}
+    lines = [Line(name=name, points=own, **_look(place)) for place, (name, own) in enumerate(times.items())]
+    for place, own in enumerate(times.values()):
+        colour = _look(place)["colour"]
+        lines.append(Line(name="", points=own, mark="ring", marks_only=True, colour=colour))
+    if points:
+        lines.append(Line(name="time modelled", mark="ring", marks_only=True, colour="soft"))
     lines.append(Line(name="ideal time", points=_ideal(points), dashed=True, colour="soft"))
     ticks = _round_times([y for line in lines for _, y in line.points])
     return Panel(
@@ -103,17 +71,18 @@ def _time_panel(points: Sequence[Point]) -> Panel:
     )
 
 
-def _ideal(points: Sequence[Point]) -> list[tuple[float, float]]:
+def _ideal(points: Sequence[CostedRow]) -> list[tuple[float, float]]:
     if not points:
         return []
     first = next(iter(_recipes(points).values()))[0]
-    return [(n, first.seconds * first.workers / n) for n in (first.workers, points[-1].workers)]
+    fewest, most = first.row.workers, points[-1].row.workers
+    return [(n, first.time.total * fewest / n) for n in (fewest, most)]
 
 
-def _relative_panel(points: Sequence[Point], target: float) -> Panel:
+def _relative_panel(points: Sequence[CostedRow], target: float) -> Panel:
     """Dice over that of one worker in per cent, 100 % and the target always in sight."""
     axis = _worker_axis(points)
-    shown = [(p, p.relative, *_interval(p, p.relative)) for p in points if p.relative is not None]
+    shown = [(p, p.row.relative, *_interval(p.row)) for p in points if p.row.relative is not None]
     lines = _recipe_lines(points, shown)
     aim = [(at, target) for at in axis["x_range"]]
     return Panel(
@@ -125,9 +94,9 @@ def _relative_panel(points: Sequence[Point], target: float) -> Panel:
     )
 
 
-def _dice_panel(points: Sequence[Point]) -> Panel:
+def _dice_panel(points: Sequence[CostedRow]) -> Panel:
     """Dice itself, from 0 on."""
-    shown = [(p, p.dice_mean, max(p.dice_low, 0.0), p.dice_high) for p in points]
+    shown = [(p, p.row.dice, max(p.row.dice_low, 0.0), p.row.dice_high) for p in points]
     return Panel(
         title="Dice (relative to 1 worker: no value)",
         lines=_recipe_lines(points, shown),
@@ -136,21 +105,21 @@ def _dice_panel(points: Sequence[Point]) -> Panel:
     )
 
 
-Shown = tuple[Point, float, float, float]
+Shown = tuple[CostedRow, float, float, float]
 """A point, its value on the axis, and the ends of its interval."""
 
 
-def _recipe_lines(points: Sequence[Point], shown: Sequence[Shown]) -> list[Line]:
+def _recipe_lines(points: Sequence[CostedRow], shown: Sequence[Shown]) -> list[Line]:
     """A line for each recipe, side by side."""
     recipes = list(_recipes(points))
     lines = []
     for place, recipe in enumerate(recipes):
-        mine = [one for one in shown if one[0].recipe == recipe]
+        mine = [one for one in shown if one[0].row.recipe == recipe]
         lines.append(
             Line(
                 name=recipe,
-                points=[(p.workers, value) for p, value, _, _ in mine],
-                intervals=[(p.workers, low, high) for p, _, low, high in mine if high > low],
+                points=[(p.row.workers, value) for p, value, _, _ in mine],
+                intervals=[(p.row.workers, low, high) for p, _, low, high in mine if high > low],
                 mark="o",
                 shift=SHIFT * (place - (len(recipes) - 1) / 2),
                 **_look(place),
@@ -159,10 +128,10 @@ def _recipe_lines(points: Sequence[Point], shown: Sequence[Shown]) -> list[Line]
     return lines
 
 
-def _recipes(points: Sequence[Point]) -> dict[str, list[Point]]:
+def _recipes(points: Sequence[CostedRow]) -> dict[str, list[CostedRow]]:
     """Each recipe's points."""
-    names = dict.fromkeys(point.recipe for point in points)
-    return {name: [point for point in points if point.recipe == name] for name in names}
+    names = dict.fromkeys(point.row.recipe for point in points)
+    return {name: [point for point in points if point.row.recipe == name] for name in names}
 
 
 def _look(place: int) -> dict[str, Any]:
@@ -178,18 +147,16 @@ def _range(always: Sequence[float], shown: Sequence[Shown]) -> tuple[float, floa
     return low - pad, high + pad
 
 
-def _interval(point: Point, relative: float) -> tuple[float, float]:
+def _interval(row: Row) -> tuple[float, float]:
     """Where from and where to; no share of a Dice is below 0, whatever Student's t says."""
-    low, high = point.relative_low, point.relative_high
-    if low is None or high is None:
-        scale = relative / point.dice_mean if point.dice_mean else 0.0
-        low, high = scale * point.dice_low, scale * point.dice_high
-    return max(low, 0.0), high
+    if row.relative_low is None or row.relative_high is None:
+        return (row.relative or 0.0,) * 2
+    return max(row.relative_low, 0.0), row.relative_high
 
 
-def _worker_axis(points: Sequence[Point]) -> dict[str, Any]:
+def _worker_axis(points: Sequence[CostedRow]) -> dict[str, Any]:
     """A tick for each number of workers; if there are many, for those far enough apart."""
-    counts = sorted({float(point.workers) for point in points}) or [1.0]
+    counts = sorted({float(point.row.workers) for point in points}) or [1.0]
     spread = counts[-1] / counts[0]
     margin = spread**0.03 if spread > 1 else 2.0
     apart = spread ** (1 / 12)
@@ -209,14 +176,6 @@ def _round_times(seconds: Sequence[float]) -> list[float]:
     """The `TIMES` that enclose all."""
     first = bisect_right(TIMES, min(seconds, default=1.0)) - 1
     return TIMES[max(first, 0) : bisect_left(TIMES, max(seconds, default=10.0)) + 1]
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: three digits in ms, s, min, h or d."""
-    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
-        if seconds >= size:
-            return f"{number(seconds / size)} {unit}"
-    return f"{number(1000 * seconds)} ms"
 
 
 def _percent(share: float) -> str:

@@ -227,23 +227,23 @@ def fit_link(name: str, workers: int, sizes: Sequence[int], seconds: Sequence[fl
     Raises:
         VoxelscaleError: the times do not grow with the sizes.
     """
-    steps = 2 * (workers - 1)
-    rows = [(steps / t, steps / workers * n / t) for n, t in zip(sizes, seconds, strict=True)]
-    aa, ab, bb = (sum(r[i] * r[j] for r in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
-    a, b = sum(r[0] for r in rows), sum(r[1] for r in rows)
-    determinant = aa * bb - ab * ab
-    solvable = determinant > 1e-12 * aa * bb
-    alpha, inverse = (
-        ((a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant) if solvable else (0, 0)
-    )
-    if alpha < 0:
-        alpha, inverse = 0.0, b / bb
-    if inverse <= 0:
+    import numpy as np
+    from scipy.optimize import nnls
+
+    steps, t = 2 * (workers - 1), np.asarray(seconds)
+    rows = np.stack([steps / t, steps / workers * np.asarray(sizes) / t], axis=1)
+    scale = rows.max(axis=0)
+    (alpha, inverse), distance = nnls(rows / scale, np.ones(len(t)))
+    alpha, inverse = alpha / scale[0], inverse / scale[1]
+    if inverse <= 0 or len(set(sizes)) == 1:
         raise VoxelscaleError(
             f"{name}: measured all-reduces take no longer for more bytes",
             "measure again on a quieter machine",
         )
-    residual = math.sqrt(sum((alpha * p + inverse * q - 1) ** 2 for p, q in rows) / len(rows))
     return Link(
-        name=name, alpha_seconds=alpha, beta_bytes_per_second=1 / inverse, source=source, residual=residual
+        name=name,
+        alpha_seconds=float(alpha),
+        beta_bytes_per_second=float(1 / inverse),
+        source=source,
+        residual=float(distance / math.sqrt(len(t))),
     )

@@ -218,11 +218,17 @@ def _settled(config: Config, store: Store, device: torch.device) -> Config:
 def budget_of(config: Config, store: Store) -> Budget:
     """What `config` asks of a training on `store`."""
     train = config.train
+    every, end = train.validate_every, train.samples
+    marks = {
+        *(range(every, end, every) if every else ()),
+        *(m for m in train.validate_at if 0 < m < end),
+        end,
+    }
     return Budget(
         samples=train.samples,
         batch_size=train.batch_size,
         micro_batches=train.virtual_workers,
-        validations=math.ceil(train.samples / train.validate_every) if train.validate_every else 1,
+        validations=len(marks),
         cases=len(validation_cases(store, config)),
     )
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from voxelscale import __version__
 from voxelscale.files import write_atomic
-from voxelscale.pages.charts import number
+from voxelscale.pages.charts import duration, number
 from voxelscale.pages.page import cards, notes, plain_table, wide, write_page
 from voxelscale.scale.advice import CostedRow, Prices, advice, best, verdict
 from voxelscale.scale.cost import UpdateTime
-from voxelscale.scale.figure import Point, duration, scaling_figure
+from voxelscale.scale.figure import scaling_figure
 
 COLUMNS = (
     ("recipe", "recipe"),
@@ -91,25 +91,10 @@ def write_results(
     ]
     advised = advice(findings, target, prices)
     write_atomic(out / "scaling.json", json.dumps({**facts, "advice": advised, "rows": rows}, indent=1))
-    figure = scaling_figure([_point(f) for f in findings], target=target)
+    figure = scaling_figure(findings, target)
     write_atomic(out / "scaling.svg", figure)
     sections = [*_decision(findings, facts, target, prices), *_sections(findings, facts, figure)]
     write_page("Scaling study", sections, out / "scaling.html")
-
-
-def _point(finding: CostedRow) -> Point:
-    row = finding.row
-    return Point(
-        recipe=row.recipe,
-        workers=row.workers,
-        dice_mean=row.dice,
-        dice_low=row.dice_low,
-        dice_high=row.dice_high,
-        seconds=finding.time.total,
-        relative=row.relative,
-        relative_low=row.relative_low,
-        relative_high=row.relative_high,
-    )
 
 
 def _cells(finding: CostedRow) -> dict[str, str]:

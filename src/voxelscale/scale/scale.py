@@ -29,7 +29,7 @@ from voxelscale.scale.cost import (
 )
 from voxelscale.scale.links import Link, parse_link
 from voxelscale.scale.report import write_results
-from voxelscale.scale.study import Row, Trial, plan, run_study
+from voxelscale.scale.study import Row, Trial, claim, plan, run_study
 from voxelscale.scale.trials import train_trial
 from voxelscale.store import Store
 from voxelscale.store.fingerprint import open_fold
@@ -46,7 +46,7 @@ def scale(config: Config, store_path: Path, out: Path) -> list[CostedRow]:
 
     Raises:
         VoxelscaleError: a training failed, no validation scan has a lesion, the cluster or interconnect is
-            unknown, or `out` holds another study.
+            unknown, or `out` holds a study of another config or store.
     """
     cluster = cluster_of(config.scale)
     network, notes = _network(config, cluster)
@@ -54,6 +54,7 @@ def scale(config: Config, store_path: Path, out: Path) -> list[CostedRow]:
     require_validation(store, config)
     trials = plan(config)
     _check_emulation(trials)
+    claim(config, out, str(store.fingerprint["digest"]))
     jobs = config.scale.jobs or _devices()
     train_one = partial(train_trial, store=store_path, shares=share_devices(jobs))
     # The parts of a step are timed first, while nothing else runs.
@@ -101,8 +102,9 @@ def _network(config: Config, cluster: Cluster) -> tuple[Interconnect, list[str]]
         between = parse_link(cluster.between)
     within = parse_link(cluster.within)
     hidden, gpu = config.scale.hidden, _gpus() > 0
+    all_rails = replace(between, beta_bytes_per_second=cluster.rails * between.beta_bytes_per_second)
     network = Interconnect(
-        within=between if cluster.devices == 1 else within,
+        within=all_rails if cluster.devices == 1 else within,
         between=None if cluster.devices == 1 else between,
         per_node=cluster.devices,
         rails=cluster.rails,
@@ -113,6 +115,7 @@ def _network(config: Config, cluster: Cluster) -> tuple[Interconnect, list[str]]
     notes = [f"cluster: {cluster.title}; {cluster.source}", f"between nodes: {_in_words(between)}"]
     if cluster.devices > 1:
         notes.append(f"within a node of {cluster.devices}: {_in_words(within)}")
+    if cluster.devices > 1 or cluster.rails > 1:
         notes.append(f"{cluster.rails} network adapter{'s' * (cluster.rails > 1)} a node")
     share = f"{100 * network.hidden:.0f} % of communication and reading runs beside the arithmetic"
     rule = f"the rule for a {'GPU' if gpu else 'processor whose cores all compute'}"

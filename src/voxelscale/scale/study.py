@@ -112,8 +112,9 @@ class Row:
         recipe, workers, global_batch, updates, learning_rate: what they have in common.
         seeds: how many trials.
         dice: their mean; `dice_low`, `dice_high`: 95 % interval by Student's t over seeds.
-        relative: mean over seeds of the Dice over that of one worker with the first recipe, same seed;
-            with `relative_low`, `relative_high`.
+        relative: mean over seeds of the Dice over that of one worker with the first recipe, same seed,
+            where that is above 0; with `relative_low`, `relative_high`, which are None where one of
+            several seeds has such a Dice.
         relative_own: the same over one worker with this recipe; None where there is none.
         samples_to_target: mean over seeds of the samples after which the validation Dice first was at
             or above the target; None where a seed never was.
@@ -180,28 +181,31 @@ def run_study(config: Config, out: Path, train_one: TrainOne, jobs: int = 1) -> 
         KeyboardInterrupt: the trials then have saved and stopped, after a second one without saving.
     """
     trials = plan(config)
-    _claim(config, out)
-    outcomes = {t: done for t in trials if (done := read_outcome(out, t)) is not None}
-    left = [trial for trial in trials if trial not in outcomes]
-    total = sum(trial.config.train.samples for trial in trials)
+    claim(config, out)
+    each: dict[str, Trial] = {}
+    for trial in trials:
+        each.setdefault(trial.name, trial)  # recipes of the same settings share a training
+    outcomes = {name: done for name, t in each.items() if (done := read_outcome(out, t)) is not None}
+    left = [trial for name, trial in each.items() if name not in outcomes]
+    total = sum(trial.config.train.samples for trial in each.values())
 
     def seen() -> int:
-        return total - sum(t.config.train.samples - _seen(out, t) for t in left if t not in outcomes)
+        return total - sum(t.config.train.samples - _seen(out, t) for t in left if t.name not in outcomes)
 
     with Progress("scale", total, done=seen(), rate=False) as progress:
         note = ""
 
         def show() -> None:
-            done = f"samples; {len(outcomes)} of {count(len(trials), 'training')} done"
+            done = f"samples; {len(outcomes)} of {count(len(each), 'training')} done"
             progress.update(seen(), "; ".join(filter(None, (done, note))))
 
         for trial, outcome in _in_parallel(left, out, train_one, jobs, show):
             write_outcome(out, trial, outcome)
-            outcomes[trial] = outcome
+            outcomes[trial.name] = outcome
             workers = count(trial.workers, "worker")
             note = f"{trial.recipe}, {workers}, seed {trial.seed}: Dice {outcome.dice:.3f}"
             show()
-    return summarise(trials, [outcomes[trial] for trial in trials], config.scale.target)
+    return summarise(trials, [outcomes[trial.name] for trial in trials], config.scale.target)
 
 
 def _seen(out: Path, trial: Trial) -> int:
@@ -278,7 +282,9 @@ def _row(
     reached = [next((seen for seen, score in o.curve if score >= aim), None) for o in outcomes]
     known = [seen for seen in reached if seen is not None]
     low, high = t_interval(scores)
-    relative_low, relative_high = t_interval(relative) if relative else (None, None)
+    # Of several seeds one may be left that has a Dice to compare with: that says nothing of the others.
+    certain = len(relative) > 1 or len(relative) == len(group)
+    relative_low, relative_high = t_interval(relative) if certain else (None, None)
     return Row(
         recipe=trial.recipe,
         workers=trial.workers,
@@ -310,16 +316,24 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - reach, mean + reach
 
 
-def _claim(config: Config, out: Path) -> None:
-    """Note the study's config, or check that it is the one that `out` was started with."""
+def claim(config: Config, out: Path, data: str = "") -> None:
+    """Note the study's config and store, or check that they are those that `out` was started with.
+
+    Args:
+        data: the store's digest; "": not known.
+
+    Raises:
+        VoxelscaleError: they are others.
+    """
     path = out / "study.json"
-    now = _trained(config)
-    if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8"))["config"] != now:
-            hint = "choose another folder, or resume with the config that it was started with"
-            raise VoxelscaleError(f"{out}: holds a study of another config", hint)
-        return
-    write_atomic(path, json.dumps({"config": now}))
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    now = {"config": _trained(config), **({"store": data} if data else {})}
+    for what, fact in now.items():
+        if known.get(what, fact) != fact:
+            hint = f"choose another folder, or resume with the {what} that it was started with"
+            raise VoxelscaleError(f"{out}: holds a study of another {what}", hint)
+    if not now.items() <= known.items():
+        write_atomic(path, json.dumps({**known, **now}))
 
 
 def _trained(config: Config) -> str:

@@ -29,7 +29,7 @@ from voxelscale.search.lease import CONTINUES, EARLIER, Lease, end_trial, hand_o
 from voxelscale.search.place import Place
 from voxelscale.search.records import CURVE, ENDED, NOTE, OUTCOME
 from voxelscale.search.results import State
-from voxelscale.search.sampling import should_prune
+from voxelscale.search.sampling import only_dice, should_prune
 from voxelscale.search.storage import patiently
 
 
@@ -81,7 +81,7 @@ class Attempt:
             config=config,
             store=self.search.store,
             run=self.folder,
-            threads=place.threads,
+            threads=place.threads(len(place.devices)),
             environment=place.environment,
             seconds=max(1.0, limit - self._seconds()) if limit else math.inf,
         )
@@ -97,22 +97,26 @@ class Attempt:
             if mark is None or mark in reported or self.pruned:
                 return False
             reported.add(mark)
-            hopeless = self._report(mark, dice)
+            hopeless = self._report(mark, dice, whole=mark == marks[-1])
             self.pruned = hopeless and mark > passed  # an earlier attempt was let past the others
             return self.pruned
 
         return train(training, order, validated)
 
-    def _report(self, samples: int, dice: float) -> bool:
-        """Report a validation to the study; whether it finds the trial hopeless."""
+    def _report(self, samples: int, dice: float, *, whole: bool) -> bool:
+        """Report a validation to the study; whether it finds the trial hopeless.
+
+        Args:
+            whole: whether the trial's own budget is spent, so that nothing is left to prune.
+        """
         study, trial = self.search.study, self.trial
         try:
-            if len(self.search.config.search.objectives) > 1:  # for which Optuna takes no reports
+            if not only_dice(self.search.config.search):  # a Dice is no value of such a study
                 curve = [*trial.user_attrs.get(CURVE, []), [samples, dice]]
                 patiently(lambda: trial.set_user_attr(CURVE, curve))
                 return False
             patiently(lambda: trial.report(dice, samples))
-            if samples >= self.search.samples:
+            if whole:
                 return False
             trials = study.get_trials(deepcopy=False)
             return should_prune(study, trials[trial.number], sorted(superseded(trials)))
@@ -139,7 +143,8 @@ class Attempt:
         """End the trial in the study, and drop what only a next attempt would need.
 
         Samplers learn from all but what failed or was pruned: what diverged or cannot run has the worst
-        Dice. A trial that was taken over meanwhile is left as it is.
+        Dice. (With other objectives what diverged counts as pruned: it was quick, and is no good.) A trial
+        that was taken over meanwhile is left as it is.
 
         Args:
             limits: its constraints (`voxelscale.search.feasible.constraints`).
@@ -157,7 +162,8 @@ class Attempt:
         except UpdateFinishedTrialError:
             return
         values = {"dice": dice, "time": self._seconds(ended), "parameters": float(parameters)}
-        if state in ("failed", "pruned"):
+        useless = state == "diverged" and not only_dice(self.search.config.search)
+        if state in ("failed", "pruned") or useless:
             patiently(lambda: end_trial(study, trial.number, TrialState.PRUNED))
         else:
             wanted = [values[name] for name in self.search.config.search.objectives]

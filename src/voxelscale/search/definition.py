@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,9 @@ from voxelscale.files import digest_of, write_atomic
 from voxelscale.search.records import IMPORTED, NOTE, OUTCOME, directions, read_results
 from voxelscale.search.results import TrialResult, Value
 from voxelscale.search.sampling import make_pruner, make_sampler, rungs
-from voxelscale.search.space import SECTIONS, Space, read_space
+from voxelscale.search.space import OURS, SECTIONS, Space, read_space
 from voxelscale.search.storage import open_storage
-from voxelscale.store import open_store
+from voxelscale.store import Store, open_store
 from voxelscale.store.fingerprint import open_fold
 
 DEFINITION = "search.yaml"
@@ -46,20 +47,20 @@ class Search:
 
     Attributes:
         out: its folder.
-        store: what its trials train on; `spacing` (z, y, x) in mm.
+        store: what its trials train on.
         config: as defined; what is not searched is every trial's.
         space: what is searched.
         study: in the storage.
-        channels: of the store's images.
+        spacing: of the store's images, mm (z, y, x); `channels` is how many they have.
         classes: of its labels.
     """
 
     out: Path
     store: Path
-    spacing: Triple
     config: Config
     space: Space
     study: Study
+    spacing: Triple = (1.0, 1.0, 1.0)
     channels: int = 1
     classes: Classes = LESION
 
@@ -82,19 +83,15 @@ def begin(config: Config, store: Path, out: Path) -> Search:
     space = read_space(config)
     opened = open_fold(store, config.data.fold)
     _claim(config, out)
-    study = _open_study(config, out, str(opened.fingerprint["digest"]))
-    search = Search(
-        out=out,
-        store=store,
-        spacing=opened.spacing,
-        config=config,
-        space=space,
-        study=study,
-        channels=len(opened.channels),
-        classes=opened.classes,
-    )
-    _queue_first(search, opened.fingerprint["digest"])
+    digest = str(opened.fingerprint["digest"])
+    study = _open_study(config, out, digest)
+    search = _on(opened, Search(out=out, store=store, config=config, space=space, study=study))
+    _queue_first(search, digest)
     return search
+
+
+def _on(store: Store, search: Search) -> Search:
+    return replace(search, spacing=store.spacing, channels=len(store.channels), classes=store.classes)
 
 
 def reopen(out: Path, store: Path | None = None) -> Search:
@@ -112,19 +109,9 @@ def reopen(out: Path, store: Path | None = None) -> Search:
     config = load_stored(path)
     url = os.environ.get(STORAGE) or config.search.storage
     config = replace(config, search=replace(config.search, storage=url))
-    search = Search(
-        out=out,
-        store=store or Path(),
-        spacing=(1.0, 1.0, 1.0),
-        config=config,
-        space=read_space(config),
-        study=_open_study(config, out),
-    )
-    if store is None:
-        return search
-    opened = open_store(store)
-    channels, classes = len(opened.channels), opened.classes
-    return replace(search, spacing=opened.spacing, channels=channels, classes=classes)
+    study = _open_study(config, out)
+    search = Search(out=out, store=store or Path(), config=config, space=read_space(config), study=study)
+    return search if store is None else _on(open_store(store), search)
 
 
 def trial_config(search: Search, params: Mapping[str, Value], ranks: int) -> Config:
@@ -175,6 +162,7 @@ def strip_password(url: str) -> str:
     """A URL without its password: for files; libpq finds it in PGPASSWORD or ~/.pgpass."""
     scheme, sign, rest = url.partition("://")
     user, at, host = rest.rpartition("@")
+    host = re.sub(r"(?<=[?&])password=[^&]*&?", "", host).rstrip("?&")
     return f"{scheme}{sign}{user.partition(':')[0]}{at}{host}"
 
 
@@ -265,14 +253,37 @@ def _queue_first(search: Search, data: str) -> None:
             point, moved = space.values_of(config)
             if moved:
                 notice(f"{where}: {', '.join(moved)} outside the space: the nearest value is tried first")
+            if left := _not_searched(search, config):
+                notice(
+                    f"{where}: {', '.join(left)} not searched: the values of the search's config are taken"
+                )
             points.append(point)
     if settings.warm_start:
         points += _warm_points(search, Path(settings.warm_start), data)
-    known = [t.system_attrs.get("fixed_params", t.params) for t in search.study.get_trials(deepcopy=False)]
+    # One that was dropped, as one too many, is tried where more are wanted now.
+    known = [
+        t.system_attrs.get("fixed_params", t.params)
+        for t in search.study.get_trials(deepcopy=False)
+        if t.state != TrialState.FAIL
+    ]
     for point in points:
         if point not in known:
             known.append(point)
             search.study.enqueue_trial(dict(point))
+
+
+def _not_searched(search: Search, config: Config) -> list[str]:
+    """Keys that another config has otherwise, and that its trial does not take from it."""
+    own, other = (to_dict(replace(one, optim=one.optim.settled())) for one in (search.config, config))
+    searched = {".".join(parameter.place) for parameter in search.space.parameters}
+    ours = searched | {*OURS, "train.samples", "train.ranks"}
+    keys = [
+        f"{section}.{key}"
+        for section in SECTIONS
+        for key in own[section]
+        if own[section][key] != other[section][key]
+    ]
+    return [key for key in keys if key not in ours]
 
 
 def _warm_points(search: Search, folder: Path, data: str) -> list[dict[str, Value]]:

@@ -9,36 +9,23 @@ from dataclasses import dataclass
 
 from voxelscale.config import SearchConfig
 from voxelscale.errors import VoxelscaleError
+from voxelscale.experiments.shares import Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Place(Share):
     """Where a worker works.
 
     Attributes:
         devices: names of its devices, as ``0``; a trial has one rank on each.
-        cuda: whether they are GPUs, by ``CUDA_VISIBLE_DEVICES``.
-        sharers: workers on this machine, which share its cores and memory.
     """
 
     devices: tuple[str, ...]
-    cuda: bool
-    sharers: int
 
     @property
     def kind(self) -> str:
         """Of its devices, as PyTorch names it."""
-        return "cuda" if self.cuda else "cpu"
-
-    @property
-    def threads(self) -> int:
-        """CPU threads of each rank."""
-        return max(1, (os.cpu_count() or 1) // (self.sharers * len(self.devices)))
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """For trainings: which devices they see."""
-        return {"CUDA_VISIBLE_DEVICES": ",".join(self.devices)} if self.cuda else {}
+        return "cuda" if self.gpus else "cpu"
 
     def available_memory(self, limit_gib: float = 0.0) -> int:
         """Bytes that a trial may take on each device.
@@ -48,7 +35,7 @@ class Place:
         """
         if limit_gib:
             return int(limit_gib * 2**30)
-        if self.cuda:
+        if self.gpus:
             # In a process of its own: asking creates a context, which would hold memory for ever.
             code = "import torch; print(torch.cuda.mem_get_info()[0])"
             asked = subprocess.run(
@@ -78,7 +65,7 @@ def plan_places(search: SearchConfig) -> list[Place]:
     if not gpus:
         count = search.workers or 1
         devices = tuple(str(device) for device in range(each))
-        return [Place(devices=devices, cuda=False, sharers=count)] * count
+        return [Place(devices=devices, sharers=count)] * count
     count = search.workers or len(gpus) // each
     if count < 1 or count * each > len(gpus):
         raise VoxelscaleError(
@@ -86,4 +73,4 @@ def plan_places(search: SearchConfig) -> list[Place]:
             "lower search.workers or search.devices_per_trial",
         )
     groups = [tuple(gpus[place * each : (place + 1) * each]) for place in range(count)]
-    return [Place(devices=group, cuda=True, sharers=count) for group in groups]
+    return [Place(devices=group, gpus=group, sharers=count) for group in groups]

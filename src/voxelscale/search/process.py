@@ -75,7 +75,7 @@ def _main(parent: int, facts: dict[str, Any]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ask)
-    place = Place(devices=tuple(facts["devices"]), cuda=facts["cuda"], sharers=facts["sharers"])
+    place = Place(devices=tuple(facts["devices"]), gpus=tuple(facts["gpus"]), sharers=facts["sharers"])
     try:
         search = reopen(Path(facts["out"]), Path(facts["store"]))
         Worker(search, place, lambda: asked or os.getppid() != parent).go()

@@ -16,7 +16,8 @@ from voxelscale.search.space import Space, keys_of
 
 OUTCOME, NOTE, ENDED, IMPORTED, COST, CURVE = "outcome", "note", "ended", "imported", "cost", "curve"
 """Attributes of a trial: how it ended (a `State`), in words, and when (seconds since the epoch); whether
-it comes from an earlier search; what it was thought to cost; with several objectives, (samples, Dice)."""
+it comes from an earlier search; what it was thought to cost; (samples, Dice) where Dice is not the only
+objective."""
 
 MAXIMISED = {"dice": True, "time": False, "parameters": False}
 COUNTED: tuple[State, ...] = ("waiting", "running", "done", "pruned", "diverged", "failed")
@@ -63,6 +64,11 @@ def state_of(trial: FrozenTrial) -> State:
     return outcome
 
 
+def wanted(config: SearchConfig, space: Space) -> int:
+    """How many trials are wanted; a grid has as many as it has points."""
+    return len(space.grid()) if config.sampler == "grid" else config.trials
+
+
 def read_results(study: Study, config: Config, space: Space) -> SearchResults:
     """All that is known of a search by now."""
     search = config.search
@@ -74,7 +80,7 @@ def read_results(study: Study, config: Config, space: Space) -> SearchResults:
         maximise=tuple(MAXIMISED[name] for name in search.objectives),
         keys=keys,
         log=log,
-        target=search.trials,
+        target=wanted(search, space),
         sampler=search.sampler,
         pruner=search.pruner,
         trials=[_result(trials, trial, space) for trial in latest(trials)],

@@ -13,10 +13,10 @@ from voxelscale.console import count
 from voxelscale.pages.page import cards, plain_table, sortable_table, write_page
 from voxelscale.pages.plots import plot, scripts
 from voxelscale.search import figures
-from voxelscale.search.results import SearchResults, TrialResult, Value, utilisation
+from voxelscale.search.results import SearchResults, TrialResult, Value
 from voxelscale.search.study import study_of
 from voxelscale.search.text import STATES, axis_label, duration, label, param_text, score, value_text
-from voxelscale.search.timeline import device_spans, period
+from voxelscale.search.timeline import device_spans, period, utilisation
 
 STYLE = """
 .pair, .slices { display: grid; gap: 14px; }

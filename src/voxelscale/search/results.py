@@ -109,17 +109,3 @@ class SearchResults:
             )
 
         return [trial for trial in self.done if not beaten(trial)]
-
-
-def utilisation(results: SearchResults, now: float) -> float:
-    """Share of the devices' time, from each one's first to its last moment of work, in which it worked.
-
-    Devices still at work count until `now`. 0 where nothing has been done.
-    """
-    spans: dict[str, list[tuple[float, float]]] = {}
-    for trial in results.trials:
-        for stretch in trial.stretches:
-            for device in stretch.devices:
-                spans.setdefault(device, []).append((stretch.begun, stretch.ended or now))
-    whole = sum(max(e for _, e in span) - min(b for b, _ in span) for span in spans.values())
-    return sum(e - b for span in spans.values() for b, e in span) / whole if whole > 0 else 0.0

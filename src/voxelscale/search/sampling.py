@@ -49,10 +49,15 @@ def rungs(config: SearchConfig, samples: int) -> list[int]:
     return sorted(step for step in steps if step >= 1)
 
 
+def only_dice(config: SearchConfig) -> bool:
+    """Whether Dice is all that counts, so that a validation's Dice says how good a trial is."""
+    return config.objectives == ("dice",)
+
+
 def make_pruner(config: SearchConfig, samples: int) -> BasePruner:
     """The pruner of ``search.pruner`` for trials of so many samples."""
     marks = rungs(config, samples)
-    if config.pruner == "none" or not marks or len(config.objectives) > 1:
+    if config.pruner == "none" or not marks or not only_dice(config):
         return NopPruner()
     if config.pruner == "median":
         return MedianPruner(n_startup_trials=5, n_warmup_steps=0)

@@ -18,7 +18,16 @@ from voxelscale.search.definition import Search, begin, write_best
 from voxelscale.search.lease import OWNER, stretches_of
 from voxelscale.search.place import Place, plan_places
 from voxelscale.search.process import Started, start_worker
-from voxelscale.search.records import ENDED, MAXIMISED, UNFINISHED, counted, read_results, state_of
+from voxelscale.search.records import (
+    ENDED,
+    MAXIMISED,
+    UNFINISHED,
+    counted,
+    head_of,
+    read_results,
+    state_of,
+    wanted,
+)
 from voxelscale.search.report import write_report
 from voxelscale.search.results import SearchResults
 from voxelscale.search.storage import patiently
@@ -96,8 +105,8 @@ def _oversee(search: Search, places: list[Place]) -> None:
     workers = [start_worker(search, place) for place in places]
     faults: list[VoxelscaleError] = []
     try:
-        with Progress("search", search.config.search.trials, done=_finished(search)[0]) as progress:
-            since, wanted = time.monotonic(), search.config.search.trials
+        since, number = time.monotonic(), wanted(search.config.search, search.space)
+        with Progress("search", number, done=_finished(search)[0]) as progress:
             while workers:
                 time.sleep(LOOK)
                 if not _complete(search):
@@ -105,7 +114,7 @@ def _oversee(search: Search, places: list[Place]) -> None:
                 elif time.monotonic() - since > search.config.search.lease_seconds:
                     _kill(workers)  # suspended or stuck: their trials have been done by others
                 _replace_dead(search, workers, faults)
-                progress.update(*_finished(search), left=time_left(_trials(search), wanted, time.time()))
+                progress.update(*_finished(search), left=time_left(_trials(search), number, time.time()))
     except KeyboardInterrupt:
         notice("\ntrainings save and stop; once more to stop at once")
         _stop(workers)
@@ -137,8 +146,8 @@ def _trials(search: Search) -> list[FrozenTrial]:
 def _complete(search: Search) -> bool:
     """Whether nothing is left to do."""
     states = [state_of(t) for t in counted(_trials(search))]
-    wanted = 1 if search.config.search.sampler == "grid" else search.config.search.trials
-    return len(states) >= wanted and not any(state in UNFINISHED for state in states)
+    least = 1 if search.config.search.sampler == "grid" else search.config.search.trials
+    return len(states) >= least and not any(state in UNFINISHED for state in states)
 
 
 def _finished(search: Search) -> tuple[int, str]:
@@ -176,7 +185,7 @@ def _best(search: Search, trials: list[FrozenTrial]) -> str:
     name = search.config.search.objectives[0]
     sign = 1.0 if MAXIMISED[name] else -1.0
     best = max(done, key=lambda t: sign * t.values[0])
-    return f", best {name} {best.values[0]:.4g} (trial {best.number})"
+    return f", best {name} {best.values[0]:.4g} (trial {head_of(trials, best)})"
 
 
 def _stop(workers: list[Started]) -> None:

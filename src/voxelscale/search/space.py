@@ -32,6 +32,7 @@ from voxelscale.config.optim import OWN
 from voxelscale.config.renamed import new_name
 from voxelscale.errors import VoxelscaleError
 from voxelscale.search.results import Value
+from voxelscale.suggest import meant, nearest_keys
 
 KINDS = ("int", "float", "categorical")
 OPTIONS = {
@@ -136,17 +137,13 @@ class Space:
         Returns:
             the point, and the keys whose values are not in the space and were replaced by the nearest.
         """
-        tree = to_dict(replace(config, optim=config.optim.settled()))
         params: dict[str, Value] = {}
         moved: list[str] = []
         for parameter in self.parameters:
             if not parameter.active(params):
                 continue
-            section, name = parameter.place
-            own = tree[section][name]
-            params[parameter.key] = near = _nearest(parameter, own)
-            same = parameter.setting(near) == own
-            if not same and not (isinstance(own, float) and math.isclose(float(near or 0), own)):
+            params[parameter.key] = near = _nearest(config, parameter)
+            if not _is_set(config, parameter, near):
                 moved.append(parameter.key)
         return params, moved
 
@@ -240,16 +237,21 @@ def _parameter(config: Config, key: str, how: Any) -> Parameter:
             f"{where}: unknown option {min(unknown)}",
             f"known for {kind}: {', '.join(sorted(OPTIONS[kind]))}",
         )
+    wanted, points = how.get("if", {}), how.get("points", POINTS)
+    if not isinstance(wanted, Mapping):
+        raise VoxelscaleError(f"{where}: if {wanted!r}", "write if: {optim.name: sgd}")
+    if type(points) is not int or points < 1:
+        raise VoxelscaleError(f"{where}: points {points!r}", "it must be a whole number, at least 1")
     conditions = tuple(
         (other, tuple(_plain(v) for v in (values if isinstance(values, list) else [values])))
-        for other, values in how.get("if", {}).items()
+        for other, values in wanted.items()
     )
     return Parameter(
         key=key,
         distribution=_distribution(kind, how, where),
         shape=_shape(config, key, kind, how, where),
         conditions=conditions,
-        points=int(how.get("points", POINTS)),
+        points=points,
     )
 
 
@@ -257,11 +259,8 @@ def _check_key(config: Config, key: str) -> None:
     tree = to_dict(config)
     section, _, name = new_name(str(key)).partition(".")
     if section not in SECTIONS or name not in tree.get(section, {}):
-        from difflib import get_close_matches
-
-        known = [f"{s}.{n}" for s in SECTIONS for n in tree[s]]
-        near = get_close_matches(str(key), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"keys of {', '.join(SECTIONS)} can be searched"
+        near = nearest_keys(str(key), [f"{s}.{n}" for s in SECTIONS for n in tree[s]])
+        hint = meant(near) if near else f"keys of {', '.join(SECTIONS)} can be searched"
         raise VoxelscaleError(f"search.space: unknown key {key}", hint)
     if key in OURS:
         raise VoxelscaleError(f"search.space: {key} cannot be searched", OURS[key])
@@ -273,18 +272,21 @@ def _distribution(kind: str, how: Mapping[str, Any], where: str) -> BaseDistribu
         if not isinstance(choices, list) or not choices:
             raise VoxelscaleError(f"{where}: no choices", "write {categorical: [a, b]}")
         return CategoricalDistribution([_plain(choice) for choice in choices])
-    bounds, log, step = how[kind], bool(how.get("log", False)), how.get("step")
-    numbers = isinstance(bounds, list) and len(bounds) == 2
-    try:
-        low, high = (float(b) for b in bounds) if numbers else (1.0, 0.0)
-    except (TypeError, ValueError):
-        low, high = 1.0, 0.0
-    if not low <= high:
+    bounds, log, step = how[kind], how.get("log", False), _number(how.get("step"))
+    low, high = map(_number, bounds) if isinstance(bounds, list) and len(bounds) == 2 else (None, None)
+    if low is None or high is None or low > high:
         raise VoxelscaleError(f"{where}: bounds {bounds!r}", f"write {{{kind}: [minimum, maximum]}}")
-    if log and (low <= 0 or step is not None):
+    if not isinstance(log, bool):
+        raise VoxelscaleError(f"{where}: log {log!r}", "it must be true or false")
+    if log and (low <= 0 or "step" in how):
         raise VoxelscaleError(f"{where}: a logarithmic scale", "needs a minimum above 0 and takes no step")
-    if step is not None and not math.isclose((high - low) / step, round((high - low) / step), abs_tol=1e-9):
-        raise VoxelscaleError(f"{where}: step {step}", "it must divide the distance between the bounds")
+    if "step" in how and (step is None or step <= 0 or (kind == "int" and not step.is_integer())):
+        wanted = "a whole number" if kind == "int" else "a number"
+        raise VoxelscaleError(f"{where}: step {how['step']!r}", f"it must be {wanted} above 0")
+    if step and not math.isclose((high - low) / step, round((high - low) / step), abs_tol=1e-9):
+        raise VoxelscaleError(
+            f"{where}: step {how['step']}", "it must divide the distance between the bounds"
+        )
     if kind == "int":
         if not (low.is_integer() and high.is_integer()):
             raise VoxelscaleError(f"{where}: bounds {bounds!r}", "they must be whole numbers")
@@ -292,13 +294,22 @@ def _distribution(kind: str, how: Mapping[str, Any], where: str) -> BaseDistribu
     return FloatDistribution(low, high, log=log, step=step)
 
 
+def _number(value: Any) -> float | None:
+    """A finite number, also where YAML reads it as a text (1e-3); else None."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) and not isinstance(value, bool) else None
+
+
 def _shape(
     config: Config, key: str, kind: str, how: Mapping[str, Any], where: str
 ) -> tuple[float, float, float] | None:
     """What a whole number is multiplied by along z, y, x where the key is a triple."""
     section, name = new_name(key).split(".")
-    triple = isinstance(to_dict(config)[section][name], list) and kind == "int"
-    if not triple:
+    own = to_dict(config)[section][name]
+    if not (isinstance(own, list) and len(own) == 3 and kind == "int"):
         if "shape" in how:
             raise VoxelscaleError(f"{where}: shape", "it is for triples, such as data.patch_size")
         return None
@@ -382,6 +393,8 @@ def _some_of(distribution: BaseDistribution) -> list[Value]:
 
 def _grid_of(parameter: Parameter) -> list[Value]:
     distribution = parameter.distribution
+    if isinstance(distribution, IntDistribution):
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
     if not isinstance(distribution, FloatDistribution):
         return _some_of(distribution)
     low, high, count = distribution.low, distribution.high, max(1, parameter.points)
@@ -394,17 +407,36 @@ def _grid_of(parameter: Parameter) -> list[Value]:
     return [low + (high - low) * share for share in shares]
 
 
-def _nearest(parameter: Parameter, own: Any) -> Value:
-    """The value of the space that sets the key nearest to `own`."""
-    distribution = parameter.distribution
+def _set_in(config: Config, parameter: Parameter) -> Any:
+    """What the config has for the key; what it leaves to the optimiser is the optimiser's own."""
+    section, name = parameter.place
+    return to_dict(replace(config, optim=config.optim.settled()))[section][name]
+
+
+def _is_set(config: Config, parameter: Parameter, value: Value) -> bool:
+    """Whether the value sets the key to what the config has, however it is written (1e-3, [15, 15, 30])."""
+    try:
+        applied = Space(parameters=(parameter,)).apply(config, {parameter.key: value})
+    except VoxelscaleError:
+        return False
+    own, same = (_set_in(one, parameter) for one in (config, applied))
+    return bool(same == own or (isinstance(own, float) and same is not None and math.isclose(same, own)))
+
+
+def _nearest(config: Config, parameter: Parameter) -> Value:
+    """The value of the space that sets the key nearest to what the config has."""
+    own, distribution = _set_in(config, parameter), parameter.distribution
     if isinstance(distribution, CategoricalDistribution):
-        wanted = _plain(own)
-        if wanted in distribution.choices:
-            return wanted
+        for choice in distribution.choices:
+            if _is_set(config, parameter, choice):
+                return choice
         numbers = [c for c in distribution.choices if isinstance(c, int | float)]
         if isinstance(own, int | float) and numbers:
-            return min(numbers, key=lambda c: abs(c - own))
+            return min(numbers, key=lambda choice: abs(choice - own))
         return distribution.choices[0]
+    assert isinstance(distribution, IntDistribution | FloatDistribution)  # noqa: S101
+    if own is None:
+        return distribution.low
     if isinstance(distribution, IntDistribution):
         if parameter.shape is not None:
             whole = range(distribution.low, distribution.high + 1, distribution.step)
@@ -413,7 +445,6 @@ def _nearest(parameter: Parameter, own: Any) -> Value:
             )
         steps = round((float(own) - distribution.low) / distribution.step)
         return min(max(distribution.low + steps * distribution.step, distribution.low), distribution.high)
-    assert isinstance(distribution, FloatDistribution)  # noqa: S101
     inside = min(max(float(own), distribution.low), distribution.high)
     if distribution.step is not None:
         inside = (

@@ -135,7 +135,7 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
 
 def masked(url: str) -> str:
     """A URL without its password, for messages."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url))
 
 
 def _open_postgresql(url: str) -> BaseStorage:

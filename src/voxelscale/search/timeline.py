@@ -21,10 +21,15 @@ def device_spans(results: SearchResults, now: float) -> dict[str, list[Span]]:
     return {device: sorted(spans[device], key=lambda span: span[:2]) for device in sorted(spans)}
 
 
-def busy_share(spans: Sequence[Span]) -> float:
-    """Share of one device's time, from its first to its last moment of work, in which it worked."""
-    whole = max(e for _, e, _ in spans) - min(b for b, _, _ in spans)
-    return sum(e - b for b, e, _ in spans) / whole if whole > 0 else 0.0
+def busy_share(*devices: Sequence[Span]) -> float:
+    """Share of the devices' time, from each one's first to its last moment of work, in which it worked."""
+    whole = sum(max(e for _, e, _ in spans) - min(b for b, _, _ in spans) for spans in devices)
+    return sum(e - b for spans in devices for b, e, _ in spans) / whole if whole > 0 else 0.0
+
+
+def utilisation(results: SearchResults, now: float) -> float:
+    """`busy_share` of all devices; 0 where nothing has been done."""
+    return busy_share(*device_spans(results, now).values())
 
 
 def period(results: SearchResults, now: float) -> tuple[float, float]:

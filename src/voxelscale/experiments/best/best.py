@@ -89,8 +89,11 @@ def _candidates(number: int, *, averages: bool) -> list[tuple[int, ...]]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names; with those above them where two are equal."""
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) == len(names):
-        return names
-    return ["/".join(folder.resolve().parts[-2:]) for folder in folders]
+    """The folders' own names; with as many of those above them as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        raise VoxelscaleError(f"{folders[0]}: a folder is named twice", "name each of voxelscale cv once")
+    depth = next(
+        n for n in range(1, 1 + max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)
+    )
+    return ["/".join(part[-depth:]) for part in parts]

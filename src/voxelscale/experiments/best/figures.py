@@ -74,7 +74,7 @@ def samples_of(scores: Scored, patients: NDArray[np.int64], seed: int) -> dict[s
         if pools[0].lesions.any():
             points.append(resampled(pools, RESAMPLES, seed, patients))
     nothing = np.full((len(scores), RESAMPLES, len(OPERATING_POINTS)), np.nan)
-    curves = _mean_without_nan(np.stack(points)) if points else nothing
+    curves = np.ma.masked_invalid(points).mean(axis=0).filled(np.nan) if points else nothing
     return {
         "dice": dices,
         "cpm": curves.mean(axis=-1),
@@ -93,15 +93,6 @@ def patients_with(scores: Scored, patients: NDArray[np.int64], metric: str) -> i
     else:
         there = np.asarray([any(score.matches.hits for score in case) for case in scores.T], np.bool_)
     return len(np.unique(patients[there]))
-
-
-def _mean_without_nan(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Over the first axis; NaN where all are."""
-    there = ~np.isnan(values)
-    counts = there.sum(axis=0)
-    mean = np.full(values.shape[1:], np.nan)
-    np.divide(np.where(there, values, 0).sum(axis=0), counts, out=mean, where=counts > 0)
-    return mean
 
 
 def compared(
