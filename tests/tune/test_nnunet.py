@@ -24,7 +24,7 @@ from voxelscale.formats import read_scan, write_scan
 from voxelscale.geometry import Scan, resample
 from voxelscale.infer.sliding_window import gaussian_profile, window_starts
 from voxelscale.model.bundle import read_bundle, write_bundle
-from voxelscale.predict.nnunet import coarse_axis, prepare
+from voxelscale.predict.nnunet import coarse_axis, on_scan, prepare
 from voxelscale.tune.export import export_model
 from voxelscale.tune.nnunet import import_nnunet
 
@@ -245,6 +245,23 @@ def test_masks_are_nnunets(name: str, tmp_path: Path) -> None:
     ours = mask.array
     assert (theirs == 1).sum() + (theirs == 2).sum() == (theirs > 0).sum() > 300
     assert theirs.shape == ours.shape
+    assert agreement(ours, theirs) >= 0.999
+
+
+THICK = plans_of(spacing=(4.0, 1.0, 1.0), patch=(7, 24, 24), strides=((1, 1, 1), (1, 2, 2)))
+
+
+@pytest.mark.usefixtures("peers")
+@pytest.mark.parametrize("spacing", [(1.0, 4.0, 1.0), (1.0, 4.0, 4.0)])
+def test_logits_go_back_as_nnunets_where_other_axes_are_coarse(
+    spacing: tuple[float, ...], tmp_path: Path
+) -> None:
+    saved = Saved(tmp_path / "trained", THICK, described(TWO))
+    saved.fold(0, network_of(saved, 3, 0), None)
+    write_scan(smooth(0, (40, 12, 16), spacing), tmp_path / "case_0000.nii.gz")
+    import_nnunet(saved.folder, tmp_path / "model.vxs")
+    ours = Model.load(tmp_path / "model.vxs").predict(tmp_path / "case_0000.nii.gz").mask.array
+    theirs = by_nnunet(saved.folder, (0,), [tmp_path / "case_0000.nii.gz"])
     assert agreement(ours, theirs) >= 0.999
 
 
@@ -526,3 +543,15 @@ def test_the_axis_that_is_resampled_by_itself() -> None:
     assert coarse_axis((4.0, 1.0, 1.0), (1.0, 1.0, 1.0)) == 0
     assert coarse_axis((1.0, 1.0, 1.0), (1.0, 5.0, 1.0)) == 1
     assert coarse_axis((1.0, 4.0, 4.0), (1.0, 1.0, 1.0)) is None
+
+
+def test_on_the_way_back_the_networks_coarse_axis_comes_first(tmp_path: Path) -> None:
+    saved = Saved(tmp_path / "trained", THICK, described(TWO))
+    saved.fold(0, own_weights(saved, 3), None)
+    bundle = import_nnunet(saved.folder, tmp_path / "model.vxs")
+    for spacing in ((1.0, 4.0, 1.0), (1.0, 4.0, 4.0)):
+        prepared = prepare([smooth(0, (40, 12, 16), spacing)], bundle)
+        assert prepared.coarse == 0, "nnU-Net asks first of the spacing that it begins with"
+        ramp = torch.arange(len(prepared.values[0])).view(1, -1, 1, 1).expand(1, *prepared.values.shape[1:])
+        whole = torch.cat([logits for _, logits in on_scan(ramp.float(), prepared)], 1)
+        assert whole.unique().frac().any() == 0, "along it logits are those of the nearest slice"

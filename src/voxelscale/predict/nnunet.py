@@ -42,7 +42,8 @@ class Prepared:
         values: (channel, *axes of the network) float32, cropped, normalised and resampled.
         axes: the network's axes, by their number in the scan.
         box: what was cropped, along the network's axes.
-        coarse: the network's axis that is resampled by itself; None: none is.
+        coarse: the network's axis along which its logits are resampled by themselves; None: none is. On
+            the way to the network it may be another: nnU-Net asks first of the spacing that it begins with.
         grid: of the scan, where it was turned as it then lies.
     """
 
@@ -76,7 +77,7 @@ def prepare(images: Sequence[Scan], bundle: Bundle) -> Prepared:
     body = _body(arrays)
     box = box_of(body) if body.any() else (slice(None),) * 3
     body = body[box]
-    shape = tuple(round(n * old / new) for n, old, new in zip(body.shape, spacing, target, strict=True))
+    shape = tuple(round(old / new * n) for n, old, new in zip(body.shape, spacing, target, strict=True))
     if not all(shape):
         raise VoxelscaleError(f"the scan is thinner than a voxel of {target} mm", "give a whole scan")
     coarse = coarse_axis(spacing, target)
@@ -86,7 +87,11 @@ def prepare(images: Sequence[Scan], bundle: Bundle) -> Prepared:
         within = body if rules.masked[at] else None
         values[at] = _cubic(_normalised(given, channel, bundle.normalisation_at(at), within), shape, coarse)
     return Prepared(
-        values=values, axes=rules.axes, box=_whole(box, arrays[0].shape), coarse=coarse, grid=grid
+        values=values,
+        axes=rules.axes,
+        box=_whole(box, arrays[0].shape),
+        coarse=coarse_axis(target, spacing),
+        grid=grid,
     )
 
 
@@ -116,7 +121,7 @@ def on_scan(logits: Tensor, prepared: Prepared) -> Iterator[tuple[Box, Tensor]]:
 
 
 def coarse_axis(spacing: Triple, target: Triple) -> int | None:
-    """The axis that is resampled by itself, if it is one alone: by the scan's spacing, or the network's."""
+    """The axis that is resampled by itself, if it is one alone: by the spacing before, or that after."""
     for each in (spacing, target):
         if max(each) > COARSE * min(each):
             worst = [axis for axis, step in enumerate(each) if step == max(each)]
