@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +29,7 @@ from voxelscale.dataset.reading import read_image, read_more
 from voxelscale.dataset.stamps import source_stamp
 from voxelscale.device import choose_inference, policy, upload
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import digest_of, write_atomic
+from voxelscale.files import digest_of, not_written, write_atomic
 from voxelscale.findings import (
     FORMAT,
     Finding,
@@ -43,7 +44,13 @@ from voxelscale.infer.sliding_window import Box, Share, Windows, predict_boxes, 
 from voxelscale.lungs import Lungs, body_field, lung_field
 from voxelscale.model.bundle import Bundle
 from voxelscale.model.false_positives import crop_shape, crop_start
-from voxelscale.predict.classes import check_names, found_by, kept_probabilities, least_kept
+from voxelscale.predict.classes import (
+    check_names,
+    found_by,
+    kept_probabilities,
+    least_kept,
+    probability_file,
+)
 from voxelscale.predict.maps import Maps
 from voxelscale.predict.nnunet import Prepared, on_scan, prepare
 from voxelscale.samples.batch import normalisation_of, prepared
@@ -60,6 +67,8 @@ NO_LUNGS = "set predict.lungs=null"
 CASE_FACTS = "case.json"
 """Beside a case's mask and findings: by what they were made, and that they are whole."""
 
+PROBABILITIES = r"probability(_\d+)?\.nii\.gz"
+"""Names of the files that `probability_file` gives."""
 
 LUNG_MARGIN_MM = 10.0
 """A finding may lie so far outside the lungs that were found: lesions of the pleura and the hilum belong to
@@ -599,7 +608,17 @@ class Work:
 
     def is_done(self, source: Source) -> bool:
         """Whether what was written of a scan is whole and unchanged."""
-        return _facts(self._out / source.case).get("key") == self._key(_stamp(source))
+        folder, classes = self._out / source.case, self._bundle.classes
+        if _facts(folder).get("key") != self._key(_stamp(source)):
+            return False
+        try:
+            read_prediction(folder / "findings.json")
+        except VoxelscaleError:  # somebody changed it
+            return False
+        names = ["mask.nii.gz", "findings.csv"]
+        if self._config.probabilities:
+            names += [probability_file(classes, name) for name in classes.names]
+        return all((folder / name).is_file() for name in names)
 
     def each(self, sources: Sequence[Source], together: Together | None = None) -> Predictions:
         """Predict the scans one after another; of several processes only the one with part 0 has the
@@ -651,6 +670,7 @@ class Work:
             warnings.append("replaces the prediction of another scan, or of another state of this one")
         seen = self.predictor.see(source.case, images[0], together, lungs, images[1:])
         facts = self._facts_of(source.case, seen, warnings)
+        _clear(folder)
         write_scan(seen.mask, folder / "mask.nii.gz")
         if self._config.probabilities:
             for name, kept in seen.probabilities:
@@ -776,6 +796,20 @@ def made_from_this(folder: Path, source: Source) -> bool | None:
     """Whether a case was predicted from a scan's files as they are now; None: its folder does not say."""
     stamp = _facts(folder).get("scan")
     return None if stamp is None else bool(stamp == _stamp(source))
+
+
+def _clear(folder: Path) -> None:
+    """Take away what would be taken for a part of the prediction that is about to be written.
+
+    What says that the case is whole goes first. Nothing else does: the folder may hold the scan itself.
+    """
+    try:
+        (folder / CASE_FACTS).unlink(missing_ok=True)
+        for old in folder.glob("probability*.nii.gz"):
+            if re.fullmatch(PROBABILITIES, old.name):
+                old.unlink(missing_ok=True)
+    except OSError as error:
+        raise not_written(folder, error) from None
 
 
 def _stamp(source: Source) -> str:
