@@ -79,3 +79,16 @@ def test_what_only_the_prediction_before_had_goes(
     whole = {"case.json", "findings.csv", "findings.json", "mask.nii.gz"}
     assert left == whole | own, "not the user's files"
     assert np.isin(read_label(folder / "mask.nii.gz").array, (0, *ORGANS.written_values)).all()
+
+
+def test_cases_of_other_settings_in_one_table_are_warned_of(
+    model: Path, voxelscale: Command, tmp_path: Path
+) -> None:
+    write_scan(scan(2), tmp_path / "b.nii.gz")
+    a, b, out = tmp_path / "a.nii.gz", tmp_path / "b.nii.gz", tmp_path / "out"
+    words = "findings.csv holds 1 case with other settings or another calibration, such as a"
+    assert voxelscale("predict", model, a, out)[0] == 0
+    assert words not in voxelscale("predict", model, b, out, *KEPT, "--set", "predict.batch_size=2")[2]
+    assert words in voxelscale("predict", model, b, out, *LARGE)[2]
+    assert voxelscale("predict", model, a, out, *LARGE)[0] == 0
+    assert words not in voxelscale("predict", model, b, out, *LARGE)[2]

@@ -683,6 +683,7 @@ class Work:
             "key": self._key(stamp),
             "scan": stamp,
             "model": self._bundle.identity,
+            "settings": settings_of(self._bundle, self._config, self._reading),
             "seconds": seconds,
             **self._named,
         }
@@ -747,10 +748,7 @@ class Work:
         }
 
     def _key(self, stamp: str) -> str:
-        reading = [self._reading.fill_gaps, self._reading.select]
-        config = with_first_names({"predict": asdict(self._config)})["predict"]
-        rules = [stamp, self._bundle.digest, config, reading, FORMAT]
-        return digest_of(rules)[:16]
+        return digest_of([stamp, *_rules(self._bundle, self._config, self._reading)])[:16]
 
     def _ahead(self, left: Sequence[Source], reader: ThreadPoolExecutor) -> Future[_Read] | None:
         """Begin to read the next scan, if it is to be predicted and a GPU would wait for it."""
@@ -785,6 +783,23 @@ class Work:
 
 def _list(what: str, names: Sequence[str]) -> str:
     return f"{what if len(names) == 1 else f'{what}s'} {', '.join(names)}"
+
+
+def _rules(bundle: Bundle, config: PredictConfig, reading: ReadingConfig) -> list[Any]:
+    """What a prediction depends on beside the scan."""
+    named = with_first_names({"predict": asdict(config)})["predict"]
+    return [bundle.digest, named, [reading.fill_gaps, reading.select], FORMAT]
+
+
+def settings_of(bundle: Bundle, config: PredictConfig, reading: ReadingConfig) -> str:
+    """What identifies all that findings depend on beside the scan, the model's calibration among it."""
+    alike = replace(config, probabilities=False, batch_size=1)
+    return digest_of(_rules(bundle, alike, reading))[:16]
+
+
+def predicted_with(folder: Path) -> str:
+    """The `settings_of` a case; "" where its folder does not say."""
+    return str(_facts(folder).get("settings", ""))
 
 
 def predicted_by(folder: Path) -> str:
