@@ -233,6 +233,8 @@ class _Network:
         each = [one.network(device) for one in (bundle.networks if bundle.nnunet else (bundle,))]
         self._network: nn.Module = each[0] if len(each) == 1 else _MeanOf(each)
         self._patch = config.patch_size or bundle.patch
+        if bundle.config.model.dims == 2:  # the window may be that of a 3-D network beside it
+            self._patch = (1, *self._patch[1:])
         self._config = config
         self._flips = bundle.config.augment.mirrored if config.test_time_augmentation else ""
         if config.test_time_augmentation and not self._flips:
