@@ -66,9 +66,7 @@ def predict(
     return outcome
 
 
-def _of_before(
-    bundle: Bundle, out: Path, outcome: Predictions, settings: str
-) -> dict[str, list[Finding]]:
+def _of_before(bundle: Bundle, out: Path, outcome: Predictions, settings: str) -> dict[str, list[Finding]]:
     """What earlier commands found in other cases of this folder, with the same model."""
     record, tried = read_record(out), {case for case, *_ in outcome.failed} | outcome.findings.keys()
     found: dict[str, list[Finding]] = {}
@@ -81,8 +79,8 @@ def _of_before(
         else:
             others.append(case)
     if unlike := [case for case in found if predicted_with(out / case) not in ("", settings)]:
-        what = f"{count(len(unlike), 'case')} with other settings or another calibration, such as {unlike[0]}"
-        warn(f"{out}: findings.csv holds {what}; predict all with the same ones")
+        what = f"{out}: findings.csv holds {count(len(unlike), 'case')} with other settings or another"
+        warn(f"{what} calibration, such as {unlike[0]}; predict all with the same ones")
     if others:
         what = f"{out}: {count(len(others), 'case')} of another model, such as {others[0]}"
         warn(f"{what}: left out of findings.csv; predict with each model into a folder of its own")
