@@ -85,7 +85,7 @@ def prepare(images: Sequence[Scan], bundle: Bundle) -> Prepared:
     spacing = as_written(steps[axes[0]]), as_written(steps[axes[1]]), as_written(steps[axes[2]])
     target = (spacing[0], *bundle.spacing[1:]) if bundle.config.model.dims == 2 else bundle.spacing
     body = _body(arrays)
-    box = box_of(body) if body.any() else (slice(None),) * 3
+    box = box_of(body if body.any() else np.ones_like(body))
     body = body[box]
     shape = tuple(round(old / new * n) for n, old, new in zip(body.shape, spacing, target, strict=True))
     if not all(shape):
@@ -100,7 +100,7 @@ def prepare(images: Sequence[Scan], bundle: Bundle) -> Prepared:
         values=values,
         axes=axes,
         flipped=flipped,
-        box=_whole(box, arrays[0].shape),
+        box=box,
         coarse=coarse_axis(target, spacing),
         grid=images[0].grid,
     )
@@ -163,11 +163,6 @@ def _turn(grid: Grid, rules: NnunetRules) -> tuple[IntTriple, tuple[int, ...], G
     backwards = {1, 2} ^ set(flipped)  # RAS runs the other way than LPS along y and x
     z, y, x = (order[axis] for axis in rules.axes)
     return (z, y, x), tuple(at for at, axis in enumerate(rules.axes) if axis in backwards), upright
-
-
-def _whole(box: Sequence[slice], shape: Sequence[int]) -> Box:
-    z, y, x = (slice(*side.indices(n)[:2]) for side, n in zip(box, shape, strict=True))
-    return z, y, x
 
 
 def _body(arrays: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
