@@ -29,7 +29,7 @@ from voxelscale.findings.regions import (
     masked_regions,
     sure_regions,
 )
-from voxelscale.geometry import Grid, IntTriple, Scan, Triple, sphere_diameter
+from voxelscale.geometry import Grid, Scan, Triple, sphere_diameter
 
 __all__ = [
     "LEAST_NODULE_MM3",
@@ -171,7 +171,7 @@ def find_in_class(
     label: str,
     probability: NDArray[Any],
     mask: NDArray[np.bool_],
-    start: IntTriple,
+    start: Sequence[int],
     grid: Grid,
     *,
     candidates: float | None = None,
