@@ -46,6 +46,7 @@ def test_a_file_lies_over_the_defaults_and_settings_over_the_file(tmp_path: Path
         ("augment.flip=1", "augment.flip is 1", "true or false"),
         ("data.patch_size=[32,32]", "data.patch_size is [32, 32]", "a list of 3"),
         ("data.patch_size=[32,32,0]", "data.patch_size", "at least 1"),
+        ("predict.patch_size=[0,32,32]", "predict.patch_size", "at least 1"),
         ("prepare.spacing=[1,1,-1]", "prepare.spacing", "above 0"),
         ("predict.threshold=1.0", "predict.threshold is 1.0", "between 0 and 1"),
         ("train.samples=[", "not YAML", "quote"),

@@ -541,6 +541,17 @@ def test_a_picture(tiny: Config) -> None:
     _, mask = seen(bundle, config.predict, [picture])
     assert len(np.unique(wanted)) > 2
     assert (mask.array == wanted).mean() > 0.995
+    with pytest.raises(VoxelscaleError, match=r"predict.patch_size is \(4, 40, 48\)"):
+        load(sets=["predict.patch_size=[4,40,48]"], base=config)
+
+
+def test_a_window_for_networks_of_two_and_three_dimensions(wide: Config) -> None:
+    flat = load(sets=["model.dims=2", "data.patch_size=[1,32,32]"], base=wide)
+    both = replace(made(wide, ORGANS, T1), others=(made(flat, ORGANS, T1, seed=1),))
+    config = replace(wide.predict, patch_size=(16, 32, 32))
+    windows = replace(both, config=replace(wide, predict=config))
+    _, mask = seen(windows, config, [scan(1)])
+    assert (mask.array == seen(both, wide.predict, [scan(1)])[1].array).all()
 
 
 def test_what_is_only_for_one_class(voxelscale: Command, wide: Config, tmp_path: Path) -> None:

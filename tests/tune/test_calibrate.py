@@ -170,7 +170,7 @@ def test_expected_calibration_error_by_hand() -> None:
         ),
         (lambda j: replace(j, hit=np.ones(30, bool)), "all of the 30 findings"),
         (lambda j: replace(j, hit=np.zeros(30, bool)), "none of the 30 findings"),
-        (lambda j: replace(j, scan=np.zeros(30, int)), "one scan"),
+        (lambda j: replace(j, scan=np.zeros(30, int)), "of 1 scan; 5 are needed"),
         (lambda j: replace(j, scan=np.arange(30) % 2), "of 2 scans; 5 are needed"),
         (
             lambda j: replace(j, hit=np.arange(30) < 9),

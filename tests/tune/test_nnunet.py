@@ -24,7 +24,7 @@ from voxelscale.formats import read_scan, write_scan
 from voxelscale.geometry import Scan, resample
 from voxelscale.infer.sliding_window import gaussian_profile, window_starts
 from voxelscale.model.bundle import read_bundle, write_bundle
-from voxelscale.predict.nnunet import coarse_axis, prepare
+from voxelscale.predict.nnunet import as_written, coarse_axis, on_scan, prepare
 from voxelscale.tune.export import export_model
 from voxelscale.tune.nnunet import import_nnunet
 
@@ -246,6 +246,49 @@ def test_masks_are_nnunets(name: str, tmp_path: Path) -> None:
     assert (theirs == 1).sum() + (theirs == 2).sum() == (theirs > 0).sum() > 300
     assert theirs.shape == ours.shape
     assert agreement(ours, theirs) >= 0.999
+
+
+THICK = plans_of(spacing=(4.0, 1.0, 1.0), patch=(7, 24, 24), strides=((1, 1, 1), (1, 2, 2)))
+
+
+@pytest.mark.usefixtures("peers")
+@pytest.mark.parametrize("spacing", [(1.0, 4.0, 1.0), (1.0, 4.0, 4.0)])
+def test_logits_go_back_as_nnunets_where_other_axes_are_coarse(
+    spacing: tuple[float, ...], tmp_path: Path
+) -> None:
+    saved = Saved(tmp_path / "trained", THICK, described(TWO))
+    saved.fold(0, network_of(saved, 3, 0), None)
+    write_scan(smooth(0, (40, 12, 16), spacing), tmp_path / "case_0000.nii.gz")
+    import_nnunet(saved.folder, tmp_path / "model.vxs")
+    ours = Model.load(tmp_path / "model.vxs").predict(tmp_path / "case_0000.nii.gz").mask.array
+    theirs = by_nnunet(saved.folder, (0,), [tmp_path / "case_0000.nii.gz"])
+    assert agreement(ours, theirs) >= 0.999
+
+
+def rotated(scan: Scan) -> Scan:
+    """The same voxels in a patient who lies askew."""
+    (a, b), affine = (-0.2, 0.35), np.eye(4)
+    around_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+    around_x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
+    affine[:3, :3] = around_z @ around_x
+    return Scan(scan.array, affine @ scan.affine)
+
+
+@pytest.mark.usefixtures("peers")
+@pytest.mark.parametrize("reader", ["NibabelIO", "NibabelIOWithReorient"])
+def test_masks_of_rotated_scans_are_nnunets(reader: str, tmp_path: Path) -> None:
+    plans = plans_of(spacing=(1.3, 1.5, 1.5)) | {
+        "image_reader_writer": reader,
+        "transpose_forward": [1, 0, 2],
+        "transpose_backward": [1, 0, 2],
+    }
+    saved = Saved(tmp_path / "trained", plans, described(TWO))
+    saved.fold(0, network_of(saved, 3, 0), (0, 1, 2))
+    # Two axes are equally coarse, but for the rounding of the rotation.
+    write_scan(rotated(smooth(0, (11, 24, 11), (5.0, 1.0, 5.0))), tmp_path / "case_0000.nii.gz")
+    import_nnunet(saved.folder, tmp_path / "model.vxs")
+    ours = Model.load(tmp_path / "model.vxs").predict(tmp_path / "case_0000.nii.gz").mask.array
+    assert agreement(ours, by_nnunet(saved.folder, (0,), [tmp_path / "case_0000.nii.gz"])) >= 0.999
 
 
 @pytest.mark.usefixtures("peers")
@@ -526,3 +569,33 @@ def test_the_axis_that_is_resampled_by_itself() -> None:
     assert coarse_axis((4.0, 1.0, 1.0), (1.0, 1.0, 1.0)) == 0
     assert coarse_axis((1.0, 1.0, 1.0), (1.0, 5.0, 1.0)) == 1
     assert coarse_axis((1.0, 4.0, 4.0), (1.0, 1.0, 1.0)) is None
+
+
+def test_a_spacing_is_what_its_file_gives() -> None:
+    assert as_written(4.9999999112232) == as_written(5.0000004218687355) == 5.0
+    assert as_written(0.6000000306612532) == float(np.float32(0.6)) == as_written(float(np.float32(0.6)))
+    for exact in (1.2, 0.48828125, 0.703125, 2.5001):
+        assert as_written(exact) == exact
+
+
+def test_beyond_the_crop_of_a_turned_scan_is_background(tmp_path: Path) -> None:
+    saved = Saved(tmp_path / "trained", CASES["ras"][0], described(TWO))
+    saved.fold(0, own_weights(saved, 3), None)
+    import_nnunet(saved.folder, tmp_path / "model.vxs")
+    scan = rotated(smooth(0, (11, 24, 16), (1.3, 1.0, 0.8)))
+    write_scan(scan, tmp_path / "case.nii.gz")
+    mask = Model.load(tmp_path / "model.vxs").predict(tmp_path / "case.nii.gz").mask.array
+    assert mask.any()
+    assert not mask[scan.array == 0].any(), "the first rows and the last columns"
+
+
+def test_on_the_way_back_the_networks_coarse_axis_comes_first(tmp_path: Path) -> None:
+    saved = Saved(tmp_path / "trained", THICK, described(TWO))
+    saved.fold(0, own_weights(saved, 3), None)
+    bundle = import_nnunet(saved.folder, tmp_path / "model.vxs")
+    for spacing in ((1.0, 4.0, 1.0), (1.0, 4.0, 4.0)):
+        prepared = prepare([smooth(0, (40, 12, 16), spacing)], bundle)
+        assert prepared.coarse == 0, "nnU-Net asks first of the spacing that it begins with"
+        ramp = torch.arange(len(prepared.values[0])).view(1, -1, 1, 1).expand(1, *prepared.values.shape[1:])
+        whole = torch.cat([logits for _, logits in on_scan(ramp.float(), prepared)], 1)
+        assert not whole.frac().any(), "along it logits are those of the nearest slice"

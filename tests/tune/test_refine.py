@@ -23,6 +23,7 @@ from voxelscale.model.false_positives import FalsePositiveNet, crop_shape
 from voxelscale.predict.work import Predictor
 from voxelscale.samples.batch import Normalisation
 from voxelscale.store import Store
+from voxelscale.tune.refine import find_candidates
 
 CPU = torch.device("cpu")
 QUICK = [
@@ -108,6 +109,30 @@ def test_interrupted_it_goes_on(
     assert voxelscale("--quiet", "refine", tmp_path, store.path, *QUICK)[0] == 0
     assert len(looked) == 1
     assert read_bundle(tmp_path).identity == read_bundle(refined).identity
+
+
+def test_settings_of_predict_change_the_candidates(
+    untrained: Bundle, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float | None] = []
+
+    def probability(self: Predictor, image: Scan) -> object:
+        seen.append(self._config.low_threshold)
+        found = np.zeros(image.array.shape, np.float32)
+        found[2, 2:10, 2:10], found[2, 2, 2] = 0.3, 0.9
+        return found
+
+    monkeypatch.setattr(Predictor, "probability", probability)
+    few = replace(store, cases=store.split("train")[:1])
+    places = []
+    for low in (None, 0.2, None):
+        predict = replace(untrained.config.predict, threshold=0.5, low_threshold=low)
+        config = replace(untrained.config, predict=predict)
+        config = replace(config, refine=replace(config.refine, candidates=0.4))
+        places.append(find_candidates(untrained, few, config, tmp_path).others[0][1][2])
+    assert places[0] == places[2] == 2
+    assert places[1] == 5.5, "not those that were looked for by other settings"
+    assert seen == [None, 0.2], "the same settings look once"
 
 
 def test_it_learns_to_tell_lesions_apart(refined: Path, store: Store) -> None:

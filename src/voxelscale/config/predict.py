@@ -52,7 +52,9 @@ class PredictConfig(Section):
     """Whether to keep each class's probability, in steps of 1/255, on the scan's own voxels."""
 
     def rules(self) -> Sequence[Rule]:
+        edges = self.patch_size or (1,)
         return [
+            ("patch_size", min(edges) >= 1, "at least 1 voxel along each axis, or null"),
             ("overlap", 0 <= self.overlap < 1, "at least 0 and below 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("threshold", 0 < self.threshold < 1, "between 0 and 1"),

@@ -59,8 +59,10 @@ class Config:
     search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:
-        if self.model.dims == 2 and self.data.patch_size[0] != 1:
-            _refuse("data", "patch_size", self.data.patch_size, "1 along z for model.dims=2")
+        for name in ("data", "predict"):
+            patch = getattr(self, name).patch_size
+            if self.model.dims == 2 and patch is not None and patch[0] != 1:
+                _refuse(name, "patch_size", patch, "1 along z for model.dims=2")
         for name in _hints(Config):
             section: Section = getattr(self, name)
             for key, allowed, wanted in section.rules():

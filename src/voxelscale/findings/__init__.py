@@ -29,7 +29,11 @@ from voxelscale.findings.regions import (
     masked_regions,
     sure_regions,
 )
+<<<<<<< HEAD
 from voxelscale.geometry import Grid, IntTriple, Scan, Triple, equivalent_diameter
+=======
+from voxelscale.geometry import Grid, Scan, Triple, sphere_diameter
+>>>>>>> h3
 
 __all__ = [
     "LEAST_NODULE_MM3",
@@ -171,7 +175,7 @@ def find_in_class(
     label: str,
     probability: NDArray[Any],
     mask: NDArray[np.bool_],
-    start: IntTriple,
+    start: Sequence[int],
     grid: Grid,
     *,
     candidates: float | None = None,

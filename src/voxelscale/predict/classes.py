@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,7 @@ from voxelscale.classes import Classes
 from voxelscale.config import PredictConfig
 from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import Finding, find_in_class, find_lesions, ranked
-from voxelscale.geometry import Grid, Scan
-from voxelscale.infer.sliding_window import Box
+from voxelscale.geometry import Grid
 from voxelscale.predict.maps import OnLattice, on_grid
 
 MOST_LEAST, LEAST_LEAST = 0.025, 1 / 256
@@ -22,8 +21,6 @@ MOST_LEAST, LEAST_LEAST = 0.025, 1 / 256
 
 MOST_NAMED = 20
 """Classes that a message names."""
-
-Keep = Callable[[NDArray[np.int64]], bool]
 
 
 def least_kept(config: PredictConfig) -> float:
@@ -68,12 +65,13 @@ def lesions_by(
     probability: NDArray[np.float32],
     grid: Grid,
     name: str,
-    *,
-    image: NDArray[Any] | None = None,
-    depth: Scan | None = None,
-    keep: Keep | None = None,
+    **rules: Any,
 ) -> tuple[list[Finding], NDArray[np.uint8]]:
-    """`find_lesions` with a config's thresholds, and its rules for the class of that name."""
+    """`find_lesions` with a config's thresholds, and its rules for the class of that name.
+
+    Args:
+        rules: ``image``, ``depth`` and ``keep`` of it.
+    """
     return find_lesions(
         case,
         probability,
@@ -84,9 +82,7 @@ def lesions_by(
         merge_mm=config.merge_mm,
         min_volume_mm3=max(config.min_volume_mm3, config.smallest_mm3.get(name, 0.0)),
         largest_only=name in config.largest_only,
-        image=image,
-        depth=depth,
-        keep=keep,
+        **rules,
     )
 
 
@@ -96,10 +92,7 @@ def classes_by(
     classes: Classes,
     maps: Sequence[OnLattice],
     grid: Grid,
-    *,
-    image: NDArray[Any] | None = None,
-    depth: Scan | None = None,
-    keep: Keep | None = None,
+    **rules: Any,
 ) -> tuple[list[Finding], NDArray[np.int16]]:
     """Findings of all classes, most confident first, and the stored labels, on the scan's own voxels.
 
@@ -117,10 +110,8 @@ def classes_by(
     Args:
         maps: of each network.
         grid: of the scan.
-        image: HU of the scan, for the density; None: it is no CT.
-        depth, keep: as of `find_lesions`; what `keep` leaves out is in no mask.
+        rules: ``image``, ``depth`` and ``keep`` of `find_lesions`; what `keep` leaves out is in no mask.
     """
-    rules: dict[str, Any] = {"image": image, "depth": depth, "keep": keep}
     if classes.regions:
         return _regions(config, case, classes, maps, grid, rules)
     stored = _most_probable(maps, classes.outputs, grid)
@@ -139,7 +130,7 @@ def classes_by(
             name,
             probability,
             mask,
-            _start(box),
+            [side.start for side in box],
             grid,
             candidates=candidates,
             merge_mm=config.merge_mm,
@@ -173,11 +164,6 @@ def kept_probabilities(
 def probability_file(classes: Classes, name: str) -> str:
     """The file of a class's probabilities in the folder of a case."""
     return f"probability{'' if classes.single else f'_{classes.names.index(name) + 1}'}.nii.gz"
-
-
-def _start(box: Box) -> tuple[int, int, int]:
-    z, y, x = box
-    return z.start, y.start, x.start
 
 
 def _most_probable(maps: Sequence[OnLattice], outputs: int, grid: Grid) -> NDArray[np.int16]:

@@ -20,15 +20,19 @@ from torch import Tensor
 from voxelscale.channels import Channel
 from voxelscale.errors import VoxelscaleError
 from voxelscale.findings.regions import box_of
-from voxelscale.geometry import SAME_MM, Grid, IntTriple, Scan, Triple, reorient
+from voxelscale.geometry import SAME_MM, Grid, IntTriple, Scan, Triple, as_lps
 from voxelscale.infer.sliding_window import Box
 from voxelscale.model.bundle import Bundle
+from voxelscale.model.nnunet import NnunetRules
 from voxelscale.samples.batch import Normalisation
 
 COARSE = 3.0
 """How many times coarser than another an axis must be to be resampled by itself."""
 
 LEAST_STD = 1e-8
+
+ROUNDING = 4e-7
+"""Relative, of a spacing that is the length of three float32."""
 
 SLAB = 2**26
 """Voxels, times classes, that logits are resampled to at a time."""
@@ -41,13 +45,16 @@ class Prepared:
     Attributes:
         values: (channel, *axes of the network) float32, cropped, normalised and resampled.
         axes: the network's axes, by their number in the scan.
+        flipped: those of the network's axes that run the other way than the scan's.
         box: what was cropped, along the network's axes.
-        coarse: the network's axis that is resampled by itself; None: none is.
-        grid: of the scan, where it was turned as it then lies.
+        coarse: the network's axis along which its logits are resampled by themselves; None: none is. On
+            the way to the network it may be another: nnU-Net asks first of the spacing that it begins with.
+        grid: of the scan.
     """
 
     values: NDArray[np.float32]
     axes: IntTriple
+    flipped: tuple[int, ...]
     box: Box
     coarse: int | None
     grid: Grid
@@ -62,21 +69,25 @@ def prepare(images: Sequence[Scan], bundle: Bundle) -> Prepared:
     rules = bundle.nnunet
     if rules is None:
         raise ValueError("a model that is not from nnU-Net")
-    images = [_to_ras(image) if rules.ras else image for image in images]
-    grid = images[0].grid
-    for channel, image in zip(bundle.channels, images, strict=True):
-        if not image.grid.same_as(grid, SAME_MM):
+    turns = [_turn(image.grid, rules) for image in images]
+    axes, flipped, grid = turns[0]
+    for channel, (_, _, other) in zip(bundle.channels, turns, strict=True):
+        if not other.same_as(grid, SAME_MM):
             problem = f"the channel {channel.name} lies on another lattice than {bundle.channels[0].name}"
             raise VoxelscaleError(
                 problem, "resample it to the first channel: nnU-Net's models take no other"
             )
-    arrays = [image.array.transpose(rules.axes) for image in images]
-    spacing = _turned(grid.spacing, rules.axes)
+    arrays = [
+        np.flip(image.array.transpose(order), backwards)
+        for image, (order, backwards, _) in zip(images, turns, strict=True)
+    ]
+    steps = images[0].grid.spacing
+    spacing = as_written(steps[axes[0]]), as_written(steps[axes[1]]), as_written(steps[axes[2]])
     target = (spacing[0], *bundle.spacing[1:]) if bundle.config.model.dims == 2 else bundle.spacing
     body = _body(arrays)
-    box = box_of(body) if body.any() else (slice(None),) * 3
+    box = box_of(body if body.any() else np.ones_like(body))
     body = body[box]
-    shape = tuple(round(n * old / new) for n, old, new in zip(body.shape, spacing, target, strict=True))
+    shape = tuple(round(old / new * n) for n, old, new in zip(body.shape, spacing, target, strict=True))
     if not all(shape):
         raise VoxelscaleError(f"the scan is thinner than a voxel of {target} mm", "give a whole scan")
     coarse = coarse_axis(spacing, target)
@@ -86,7 +97,12 @@ def prepare(images: Sequence[Scan], bundle: Bundle) -> Prepared:
         within = body if rules.masked[at] else None
         values[at] = _cubic(_normalised(given, channel, bundle.normalisation_at(at), within), shape, coarse)
     return Prepared(
-        values=values, axes=rules.axes, box=_whole(box, arrays[0].shape), coarse=coarse, grid=grid
+        values=values,
+        axes=axes,
+        flipped=flipped,
+        box=box,
+        coarse=coarse_axis(target, spacing),
+        grid=images[0].grid,
     )
 
 
@@ -111,12 +127,26 @@ def on_scan(logits: Tensor, prepared: Prepared) -> Iterator[tuple[Box, Tensor]]:
             slab = _between(slab, axis + 1, low[rows], high[rows], weight[rows])
         sides = list(prepared.box)
         sides[0] = slice(sides[0].start + first, sides[0].start + last)
+        for axis in prepared.flipped:
+            n = prepared.grid.shape[prepared.axes[axis]]
+            sides[axis] = slice(n - sides[axis].stop, n - sides[axis].start)
+        slab = slab.flip([1 + axis for axis in prepared.flipped])
         z, y, x = (sides[axis] for axis in back)
         yield (z, y, x), slab.permute(0, *(1 + axis for axis in back))
 
 
+def as_written(step: float) -> float:
+    """A spacing as its file gives it, which nnU-Net goes by: the float32 nearest to a number of few digits.
+
+    That of a rotated scan comes from its affine, where what is 5 mm may be 4.9999998 along one axis and
+    5.0000004 along another. Which is coarser, and rounding to voxels, must not hang on that.
+    """
+    short = round(step, 5)
+    return float(np.float32(short)) if 0 < abs(step - short) <= ROUNDING * step else step
+
+
 def coarse_axis(spacing: Triple, target: Triple) -> int | None:
-    """The axis that is resampled by itself, if it is one alone: by the scan's spacing, or the network's."""
+    """The axis that is resampled by itself, if it is one alone: by the spacing before, or that after."""
     for each in (spacing, target):
         if max(each) > COARSE * min(each):
             worst = [axis for axis, step in enumerate(each) if step == max(each)]
@@ -124,23 +154,15 @@ def coarse_axis(spacing: Triple, target: Triple) -> int | None:
     return None
 
 
-def _to_ras(image: Scan) -> Scan:
-    """The same voxels, axes along those of the patient, to the right, the front and the head."""
-    upright = reorient(image)
-    affine, (_, high, wide) = upright.affine.copy(), upright.array.shape
-    affine[:3, 3] += affine[:3, 1] * (high - 1) + affine[:3, 2] * (wide - 1)
-    affine[:3, 1:3] *= -1
-    return Scan(np.ascontiguousarray(upright.array[:, ::-1, ::-1]), affine)
-
-
-def _turned(values: Triple, axes: IntTriple) -> Triple:
-    z, y, x = (values[axis] for axis in axes)
-    return z, y, x
-
-
-def _whole(box: Sequence[slice], shape: Sequence[int]) -> Box:
-    z, y, x = (slice(*side.indices(n)[:2]) for side, n in zip(box, shape, strict=True))
-    return z, y, x
+def _turn(grid: Grid, rules: NnunetRules) -> tuple[IntTriple, tuple[int, ...], Grid]:
+    """Which axes of a scan are the network's, which of these run the other way, and the lattice, turned to
+    LPS where scans are turned at all, by which channels are compared."""
+    if not rules.ras:
+        return rules.axes, (), grid
+    order, flipped, upright = as_lps(grid)
+    backwards = {1, 2} ^ set(flipped)  # RAS runs the other way than LPS along y and x
+    z, y, x = (order[axis] for axis in rules.axes)
+    return (z, y, x), tuple(at for at, axis in enumerate(rules.axes) if axis in backwards), upright
 
 
 def _body(arrays: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:

@@ -16,7 +16,7 @@ from voxelscale.findings import Finding, read_findings, write_findings
 from voxelscale.model.bundle import Bundle
 from voxelscale.predict.ranks import predict_in_ranks
 from voxelscale.predict.record import read_record, record_cases
-from voxelscale.predict.work import Predictions, Work, predicted_by
+from voxelscale.predict.work import Predictions, Work, predicted_by, predicted_with, settings_of
 from voxelscale.ranks.place import fill
 
 
@@ -59,14 +59,14 @@ def predict(
     if not outcome.findings:
         case, message, hint = outcome.failed[0]
         raise VoxelscaleError(f"no scan could be predicted; {case}: {message}", hint)
-    by_case = _of_before(bundle, out, outcome) | outcome.findings
+    by_case = _of_before(bundle, out, outcome, settings_of(bundle, config, reading)) | outcome.findings
     every = [f for case in sorted(by_case) for f in by_case[case]]
     write_findings(every, out / "findings.csv", labelled=not bundle.classes.single)
     _warn_of(outcome)
     return outcome
 
 
-def _of_before(bundle: Bundle, out: Path, outcome: Predictions) -> dict[str, list[Finding]]:
+def _of_before(bundle: Bundle, out: Path, outcome: Predictions, settings: str) -> dict[str, list[Finding]]:
     """What earlier commands found in other cases of this folder, with the same model."""
     record, tried = read_record(out), {case for case, *_ in outcome.failed} | outcome.findings.keys()
     found: dict[str, list[Finding]] = {}
@@ -78,6 +78,9 @@ def _of_before(bundle: Bundle, out: Path, outcome: Predictions) -> dict[str, lis
             found[case] = read_findings(path)
         else:
             others.append(case)
+    if unlike := [case for case in found if predicted_with(out / case) not in ("", settings)]:
+        what = f"{out}: findings.csv holds {count(len(unlike), 'case')} with other settings or another"
+        warn(f"{what} calibration, such as {unlike[0]}; predict all with the same ones")
     if others:
         what = f"{out}: {count(len(others), 'case')} of another model, such as {others[0]}"
         warn(f"{what}: left out of findings.csv; predict with each model into a folder of its own")

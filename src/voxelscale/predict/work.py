@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +29,7 @@ from voxelscale.dataset.reading import read_image, read_more
 from voxelscale.dataset.stamps import source_stamp
 from voxelscale.device import choose_inference, policy, upload
 from voxelscale.errors import VoxelscaleError
-from voxelscale.files import digest_of, write_atomic
+from voxelscale.files import digest_of, not_written, write_atomic
 from voxelscale.findings import (
     FORMAT,
     Finding,
@@ -43,7 +44,13 @@ from voxelscale.infer.sliding_window import Box, Share, Windows, predict_boxes, 
 from voxelscale.lungs import Lungs, body_field, lung_field
 from voxelscale.model.bundle import Bundle
 from voxelscale.model.false_positives import crop_shape, crop_start
-from voxelscale.predict.classes import check_names, found_by, kept_probabilities, least_kept
+from voxelscale.predict.classes import (
+    check_names,
+    found_by,
+    kept_probabilities,
+    least_kept,
+    probability_file,
+)
 from voxelscale.predict.maps import Maps
 from voxelscale.predict.nnunet import Prepared, on_scan, prepare
 from voxelscale.samples.batch import normalisation_of, prepared
@@ -60,6 +67,8 @@ NO_LUNGS = "set predict.lungs=null"
 CASE_FACTS = "case.json"
 """Beside a case's mask and findings: by what they were made, and that they are whole."""
 
+PROBABILITIES = r"probability(_\d+)?\.nii\.gz"
+"""Names of the files that `probability_file` gives."""
 
 LUNG_MARGIN_MM = 10.0
 """A finding may lie so far outside the lungs that were found: lesions of the pleura and the hilum belong to
@@ -224,6 +233,8 @@ class _Network:
         each = [one.network(device) for one in (bundle.networks if bundle.nnunet else (bundle,))]
         self._network: nn.Module = each[0] if len(each) == 1 else _MeanOf(each)
         self._patch = config.patch_size or bundle.patch
+        if bundle.config.model.dims == 2:  # the window may be that of a 3-D network beside it
+            self._patch = (1, *self._patch[1:])
         self._config = config
         self._flips = bundle.config.augment.mirrored if config.test_time_augmentation else ""
         if config.test_time_augmentation and not self._flips:
@@ -599,7 +610,17 @@ class Work:
 
     def is_done(self, source: Source) -> bool:
         """Whether what was written of a scan is whole and unchanged."""
-        return _facts(self._out / source.case).get("key") == self._key(_stamp(source))
+        folder, classes = self._out / source.case, self._bundle.classes
+        if _facts(folder).get("key") != self._key(_stamp(source)):
+            return False
+        try:
+            read_prediction(folder / "findings.json")
+        except VoxelscaleError:  # somebody changed it
+            return False
+        names = ["mask.nii.gz", "findings.csv"]
+        if self._config.probabilities:
+            names += [probability_file(classes, name) for name in classes.names]
+        return all((folder / name).is_file() for name in names)
 
     def each(self, sources: Sequence[Source], together: Together | None = None) -> Predictions:
         """Predict the scans one after another; of several processes only the one with part 0 has the
@@ -651,6 +672,7 @@ class Work:
             warnings.append("replaces the prediction of another scan, or of another state of this one")
         seen = self.predictor.see(source.case, images[0], together, lungs, images[1:])
         facts = self._facts_of(source.case, seen, warnings)
+        _clear(folder)
         write_scan(seen.mask, folder / "mask.nii.gz")
         if self._config.probabilities:
             for name, kept in seen.probabilities:
@@ -663,6 +685,7 @@ class Work:
             "key": self._key(stamp),
             "scan": stamp,
             "model": self._bundle.identity,
+            "settings": settings_of(self._bundle, self._config, self._reading),
             "seconds": seconds,
             **self._named,
         }
@@ -727,10 +750,7 @@ class Work:
         }
 
     def _key(self, stamp: str) -> str:
-        reading = [self._reading.fill_gaps, self._reading.select]
-        config = with_first_names({"predict": asdict(self._config)})["predict"]
-        rules = [stamp, self._bundle.digest, config, reading, FORMAT]
-        return digest_of(rules)[:16]
+        return digest_of([stamp, *_rules(self._bundle, self._config, self._reading)])[:16]
 
     def _ahead(self, left: Sequence[Source], reader: ThreadPoolExecutor) -> Future[_Read] | None:
         """Begin to read the next scan, if it is to be predicted and a GPU would wait for it."""
@@ -767,6 +787,23 @@ def _list(what: str, names: Sequence[str]) -> str:
     return f"{what if len(names) == 1 else f'{what}s'} {', '.join(names)}"
 
 
+def _rules(bundle: Bundle, config: PredictConfig, reading: ReadingConfig) -> list[Any]:
+    """What a prediction depends on beside the scan."""
+    named = with_first_names({"predict": asdict(config)})["predict"]
+    return [bundle.digest, named, [reading.fill_gaps, reading.select], FORMAT]
+
+
+def settings_of(bundle: Bundle, config: PredictConfig, reading: ReadingConfig) -> str:
+    """What identifies all that findings depend on beside the scan, the model's calibration among it."""
+    alike = replace(config, probabilities=False, batch_size=1)
+    return digest_of(_rules(bundle, alike, reading))[:16]
+
+
+def predicted_with(folder: Path) -> str:
+    """The `settings_of` a case; "" where its folder does not say."""
+    return str(_facts(folder).get("settings", ""))
+
+
 def predicted_by(folder: Path) -> str:
     """The `Bundle.identity` of the model that predicted a case; "" where its folder does not say."""
     return str(_facts(folder).get("model", ""))
@@ -776,6 +813,20 @@ def made_from_this(folder: Path, source: Source) -> bool | None:
     """Whether a case was predicted from a scan's files as they are now; None: its folder does not say."""
     stamp = _facts(folder).get("scan")
     return None if stamp is None else bool(stamp == _stamp(source))
+
+
+def _clear(folder: Path) -> None:
+    """Take away what would be taken for a part of the prediction that is about to be written.
+
+    What says that the case is whole goes first. Nothing else does: the folder may hold the scan itself.
+    """
+    try:
+        (folder / CASE_FACTS).unlink(missing_ok=True)
+        for old in folder.glob("probability*.nii.gz"):
+            if re.fullmatch(PROBABILITIES, old.name):
+                old.unlink(missing_ok=True)
+    except OSError as error:
+        raise not_written(folder, error) from None
 
 
 def _stamp(source: Source) -> str:

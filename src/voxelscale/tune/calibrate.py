@@ -211,13 +211,11 @@ def calibrate(known: ScoredFindings) -> tuple[Calibration, dict[str, Any]]:
         raise ValueError(f"{number} findings are too few to calibrate on; {LEAST_FINDINGS} are needed")
     if hits in (0, number):
         raise ValueError(f"{'all' if hits else 'none'} of the {number} findings are lesions")
-    if len(np.unique(known.scan)) < 2:
-        raise ValueError(f"all findings are of one scan; {FOLDS} are needed")
+    if (scans := len(np.unique(known.scan))) < FOLDS:
+        raise ValueError(f"all findings are of {count(scans, 'scan')}; {FOLDS} are needed")
     if min(hits, number - hits) < MIN_OF_EACH:
         what = f"{hits} of the findings are lesions, {number - hits} are not"
         raise ValueError(f"{what}; {MIN_OF_EACH} of each are needed")
-    if (scans := len(np.unique(known.scan))) < FOLDS:
-        raise ValueError(f"all findings are of {scans} scans; {FOLDS} are needed")
     folded = {name: cross_validated(fit, known) for name, fit in FITS.items()}
     losses = {name: _log_loss(probability, known.hit) for name, probability in folded.items()}
     method = min(losses, key=lambda name: losses[name])
@@ -226,7 +224,7 @@ def calibrate(known: ScoredFindings) -> tuple[Calibration, dict[str, Any]]:
         "method": method,
         "findings": number,
         "hits": hits,
-        "scans": len(np.unique(known.scan)),
+        "scans": scans,
         "ece_before": calibration_error(known.score, known.hit),
         "ece_after": calibration_error(folded[method], known.hit),
         "log_loss": {"before": _log_loss(known.score, known.hit), **losses},

@@ -214,7 +214,7 @@ def trial_inputs(
     for kind in kinds:
         values = random.normal(size=(count, len(bundle.channels), *shape))
         if kind == CHEST:
-            chest = _chest(tuple(shape))
+            chest = chest_of(tuple(shape))
             values[:] = chest if count == 1 else np.stack([chest, chest[..., ::-1]])[:, None]
         for at, channel in enumerate(bundle.channels):
             if channel.scheme == "ct":
@@ -228,7 +228,7 @@ def trial_inputs(
 
 
 @lru_cache(maxsize=4)
-def _chest(shape: tuple[int, ...]) -> NDArray[np.int16]:
+def chest_of(shape: tuple[int, ...]) -> NDArray[np.int16]:
     """HU of a window; a chest that is drawn as small as the window is."""
     from voxelscale.phantom import make_phantom
 

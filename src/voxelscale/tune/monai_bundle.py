@@ -25,7 +25,7 @@ from voxelscale.geometry import Scan
 from voxelscale.model.bundle import Bundle
 from voxelscale.samples.batch import normalisation_of
 from voxelscale.store.channels import keep
-from voxelscale.tune.exported import CHEST, facts_of, softmax_of, step_of, trial_inputs
+from voxelscale.tune.exported import chest_of, facts_of, softmax_of, step_of
 
 SCHEMA = (
     "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/"
@@ -260,14 +260,7 @@ class Trial:
 def write_trial(bundle: Bundle, folder: Path) -> Trial:
     """A synthetic chest at the model's spacing, in LPS."""
     shape = bundle.patch if bundle.config.model.dims == 3 else (4, *bundle.patch[1:])
-    ct = Bundle(
-        config=bundle.config,
-        weights={},
-        spacing=bundle.spacing,
-        normalisation=bundle.normalisation,
-        trained={},
-    )
-    chest = np.rint(trial_inputs(ct, shape, [CHEST])[CHEST][0, 0]).astype(np.int16)
+    chest = chest_of(shape)
     affine = np.zeros((4, 4))
     for axis, step in enumerate(bundle.spacing):
         affine[2 - axis, axis] = step
@@ -277,7 +270,7 @@ def write_trial(bundle: Bundle, folder: Path) -> Trial:
         given = chest + at if channel.scheme == "ct" else chest + WHOLE + at
         given = np.clip(given // 8, 0, 255) if channel.scheme == "rgb" else given
         name = f"trial_{at:04}.nii.gz" if len(bundle.channels) > 1 else "trial.nii.gz"
-        write_scan(Scan(given.astype(np.int16), affine), folder / name)
+        write_scan(Scan(given, affine), folder / name)
         files.append(folder / name)
         values.append(_as_given(given, channel))
     stack = np.stack(values)

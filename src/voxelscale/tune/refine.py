@@ -91,7 +91,7 @@ def refine(run: Path, store_path: Path, config: Config) -> Candidates | None:
     network = FalsePositiveNet()
     crops = Crops(candidates, store, bundle.normalisation, config.train.seed)
     training, loss = training_of(config), F.binary_cross_entropy_with_logits
-    key = digest_of([bundle.identity, asdict(config.refine), config.train.seed])[:16]
+    key = digest_of([*_sought(bundle, config), asdict(config.refine), config.train.seed])[:16]
     result = fit(network, loss, crops, training, run=folder / key)
     if not result.finished:
         return None
@@ -152,7 +152,7 @@ def training_of(config: Config) -> Config:
 
 def find_candidates(bundle: Bundle, store: Store, config: Config, folder: Path) -> Candidates:
     """Look at the training scans; each one's result is kept in the folder, for the same command again."""
-    lines = _Lines(folder / f"{bundle.identity}-{config.refine.candidates:g}.jsonl")
+    lines = _Lines(folder / f"{digest_of(_sought(bundle, config))[:16]}.jsonl")
     cases = store.split("train")
     predictor: Predictor | None = None
     with Progress("look for candidates", len(cases)) as progress:
@@ -168,14 +168,23 @@ def find_candidates(bundle: Bundle, store: Store, config: Config, folder: Path) 
     )
 
 
+def _sought(bundle: Bundle, config: Config) -> list[Any]:
+    """What the candidates depend on beside the scans."""
+    return [bundle.identity, asdict(_rules(config))]
+
+
+def _rules(config: Config) -> PredictConfig:
+    """How candidates are looked for."""
+    return replace(config.predict, candidates=config.refine.candidates, probabilities=False, batch_size=1)
+
+
 def _candidates_in(
     info: CaseInfo, store: Store, predictor: Predictor, config: Config
 ) -> dict[str, list[Triple]]:
     image, mask = store.read(info.case)
     scan = Scan(image, np.asarray(info.affine))
-    rules = replace(config.predict, candidates=config.refine.candidates)
     findings, _ = lesions_by(
-        rules, info.case, predictor.probability(scan), scan.grid, store.classes.names[0]
+        _rules(config), info.case, predictor.probability(scan), scan.grid, store.classes.names[0]
     )
     lesions = lesions_of_mask(info.case, mask, scan.grid)
     others = [f.index for f in findings if match(lesions, [f]).false_positives]
