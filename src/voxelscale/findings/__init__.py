@@ -29,11 +29,7 @@ from voxelscale.findings.regions import (
     masked_regions,
     sure_regions,
 )
-<<<<<<< HEAD
-from voxelscale.geometry import Grid, IntTriple, Scan, Triple, equivalent_diameter
-=======
-from voxelscale.geometry import Grid, Scan, Triple, sphere_diameter
->>>>>>> h3
+from voxelscale.geometry import Grid, Scan, Triple, equivalent_diameter
 
 __all__ = [
     "LEAST_NODULE_MM3",
