@@ -347,6 +347,11 @@ def test_predict_writes_dicom(
     shutil.rmtree(out)
     assert voxelscale("predict", model, data, out, "--dicom-out", kinds)[0] == 0
     assert {path: path.read_bytes() for path in out.rglob("*.dcm")} == before, "from the first step on"
+    _, _, err = voxelscale("predict", model, data, out, "--set", "predict.probabilities=true")
+    assert "earlier" not in err, "the same prediction is kept"
+    _, _, err = voxelscale("predict", model, data, out, "--set", "predict.threshold=0.45")
+    assert f"of earlier predictions: {folders[0].name}/" in err or f": {folders[1].name}/" in err
+    assert "seg.dcm" in err
 
 
 def test_findings_are_as_the_schema_says(model: Path, tmp_path: Path, voxelscale: Command) -> None:

@@ -164,6 +164,9 @@ def predict(
             by_series = {s.series: files[s.case] for s in done if s.case in files}
             sent = send_results(archive, fetched, by_series)
             print(f"{count(sent, 'result')} sent to the archive")
+    from voxelscale.dicom_out.export import warn_of_earlier
+
+    warn_of_earlier(out, outcome.findings)
     return code
 
 

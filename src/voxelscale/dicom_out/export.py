@@ -35,7 +35,7 @@ from voxelscale.files import write_atomic
 from voxelscale.findings import Finding, read_prediction
 from voxelscale.formats import SAME_PLACE_MM, read_label
 from voxelscale.predict.classes import probability_file
-from voxelscale.predict.work import made_from_this
+from voxelscale.predict.work import CASE_FACTS, made_from_this
 from voxelscale.report.cases import CaseScans
 
 KINDS = ("seg", "probability", "sr", "rtstruct")
@@ -250,6 +250,19 @@ def export_case(
     if not prediction.segments and set(kinds) & {"seg", "rtstruct"}:
         notice(f"{source.case}: nothing found: no SEG and no RTSTRUCT")
     return [folder / name for name in made]
+
+
+def warn_of_earlier(predictions: Path, cases: Collection[str]) -> None:
+    """Warn of DICOM files and pages beside a prediction that were written of the one before it."""
+    old = []
+    for case in cases:
+        folder = predictions / case
+        since = (folder / CASE_FACTS).stat().st_mtime_ns
+        there = [folder / "page.html", *(f for kind in KINDS for f in folder.glob(f"{kind}*.dcm"))]
+        old += [f"{case}/{f.name}" for f in there if f.is_file() and f.stat().st_mtime_ns < since]
+    if old:
+        named = ", ".join(old[:MOST_NAMED]) + ", ..." * (len(old) > MOST_NAMED)
+        warn(f"{predictions}: of earlier predictions: {named}; write them again with voxelscale export-dicom")
 
 
 def check_installed() -> None:
