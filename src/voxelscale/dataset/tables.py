@@ -58,7 +58,9 @@ def from_csv(path: Path, asked: Sequence[str] = (), *, labelled: bool = True) ->
     channels = channelled.settled(path, said, asked)
     needed = (*images, "label") if labelled else images
     optional = ("label", "case", "patient", "seriesuid")[labelled:] + ("split", "fold") * labelled
-    table = read_table(path, needed, optional)
+    names = [name for name in columns_of(path) if IMAGE_OF.fullmatch(name) and not means(name, "image")]
+    beside = [name for name in names if name not in images and sum(means(n, name) for n in names) == 1]
+    table = read_table(path, needed, (*optional, *beside))
     rows = list(table.rows())
     sources = [_row(table, number, cells, images, channels) for number, cells in rows]
     if not sources:
@@ -69,7 +71,17 @@ def from_csv(path: Path, asked: Sequence[str] = (), *, labelled: bool = True) ->
         replace(source, case=case, patient=case if source.patient == source.case else source.patient)
         for source, case in zip(sources, cases, strict=True)
     ]
-    return Found(sources=named, channels=channels, folds=_folds(table, rows, named))
+    remarks = tuple(
+        f"warning: {path}: its column {name} names files and is not read: call all channels so, as image_CT"
+        for name in beside
+        if any(_is_there(table, cells, name) for _, cells in rows)
+    )
+    return Found(sources=named, channels=channels, folds=_folds(table, rows, named), remarks=remarks)
+
+
+def _is_there(table: Table, cells: list[str], column: str) -> bool:
+    text = table.word(cells, column)
+    return text != "" and is_path(text) and (table.path.parent / _turned(table.path.parent, text)).exists()
 
 
 def _image_columns(path: Path, asked: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -83,7 +95,11 @@ def _image_columns(path: Path, asked: Sequence[str]) -> tuple[tuple[str, ...], t
         if not asked:
             raise VoxelscaleError(f"{path}: its channels have no names ({', '.join(columns)})", TO_NAME)
         return columns, tuple(found[name] for name in columns)
-    return tuple(found), tuple(map(shown, found.values()))
+    called = {name: shown(said) for name, said in found.items()}
+    if channelled.turned(tuple(called.values()), asked):
+        order = [name.casefold() for name in asked]
+        called = dict(sorted(called.items(), key=lambda column: order.index(column[1].casefold())))
+    return tuple(called), tuple(called.values())
 
 
 def _row(
