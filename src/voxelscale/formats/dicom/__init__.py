@@ -38,6 +38,9 @@ KEPT = {"SEG", "RTSTRUCT"}
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 """Of files that are meant to be DICOM whatever they hold."""
 
+APPLE_DOUBLE = b"\0\x05\x16\x07"
+"""How files begin that macOS leaves on other systems' disks, as ``._1.dcm`` beside ``1.dcm`` (RFC 1740)."""
+
 MOST_SCOUTS = 3
 """A series of so many images that look different ways is one of localizers."""
 
@@ -226,7 +229,13 @@ def _is_lost(file: Path) -> bool:
     only its name says so."""
     if not file.exists():
         return file.is_symlink()
-    return file.is_file() and (file.stat().st_size == 0 or file.suffix.lower() in DICOM_SUFFIXES)
+    if not file.is_file():
+        return False
+    if file.name.startswith("._"):
+        with file.open("rb") as handle:
+            if handle.read(4) == APPLE_DOUBLE:
+                return False
+    return file.stat().st_size == 0 or file.suffix.lower() in DICOM_SUFFIXES
 
 
 def _check_whole(group: Sequence[Header], broken: Sequence[Path]) -> None:
