@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
+from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
 from scipy import ndimage
 from tests.conftest import Command
 
@@ -106,6 +109,27 @@ def test_a_segmentation_without_reference_may_be_a_healthy_scans(
     tree = reported("seg_without_reference") / "tree"
     ((_, mask),) = prepared(voxelscale, tree, tmp_path / "s", "reading.allow_empty=true").values()
     assert lesions(mask) == 1
+
+
+def test_a_segmentation_of_the_studys_pet_is_named(
+    reported: Reported, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It cannot be placed on the CT, which would else be a healthy scan without a word."""
+    tree = reported("seg_without_reference") / "tree"
+    pet, segmentation = generate_uid(), Dataset()
+    segmentation.SeriesInstanceUID = pet
+    (tree / "pet").mkdir()
+    for path in [p for p in tree.rglob("*") if p.is_file()]:
+        data = pydicom.dcmread(path)
+        if data.Modality == "SEG":
+            data.ReferencedSeriesSequence = [segmentation]
+            data.save_as(path)
+        else:
+            data.Modality, data.SeriesInstanceUID, data.SOPInstanceUID = "PT", pet, generate_uid()
+            data.save_as(tree / "pet" / path.name)
+    (source,) = list_sources(tree)
+    assert source.labels == ()
+    assert "refers to a series that is not there or is no CT" in capsys.readouterr().err
 
 
 def test_seg_per_nodule(reported: Reported, voxelscale: Command, tmp_path: Path) -> None:
