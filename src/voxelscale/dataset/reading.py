@@ -13,9 +13,9 @@ from voxelscale.dataset.classes import settled, values_of
 from voxelscale.dataset.source import PICTURES, Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import SAME_MM, Grid, Scan, Slices, as_lps, reorient
-from voxelscale.labels import kind_of, read_labels
+from voxelscale.labels import kind_of, read_labels, read_mask
 from voxelscale.labels.annotation import Labels
-from voxelscale.labels.stored import kind_of_stored, stored_in
+from voxelscale.labels.stored import kind_of_stored
 
 COVERED, MOST_SAMPLES = 0.99, 50
 """Share of the first channel's volume that another must cover; points along an axis to find it."""
@@ -218,7 +218,7 @@ def read_truth_labels(source: Source, reading: ReadingConfig) -> Labels:
     Raises:
         VoxelscaleError: as `read_case`; but an empty mask is an answer, too.
     """
-    from voxelscale.formats import on_lattice, read_label
+    from voxelscale.formats import on_lattice
 
     if not source.labels:
         if not reading.allow_empty:
@@ -228,11 +228,10 @@ def read_truth_labels(source: Source, reading: ReadingConfig) -> Labels:
         return _healthy(grid, source, reading)
     if [kind_of(label) for label in source.labels] == ["mask"]:
         values, classes = values_of(reading), settled(source.classes, reading)
-        mask = reorient(read_label(source.labels[0], values or classes.numbers or None))
+        mask, stored = read_mask(source.labels[0], values, classes)
         if source.image.exists():  # a mask may be cropped to what is drawn in it
             lattice = as_lps(read_lattice(source, reading))[2]
-            mask = on_lattice(source.labels[0], mask, source.image, lattice)
-        stored = stored_in(source.labels[0], mask, values, classes)
+            stored = on_lattice(source.labels[0], stored, source.image, lattice)
         shown = ", ".join(map(str, values or classes.numbers))
         # Of one class a mask that holds other values only is more likely a mistake.
         if (

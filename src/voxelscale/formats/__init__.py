@@ -276,6 +276,21 @@ def read_label(path: Path, values: Sequence[int] | None = None) -> Scan:
     return Scan(array.astype(np.uint8 if fits else np.int32), opened.grid.affine)
 
 
+def read_segments(path: Path) -> Iterator[tuple[int, Scan]]:
+    """The number, as `read_label` has it, and the place (bool) of each segment of a 3D Slicer segmentation.
+
+    None of any other file, and of one layer, in which no two overlap.
+
+    Raises:
+        VoxelscaleError: as `read_label`.
+    """
+    with _reported(path):
+        opened = _open(path, "", 0, (), flat=True)
+        if opened.segments is not None and len({layer for layer, _ in opened.segments.layers}) > 1:
+            for number, where in opened.segments.each():
+                yield number, Scan(where, opened.grid.affine)
+
+
 def _as_whole(path: Path, array: NDArray[Any]) -> NDArray[Any]:
     """A mask's values, rounded where they are whole numbers but for rounding."""
     if array.dtype.kind != "f":

@@ -80,6 +80,12 @@ class Segments:
             out[layers[layer] == value] = number
         return out
 
+    def each(self) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+        """The number of each segment, and where it is (z, y, x)."""
+        layers = self.load()
+        for number, (layer, value) in zip(self.numbers, self.layers, strict=True):
+            yield number, layers[layer] == value
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
