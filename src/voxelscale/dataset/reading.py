@@ -142,7 +142,7 @@ def _check_volumes(source: Source) -> None:
     """Raise a VoxelscaleError where a file does not hold as many channels as are named."""
     from voxelscale.formats import volumes_of
 
-    if source.volumes > 1 and not source.fault and source.image.exists():
+    if source.volumes > 1 and source.image.exists():
         held = volumes_of(source.image)
         if held != source.volumes:
             names = ", ".join(channel.name for channel in source.channels)
@@ -154,19 +154,14 @@ def _choice(
     source: Source, reading: ReadingConfig
 ) -> tuple[Path, str, int, tuple[Path, ...], tuple[str, ...], int | None]:
     """Which image of a case's files is read: the arguments of `read_scan` and `read_grid`."""
-    _check_volumes(source)
-    volume = 0 if source.volumes > 1 else None
-    series = _series_of(source)
-    return source.image, series, reading.fill_gaps, source.files, reading.select, volume
-
-
-def _series_of(source: Source) -> str:
-    """Which of the image's series is meant, of a case that is not known to be unfit."""
     if source.fault:
         remedy = source.remedy or "keep the right one only, or name it in a CSV"
         raise VoxelscaleError(f"{source.image}: {source.fault}", remedy)
+    _check_volumes(source)
+    volume = 0 if source.volumes > 1 else None
     # A folder that a table names is to hold one series; which of a tree's is meant, the listing knows.
-    return source.series if source.files else ""
+    series = source.series if source.files else ""
+    return source.image, series, reading.fill_gaps, source.files, reading.select, volume
 
 
 def read_case(

@@ -33,34 +33,19 @@ from voxelscale.formats._voxels import (
 )
 from voxelscale.geometry import Grid
 
-_INTEGERS = {
-    "1": "signed char, int8, int8_t",
-    "2": "short, short int, signed short, signed short int, int16, int16_t",
-    "4": "int, signed int, int32, int32_t",
-    "8": "longlong, long long, long long int, signed long long, signed long long int, int64, int64_t",
+_CALLED = {
+    "i1": "signed char, int8, int8_t",
+    "u1": "uchar, unsigned char, uint8, uint8_t",
+    "i2": "short, short int, signed short, signed short int, int16, int16_t",
+    "u2": "ushort, unsigned short, unsigned short int, uint16, uint16_t",
+    "i4": "int, signed int, int32, int32_t",
+    "u4": "uint, unsigned int, uint32, uint32_t",
+    "i8": "longlong, long long, long long int, signed long long, signed long long int, int64, int64_t",
+    "u8": "ulonglong, unsigned long long, unsigned long long int, uint64, uint64_t",
+    "f4": "float",
+    "f8": "double",
 }
-TYPES = {name: f"i{size}" for size, names in _INTEGERS.items() for name in names.split(", ")} | {
-    "uchar": "u1",
-    "unsigned char": "u1",
-    "uint8": "u1",
-    "uint8_t": "u1",
-    "ushort": "u2",
-    "unsigned short": "u2",
-    "unsigned short int": "u2",
-    "uint16": "u2",
-    "uint16_t": "u2",
-    "uint": "u4",
-    "unsigned int": "u4",
-    "uint32": "u4",
-    "uint32_t": "u4",
-    "ulonglong": "u8",
-    "unsigned long long": "u8",
-    "unsigned long long int": "u8",
-    "uint64": "u8",
-    "uint64_t": "u8",
-    "float": "f4",
-    "double": "f8",
-}
+TYPES = {name: kind for kind, names in _CALLED.items() for name in names.split(", ")}
 ENCODINGS: dict[str, Encoding] = {
     "raw": "raw",
     "gzip": "deflate",

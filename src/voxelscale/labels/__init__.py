@@ -93,7 +93,10 @@ def kind_of(path: Path) -> Literal["SEG", "RTSTRUCT", "LIDC", "spheres", "mask"]
         with path.open("rb") as handle:
             head = handle.read(HEAD)
     if head[128:132] == b"DICM":
-        return _dicom_kind(path)
+        from voxelscale.labels.dicom import modality_of
+
+        modality = modality_of(path)
+        return "SEG" if modality == "SEG" else "RTSTRUCT" if modality == "RTSTRUCT" else "mask"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text.startswith(b"<") and b"LidcReadMessage" in text:
         return "LIDC"
@@ -101,13 +104,6 @@ def kind_of(path: Path) -> Literal["SEG", "RTSTRUCT", "LIDC", "spheres", "mask"]
     if path.suffix.lower() in (".csv", ".tsv") or is_table_of(head, ("seriesuid", "coordX")):
         return "spheres"
     return "mask"
-
-
-def _dicom_kind(path: Path) -> Literal["SEG", "RTSTRUCT", "mask"]:
-    from voxelscale.labels.dicom import modality_of
-
-    modality = modality_of(path)
-    return "SEG" if modality == "SEG" else "RTSTRUCT" if modality == "RTSTRUCT" else "mask"
 
 
 def _read_masks(

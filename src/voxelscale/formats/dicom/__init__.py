@@ -140,7 +140,8 @@ def open_scan(
         raise _damaged(broken[0])
     left_out = Counter("damaged or empty file" for _ in broken)
     group = _chosen(path, headers, series, left_out)
-    _check_whole(group, broken)
+    for file in _doubtful(group, broken):
+        raise _damaged(file)
     frames, notes = _with_orientations([frame for header in group for frame in header.frames])
     check_claims([frame.pixels for frame in frames])
     ct = group[0].modality in ("CT", "")
@@ -236,11 +237,6 @@ def _is_lost(file: Path) -> bool:
             if handle.read(4) == APPLE_DOUBLE:
                 return False
     return file.stat().st_size == 0 or file.suffix.lower() in DICOM_SUFFIXES
-
-
-def _check_whole(group: Sequence[Header], broken: Sequence[Path]) -> None:
-    for file in _doubtful(group, broken):
-        raise _damaged(file)
 
 
 def _doubtful(group: Sequence[Header], broken: Sequence[Path]) -> Iterator[Path]:
