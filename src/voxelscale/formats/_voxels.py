@@ -244,12 +244,26 @@ def data_file(path: Path, name: str) -> Path:
     return target
 
 
-def data_files(path: Path, names: Sequence[str], slices: int) -> tuple[Path, ...]:
-    """The files of a header's list, one or several slices each.
+def is_list(said: str) -> bool:
+    """Whether a header names its data files in the lines that follow it."""
+    return said.upper().split()[:1] == ["LIST"]
+
+
+def data_files(path: Path, said: str, rest: bytes, slices: int) -> tuple[Path, ...]:
+    """The files of voxels that a header names: one, or a list of them, one or several slices each.
+
+    Args:
+        said: what the header says, read as Latin-1.
+        rest: what follows it.
 
     Raises:
-        VoxelscaleError: as `data_file`; or there are none, or more than slices.
+        VoxelscaleError: as `data_file`; or it is a pattern; or a list of none, or of more than slices.
     """
+    if "%" in said:
+        hint = "convert it to one file, for instance with SimpleITK"
+        raise VoxelscaleError(f"{path}: its data files are a pattern", hint)
+    lines = [line for line in rest.splitlines() if line.strip()] if is_list(said) else [said.encode("latin-1")]
+    names = [line.strip().decode("utf-8", "replace") for line in lines]
     if not 1 <= len(names) <= slices:
         raise VoxelscaleError(f"{path}: lists {len(names)} data files for {slices} slices", TO_REWRITE)
     return tuple(data_file(path, name) for name in names)

@@ -25,8 +25,8 @@ from voxelscale.formats._voxels import (
     Segments,
     check_affine,
     check_header,
-    data_file,
     data_files,
+    is_list,
     numbers,
     read_voxels,
     whole_numbers,
@@ -165,7 +165,7 @@ def _fields(path: Path, head: bytes) -> tuple[dict[str, str], int]:
         if name in fields:
             raise VoxelscaleError(f"{path}: says {name[:60]!r} twice", TO_REWRITE)
         fields[name] = value.strip()
-        if name == "data file" and value.split()[:1] == ["LIST"]:
+        if name == "data file" and is_list(value):
             return fields, start
     if len(head) == LONGEST_HEADER:
         raise VoxelscaleError(f"{path}: its header has no end", TO_REWRITE)
@@ -222,7 +222,9 @@ def _layout(path: Path, fields: dict[str, str], shape: tuple[int, ...], head: by
     dtype, endian = np.dtype(TYPES[kind]), fields.get("endian", "").lower()
     if endian not in ("little", "big") and dtype.itemsize > 1 and ENCODINGS[encoding] != "text":
         raise VoxelscaleError(f"{path}: its endian is {endian[:60]!r}", TO_REWRITE)
-    files, offset = _files(path, fields, shape[0], head, start)
+    name = fields.get("data file")
+    files = (path,) if name is None else data_files(path, name, head[start:], shape[0])
+    offset = start if name is None else 0
     (skip,) = whole_numbers(path, "byte skip", fields.get("byte skip", "0"), 1)
     (lines,) = whole_numbers(path, "line skip", fields.get("line skip", "0"), 1)
     if not -1 <= skip <= MOST_SKIPPED:
@@ -239,22 +241,6 @@ def _layout(path: Path, fields: dict[str, str], shape: tuple[int, ...], head: by
         dtype=dtype.newbyteorder(">" if endian == "big" else "<"),
         shape=shape,
     )
-
-
-def _files(
-    path: Path, fields: dict[str, str], slices: int, head: bytes, start: int
-) -> tuple[tuple[Path, ...], int]:
-    """The files that hold the voxels, and where in them these begin."""
-    name = fields.get("data file")
-    if name is None:
-        return (path,), start
-    if name.split()[:1] == ["LIST"]:
-        names = [line.strip().decode("utf-8", "replace") for line in head[start:].splitlines()]
-        return data_files(path, [n for n in names if n], slices), 0
-    if "%" in name:
-        hint = "convert it to one file, for instance with SimpleITK"
-        raise VoxelscaleError(f"{path}: its data files are a pattern", hint)
-    return (data_file(path, name.encode("latin-1").decode("utf-8", "replace")),), 0
 
 
 def _after_lines(path: Path, file: Path, offset: int, lines: int) -> int:
