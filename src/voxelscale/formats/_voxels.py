@@ -262,7 +262,7 @@ def data_files(path: Path, said: str, rest: bytes, slices: int) -> tuple[Path, .
     if "%" in said:
         hint = "convert it to one file, for instance with SimpleITK"
         raise VoxelscaleError(f"{path}: its data files are a pattern", hint)
-    lines = [line for line in rest.splitlines() if line.strip()] if is_list(said) else [said.encode("latin-1")]
+    lines = filter(bytes.strip, rest.splitlines()) if is_list(said) else [said.encode("latin-1")]
     names = [line.strip().decode("utf-8", "replace") for line in lines]
     if not 1 <= len(names) <= slices:
         raise VoxelscaleError(f"{path}: lists {len(names)} data files for {slices} slices", TO_REWRITE)
