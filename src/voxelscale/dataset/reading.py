@@ -33,25 +33,19 @@ def read_image(source: Source, reading: ReadingConfig) -> Scan:
 
 
 def read_lattice(source: Source, reading: ReadingConfig) -> Grid:
-    """The lattice of the scan that `read_image` gives, from the headers alone.
+    """The lattice of `read_slices`."""
+    return read_slices(source, reading)[0]
+
+
+def read_slices(source: Source, reading: ReadingConfig) -> tuple[Grid, Slices | None]:
+    """The lattice of the scan that `read_image` gives, from the headers alone, and its DICOM slices.
 
     Raises:
         VoxelscaleError: as `read_image`, but for what only the voxels show.
     """
-    from voxelscale.formats import read_grid
-
-    return read_grid(*_choice(source, reading))
-
-
-def read_slices(source: Source, reading: ReadingConfig) -> tuple[Grid, Slices | None]:
-    """The lattice of `read_lattice`, and the DICOM slices that the scan is made of; None: it is no DICOM.
-
-    Raises:
-        VoxelscaleError: as `read_lattice`.
-    """
     from voxelscale.formats import read_slices as slices_in
 
-    return slices_in(*_choice(source, reading)[:-1])
+    return slices_in(*_choice(source, reading))
 
 
 def read_more(source: Source, reading: ReadingConfig, first: Grid | None = None) -> list[Scan]:
@@ -153,7 +147,7 @@ def _check_volumes(source: Source) -> None:
 def _choice(
     source: Source, reading: ReadingConfig
 ) -> tuple[Path, str, int, tuple[Path, ...], tuple[str, ...], int | None]:
-    """Which image of a case's files is read: the arguments of `read_scan` and `read_grid`."""
+    """Which image of a case's files is read: the arguments of `read_scan` and `read_slices`."""
     if source.fault:
         remedy = source.remedy or "keep the right one only, or name it in a CSV"
         raise VoxelscaleError(f"{source.image}: {source.fault}", remedy)

@@ -167,15 +167,17 @@ def _check_single(path: Path, opened: Opened) -> None:
     raise several_volumes(path, opened.volumes)
 
 
-def read_grid(
+def read_slices(
     path: Path,
     series: str = "",
     fill_gaps: int = 0,
     files: Sequence[Path] = (),
     select: Sequence[str] = (),
     volume: int | None = None,
-) -> Grid:
-    """The lattice that `read_scan` would give, from the headers alone.
+) -> tuple[Grid, Slices | None]:
+    """The lattice that `read_scan` would give, and the DICOM slices that it is made of; None: no DICOM.
+
+    The voxels are not read.
 
     Raises:
         VoxelscaleError: as `read_scan`, but for what only the voxels show.
@@ -184,23 +186,6 @@ def read_grid(
         opened = _open(path, series, fill_gaps, files, select)
     if volume is None:
         _check_single(path, opened)
-    return opened.grid
-
-
-def read_slices(
-    path: Path,
-    series: str = "",
-    fill_gaps: int = 0,
-    files: Sequence[Path] = (),
-    select: Sequence[str] = (),
-) -> tuple[Grid, Slices | None]:
-    """The lattice that `read_scan` would give, and the DICOM slices that it is made of; None: no DICOM.
-
-    Raises:
-        VoxelscaleError: as `read_grid`.
-    """
-    with _reported(path):
-        opened = _open(path, series, fill_gaps, files, select)
     return opened.grid, opened.slices
 
 
