@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.console import notice, warn
+from voxelscale.console import count, notice, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import files_below
 from voxelscale.formats._voxels import Opened
@@ -350,7 +350,7 @@ def _one_scan(
         hint = "two reconstructions or time points in one series: give each a folder of its own"
         raise VoxelscaleError(f"{path}: {contradiction}", hint)
     doubled = len(frames) - len(kept)
-    return kept, [*notes, *([f"{doubled} doubled slice{'s' * (doubled > 1)} dropped"] if doubled else [])]
+    return kept, [*notes, *([f"{count(doubled, 'doubled slice')} dropped"] if doubled else [])]
 
 
 def _warn_of(path: Path, frames: Sequence[Frame], lost: Sequence[Header]) -> None:
@@ -474,7 +474,7 @@ def _both(first: Frame, other: Frame) -> str:
 
 
 def _report(path: Path, left_out: Counter[str], notes: Sequence[str]) -> None:
-    counts = [f"{n} {what}{'s' * (n > 1)}" for what, n in sorted(left_out.items())]
+    counts = [count(n, what) for what, n in sorted(left_out.items())]
     parts = [*([f"left out: {', '.join(counts)}"] if counts else []), *notes]
     if parts:
         notice(f"{path}: {'; '.join(parts)}")
