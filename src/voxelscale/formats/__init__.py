@@ -141,14 +141,14 @@ def volumes_of(path: Path) -> int:
     return opened.volumes
 
 
-def check_scan(scan: Scan, name: str = "the scan") -> None:
+def check_scan(scan: Scan) -> None:
     """Check a scan that does not come from a file as one that does.
 
     Raises:
         VoxelscaleError: a voxel is NaN or infinite, or its affine describes no voxels in a patient.
     """
-    _finite(Path(name), scan.array)
-    check_affine(Path(name), scan.grid.shape, scan.affine)
+    _finite(Path("the scan"), scan.array)
+    check_affine(Path("the scan"), scan.grid.shape, scan.affine)
 
 
 def _finite(path: Path, array: NDArray[Any]) -> NDArray[Any]:

@@ -197,23 +197,22 @@ def not_finite(path: Path, count: int) -> VoxelscaleError:
     return VoxelscaleError(f"{path}: {count} voxels are NaN or infinite", hint)
 
 
-def numbers(path: Path, key: str, text: str, count: int = 0) -> list[float]:
-    """The `count` numbers (any, for 0) of a text header's field.
+def numbers(path: Path, key: str, text: str, count: int) -> list[float]:
+    """The `count` numbers of a text header's field, at least one.
 
     Raises:
         VoxelscaleError: there are not so many, or something else.
     """
-    words = text.split()
     try:
-        found = [float(word) for word in words]
+        found = [float(word) for word in text.split()]
     except ValueError:
         found = []
-    if not found or (count and len(found) != count):
+    if len(found) != count:
         raise VoxelscaleError(f"{path}: its {key} is {text[:60]!r}", TO_REWRITE)
     return found
 
 
-def whole_numbers(path: Path, key: str, text: str, count: int = 0) -> list[int]:
+def whole_numbers(path: Path, key: str, text: str, count: int) -> list[int]:
     """As `numbers`, but whole ones."""
     found = numbers(path, key, text, count)
     if not all(abs(n) < 2**63 and n == int(n) for n in found):
