@@ -156,6 +156,9 @@ def test_several_label_files_in_folders_and_tables(reported: Reported) -> None:
     ((_, mask),) = read(data)
     assert mask.array.sum() == 560
     table = tree / "set.csv"
-    table.write_text("image,label\nct,seg0.dcm;seg1.dcm\n")
-    ((_, mask),) = read(table)
-    assert mask.array.sum() == 560
+    (tree / "more").mkdir()
+    (tree / "more" / "1.dcm").symlink_to(tree / "seg1.dcm")
+    for labels in ("seg0.dcm;seg1.dcm", r"seg0.dcm; more\1.dcm"):  # the latter as Windows writes it
+        table.write_text(f"image,label\nct,{labels}\n")
+        ((_, mask),) = read(table)
+        assert mask.array.sum() == 560

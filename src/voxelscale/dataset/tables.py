@@ -14,7 +14,7 @@ from voxelscale.dataset import channels as channelled
 from voxelscale.dataset.channels import TO_NAME
 from voxelscale.dataset.classes import shown
 from voxelscale.dataset.folds import Fold, by_number
-from voxelscale.dataset.several import label_files, labels_named
+from voxelscale.dataset.several import label_files, labels_named, named_in
 from voxelscale.dataset.source import (
     Found,
     Source,
@@ -81,7 +81,7 @@ def from_csv(path: Path, asked: Sequence[str] = (), *, labelled: bool = True) ->
 
 def _is_there(table: Table, cells: list[str], column: str) -> bool:
     text = table.word(cells, column)
-    return text != "" and is_path(text) and (table.path.parent / _turned(table.path.parent, text)).exists()
+    return text != "" and is_path(text) and named_in(table.path.parent, text).exists()
 
 
 def _image_columns(path: Path, asked: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -117,11 +117,11 @@ def _row(
     if "split" in table.places and split.lower() not in SPLITS:
         what = f"line {number}: split is {split[:LONGEST_QUOTE]!r}"
         raise VoxelscaleError(f"{path}: {what}", "write train, val or test, or call the column otherwise")
-    files = {at: path.parent / _turned(path.parent, text) for at, text in enumerate(texts) if text}
+    files = {at: named_in(path.parent, text) for at, text in enumerate(texts) if text}
     image = files[min(files)]
     numbered = channelled.NUMBERED.fullmatch(case_name(image)) if len(images) > 1 else None
     case = case_text or (numbered[1] if numbered else case_name(image))
-    labels = labels_named(path.parent, _turned(path.parent, label_text))
+    labels = labels_named(path.parent, label_text)
     source = Source(
         case=case,
         patient=patient or case,
@@ -150,12 +150,6 @@ def _folds(
             f"{table.path}: its column fold has one number only", "name at least two folds"
         )
     return by_number(numbers)
-
-
-def _turned(folder: Path, text: str) -> str:
-    """What a table calls a path, with the separators of this system where it was written on Windows."""
-    turned = text.replace("\\", "/")
-    return turned if not (folder / text).exists() and (folder / turned).exists() else text
 
 
 def find_pair(data: Path) -> tuple[Path, Path] | None:
