@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,11 @@ def test_nothing_but_the_file_stays(tmp_path: Path) -> None:
     write_atomic(tmp_path / "deep" / "a.txt", "one")
     write_atomic(tmp_path / "deep" / "a.txt", "two")
     assert [(p.name, p.read_text()) for p in (tmp_path / "deep").iterdir()] == [("a.txt", "two")]
+
+
+def test_a_path_that_is_not_utf8_is_written_as_text(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "page.html", f"data set {os.fsdecode(b'caf' + bytes([0xE9]))}")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "data set caf\\udce9"
 
 
 def test_sealed(tmp_path: Path) -> None:

@@ -77,10 +77,12 @@ def put_in_place(temporary: Path, path: Path) -> None:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that at any instant either the old or the new content is there, whole.
 
+    Text is UTF-8; what has no place in it, as a path in another encoding, is written as ``\\udce9``.
+
     Raises:
         VoxelscaleError: the file cannot be written (no space, no permission).
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{own_word()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -93,20 +93,16 @@ def lung_field(scan: Scan) -> Lungs:
         problem = "" if mask.mean() >= LEAST_CROP_SHARE else "no aerated lung found"
     else:
         problem = _problem(mask, coarse, spacing, volume)
-    whole = Lungs(
-        mask=np.zeros(shape, bool), box=((0, 0, 0), shape), volume_ml=volume, ok=False, problem=problem
-    )
     if problem:
-        return whole
+        return no_lungs(shape, problem, volume)
     fine = _blown_up(mask, factors, shape)
     return Lungs(mask=fine, box=_box(mask, factors, scan), volume_ml=volume, ok=True, problem="")
 
 
-def no_lungs(shape: IntTriple, problem: str) -> Lungs:
-    """Of a scan in which no lungs are searched for."""
-    return Lungs(
-        mask=np.zeros(shape, bool), box=((0, 0, 0), shape), volume_ml=0.0, ok=False, problem=problem
-    )
+def no_lungs(shape: IntTriple, problem: str, volume: float = 0.0) -> Lungs:
+    """Of a scan in which no lungs are searched for, or none were found."""
+    box = ((0, 0, 0), shape)
+    return Lungs(mask=np.zeros(shape, bool), box=box, volume_ml=volume, ok=False, problem=problem)
 
 
 def body_field(scan: Scan) -> NDArray[np.bool_]:

@@ -26,38 +26,18 @@ LONGEST_QUOTE = 80
 
 SEPARATORS = (",", ";", "\t", "|")
 
-SYNONYMS = (
-    ("seriesuid", "seriesinstanceuid", "series", "seriesid", "seriesinstance"),
-    *(
-        (
-            f"coord{axis}",
-            axis,
-            f"{axis}mm",
-            f"coord{axis}mm",
-            f"{axis}coord",
-            f"world{axis}",
-            f"center{axis}",
-        )
-        for axis in "xyz"
-    ),
-    ("diametermm", "diameter", "diam", "diammm", "eqdiameter"),
-    ("probability", "confidence", "score", "prob"),
-    (
-        "image",
-        "images",
-        "img",
-        "scan",
-        "path",
-        "imagepath",
-        "imagefile",
-        "ct",
-        "volume",
-        "file",
-        "filename",
-    ),
-    ("label", "labels", "mask", "masks", "seg", "segmentation", "labelpath", "maskpath", "segpath"),
-    ("patient", "patientid", "subject", "subjectid", "pid"),
-    ("case", "caseid", "casename", "id", "name"),
+SYNONYMS = tuple(
+    tuple(group.split())
+    for group in (
+        "seriesuid seriesinstanceuid series seriesid seriesinstance",
+        *(f"coord{a} {a} {a}mm coord{a}mm {a}coord world{a} center{a}" for a in "xyz"),
+        "diametermm diameter diam diammm eqdiameter",
+        "probability confidence score prob",
+        "image images img scan path imagepath imagefile ct volume file filename",
+        "label labels mask masks seg segmentation labelpath maskpath segpath",
+        "patient patientid subject subjectid pid",
+        "case caseid casename id name",
+    )
 )
 """Column names that mean the same, without blanks and punctuation, in small letters."""
 

@@ -195,6 +195,20 @@ def test_columns_of_a_csv(tmp_path: Path) -> None:
     assert [channel.name for channel in DataSet(path=turned).channels] == ["PET", "CT"]
 
 
+def test_the_same_names_in_another_order(tmp_path: Path) -> None:
+    """By name, as predict's hint has them written: the PET is not called CT."""
+    asked = ReadingConfig(channels=("ct", "pet"))
+    path = table(tmp_path, "image_PET,image_CT,label", "pet.nii.gz,ct.nii.gz,mask.nii.gz")
+    data = DataSet(path=path, reading=asked)
+    (source,) = data.cases
+    assert [channel.scheme for channel in data.channels] == ["ct", "zscore"]
+    assert (source.image.name, source.more[0].name) == ("ct.nii.gz", "pet.nii.gz")
+    nnunet(tmp_path / "json", channels=2)
+    rename(tmp_path / "json", channel_names={"0": "PET", "1": "CT"})
+    with pytest.raises(VoxelscaleError, match=r"in another order than it does \(PET, CT\)"):
+        _ = DataSet(path=tmp_path / "json", reading=asked).cases
+
+
 def test_numbered_columns_need_names(tmp_path: Path) -> None:
     row = "pet.nii.gz,ct.nii.gz,mask.nii.gz"
     path = table(tmp_path, "image_0001,image_0000,label", row)
@@ -206,11 +220,17 @@ def test_numbered_columns_need_names(tmp_path: Path) -> None:
     assert (source.image.name, source.more[0].name) == ("ct.nii.gz", "pet.nii.gz")
 
 
-def test_a_column_beside_the_image_changes_nothing(tmp_path: Path) -> None:
+def test_a_column_beside_the_image_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As before there were several channels: image_id and the like are no images."""
-    path = table(tmp_path, "image,image_id,label", "ct.nii.gz,7,mask.nii.gz")
+    path = table(tmp_path, "image,image_id,image_id,label", "ct.nii.gz,7,8,mask.nii.gz")
     (source,) = DataSet(path=path).cases
     assert (source.channels, source.more) == (ONE_CT, ())
+    assert "warning" not in capsys.readouterr().err
+    path = table(tmp_path, "image,image_PET,label", "ct.nii.gz,pet.nii.gz,mask.nii.gz")
+    assert DataSet(path=path).cases[0].channels == ONE_CT
+    assert "its column image_PET names files and is not read" in capsys.readouterr().err
     path = table(tmp_path, "image_path,label", "ct.nii.gz,mask.nii.gz")
     assert DataSet(path=path).cases[0].channels == ONE_CT
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -107,3 +108,11 @@ def test_the_table_of_names_grows_and_is_its_owners(tmp_path: Path) -> None:
     assert rows[0] == ["case", "path", "seriesuid"]
     assert rows[1:] == [[s.case, str(s.image), s.series] for s in (one, two)]
     assert sorted(p.name for p in tmp_path.iterdir()) == [TABLE]
+
+
+def test_the_table_takes_names_of_files_that_are_not_utf8(tmp_path: Path) -> None:
+    image = tmp_path / os.fsdecode(b"caf" + bytes([0xE9]) + b".nii.gz")
+    one, two = (Source(case=case, patient=case, image=image) for case in "ab")
+    write_names([one], tmp_path)
+    text = write_names([two], tmp_path).read_text(encoding="utf-8")
+    assert [line.partition(",")[0] for line in text.splitlines()] == ["case", "a", "b"]

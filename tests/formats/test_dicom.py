@@ -986,6 +986,17 @@ def test_a_lost_end_slice_is_not_passed_over(tmp_path: Path, how: str) -> None:
         read_image(list_scans(folder)[0], ReadingConfig())
 
 
+def test_what_macos_leaves_beside_the_slices_is_no_slice(tmp_path: Path) -> None:
+    folder = write(small_series(), tmp_path / "ct", [f"{i}.dcm" for i in range(4)])
+    whole = read(folder).array
+    for i in range(4):
+        (folder / f"._{i}.dcm").write_bytes(b"\0\x05\x16\x07\0\x02\0\0Mac OS X" + bytes(200))
+    assert np.array_equal(read(folder).array, whole)
+    assert np.array_equal(read_image(list_scans(folder)[0], ReadingConfig()).array, whole)
+    (folder / "._0.dcm").write_bytes(b"")
+    fails(folder, "damaged or empty")
+
+
 def test_an_unknown_code_names_its_syntax(tmp_path: Path) -> None:
     files = small_series()
     for ds in files:

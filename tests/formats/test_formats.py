@@ -197,6 +197,14 @@ def negative_spacing(folder: Path) -> Path:
     return path
 
 
+def centimetres(folder: Path) -> Path:
+    write_scan(volume(), folder / "whole.mha")
+    path = folder / "scan.mha"
+    data = (folder / "whole.mha").read_bytes()
+    path.write_bytes(data.replace(b"ElementSpacing = ", b"DistanceUnits = cm\nElementSpacing = "))
+    return path
+
+
 def zero_nifti_spacing(folder: Path) -> Path:
     write_scan(volume(), folder / "whole.nii")
     path = folder / "scan.nii"
@@ -248,6 +256,7 @@ BAD: list[tuple[Callable[[Path], Path], str]] = [
     (film, "3 volumes"),
     (colour, "3 values a voxel"),
     (negative_spacing, "spacing"),
+    (centimetres, "its lengths are 'cm'"),
     (zero_nifti_spacing, "spacing"),
     (two_series, "2 series"),
     (missing_slice, "mm apart"),

@@ -23,9 +23,9 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import (
     detect_format,
     files_of,
-    read_grid,
     read_label,
     read_scan,
+    read_slices,
     read_volumes,
     volumes_of,
 )
@@ -59,7 +59,7 @@ def test_grey_pictures(tmp_path: Path, ending: str, array: np.ndarray) -> None:
     assert np.array_equal(scan.array[0], array)
     assert scan.spacing == (1, 1, 1)
     assert scan.grid.index_to_mm((0, 2, 3)).tolist() == [3, 2, 0]
-    assert read_grid(path).same_as(scan.grid)
+    assert read_slices(path)[0].same_as(scan.grid)
     assert (volumes_of(path), files_of(path)) == (1, (path,))
 
 

@@ -397,6 +397,10 @@ def test_spheres(tmp_path: Path, turn: str) -> None:
     assert labels.findings[2].diameter_mm is None
     with pytest.raises(VoxelscaleError, match="not known"):
         read_labels(tmp_path / "annotations.csv", image)
+    beyond = image.grid.index_to_mm((10.3, 20.4, 60.0))
+    write_table(tmp_path / "annotations.csv", [("1.2.3", *centre, 9.0), ("1.2.3", *beyond, 9.0)])
+    labels = read_labels(tmp_path / "annotations.csv", image, series="1.2.3")
+    assert [f.kind for f in labels.findings] == ["nodule", "excluded"], "what is left out is no finding"
 
 
 def write_table(path: Path, rows: list[tuple[object, ...]]) -> None:

@@ -21,7 +21,7 @@ from tests.conftest import Command, read_pair
 
 from voxelscale.config import PrepareConfig, ReadingConfig
 from voxelscale.dataset.listing import Source, list_scans, list_sources
-from voxelscale.dataset.reading import read_truth
+from voxelscale.dataset.reading import read_case, read_truth
 from voxelscale.dataset.stamps import label_stamp, source_stamp
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output, write_sealed
@@ -329,6 +329,29 @@ def slicer_file(path: Path, values: Sequence[tuple[int, int] | None], array: NDA
             lines += [f"Segment{number}_Layer:={place[0]}", f"Segment{number}_LabelValue:={place[1]}"]
     path.write_bytes(("\n".join(lines) + "\n\n").encode() + array.astype(np.uint8).tobytes())
     return path
+
+
+def test_segments_that_overlap_are_classes_or_regions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = np.zeros((4, 5, 6, 2), np.uint8)
+    layers[1:3, 1:4, 1:4, 0] = layers[1:3, 2:4, 2:5, 1] = 1
+    label = slicer_file(tmp_path / "a.seg.nrrd", [(0, 1), (1, 1)], layers)
+    image = tmp_path / "a.nrrd"
+    write_scan(Scan(np.zeros((4, 5, 6), np.int16), np.eye(4)[:, [2, 1, 0, 3]]), image)
+    one, two = (layers[..., layer] > 0 for layer in (0, 1))
+
+    def stored(labels: dict[str, int], order: tuple[int, ...] = ()) -> NDArray[Any]:
+        reading = ReadingConfig(labels=labels, regions_class_order=order)
+        source = Source(case="a", patient="a", image=image, labels=(label,))
+        made = read_case(source, reading)[1].mask.array
+        assert np.array_equal(read_truth(source, reading).array, made)
+        return made
+
+    assert np.array_equal(stored({"whole": 1, "core": 2}, (1, 2)), one + 2 * two)
+    assert "warning" not in capsys.readouterr().err
+    assert np.array_equal(stored({"b": 2, "a": 1}), np.where(one, 2, two)), "the later class, not segment"
+    assert "a.seg.nrrd: classes overlap in 8 voxels" in capsys.readouterr().err
 
 
 def test_label_values_of_segments(tmp_path: Path) -> None:

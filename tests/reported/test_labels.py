@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
+from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
 from scipy import ndimage
 from tests.conftest import Command
 
@@ -108,6 +111,27 @@ def test_a_segmentation_without_reference_may_be_a_healthy_scans(
     assert lesions(mask) == 1
 
 
+def test_a_segmentation_of_the_studys_pet_is_named(
+    reported: Reported, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It cannot be placed on the CT, which would else be a healthy scan without a word."""
+    tree = reported("seg_without_reference") / "tree"
+    pet, segmentation = generate_uid(), Dataset()
+    segmentation.SeriesInstanceUID = pet
+    (tree / "pet").mkdir()
+    for path in [p for p in tree.rglob("*") if p.is_file()]:
+        data = pydicom.dcmread(path)
+        if data.Modality == "SEG":
+            data.ReferencedSeriesSequence = [segmentation]
+            data.save_as(path)
+        else:
+            data.Modality, data.SeriesInstanceUID, data.SOPInstanceUID = "PT", pet, generate_uid()
+            data.save_as(tree / "pet" / path.name)
+    (source,) = list_sources(tree)
+    assert source.labels == ()
+    assert "refers to a series that is not there or is no CT" in capsys.readouterr().err
+
+
 def test_seg_per_nodule(reported: Reported, voxelscale: Command, tmp_path: Path) -> None:
     tree = reported("seg_per_nodule") / "tree"
     code, _, err = voxelscale("inspect", tree)
@@ -132,6 +156,9 @@ def test_several_label_files_in_folders_and_tables(reported: Reported) -> None:
     ((_, mask),) = read(data)
     assert mask.array.sum() == 560
     table = tree / "set.csv"
-    table.write_text("image,label\nct,seg0.dcm;seg1.dcm\n")
-    ((_, mask),) = read(table)
-    assert mask.array.sum() == 560
+    (tree / "more").mkdir()
+    (tree / "more" / "1.dcm").symlink_to(tree / "seg1.dcm")
+    for labels in ("seg0.dcm;seg1.dcm", r"seg0.dcm; more\1.dcm"):  # the latter as Windows writes it
+        table.write_text(f"image,label\nct,{labels}\n")
+        ((_, mask),) = read(table)
+        assert mask.array.sum() == 560

@@ -102,8 +102,8 @@ def from_nnunet(path: Path, asked: Sequence[str] = ()) -> Found:
     if "dataset" in tree:
         cases = _named_cases(path, tree["dataset"])
     else:
-        labels = {case_name(p): p for p in _ending_with(data / "labelsTr", ending)}
-        images = channelled.by_case(_ending_with(data / "imagesTr", ending), ending)
+        labels = {case_name(p): p for p in _files_in(data / "labelsTr", ending)}
+        images = channelled.by_case(_files_in(data / "imagesTr", ending), ending)
         cases = [(name, files, (labels[name],) if name in labels else ()) for name, files in images.items()]
         remarks = unlisted("labels", labels.values(), [one for _, _, held in cases for one in held])
     sources = _of_channels(cases, channels)
@@ -114,7 +114,7 @@ def from_nnunet(path: Path, asked: Sequence[str] = ()) -> Found:
     wanted = tree.get("numTraining")
     if isinstance(wanted, int) and wanted != len(sources):
         remarks = (*remarks, f"warning: {path} says {wanted} training cases, {len(sources)} are there")
-    tested = channelled.by_case(_ending_with(data / "imagesTs", ending), ending)
+    tested = channelled.by_case(_files_in(data / "imagesTs", ending), ending)
     return Found(
         sources=sources,
         tests=_of_channels([(name, files, ()) for name, files in tested.items()], channels),
@@ -150,11 +150,7 @@ def _named_cases(path: Path, cases: Any) -> list[Case]:
     return found
 
 
-def _files_in(folder: Path) -> list[Path]:
-    return visible(folder) if folder.is_dir() else []
-
-
-def _ending_with(folder: Path, ending: str) -> list[Path]:
+def _files_in(folder: Path, ending: str = "") -> list[Path]:
     return [p for p in visible(folder) if p.name.endswith(ending)] if folder.is_dir() else []
 
 

@@ -48,14 +48,25 @@ def settled(where: object, said: Sequence[str], asked: Sequence[str]) -> tuple[C
     """The channels by the names that the user gives, or else the data set; () where nobody does.
 
     Raises:
-        VoxelscaleError: both name channels, but not as many.
+        VoxelscaleError: both name channels, but not as many, or the same ones in another order.
     """
+    named = ", ".join(said[:MOST_CHANNELS])
     if said and asked and len(said) != len(asked):
         what = f"reading.channels names {len(asked)} channels, but {where} has {len(said)}"
-        raise VoxelscaleError(f"{what} ({', '.join(said[:MOST_CHANNELS])})", "name as many")
+        raise VoxelscaleError(f"{what} ({named})", "name as many")
+    if turned(said, asked):
+        what = f"reading.channels names the channels of {where} in another order than it does ({named})"
+        hint = "write them in its order; a CSV with columns as image_CT and image_PET is read in any order"
+        raise VoxelscaleError(what, hint)
     channels = tuple(channel_of(name) for name in asked or said)
     # A single CT is one whatever it is called.
     return ONE_CT if [channel.scheme for channel in channels] == ["ct"] else channels
+
+
+def turned(said: Sequence[str], asked: Sequence[str]) -> bool:
+    """Whether both are the same names in different orders: then the user means the order, not new names."""
+    ones, others = ([name.casefold() for name in names] for names in (said, asked))
+    return ones != others and sorted(ones) == sorted(others)
 
 
 def placed(source: Source, images: Mapping[int, Path], channels: Sequence[Channel]) -> Source:

@@ -372,13 +372,11 @@ def _distinct(data: Path, sources: list[Source]) -> list[Source]:
 
 def _report(layout: str, sources: Sequence[Source], found: Found) -> None:
     bare = sum(not source.labels and not source.fault for source in sources)
-    parts = [f"layout: {LAYOUTS[layout]}, {len(sources)} case{'s' * (len(sources) != 1)}"]
+    parts = [f"layout: {LAYOUTS[layout]}, {count(len(sources), 'case')}"]
     parts += [f"{bare} without labels"] if bare else []
     several = sum(len(source.labels) > 1 for source in sources)
     parts += [f"{several} with several label files, which are merged"] if several else []
-    parts += (
-        [f"{len(found.tests)} test scan{'s' * (len(found.tests) != 1)} left out"] if found.tests else []
-    )
+    parts += [f"{count(len(found.tests), 'test scan')} left out"] if found.tests else []
     notice(", ".join(parts))
     if any(source.image.suffix.lower() in PICTURES for source in sources):
         notice("pictures: a pixel counts as 1 mm, so every size in mm is in pixels")

@@ -36,7 +36,7 @@ def write_names(sources: Sequence[Source], folder: Path) -> Path:
     csv.writer(text, lineterminator="\n").writerows([("case", "path", "seriesuid"), *rows.values()])
     temporary = temporary_of(path)
     try:
-        write_private(temporary, text.getvalue().encode(errors="surrogateescape"))
+        write_private(temporary, text.getvalue().encode(errors="backslashreplace"))
         os.replace(temporary, path)
     except OSError as error:
         raise VoxelscaleError(

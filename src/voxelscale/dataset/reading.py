@@ -13,9 +13,9 @@ from voxelscale.dataset.classes import settled, values_of
 from voxelscale.dataset.source import PICTURES, Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import SAME_MM, Grid, Scan, Slices, as_lps, reorient
-from voxelscale.labels import kind_of, read_labels
+from voxelscale.labels import kind_of, read_labels, read_mask
 from voxelscale.labels.annotation import Labels
-from voxelscale.labels.stored import kind_of_stored, stored_in
+from voxelscale.labels.stored import kind_of_stored
 
 COVERED, MOST_SAMPLES = 0.99, 50
 """Share of the first channel's volume that another must cover; points along an axis to find it."""
@@ -33,25 +33,19 @@ def read_image(source: Source, reading: ReadingConfig) -> Scan:
 
 
 def read_lattice(source: Source, reading: ReadingConfig) -> Grid:
-    """The lattice of the scan that `read_image` gives, from the headers alone.
+    """The lattice of `read_slices`."""
+    return read_slices(source, reading)[0]
+
+
+def read_slices(source: Source, reading: ReadingConfig) -> tuple[Grid, Slices | None]:
+    """The lattice of the scan that `read_image` gives, from the headers alone, and its DICOM slices.
 
     Raises:
         VoxelscaleError: as `read_image`, but for what only the voxels show.
     """
-    from voxelscale.formats import read_grid
-
-    return read_grid(*_choice(source, reading))
-
-
-def read_slices(source: Source, reading: ReadingConfig) -> tuple[Grid, Slices | None]:
-    """The lattice of `read_lattice`, and the DICOM slices that the scan is made of; None: it is no DICOM.
-
-    Raises:
-        VoxelscaleError: as `read_lattice`.
-    """
     from voxelscale.formats import read_slices as slices_in
 
-    return slices_in(*_choice(source, reading)[:-1])
+    return slices_in(*_choice(source, reading))
 
 
 def read_more(source: Source, reading: ReadingConfig, first: Grid | None = None) -> list[Scan]:
@@ -142,7 +136,7 @@ def _check_volumes(source: Source) -> None:
     """Raise a VoxelscaleError where a file does not hold as many channels as are named."""
     from voxelscale.formats import volumes_of
 
-    if source.volumes > 1 and not source.fault and source.image.exists():
+    if source.volumes > 1 and source.image.exists():
         held = volumes_of(source.image)
         if held != source.volumes:
             names = ", ".join(channel.name for channel in source.channels)
@@ -153,20 +147,15 @@ def _check_volumes(source: Source) -> None:
 def _choice(
     source: Source, reading: ReadingConfig
 ) -> tuple[Path, str, int, tuple[Path, ...], tuple[str, ...], int | None]:
-    """Which image of a case's files is read: the arguments of `read_scan` and `read_grid`."""
-    _check_volumes(source)
-    volume = 0 if source.volumes > 1 else None
-    series = _series_of(source)
-    return source.image, series, reading.fill_gaps, source.files, reading.select, volume
-
-
-def _series_of(source: Source) -> str:
-    """Which of the image's series is meant, of a case that is not known to be unfit."""
+    """Which image of a case's files is read: the arguments of `read_scan` and `read_slices`."""
     if source.fault:
         remedy = source.remedy or "keep the right one only, or name it in a CSV"
         raise VoxelscaleError(f"{source.image}: {source.fault}", remedy)
+    _check_volumes(source)
+    volume = 0 if source.volumes > 1 else None
     # A folder that a table names is to hold one series; which of a tree's is meant, the listing knows.
-    return source.series if source.files else ""
+    series = source.series if source.files else ""
+    return source.image, series, reading.fill_gaps, source.files, reading.select, volume
 
 
 def read_case(
@@ -218,7 +207,7 @@ def read_truth_labels(source: Source, reading: ReadingConfig) -> Labels:
     Raises:
         VoxelscaleError: as `read_case`; but an empty mask is an answer, too.
     """
-    from voxelscale.formats import on_lattice, read_label
+    from voxelscale.formats import on_lattice
 
     if not source.labels:
         if not reading.allow_empty:
@@ -228,11 +217,10 @@ def read_truth_labels(source: Source, reading: ReadingConfig) -> Labels:
         return _healthy(grid, source, reading)
     if [kind_of(label) for label in source.labels] == ["mask"]:
         values, classes = values_of(reading), settled(source.classes, reading)
-        mask = reorient(read_label(source.labels[0], values or classes.numbers or None))
+        mask, stored = read_mask(source.labels[0], values, classes)
         if source.image.exists():  # a mask may be cropped to what is drawn in it
             lattice = as_lps(read_lattice(source, reading))[2]
-            mask = on_lattice(source.labels[0], mask, source.image, lattice)
-        stored = stored_in(source.labels[0], mask, values, classes)
+            stored = on_lattice(source.labels[0], stored, source.image, lattice)
         shown = ", ".join(map(str, values or classes.numbers))
         # Of one class a mask that holds other values only is more likely a mistake.
         if (

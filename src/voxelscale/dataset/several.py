@@ -18,7 +18,13 @@ def labels_named(folder: Path, text: str) -> tuple[Path, ...]:
     """
     parts = [text] if ";" not in text or (folder / text).exists() else text.split(";")
     names = [part.strip() for part in parts if part.strip()]
-    return distinct(file for name in names for file in label_files(folder / name))
+    return distinct(file for name in names for file in label_files(named_in(folder, name)))
+
+
+def named_in(folder: Path, text: str) -> Path:
+    """What a table calls a path, with the separators of this system where it was written on Windows."""
+    turned = folder / text.replace("\\", "/")
+    return turned if turned.exists() and not (folder / text).exists() else folder / text
 
 
 def label_files(path: Path) -> tuple[Path, ...]:

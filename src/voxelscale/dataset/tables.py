@@ -14,7 +14,7 @@ from voxelscale.dataset import channels as channelled
 from voxelscale.dataset.channels import TO_NAME
 from voxelscale.dataset.classes import shown
 from voxelscale.dataset.folds import Fold, by_number
-from voxelscale.dataset.several import label_files, labels_named
+from voxelscale.dataset.several import label_files, labels_named, named_in
 from voxelscale.dataset.source import (
     Found,
     Source,
@@ -58,7 +58,9 @@ def from_csv(path: Path, asked: Sequence[str] = (), *, labelled: bool = True) ->
     channels = channelled.settled(path, said, asked)
     needed = (*images, "label") if labelled else images
     optional = ("label", "case", "patient", "seriesuid")[labelled:] + ("split", "fold") * labelled
-    table = read_table(path, needed, optional)
+    names = [name for name in columns_of(path) if IMAGE_OF.fullmatch(name) and not means(name, "image")]
+    beside = [name for name in names if name not in images and sum(means(n, name) for n in names) == 1]
+    table = read_table(path, needed, (*optional, *beside))
     rows = list(table.rows())
     sources = [_row(table, number, cells, images, channels) for number, cells in rows]
     if not sources:
@@ -69,7 +71,17 @@ def from_csv(path: Path, asked: Sequence[str] = (), *, labelled: bool = True) ->
         replace(source, case=case, patient=case if source.patient == source.case else source.patient)
         for source, case in zip(sources, cases, strict=True)
     ]
-    return Found(sources=named, channels=channels, folds=_folds(table, rows, named))
+    remarks = tuple(
+        f"warning: {path}: its column {name} names files and is not read: call all channels so, as image_CT"
+        for name in beside
+        if any(_is_there(table, cells, name) for _, cells in rows)
+    )
+    return Found(sources=named, channels=channels, folds=_folds(table, rows, named), remarks=remarks)
+
+
+def _is_there(table: Table, cells: list[str], column: str) -> bool:
+    text = table.word(cells, column)
+    return text != "" and is_path(text) and named_in(table.path.parent, text).exists()
 
 
 def _image_columns(path: Path, asked: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -83,7 +95,11 @@ def _image_columns(path: Path, asked: Sequence[str]) -> tuple[tuple[str, ...], t
         if not asked:
             raise VoxelscaleError(f"{path}: its channels have no names ({', '.join(columns)})", TO_NAME)
         return columns, tuple(found[name] for name in columns)
-    return tuple(found), tuple(map(shown, found.values()))
+    called = {name: shown(said) for name, said in found.items()}
+    if channelled.turned(tuple(called.values()), asked):
+        order = [name.casefold() for name in asked]
+        called = dict(sorted(called.items(), key=lambda column: order.index(column[1].casefold())))
+    return tuple(called), tuple(called.values())
 
 
 def _row(
@@ -101,11 +117,11 @@ def _row(
     if "split" in table.places and split.lower() not in SPLITS:
         what = f"line {number}: split is {split[:LONGEST_QUOTE]!r}"
         raise VoxelscaleError(f"{path}: {what}", "write train, val or test, or call the column otherwise")
-    files = {at: path.parent / _turned(path.parent, text) for at, text in enumerate(texts) if text}
+    files = {at: named_in(path.parent, text) for at, text in enumerate(texts) if text}
     image = files[min(files)]
     numbered = channelled.NUMBERED.fullmatch(case_name(image)) if len(images) > 1 else None
     case = case_text or (numbered[1] if numbered else case_name(image))
-    labels = labels_named(path.parent, _turned(path.parent, label_text))
+    labels = labels_named(path.parent, label_text)
     source = Source(
         case=case,
         patient=patient or case,
@@ -134,12 +150,6 @@ def _folds(
             f"{table.path}: its column fold has one number only", "name at least two folds"
         )
     return by_number(numbers)
-
-
-def _turned(folder: Path, text: str) -> str:
-    """What a table calls a path, with the separators of this system where it was written on Windows."""
-    turned = text.replace("\\", "/")
-    return turned if not (folder / text).exists() and (folder / turned).exists() else text
 
 
 def find_pair(data: Path) -> tuple[Path, Path] | None:

@@ -79,7 +79,7 @@ def from_dicom(data: Path, names: Names, annotations: Path | None = None) -> Fou
     images = _images(data, series)
     objects = [s for s in (_series(annotations) if annotations else series) if s.modality in OBJECTS]
     labels: dict[str, dict[str, list[Path]]] = {modality: defaultdict(list) for modality in OBJECTS}
-    known = {s.uid for s in series}
+    known = {s.uid for s in images}
     unclear: dict[str, list[Path]] = defaultdict(list)
     lost, strays, placed = 0, [], 0
     for other in objects:
@@ -98,9 +98,9 @@ def from_dicom(data: Path, names: Names, annotations: Path | None = None) -> Fou
     faults = {uid: UNCLEAR.format(files[0]) for uid, files in unclear.items()}
     sources = _cases(data, images, taken, faults, names)
     remarks = nameless(images)
-    remarks += [f"{lost} SEG or RTSTRUCT of scans that are not there"] if lost else []
+    remarks += [f"{lost} SEG or RTSTRUCT of scans that are not there or are no CT"] if lost else []
     if strays:
-        why = "refers to a series that is not there, though others of its study are"
+        why = "refers to a series that is not there or is no CT, though others of its study are"
         more = f" (and {len(strays) - 1} more)" if len(strays) > 1 else ""
         remarks.append(f"warning: {strays[0]}{more}: {why}")
     remarks += [f"{placed} SEG or RTSTRUCT that name no series: by frame of reference"] if placed else []

@@ -141,14 +141,14 @@ def volumes_of(path: Path) -> int:
     return opened.volumes
 
 
-def check_scan(scan: Scan, name: str = "the scan") -> None:
+def check_scan(scan: Scan) -> None:
     """Check a scan that does not come from a file as one that does.
 
     Raises:
         VoxelscaleError: a voxel is NaN or infinite, or its affine describes no voxels in a patient.
     """
-    _finite(Path(name), scan.array)
-    check_affine(Path(name), scan.grid.shape, scan.affine)
+    _finite(Path("the scan"), scan.array)
+    check_affine(Path("the scan"), scan.grid.shape, scan.affine)
 
 
 def _finite(path: Path, array: NDArray[Any]) -> NDArray[Any]:
@@ -167,15 +167,17 @@ def _check_single(path: Path, opened: Opened) -> None:
     raise several_volumes(path, opened.volumes)
 
 
-def read_grid(
+def read_slices(
     path: Path,
     series: str = "",
     fill_gaps: int = 0,
     files: Sequence[Path] = (),
     select: Sequence[str] = (),
     volume: int | None = None,
-) -> Grid:
-    """The lattice that `read_scan` would give, from the headers alone.
+) -> tuple[Grid, Slices | None]:
+    """The lattice that `read_scan` would give, and the DICOM slices that it is made of; None: no DICOM.
+
+    The voxels are not read.
 
     Raises:
         VoxelscaleError: as `read_scan`, but for what only the voxels show.
@@ -184,23 +186,6 @@ def read_grid(
         opened = _open(path, series, fill_gaps, files, select)
     if volume is None:
         _check_single(path, opened)
-    return opened.grid
-
-
-def read_slices(
-    path: Path,
-    series: str = "",
-    fill_gaps: int = 0,
-    files: Sequence[Path] = (),
-    select: Sequence[str] = (),
-) -> tuple[Grid, Slices | None]:
-    """The lattice that `read_scan` would give, and the DICOM slices that it is made of; None: no DICOM.
-
-    Raises:
-        VoxelscaleError: as `read_grid`.
-    """
-    with _reported(path):
-        opened = _open(path, series, fill_gaps, files, select)
     return opened.grid, opened.slices
 
 
@@ -274,6 +259,21 @@ def read_label(path: Path, values: Sequence[int] | None = None) -> Scan:
         raise VoxelscaleError(f"{path}: a mask with values up to {array.max():g}", "is this a mask?")
     fits = array.size == 0 or array.max() <= 255
     return Scan(array.astype(np.uint8 if fits else np.int32), opened.grid.affine)
+
+
+def read_segments(path: Path) -> Iterator[tuple[int, Scan]]:
+    """The number, as `read_label` has it, and the place (bool) of each segment of a 3D Slicer segmentation.
+
+    None of any other file, and of one layer, in which no two overlap.
+
+    Raises:
+        VoxelscaleError: as `read_label`.
+    """
+    with _reported(path):
+        opened = _open(path, "", 0, (), flat=True)
+        if opened.segments is not None and len({layer for layer, _ in opened.segments.layers}) > 1:
+            for number, where in opened.segments.each():
+                yield number, Scan(where, opened.grid.affine)
 
 
 def _as_whole(path: Path, array: NDArray[Any]) -> NDArray[Any]:

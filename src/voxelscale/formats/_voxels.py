@@ -80,6 +80,12 @@ class Segments:
             out[layers[layer] == value] = number
         return out
 
+    def each(self) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+        """The number of each segment, and where it is (z, y, x)."""
+        layers = self.load()
+        for number, (layer, value) in zip(self.numbers, self.layers, strict=True):
+            yield number, layers[layer] == value
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
@@ -191,23 +197,22 @@ def not_finite(path: Path, count: int) -> VoxelscaleError:
     return VoxelscaleError(f"{path}: {count} voxels are NaN or infinite", hint)
 
 
-def numbers(path: Path, key: str, text: str, count: int = 0) -> list[float]:
-    """The `count` numbers (any, for 0) of a text header's field.
+def numbers(path: Path, key: str, text: str, count: int) -> list[float]:
+    """The `count` numbers of a text header's field, at least one.
 
     Raises:
         VoxelscaleError: there are not so many, or something else.
     """
-    words = text.split()
     try:
-        found = [float(word) for word in words]
+        found = [float(word) for word in text.split()]
     except ValueError:
         found = []
-    if not found or (count and len(found) != count):
+    if len(found) != count:
         raise VoxelscaleError(f"{path}: its {key} is {text[:60]!r}", TO_REWRITE)
     return found
 
 
-def whole_numbers(path: Path, key: str, text: str, count: int = 0) -> list[int]:
+def whole_numbers(path: Path, key: str, text: str, count: int) -> list[int]:
     """As `numbers`, but whole ones."""
     found = numbers(path, key, text, count)
     if not all(abs(n) < 2**63 and n == int(n) for n in found):
@@ -238,12 +243,26 @@ def data_file(path: Path, name: str) -> Path:
     return target
 
 
-def data_files(path: Path, names: Sequence[str], slices: int) -> tuple[Path, ...]:
-    """The files of a header's list, one or several slices each.
+def is_list(said: str) -> bool:
+    """Whether a header names its data files in the lines that follow it."""
+    return said.upper().split()[:1] == ["LIST"]
+
+
+def data_files(path: Path, said: str, rest: bytes, slices: int) -> tuple[Path, ...]:
+    """The files of voxels that a header names: one, or a list of them, one or several slices each.
+
+    Args:
+        said: what the header says, read as Latin-1.
+        rest: what follows it.
 
     Raises:
-        VoxelscaleError: as `data_file`; or there are none, or more than slices.
+        VoxelscaleError: as `data_file`; or it is a pattern; or a list of none, or of more than slices.
     """
+    if "%" in said:
+        hint = "convert it to one file, for instance with SimpleITK"
+        raise VoxelscaleError(f"{path}: its data files are a pattern", hint)
+    lines = filter(bytes.strip, rest.splitlines()) if is_list(said) else [said.encode("latin-1")]
+    names = [line.strip().decode("utf-8", "replace") for line in lines]
     if not 1 <= len(names) <= slices:
         raise VoxelscaleError(f"{path}: lists {len(names)} data files for {slices} slices", TO_REWRITE)
     return tuple(data_file(path, name) for name in names)

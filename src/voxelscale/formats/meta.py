@@ -24,7 +24,6 @@ from voxelscale.formats._voxels import (
     Opened,
     check_affine,
     check_header,
-    data_file,
     data_files,
     numbers,
     read_voxels,
@@ -119,6 +118,8 @@ def _affine(path: Path, fields: dict[str, str], dims: int) -> NDArray[np.float64
     spacing = numbers(path, key, fields.get(key, ""), dims)[:3]
     if not min(spacing) > 0:
         raise VoxelscaleError(f"{path}: a spacing of {fields[key][:60]} mm", f"{TO_REWRITE} ({key})")
+    if (unit := fields.get("DistanceUnits", "mm")).lower() not in ("mm", "?"):
+        raise VoxelscaleError(f"{path}: its lengths are {unit[:60]!r}", "write its header anew, in mm")
     offset = numbers(path, "Offset", fields.get("Offset", "0 " * dims), dims)[:3]
     turn = np.eye(dims)
     if "TransformMatrix" in fields:
@@ -146,21 +147,11 @@ def _layout(
     if not -1 <= skipped <= MOST_SKIPPED:
         raise VoxelscaleError(f"{path}: a HeaderSize of {skipped}", TO_REWRITE)
     data = fields["ElementDataFile"]
-    files: tuple[Path, ...]
-    if data.upper() == "LOCAL":
-        files, offset = (path,), start
-    elif data.upper().split()[:1] == ["LIST"]:
-        names = [line.strip().decode("utf-8", "replace") for line in head[start:].splitlines()]
-        files, offset = data_files(path, [name for name in names if name], shape[0]), skipped
-    elif "%" in data:
-        hint = "convert it to one file, for instance with SimpleITK"
-        raise VoxelscaleError(f"{path}: its data files are a pattern", hint)
-    else:
-        files, offset = (data_file(path, data.encode("latin-1").decode("utf-8", "replace")),), skipped
+    local = data.upper() == "LOCAL"
     return Layout(
-        files=files,
+        files=(path,) if local else data_files(path, data, head[start:], shape[0]),
         encoding="deflate" if packed else "raw" if binary else "text",
-        offset=offset,
+        offset=start if local else skipped,
         dtype=np.dtype(
             (">" if _truth(path, fields, "BinaryDataByteOrderMSB", "False") else "<") + TYPES[kind]
         ),

@@ -174,7 +174,9 @@ def _affine(path: Path, header: Nifti1Header) -> NDArray[np.float64]:
             apart = float(np.linalg.norm(other[:, :3] @ corners + other[:, 3:], axis=0).max())
         if not apart <= DISAGREE_MM:
             what = "its sform and qform" if by_qform else "its sform and pixdim"
-            hint = "set the code of the wrong one to 0, for instance with nibabel's set_qform(None, 0)"
+            hint = "correct pixdim, for instance with nibabel's header.set_zooms"
+            if by_qform:
+                hint = "set the code of the wrong one to 0, for instance with nibabel's set_qform(None, 0)"
             raise VoxelscaleError(f"{path}: {what} lie {apart:.2f} mm apart", hint)
     affine: NDArray[np.float64] = np.diag([-1.0, -1.0, 1.0, 1.0]) @ ras[:, [2, 1, 0, 3]]
     return affine

@@ -25,42 +25,27 @@ from voxelscale.formats._voxels import (
     Segments,
     check_affine,
     check_header,
-    data_file,
     data_files,
+    is_list,
     numbers,
     read_voxels,
     whole_numbers,
 )
 from voxelscale.geometry import Grid
 
-_INTEGERS = {
-    "1": "signed char, int8, int8_t",
-    "2": "short, short int, signed short, signed short int, int16, int16_t",
-    "4": "int, signed int, int32, int32_t",
-    "8": "longlong, long long, long long int, signed long long, signed long long int, int64, int64_t",
+_CALLED = {
+    "i1": "signed char, int8, int8_t",
+    "u1": "uchar, unsigned char, uint8, uint8_t",
+    "i2": "short, short int, signed short, signed short int, int16, int16_t",
+    "u2": "ushort, unsigned short, unsigned short int, uint16, uint16_t",
+    "i4": "int, signed int, int32, int32_t",
+    "u4": "uint, unsigned int, uint32, uint32_t",
+    "i8": "longlong, long long, long long int, signed long long, signed long long int, int64, int64_t",
+    "u8": "ulonglong, unsigned long long, unsigned long long int, uint64, uint64_t",
+    "f4": "float",
+    "f8": "double",
 }
-TYPES = {name: f"i{size}" for size, names in _INTEGERS.items() for name in names.split(", ")} | {
-    "uchar": "u1",
-    "unsigned char": "u1",
-    "uint8": "u1",
-    "uint8_t": "u1",
-    "ushort": "u2",
-    "unsigned short": "u2",
-    "unsigned short int": "u2",
-    "uint16": "u2",
-    "uint16_t": "u2",
-    "uint": "u4",
-    "unsigned int": "u4",
-    "uint32": "u4",
-    "uint32_t": "u4",
-    "ulonglong": "u8",
-    "unsigned long long": "u8",
-    "unsigned long long int": "u8",
-    "uint64": "u8",
-    "uint64_t": "u8",
-    "float": "f4",
-    "double": "f8",
-}
+TYPES = {name: kind for kind, names in _CALLED.items() for name in names.split(", ")}
 ENCODINGS: dict[str, Encoding] = {
     "raw": "raw",
     "gzip": "deflate",
@@ -180,7 +165,7 @@ def _fields(path: Path, head: bytes) -> tuple[dict[str, str], int]:
         if name in fields:
             raise VoxelscaleError(f"{path}: says {name[:60]!r} twice", TO_REWRITE)
         fields[name] = value.strip()
-        if name == "data file" and value.split()[:1] == ["LIST"]:
+        if name == "data file" and is_list(value):
             return fields, start
     if len(head) == LONGEST_HEADER:
         raise VoxelscaleError(f"{path}: its header has no end", TO_REWRITE)
@@ -237,7 +222,9 @@ def _layout(path: Path, fields: dict[str, str], shape: tuple[int, ...], head: by
     dtype, endian = np.dtype(TYPES[kind]), fields.get("endian", "").lower()
     if endian not in ("little", "big") and dtype.itemsize > 1 and ENCODINGS[encoding] != "text":
         raise VoxelscaleError(f"{path}: its endian is {endian[:60]!r}", TO_REWRITE)
-    files, offset = _files(path, fields, shape[0], head, start)
+    name = fields.get("data file")
+    files = (path,) if name is None else data_files(path, name, head[start:], shape[0])
+    offset = start if name is None else 0
     (skip,) = whole_numbers(path, "byte skip", fields.get("byte skip", "0"), 1)
     (lines,) = whole_numbers(path, "line skip", fields.get("line skip", "0"), 1)
     if not -1 <= skip <= MOST_SKIPPED:
@@ -254,22 +241,6 @@ def _layout(path: Path, fields: dict[str, str], shape: tuple[int, ...], head: by
         dtype=dtype.newbyteorder(">" if endian == "big" else "<"),
         shape=shape,
     )
-
-
-def _files(
-    path: Path, fields: dict[str, str], slices: int, head: bytes, start: int
-) -> tuple[tuple[Path, ...], int]:
-    """The files that hold the voxels, and where in them these begin."""
-    name = fields.get("data file")
-    if name is None:
-        return (path,), start
-    if name.split()[:1] == ["LIST"]:
-        names = [line.strip().decode("utf-8", "replace") for line in head[start:].splitlines()]
-        return data_files(path, [n for n in names if n], slices), 0
-    if "%" in name:
-        hint = "convert it to one file, for instance with SimpleITK"
-        raise VoxelscaleError(f"{path}: its data files are a pattern", hint)
-    return (data_file(path, name.encode("latin-1").decode("utf-8", "replace")),), 0
 
 
 def _after_lines(path: Path, file: Path, offset: int, lines: int) -> int:

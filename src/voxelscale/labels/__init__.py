@@ -93,7 +93,10 @@ def kind_of(path: Path) -> Literal["SEG", "RTSTRUCT", "LIDC", "spheres", "mask"]
         with path.open("rb") as handle:
             head = handle.read(HEAD)
     if head[128:132] == b"DICM":
-        return _dicom_kind(path)
+        from voxelscale.labels.dicom import modality_of
+
+        modality = modality_of(path)
+        return "SEG" if modality == "SEG" else "RTSTRUCT" if modality == "RTSTRUCT" else "mask"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text.startswith(b"<") and b"LidcReadMessage" in text:
         return "LIDC"
@@ -101,13 +104,6 @@ def kind_of(path: Path) -> Literal["SEG", "RTSTRUCT", "LIDC", "spheres", "mask"]
     if path.suffix.lower() in (".csv", ".tsv") or is_table_of(head, ("seriesuid", "coordX")):
         return "spheres"
     return "mask"
-
-
-def _dicom_kind(path: Path) -> Literal["SEG", "RTSTRUCT", "mask"]:
-    from voxelscale.labels.dicom import modality_of
-
-    modality = modality_of(path)
-    return "SEG" if modality == "SEG" else "RTSTRUCT" if modality == "RTSTRUCT" else "mask"
 
 
 def _read_masks(
@@ -119,17 +115,16 @@ def _read_masks(
     allow_empty: bool,
 ) -> Labels:
     """The union of masks on the image's voxels."""
-    from voxelscale.formats import on_lattice, read_label
+    from voxelscale.formats import on_lattice
     from voxelscale.geometry import reorient, resample
 
     turned, masks, held = reorient(image), [], {}
     touching: set[int] = set()
     for path in paths:
-        mask = reorient(read_label(path, values or classes.numbers or None))
-        mask = on_lattice(path, mask, image_path or path, turned.grid)
+        mask, stored = read_mask(path, values, classes)
         touching |= set(touching_values(mask.array, values, classes))
         # The same lattice, perhaps in another order of voxels: the nearest is the very voxel.
-        placed = Scan(stored_in(path, mask, values, classes).array, turned.affine)
+        placed = on_lattice(path, stored, image_path or path, turned.grid)
         masks.append(resample(placed, image.grid, "nearest").array)
         held[path] = None if values is None or masks[-1].any() else np.unique(mask.array)[:10]
     if values is not None and not allow_empty and not any(mask.any() for mask in masks):
@@ -141,3 +136,27 @@ def _read_masks(
     made, replaced = union(masks, classes) if len(masks) > 1 else (masks[0], 0)
     warn_of_replaced(", ".join(map(str, paths)), replaced)
     return Labels(mask=Scan(made, image.affine), touching=tuple(sorted(touching)))
+
+
+def read_mask(path: Path, values: tuple[int, ...] | None, classes: Classes) -> tuple[Scan, Scan]:
+    """The numbers in a mask's file, and its stored labels (both in LPS order).
+
+    Where segments of 3D Slicer overlap, of classes the later one is taken, with a warning; regions may.
+
+    Raises:
+        VoxelscaleError: it is no mask, or has values that no class has.
+    """
+    from voxelscale.formats import read_label, read_segments
+    from voxelscale.geometry import reorient
+    from voxelscale.labels.drawn import lay
+
+    mask = reorient(read_label(path, values or classes.numbers or None))
+    stored = stored_in(path, mask, values, classes)
+    made, replaced = np.zeros_like(stored.array), 0
+    for number, where in () if values is not None or classes.single else read_segments(path):
+        place = reorient(where).array
+        alone = Scan(np.full((1, 1, 1), number), mask.affine)
+        label = stored_in(path, alone, None, classes).array.item() if place.any() else 0
+        replaced += lay(made, place, label, classes) if label else 0
+    warn_of_replaced(path, replaced)
+    return mask, Scan(made, mask.affine) if made.any() else stored

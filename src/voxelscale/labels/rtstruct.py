@@ -94,61 +94,50 @@ def read(
         VoxelscaleError: one is damaged, of another series, or drawn on other planes, or it is unclear which
             region is meant.
     """
-    if values is None and classes.values != ((),):
-        return _read_classes(paths, image, series, classes)
     sets = {path: _read_set(path, series, image) for path in paths}
-    lattice = lattice_of(image)
-    mask = np.zeros(image.array.shape, np.uint8)
-    chosen = _chosen(sets, values)
-    for path, numbers in chosen.items():
-        if not numbers:
-            notice(f"{path}: none of its regions is the lesion, left out")
-            continue
-        drawn = np.zeros(lattice.shape, np.uint8)
-        outside = 0
-        for number, region in sets[path].items():
-            meant = region.tumour if values is None else number in values
-            if meant or number in numbers:
-                _warn_of_others(path, number, region)
-        if values is None and not any(sets[path][number].tumour for number in numbers):
-            only = sets[path][numbers[0]].name or numbers[0]
-            notice(f"{path}: its only region, {only}, is taken as the lesion")
-        if values is None and len(numbers) > 1:
-            taken = ", ".join(sets[path][number].name or str(number) for number in numbers)
-            notice(f"{path}: regions {taken} together are taken as the lesion")
-        for number in numbers:
-            outside += _paint(path, sets[path][number], lattice, drawn)
-        contours = sum(len(sets[path][number].contours) for number in numbers)
-        _check_inside(path, outside, contours, bool(drawn.any()))
-        mask |= on_scan(path, drawn, lattice, image).array
-    return Scan(mask, image.affine)
-
-
-def _read_classes(paths: Sequence[Path], image: Scan, series: str, classes: Classes) -> Scan:
-    """As `read`, of classes that are named."""
-    sets = {path: _read_set(path, series, image) for path in paths}
-    names = {
-        path: {number: (region.name,) for number, region in regions.items()}
-        for path, regions in sets.items()
-    }
-    check_names(names, "region", classes)
+    named = values is None and classes.values != ((),)
+    labelled = _of_classes(sets, classes) if named else _of_lesion(sets, values)
     lattice, replaced = lattice_of(image), 0
-    made = np.zeros(image.array.shape, kind_of_stored(classes))
-    for path, regions in sets.items():
-        labels = labels_by_number(names[path], classes)
-        outside = contours = 0
-        drawn_any = False
-        for number, label in sorted(labels.items()):
-            region, drawn = regions[number], np.zeros(lattice.shape, np.uint8)
+    made = np.zeros(image.array.shape, kind_of_stored(classes) if named else np.uint8)
+    for path, labels in labelled.items():
+        regions = {number: sets[path][number] for number in labels}
+        for number, region in regions.items():
             _warn_of_others(path, number, region)
-            if region.contours:
-                outside += _paint(path, region, lattice, drawn)
-                contours += len(region.contours)
-                drawn_any |= bool(drawn.any())
-                replaced += lay(made, on_scan(path, drawn, lattice, image).array > 0, label, classes)
+        contours, outside, drawn_any = sum(len(region.contours) for region in regions.values()), 0, False
+        for label in sorted(set(labels.values())):
+            drawn = np.zeros(lattice.shape, np.uint8)
+            for number, region in regions.items():
+                if labels[number] == label and region.contours:
+                    outside += _paint(path, region, lattice, drawn)
+            drawn_any |= bool(drawn.any())
+            replaced += lay(made, on_scan(path, drawn, lattice, image).array > 0, label, classes)
         _check_inside(path, outside, contours, drawn_any)
     warn_of_replaced(", ".join(map(str, paths)), replaced)
     return Scan(made, image.affine)
+
+
+def _of_classes(sets: dict[Path, Regions], classes: Classes) -> dict[Path, dict[int, int]]:
+    """The stored label of each region that is of a class, of every object."""
+    names = {path: {number: (r.name,) for number, r in regions.items()} for path, regions in sets.items()}
+    check_names(names, "region", classes)
+    return {path: labels_by_number(called, classes) for path, called in names.items()}
+
+
+def _of_lesion(sets: dict[Path, Regions], values: tuple[int, ...] | None) -> dict[Path, dict[int, int]]:
+    """As `_of_classes`, of the one lesion; those of its regions that hold no area are there, too."""
+    labelled: dict[Path, dict[int, int]] = {}
+    for path, numbers in _chosen(sets, values).items():
+        regions = sets[path]
+        called = ", ".join(regions[number].name or str(number) for number in numbers)
+        if not numbers:
+            notice(f"{path}: none of its regions is the lesion, left out")
+        elif values is None and not any(regions[number].tumour for number in numbers):
+            notice(f"{path}: its only region, {called}, is taken as the lesion")
+        elif values is None and len(numbers) > 1:
+            notice(f"{path}: regions {called} together are taken as the lesion")
+        meant = [n for n, region in regions.items() if (region.tumour if values is None else n in values)]
+        labelled[path] = dict.fromkeys([*numbers, *meant], 1) if numbers else {}
+    return labelled
 
 
 def _warn_of_others(path: Path, number: int, region: Region) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,15 +69,16 @@ def read(
         found = read_label_object(path)
         check_series(found, series, image)
         try:
-            labels = labels_by_number(_names(found), classes)
+            segments = _segments(found)
+            named[path] = {number: segment.names for number, segment in segments.items()}
+            labels = labels_by_number(named[path], classes)
             mask, held[path], over = _on_scan(found, image, labels, classes)
-            named[path] = _names(found)
         except ValueError as error:
             raise VoxelscaleError(f"{path}: a damaged segmentation ({error})", "export it again") from None
         masks.append(mask)
         replaced += over
         if classes.values == ((),):
-            _warn_of_kinds(found)
+            _warn_of_kinds(path, segments)
     if all(isinstance(value, int) for group in classes.values for value in group):
         check_values(held, "segment", values if values is not None else classes.numbers or None)
     else:
@@ -130,49 +131,40 @@ def _drawn(
     return mask, seen, replaced
 
 
-def _names(found: DicomObject) -> dict[int, tuple[str, ...]]:
-    """What each segment is called, by its number: its label, and the meaning of its type's code."""
-    _kinds(found.data)  # which raises where two have one number
-    return {
-        s.integer(tags.SEGMENT_NUMBER): (
-            free_text(found, s, tags.SEGMENT_LABEL),
-            *(free_text(found, kind, tags.CODE_MEANING) for kind in s.items(tags.SEGMENT_TYPE)),
-        )
-        for s in found.data.items(tags.SEGMENTS)
-    }
+class _Segment(NamedTuple):
+    """A segment's label and the meaning of its type's code; the code itself, "" where it is not said."""
+
+    names: tuple[str, ...]
+    kind: str
 
 
-def _kinds(data: Elements) -> dict[int, str]:
-    """The code of what each segment is, by its number; "" where it is not said.
+def _segments(found: DicomObject) -> dict[int, _Segment]:
+    """The segments by their numbers.
 
     Raises:
         ValueError: two segments have one number.
     """
-    segments = data.items(tags.SEGMENTS)
-    kinds = {
-        s.integer(tags.SEGMENT_NUMBER): next(
-            (kind.text(tags.CODE_VALUE) for kind in s.items(tags.SEGMENT_TYPE)), ""
-        )
-        for s in segments
-    }
-    if len(kinds) < len(segments):
-        raise ValueError("two segments of one number")
-    return kinds
+    segments: dict[int, _Segment] = {}
+    for item in found.data.items(tags.SEGMENTS):
+        number, kinds = item.integer(tags.SEGMENT_NUMBER), item.items(tags.SEGMENT_TYPE)
+        if number in segments:
+            raise ValueError("two segments of one number")
+        names = [free_text(found, item, tags.SEGMENT_LABEL)]
+        names += [free_text(found, kind, tags.CODE_MEANING) for kind in kinds]
+        kind = kinds[0].text(tags.CODE_VALUE) if kinds else ""
+        segments[number] = _Segment(tuple(names), kind)
+    return segments
 
 
-def _warn_of_kinds(found: DicomObject) -> None:
+def _warn_of_kinds(path: Path, segments: Mapping[int, _Segment]) -> None:
     """Warn where segments of different kinds, such as an organ and a lesion, are all taken as lesions."""
-    kinds = {number: kind for number, kind in _kinds(found.data).items() if kind and kind != BACKGROUND}
+    kinds = {number: s.kind for number, s in segments.items() if s.kind not in ("", BACKGROUND)}
     if len(set(kinds.values())) > 1:
-        held = ", ".join(
-            f"{s.integer(tags.SEGMENT_NUMBER)} {free_text(found, s, tags.SEGMENT_LABEL)}".strip()
-            for s in found.data.items(tags.SEGMENTS)
-        )
-        what = "all of its segments are taken as the lesion"
+        held = ", ".join(f"{number} {s.names[0]}".strip() for number, s in segments.items())
         first = next(iter(kinds))
         warn(
-            f"{found.path}: {what} ({held}); choose with reading.labels=[{first}], or make classes: "
-            f"reading.labels={{name: [{first}], ...}}"
+            f"{path}: all of its segments are taken as the lesion ({held}); choose with "
+            f"reading.labels=[{first}], or make classes: reading.labels={{name: [{first}], ...}}"
         )
 
 
@@ -195,10 +187,10 @@ def _frames(
     groups = data.items(tags.PER_FRAME)
     if len(groups) != count:
         raise ValueError(f"{len(groups)} descriptions of {count} frames")
-    kinds, how = _kinds(data), data.text(tags.SEGMENTATION_TYPE) or "BINARY"
+    segments, how = _segments(found), data.text(tags.SEGMENTATION_TYPE) or "BINARY"
     backgrounds = set()
     if how == "LABELMAP":  # the values that are no segment: its padding, else 0, and what is called so
-        named = (number for number, kind in kinds.items() if kind == BACKGROUND)
+        named = (number for number, segment in segments.items() if segment.kind == BACKGROUND)
         backgrounds = {data.integer(tags.PADDING, 0), *named}
     least = 0.5 * data.integer(tags.GREATEST_FRACTION) if how == "FRACTIONAL" else 1.0
     # One by one: as bytes, bits take eight times the memory, and all frames that of many scans.
@@ -210,10 +202,9 @@ def _frames(
             number = _group([own, *shared], tags.SEGMENT_OF_FRAME).integer(tags.SEGMENT_REFERENCE)
             numbers = {number}
             parts = [(number, frame >= least)] if number in wanted else []
-        if numbers - kinds.keys():
-            raise ValueError(
-                f"a frame of segment {min(numbers - kinds.keys())}, which it does not describe"
-            )
+        if numbers - segments.keys():
+            strange = min(numbers - segments.keys())
+            raise ValueError(f"a frame of segment {strange}, which it does not describe")
         yield own, numbers, parts
 
 

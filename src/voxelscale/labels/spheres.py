@@ -38,11 +38,11 @@ def read(path: Path, image: Scan, series: str) -> Labels:
     findings = []
     nodules = list(dict.fromkeys(by_series(path).get(series, ())))  # a repeated line is one nodule
     for *centre, diameter in nodules:
-        paint(mask, image.grid, np.asarray(centre), diameter, path)
-        findings.append(
-            Annotation(kind="nodule", centre=_triple(centre), diameter_mm=diameter, readers=3)
-        )  # LUNA16 keeps what at least 3 of 4 readers accepted
-    if nodules and not mask.any():
+        if paint(mask, image.grid, np.asarray(centre), diameter, path):
+            findings.append(
+                Annotation(kind="nodule", centre=_triple(centre), diameter_mm=diameter, readers=3)
+            )  # LUNA16 keeps what at least 3 of 4 readers accepted
+    if nodules and not findings:
         hint = "give LPS mm: x grows to the patient's left, y to the back, z to the head"
         raise VoxelscaleError(f"{path}: none of its {len(nodules)} nodules of this scan lies in it", hint)
     beside = path.with_name(EXCLUDED)
@@ -82,8 +82,8 @@ def _triple(centre: list[float]) -> tuple[float, float, float]:
 
 def paint(
     mask: NDArray[np.uint8], grid: Grid, centre: NDArray[np.float64], diameter: float, path: Path
-) -> None:
-    """Set the voxels whose centre lies within the sphere, and at least the nearest one."""
+) -> bool:
+    """Set the voxels whose centre lies within the sphere, and at least the nearest one; False: outside."""
     if not 0 < diameter <= LARGEST_MM:
         raise VoxelscaleError(f"{path}: a nodule of {diameter:g} mm", "correct its diameter_mm")
     index = grid.mm_to_index(centre)
@@ -91,7 +91,7 @@ def paint(
     if (nearest < 0).any() or (nearest >= mask.shape).any():
         shown = ", ".join(f"{v:.1f}" for v in centre)
         warn(f"{path}: the nodule at ({shown}) mm lies outside the scan and is left out")
-        return
+        return False
     # A sphere's box in index space: each row of the inverse affine bounds one axis.
     reach = diameter / 2 * np.linalg.norm(np.linalg.inv(grid.affine[:3, :3]), axis=1)
     low = np.maximum(np.floor(index - reach), 0).astype(int)
@@ -101,3 +101,4 @@ def paint(
     apart = np.linalg.norm(grid.index_to_mm(places) - centre, axis=-1)
     mask[box] |= apart <= diameter / 2
     mask[tuple(nearest)] = 1
+    return True

@@ -23,11 +23,6 @@ def kind_of_stored(classes: Classes) -> type[np.uint8] | type[np.int16]:
     return np.uint8 if classes.plain else np.int16
 
 
-def lesion_in(mask: Scan, values: tuple[int, ...] | None) -> NDArray[np.bool_]:
-    """Where a mask has one of these values; None: any above 0."""
-    return np.asarray(mask.array > 0 if values is None else np.isin(mask.array, values))
-
-
 def stored_in(path: Path, mask: Scan, values: tuple[int, ...] | None, classes: Classes) -> Scan:
     """The stored labels of a mask.
 
@@ -39,7 +34,7 @@ def stored_in(path: Path, mask: Scan, values: tuple[int, ...] | None, classes: C
         VoxelscaleError: it holds a value that no class has.
     """
     if values is not None:
-        return Scan(lesion_in(mask, values).astype(np.uint8), mask.affine)
+        return Scan(np.isin(mask.array, values).astype(np.uint8), mask.affine)
     try:
         return Scan(classes.stored(mask.array), mask.affine)
     except UnknownValues as error:

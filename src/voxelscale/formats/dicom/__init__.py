@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.console import notice, warn
+from voxelscale.console import count, notice, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import files_below
 from voxelscale.formats._voxels import Opened
@@ -37,6 +37,9 @@ KEPT = {"SEG", "RTSTRUCT"}
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 """Of files that are meant to be DICOM whatever they hold."""
+
+APPLE_DOUBLE = b"\0\x05\x16\x07"
+"""How files begin that macOS leaves on other systems' disks, as ``._1.dcm`` beside ``1.dcm`` (RFC 1740)."""
 
 MOST_SCOUTS = 3
 """A series of so many images that look different ways is one of localizers."""
@@ -137,7 +140,8 @@ def open_scan(
         raise _damaged(broken[0])
     left_out = Counter("damaged or empty file" for _ in broken)
     group = _chosen(path, headers, series, left_out)
-    _check_whole(group, broken)
+    for file in _doubtful(group, broken):
+        raise _damaged(file)
     frames, notes = _with_orientations([frame for header in group for frame in header.frames])
     check_claims([frame.pixels for frame in frames])
     ct = group[0].modality in ("CT", "")
@@ -226,12 +230,13 @@ def _is_lost(file: Path) -> bool:
     only its name says so."""
     if not file.exists():
         return file.is_symlink()
-    return file.is_file() and (file.stat().st_size == 0 or file.suffix.lower() in DICOM_SUFFIXES)
-
-
-def _check_whole(group: Sequence[Header], broken: Sequence[Path]) -> None:
-    for file in _doubtful(group, broken):
-        raise _damaged(file)
+    if not file.is_file():
+        return False
+    if file.name.startswith("._"):
+        with file.open("rb") as handle:
+            if handle.read(4) == APPLE_DOUBLE:
+                return False
+    return file.stat().st_size == 0 or file.suffix.lower() in DICOM_SUFFIXES
 
 
 def _doubtful(group: Sequence[Header], broken: Sequence[Path]) -> Iterator[Path]:
@@ -345,7 +350,7 @@ def _one_scan(
         hint = "two reconstructions or time points in one series: give each a folder of its own"
         raise VoxelscaleError(f"{path}: {contradiction}", hint)
     doubled = len(frames) - len(kept)
-    return kept, [*notes, *([f"{doubled} doubled slice{'s' * (doubled > 1)} dropped"] if doubled else [])]
+    return kept, [*notes, *([f"{count(doubled, 'doubled slice')} dropped"] if doubled else [])]
 
 
 def _warn_of(path: Path, frames: Sequence[Frame], lost: Sequence[Header]) -> None:
@@ -469,7 +474,7 @@ def _both(first: Frame, other: Frame) -> str:
 
 
 def _report(path: Path, left_out: Counter[str], notes: Sequence[str]) -> None:
-    counts = [f"{n} {what}{'s' * (n > 1)}" for what, n in sorted(left_out.items())]
+    counts = [count(n, what) for what, n in sorted(left_out.items())]
     parts = [*([f"left out: {', '.join(counts)}"] if counts else []), *notes]
     if parts:
         notice(f"{path}: {'; '.join(parts)}")

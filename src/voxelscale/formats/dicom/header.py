@@ -33,18 +33,9 @@ NOT_VOLUMES = {"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "RTIMAGE", "SR", "KO", "PR
 """Modalities of objects that lie beside scans; some of them have pixels, too."""
 
 NOBODY = {
-    *(
-        "anonymous",
-        "anonym",
-        "anon",
-        "anonymized",
-        "anonymised",
-        "deidentified",
-        "deid",
-        "removed",
-        "hidden",
-    ),
-    *("unknown", "none", "null", "na", "nan", "noid", "noname", "patient", "patientid", "id", "test"),
+    *("anonymous", "anonym", "anon", "anonymized", "anonymised", "deidentified", "deid", "removed"),
+    *("hidden", "unknown", "none", "null", "na", "nan", "noid", "noname"),
+    *("patient", "patientid", "id", "test"),
 }
 """What programs that anonymise, and scanners without a patient, write for a PatientID."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.console import count
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats._voxels import check_header
 from voxelscale.formats.dicom.header import Frame
@@ -208,8 +209,7 @@ def _levels(
     if missing.any():
         if missing.max() > fill_gaps or steps.max() > MOST_STEP_MM:
             raise _are_missing(path, positions, missing, steps, usual)
-        total = int(missing.sum())
-        notes.append(f"{total} missing slice{'s' * (total > 1)} interpolated")
+        notes.append(f"{count(int(missing.sum()), 'missing slice')} interpolated")
     counts = np.concatenate([[0], np.cumsum(1 + missing)])
     span = float(heights[-1] - heights[0])
     step = span / int(counts[-1])
@@ -263,9 +263,9 @@ def _are_missing(
     places = int(np.count_nonzero(missing))
     if places > 3:
         where.append(f"and at {places - 3} more places")
-    total, most = int(missing.sum()), int(missing.max())
+    most = int(missing.max())
     apart = f"slices up to {steps.max():.3f} mm apart instead of {usual:.3f}"
-    what = f"{total} slice{'s' * (total > 1)} missing: {', '.join(where)} ({apart})"
+    what = f"{count(int(missing.sum()), 'slice')} missing: {', '.join(where)} ({apart})"
     hint = "export the series again"
     if steps.max() <= MOST_STEP_MM:
         hint += f", or let up to {most} in a row be interpolated: reading.fill_gaps={most}"

@@ -11,15 +11,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelscale.channels import AIR_HU
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats._voxels import MOST_VOXELS
 from voxelscale.formats.dicom import codec
+from voxelscale.formats.dicom.codec import COPY
 from voxelscale.formats.dicom.elements import UNDEFINED, inflate
 from voxelscale.formats.dicom.header import NATIVE, Frame, Pixels
 from voxelscale.formats.dicom.stack import Stack
 from voxelscale.geometry import Slices
-
-AIR_HU = -1024
 
 HALF = np.float32(0.5 - 1e-4)
 """Share of a voxel from which on a mask has it; rounding must not lose what is just half full."""
@@ -29,8 +29,6 @@ MOST_CLASSES = 1000
 
 BODY_HU = (-900, 3071)
 """A padding value that means one of these HU may well be tissue, too."""
-
-COPY = "copy or export the series again"
 
 
 def read_voxels(stack: Stack, *, ct: bool) -> NDArray[Any]:
