@@ -396,11 +396,11 @@ def product(pools: tuple[tuple[int, ...], ...], axis: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("patch", "spacing"), [((16, 16, 16), CUBIC), ((16, 32, 32), (2.5, 1.0, 1.0)), ((16, 24, 32), CUBIC)]
+    ("patch", "spacing"), [((16, 16, 16), CUBIC), ((8, 16, 16), (2.5, 1.0, 1.0)), ((8, 12, 16), CUBIC)]
 )
 def test_the_largest_patch_that_fits(patch: IntTriple, spacing: Triple) -> None:
     config = small(patch=patch)
-    room = int(1.5 * estimate_memory(config, spacing, CPU))
+    room = memory.FIXED + 3 * (estimate_memory(config, spacing, CPU) - memory.FIXED)
     found = fit_patch(config, spacing, CPU, available=room, verify=False)
     budget = room * (1 - plan.HEADROOM)
     assert estimate_memory(with_patch(config, found), spacing, CPU) <= budget
