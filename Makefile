@@ -47,7 +47,7 @@ docs: site
 	@echo $(CURDIR)/$(SITE)
 
 $(VENV)/docs: $(VENV)/installed
-	$(PIP) -e '.[docs]'
+	@test $(VENV)/dev -nt $(VENV)/installed || $(PIP) -e '.[docs]'  # dev holds it
 	@touch $@
 
 # Runs the notebooks and keeps what their cells give; look at the difference before you commit it.

@@ -40,7 +40,8 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_phase_is_right_on_a_processor(tmp_path: Path) -> None:
-    code, rows, printed = run(tmp_path)
+    # On a busy machine a phase takes longer than the minute that it may take on one with a GPU.
+    code, rows, printed = run(tmp_path, "--limit", "500", "--seconds", "550")
     assert [row["phase"] for row in rows] == PHASES
     assert {row["phase"]: row["why"] for row in rows if row["status"] != "ok"} == {}, printed
     assert code == 0

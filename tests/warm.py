@@ -35,7 +35,9 @@ FOR_POOLS = (
 )
 PRELOADED = (
     *("torch._dynamo", "torch.distributed.run", "torch.nn.parallel", "scipy.ndimage", "scipy.optimize"),
-    *("SimpleITK", "nibabel", "optuna", "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql"),
+    *("monai.losses", "monai.networks.nets", "monai.inferers"),  # examples and benchmarks
+    *("SimpleITK", "nibabel", "blosc2"),
+    *("optuna", "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql"),
     *("voxelscale.train.loop", "voxelscale.train.launch", "voxelscale.predict.predict", "voxelscale.cli"),
     *("voxelscale.search.process", "voxelscale.scale.measure", "voxelscale.evaluate.evaluate"),
     *FOR_POOLS,
@@ -217,6 +219,13 @@ def _set_threads() -> None:
         torch.set_num_threads(int(threads))
 
 
+def _name_methods_soon() -> None:
+    """torchrun's engine asks `inspect.stack`, which looks through all modules: a second at every start."""
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+    dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
+
+
 def _run(words: Sequence[str]) -> int:
     """Run a module or script as python does; its exit code."""
     code: Any = 0
@@ -259,5 +268,6 @@ def _run(words: Sequence[str]) -> int:
 if __name__ == "__main__":
     for module in PRELOADED:
         importlib.import_module(module)
+    _name_methods_soon()
     gc.freeze()  # or each process's garbage collection would copy all that they share
     _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -322,7 +322,7 @@ def test_one_worker_and_two_write_the_same_store(scans: Path, tmp_path: Path, co
     for workers in (1, 2):
         folder = tmp_path / f"store{workers}"
         sets = ["--set", f"prepare.workers={workers}", "--set", "prepare.lungs=true"]
-        sets += ["--set", "prepare.memory_gib=8"]  # else the plan says how much is free just now
+        sets += ["--set", "prepare.memory_gib=0.05"]  # else the plan says how much is free just now
         done = voxelscale("prepare", scans, folder, "--config", config_file, *sets)
         assert done.exit_code == 0, done.output
         files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -19,7 +19,7 @@ from voxelscale.infer.sliding_window import Windows, predict_boxes, predict_volu
 from voxelscale.infer.transfer import landed, to_host
 from voxelscale.model.unet import UNet
 
-SIZE, PATCH = (20, 33, 28), (8, 12, 10)
+SIZE, PATCH = (12, 21, 16), (8, 12, 10)
 
 
 def network(channels: int = 1, outputs: int = 1) -> nn.Module:
@@ -42,14 +42,14 @@ def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 @pytest.mark.parametrize("free", [0, 2**40])
 @pytest.mark.parametrize(("channels", "outputs"), [(1, 1), (2, 3)])
-@pytest.mark.parametrize("size", [SIZE, (5, 33, 9)])
+@pytest.mark.parametrize("size", [SIZE, (5, 21, 9)])
 def test_windows_go_without_a_wait(
     monkeypatch: pytest.MonkeyPatch, free: int, channels: int, outputs: int, size: tuple[int, int, int]
 ) -> None:
     """A volume goes up once where there is room, else window by window; its boxes stay on the GPU."""
     with_free(monkeypatch, free)
     volume, within = scan(channels, size), torch.zeros(size, dtype=torch.bool)
-    within[:, 20:] = True
+    within[:, 12:] = True
     windows = Windows(patch=PATCH, flips="zyx", batch_size=3)
     passes: list[int] = []
     model = network(channels, outputs)
@@ -71,7 +71,7 @@ def test_labels_and_a_division_into_parts_wait_for_nothing(monkeypatch: pytest.M
     one, three, windows = network(), network(outputs=3), Windows(patch=PATCH)
     with only_uploads(monkeypatch):
         labels = predict_labels(one, scan(), windows, LESION, 0.5, device=META)
-        parts = list(predict_boxes(three, scan(), windows, 3, device=META, largest=30000))
+        parts = list(predict_boxes(three, scan(), windows, 3, device=META, largest=6500))
     assert labels.device == META
     assert labels.shape == SIZE
     assert len({(box[1].start, box[2].start) for box, _ in parts}) > 1

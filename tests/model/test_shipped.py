@@ -94,15 +94,19 @@ def test_a_scan_unlike_its_training_is_said_beside_the_findings(
     affine[:3, :3] = np.eye(3)[:, ::-1] * (4, 2, 2)
     scan = Scan(np.rint(values).astype(np.int16), affine)
     words = {"offset": "no lungs found", "rescaled": "air or lungs at", "no lungs": "no lungs found"}
-    warnings = check_usable(read_bundle(STARTER), about(scan, lung_field(scan)), "odd", True)
-    assert any(words[change] in text for text in warnings)
-    if change == "rescaled":  # the others look at all of it, which takes long
-        write_scan(scan, tmp_path / "odd.nii.gz")
+    assert any(words[change] in text for text in said_of(scan))
+    if change == "rescaled":  # the others look at all of it, which takes long; so would this of the whole
+        part = Scan(scan.array[15:35, 30:70, 30:70], affine)
+        write_scan(part, tmp_path / "odd.nii.gz")
         code, _, err = voxelscale("predict", "starter", tmp_path / "odd.nii.gz", tmp_path / "out")
         assert code == 0, err
         said = json.loads((tmp_path / "out" / "odd" / "findings.json").read_text())["warnings"]
-        assert set(warnings) <= set(said)
+        assert set(said_of(part)) <= set(said)
         assert words[change] in err
+
+
+def said_of(scan: Scan) -> list[str]:
+    return check_usable(read_bundle(STARTER), about(scan, lung_field(scan)), "odd", True)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real scans are not here")

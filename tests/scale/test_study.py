@@ -389,7 +389,7 @@ def test_ctrl_c_saves_the_trainings_and_the_same_command_goes_on(
     tiny: Config, store: Store, tmp_path: Path
 ) -> None:
     # Only a training that stops well leaves a checkpoint before its end.
-    train = replace(tiny.train, samples=500, batch_size=1, ranks=0, checkpoint_every=10**6)
+    train = replace(tiny.train, samples=300, batch_size=1, ranks=0, checkpoint_every=10**6)
     path, out = tmp_path / "study.yaml", tmp_path / "out"
     path.write_text(dump(replace(tiny, train=replace(train, checkpoint_seconds=0.0))))
     out.mkdir()
@@ -413,13 +413,13 @@ def test_ctrl_c_saves_the_trainings_and_the_same_command_goes_on(
     assert not [words for _, words in processes() if str(out) in words]
     before = {run: read_events(run) for run in (out / "runs").glob("w*[!l]")}
     assert len(before) == 2
-    assert all(0 < seen_in(run)[-1] < 500 for run in before)
+    assert all(0 < seen_in(run)[-1] < 300 for run in before)
     assert not list(out.glob("trials/*"))
     again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
     for run, events in before.items():
         assert read_events(run)[: len(events)] == events, "it went on, and did not begin again"
-        assert read_events(run)[-1]["samples"] == 500
+        assert read_events(run)[-1]["samples"] == 300
 
 
 def test_the_command(tiny: Config, store: Store, tmp_path: Path, voxelscale: Command) -> None:

@@ -124,7 +124,7 @@ def test_what_does_not_count_shares_one_answer() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_memory_grows_with_what_is_kept(device: str) -> None:
     def memory(**sections: dict[str, Any]) -> int:
-        sections["model"] = {"filters": 16, **sections.get("model", {})}
+        sections["model"] = {"depth": 2, "filters": 16, **sections.get("model", {})}
         sections["predict"] = {"batch_size": 1}  # a GPU validates beside the training
         return cost_of(training((32, 32, 32), **sections), CUBIC, device).memory
 
@@ -144,7 +144,7 @@ def test_a_gpu_is_not_asked_and_far_too_large_is_no_trouble(monkeypatch: pytest.
         raise AssertionError("it would initialise the device")
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", refuse)
-    config = training((512, 512, 512), train={"precision": "auto", "batch_size": 64}, model={"depth": 5})
+    config = training((512, 512, 512), train={"precision": "auto", "batch_size": 64}, model={"depth": 2})
     cost = cost_of(config, CUBIC, "cuda")
     assert cost.memory > 2**40
     bf16 = replace(config, train=replace(config.train, precision="bf16"))

@@ -18,7 +18,7 @@ from voxelscale.config import Config, dump
 from voxelscale.model.bundle import load_untrusted
 from voxelscale.store import Store
 
-SAMPLES = 240
+SAMPLES = 160
 """Budget of the runs that are disturbed."""
 
 

@@ -17,7 +17,7 @@ from voxelscale.config import Config
 from voxelscale.store import Store
 from voxelscale.train.launch import start
 
-KILLS = 8
+KILLS = 6
 
 
 @pytest.mark.slow

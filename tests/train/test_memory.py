@@ -303,10 +303,11 @@ def test_the_bound_is_above_a_residual_encoders_step(model: dict[str, Any]) -> N
 
 def test_the_estimate_is_near_a_processs_resident_memory() -> None:
     config = replace(small(patch=(64, 64, 64)), model=replace(small().model, filters=8))
-    # What a step may need is the larger of what two took: how a heap happens to be laid out differs.
-    measured = max(step_memory(config, CUBIC, CPU) for _ in range(2))
+    estimated = estimate_memory(config, CUBIC, CPU)
+    # A second time only where need be: how a heap happens to be laid out differs.
+    measured = (step_memory(config, CUBIC, CPU) for _ in range(2))
     # The library's workspaces come on top: much for a narrow network as this, little for the default.
-    assert 0.5 * measured < estimate_memory(config, CUBIC, CPU) < 1.25 * measured
+    assert any(0.5 * bytes_ < estimated < 1.25 * bytes_ for bytes_ in measured)
 
 
 def test_the_configured_loss_is_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,11 +396,11 @@ def product(pools: tuple[tuple[int, ...], ...], axis: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("patch", "spacing"), [((16, 16, 16), CUBIC), ((16, 32, 32), (2.5, 1.0, 1.0)), ((16, 24, 32), CUBIC)]
+    ("patch", "spacing"), [((16, 16, 16), CUBIC), ((8, 16, 16), (2.5, 1.0, 1.0)), ((8, 12, 16), CUBIC)]
 )
 def test_the_largest_patch_that_fits(patch: IntTriple, spacing: Triple) -> None:
     config = small(patch=patch)
-    room = 3 * estimate_memory(config, spacing, CPU)
+    room = memory.FIXED + 3 * (estimate_memory(config, spacing, CPU) - memory.FIXED)
     found = fit_patch(config, spacing, CPU, available=room, verify=False)
     budget = room * (1 - plan.HEADROOM)
     assert estimate_memory(with_patch(config, found), spacing, CPU) <= budget
@@ -427,7 +428,7 @@ def test_the_patch_shrinks_stops_at_the_limit_and_may_not_fit() -> None:
 def test_two_dimensional_patches_stay_slices() -> None:
     config = small(patch=(1, 32, 32))
     config = replace(config, model=replace(config.model, dims=2))
-    room = 3 * estimate_memory(config, CUBIC, CPU)
+    room = int(1.5 * estimate_memory(config, CUBIC, CPU))
     z, y, x = fit_patch(config, CUBIC, CPU, available=room, verify=False)
     assert z == 1
     assert y == x > 32

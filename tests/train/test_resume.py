@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -38,11 +39,23 @@ from voxelscale.train.log import read_events
 
 
 @pytest.fixture(scope="module")
-def whole(config: Config, store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """The weights of a run that nobody disturbed."""
+def whole_run(config: Config, store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed."""
     run = tmp_path_factory.mktemp("whole") / "run"
     assert start(config, store.path, run)
-    return final_weights(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run: Path) -> dict[str, Tensor]:
+    """Its weights."""
+    return final_weights(whole_run)
+
+
+@pytest.fixture
+def run(whole_run: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(whole_run, tmp_path / "run")
 
 
 def test_killed_at_a_random_step(
@@ -130,13 +143,11 @@ def test_a_killed_rank_without_restarts_is_reported(
 def test_a_damaged_checkpoint_is_passed_over(
     config: Config,
     store: Store,
-    tmp_path: Path,
+    run: Path,
     whole: dict[str, Tensor],
     harm: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = tmp_path / "run"
-    assert start(config, store.path, run)
     newest = sorted((run / "checkpoints").iterdir())[-1]
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= harm == "flip"
@@ -146,9 +157,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert identical(final_weights(run), whole)
 
 
-def test_what_a_run_leaves_behind(config: Config, store: Store, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert start(config, store.path, run)
+def test_what_a_run_leaves_behind(config: Config, run: Path) -> None:
     assert len(seen_in(run)) == config.train.keep
     events = read_events(run)
     assert events[-1]["event"] == "validation"
@@ -162,9 +171,9 @@ def test_what_a_run_leaves_behind(config: Config, store: Store, tmp_path: Path) 
     assert not list(run.glob(".*"))
 
 
-def test_going_on_with_another_config_is_refused(config: Config, store: Store, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert start(config, store.path, run)
+def test_going_on_with_another_config_is_refused(
+    config: Config, store: Store, run: Path, tmp_path: Path
+) -> None:
     with pytest.raises(VoxelscaleError, match=r"started with model\.norm=instance, not group"):
         start(with_train(config, "group"), store.path, run)
     smaller = replace(config, predict=replace(config.predict, smallest_mm3={"lesion": 50.0}))
@@ -182,7 +191,7 @@ def test_going_on_with_another_config_is_refused(config: Config, store: Store, t
 def test_a_run_that_was_refused_before_its_first_step_can_be_corrected(
     config: Config, store: Store, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
+    run, config = tmp_path / "run", with_train(config, samples=16)
     with pytest.raises(VoxelscaleError, match=r"data\.fold is 7"):
         start(replace(config, data=replace(config.data, fold=7)), store.path, run)
     huge = replace(config, data=replace(config.data, patch_size=(3200, 3200, 3200)))

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,6 +89,7 @@ def make_plan(
     Raises:
         VoxelscaleError: not even the smallest patch fits.
     """
+    measure = cache(measure)  # the chosen step is asked for again
     cases = store.split("train") or store.cases
     shape = np.median(np.asarray([info.shape for info in cases], np.float64), axis=0)
     usable = budget * (1 - HEADROOM)
