@@ -262,7 +262,8 @@ def warn_of_earlier(predictions: Path, cases: Collection[str]) -> None:
         old += [f"{case}/{f.name}" for f in there if f.is_file() and f.stat().st_mtime_ns < since]
     if old:
         named = ", ".join(old[:MOST_NAMED]) + ", ..." * (len(old) > MOST_NAMED)
-        warn(f"{predictions}: of earlier predictions: {named}; write them again with voxelscale export-dicom")
+        again = "write them again with voxelscale export-dicom"
+        warn(f"{predictions}: of earlier predictions: {named}; {again}")
 
 
 def check_installed() -> None:
