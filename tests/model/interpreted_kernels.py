@@ -258,8 +258,15 @@ WINDOWS = [
 
 
 @pytest.mark.parametrize(("stride", "size"), WINDOWS)
-@pytest.mark.parametrize("channels", [5, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [
+        pytest.param(5, torch.bfloat16, id="quick 5"),
+        pytest.param(8, torch.float32, id="quick 8"),
+        (5, torch.float32),
+        (8, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("way", ["kernel", "formulas"])
 def test_max_pooling_is_pytorchs(
     stride: tuple[int, ...],

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from pathlib import Path
 
@@ -23,6 +24,7 @@ CHEST = SHARED / "totalsegmentator" / "example_ct.nii.gz"
 LUNG_HU, TISSUE_HU = -850, 40
 
 
+@functools.cache
 def made_up_chest(noise_hu: float = 0.0) -> Scan:
     """Two ellipsoids of lung in one of soft tissue, on an oblique lattice of uneven steps."""
     spacing = np.array([2.5, 1.7, 1.7])
@@ -38,7 +40,9 @@ def made_up_chest(noise_hu: float = 0.0) -> Scan:
     for side in (-1, 1):
         hu[((x - side * 65) / 50) ** 2 + (y / 75) ** 2 + (z / 110) ** 2 < 1] = LUNG_HU
     noise = np.random.default_rng(0).normal(0, noise_hu, grid.shape) if noise_hu else 0
-    return Scan(np.rint(hu + noise).astype(np.int16), grid.affine)
+    scan = Scan(np.rint(hu + noise).astype(np.int16), grid.affine)
+    scan.array.flags.writeable = False  # it is shared
+    return scan
 
 
 def healthy(scan: Scan) -> Scan:
