@@ -268,13 +268,16 @@ def _run(*command: str) -> None:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     """The kernel kills this process when its parent ends, even by SIGKILL (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before it was asked for
+        os._exit(1)
 
 
 def _start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, preexec_fn=_end_with_parent, start_new_session=True, **options)
+    ends = partial(_end_with, os.getpid())
+    return subprocess.Popen(command, preexec_fn=ends, start_new_session=True, **options)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -22,6 +22,6 @@ def follow_status(out: Path, forever: bool) -> None:
         clear = "\033[2J\033[H" if forever and sys.stdout.isatty() else ""
         print(clear + status_table(results, time.time()), flush=True)
         left = any(t.state in UNFINISHED for t in results.trials)
-        if not forever or not (left or len(results.done) == 0):
+        if not forever or not (left or not results.trials):
             return
         time.sleep(REFRESH)
