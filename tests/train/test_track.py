@@ -300,6 +300,9 @@ def test_wandb_offline(
     known = json.loads((run / FILE).read_text())["wandb"]
     (folder,) = (run / "wandb").glob(f"offline-run-*-{known}")
     told = read_wandb(folder / f"run-{known}.wandb")
+    while not told["ended"]:  # its own process writes it, and a command's end would wait for that
+        time.sleep(0.1)
+        told = read_wandb(folder / f"run-{known}.wandb")
     events = read_events(run)
     for event, name in (("train", "loss"), ("validation", "dice")):
         wanted = [(e["samples"], pytest.approx(e[name])) for e in events if e["event"] == event]
@@ -333,13 +336,14 @@ def records(data: bytes) -> Iterator[bytes]:
 
 
 def read_wandb(path: Path) -> dict[str, Any]:
-    """Config and history of an offline run."""
+    """Config and history of an offline run, and whether it has ended."""
     from wandb.proto import wandb_internal_pb2
 
-    told = dict[str, Any](config={}, history=[])
+    told = dict[str, Any](config={}, history=[], ended=False)
     for data in records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
+        told["ended"] |= record.HasField("exit")
         if record.HasField("run"):
             told["config"] |= {one.key: json.loads(one.value_json) for one in record.run.config.update}
         if record.HasField("history"):
