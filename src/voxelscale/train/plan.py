@@ -149,8 +149,9 @@ def plan_store(config: Config, store: Store) -> Plan:
     )
     here = not (config.prepare.memory_gib or config.model.preset in PRESET_GIB)
     plan = make_plan(config, store, measure, budget, on_cpu=here and device.type == "cpu")
-    text = plan_text(plan, config) + _made_for(config, store)
-    _put_aside(store.path / PLAN_FILE)
+    said = plan_text(plan, config)
+    _put_aside(store.path / PLAN_FILE, said)
+    text = said + _made_for(config, store)
     write_atomic(store.path / PLAN_FILE, text + _as_written(text))
     return plan
 
@@ -170,13 +171,13 @@ def _as_written(text: str) -> str:
     return f" as {digest_of(text)[:16]}; prepare replaces it where data or settings have changed.\n"
 
 
-def _put_aside(path: Path) -> None:
-    """Keep under another name a plan that is about to go, but one that is still as it was written."""
+def _put_aside(path: Path, new: str = "") -> None:
+    """Keep a plan that is about to go under another name, unless it is as it was written, or as the new."""
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8", errors="replace")
     before, found, _ = text.rpartition(" as ")
-    if not found or text != before + _as_written(before):
+    if text != new and not (found and text == before + _as_written(before)):
         aside = path.with_stem(f"{path.stem}.before")
         path.replace(aside)
         notice(
