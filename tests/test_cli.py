@@ -338,6 +338,13 @@ def test_a_pipe_that_is_closed_is_no_fault_of_the_disk() -> None:
     assert process.wait() == 141
 
 
+def test_a_command_without_standard_output_is_done() -> None:
+    """As of a service; Python has no stdout then."""
+    command = [sys.executable, "-m", "voxelscale.cli", "config", "--markdown"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_name_that_the_terminal_cannot_show() -> None:
     command = [sys.executable, "-m", "voxelscale.cli", "config", "--set", "phantom.shapes=患.sqlite"]
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}

@@ -227,6 +227,8 @@ def test_a_column_beside_the_image_changes_nothing(
     path = table(tmp_path, "image,image_id,image_id,label", "ct.nii.gz,7,8,mask.nii.gz")
     (source,) = DataSet(path=path).cases
     assert (source.channels, source.more) == (ONE_CT, ())
+    row = "ct.nii.gz,.,ct.nii.gz,mask.nii.gz"  # where the image lies is not one more
+    assert DataSet(path=table(tmp_path, "image,image_dir,image_file_name,label", row)).cases
     assert "warning" not in capsys.readouterr().err
     path = table(tmp_path, "image,image_PET,label", "ct.nii.gz,pet.nii.gz,mask.nii.gz")
     assert DataSet(path=path).cases[0].channels == ONE_CT

@@ -175,12 +175,23 @@ def test_prepare_plans_again_where_data_or_settings_have_changed(
         report_plan(config, tmp_path)
         return path.read_text() if path.is_file() else ""
 
-    first = planned(tiny, here)
-    path.write_text(first + "# mine\n")
-    assert planned(tiny, here) == first + "# mine\n"
+    usual = replace(tiny, prepare=replace(tiny.prepare, memory_gib=0.2))
+    first, aside = planned(usual, here), tmp_path / "plan.before.yaml"
     assert "of 0.10 GiB" in planned(small, here)
     fewer = replace(here, cases=here.cases[:3])
-    assert "# mine" not in planned(small, fewer)
+    assert planned(small, fewer)
+    path.write_text(first.rpartition("# Made for ")[0])  # as an earlier version wrote it
+    assert planned(usual, here) == first
+    assert not aside.exists()
+    # What somebody has changed is not lost, whatever its encoding; nor a plan of an earlier version.
+    for mine in (first.encode() + b"# mein Pr\xfcfling\n", first.rpartition("#")[0].encode()):
+        path.write_bytes(mine)
+        if b"# Made" in mine:
+            report_plan(usual, tmp_path)
+            assert path.read_bytes() == mine
+        assert "of 0.10 GiB" in planned(small, here)
+        assert aside.read_bytes() == mine
+        planned(usual, here)
     assert planned(replace(tiny, prepare=replace(tiny.prepare, memory_gib=1e-6)), fewer) == ""
 
 

@@ -89,7 +89,8 @@ def verb(
             try:
                 with _sigterm_as_interrupt():
                     code = command(*args, **kwargs) or 0
-                sys.stdout.flush()
+                if sys.stdout:  # None where it is closed, as of a service
+                    sys.stdout.flush()
             except VoxelscaleError as error:
                 print_error(error.message, error.hint)
                 code = 2
@@ -115,6 +116,8 @@ def verb(
 
 def _nobody_reads() -> bool:
     """Whether the pipe that results go to was closed, as `head` does; what is left of them is dropped."""
+    if not sys.stdout:
+        return False
     poll = select.poll()
     poll.register(sys.stdout, 0)
     closed = any(event & select.POLLERR for _, event in poll.poll(0))

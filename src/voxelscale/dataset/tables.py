@@ -74,14 +74,20 @@ def from_csv(path: Path, asked: Sequence[str] = (), *, labelled: bool = True) ->
     remarks = tuple(
         f"warning: {path}: its column {name} names files and is not read: call all channels so, as image_CT"
         for name in beside
-        if any(_is_there(table, cells, name) for _, cells in rows)
+        if any(_is_another(table, cells, name, s) for (_, cells), s in zip(rows, sources, strict=True))
     )
     return Found(sources=named, channels=channels, folds=_folds(table, rows, named), remarks=remarks)
 
 
-def _is_there(table: Table, cells: list[str], column: str) -> bool:
-    text = table.word(cells, column)
-    return text != "" and is_path(text) and named_in(table.path.parent, text).exists()
+def _is_another(table: Table, cells: list[str], column: str, source: Source) -> bool:
+    """Whether a cell names what is there, but is neither the case's image nor a folder that it lies in."""
+    text, image = table.word(cells, column), source.image.absolute()
+    path = named_in(table.path.parent, text) if text and is_path(text) else None
+    return (
+        path is not None
+        and path.exists()
+        and path.resolve() not in {p.resolve() for p in (image, *image.parents)}
+    )
 
 
 def _image_columns(path: Path, asked: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -118,7 +118,7 @@ def _affine(path: Path, fields: dict[str, str], dims: int) -> NDArray[np.float64
     spacing = numbers(path, key, fields.get(key, ""), dims)[:3]
     if not min(spacing) > 0:
         raise VoxelscaleError(f"{path}: a spacing of {fields[key][:60]} mm", f"{TO_REWRITE} ({key})")
-    if (unit := fields.get("DistanceUnits", "mm")).lower() not in ("mm", "?"):
+    if (unit := fields.get("DistanceUnits", "mm")).lower() not in ("mm", "?", ""):
         raise VoxelscaleError(f"{path}: its lengths are {unit[:60]!r}", "write its header anew, in mm")
     offset = numbers(path, "Offset", fields.get("Offset", "0 " * dims), dims)[:3]
     turn = np.eye(dims)

@@ -100,7 +100,8 @@ def write_findings_page(
         *([legend(names)] if names else []),
         *shown,
         "<footer>Positions are LPS mm, as in findings.csv: x to the patient's left, y to the back, z to "
-        "the head. Diameter: of the sphere of the same volume. "
+        "the head. Diameter: of the sphere of the same volume, in a scan of one slice of the circle of the "
+        "same area. "
         f"The {'dashed' if names else 'orange'} line is the predicted mask; a "
         "finding below the threshold has none. The ring marks the finding.</footer>",
     ]

@@ -21,6 +21,7 @@ import yaml
 
 from voxelscale.classes import LESION, Classes
 from voxelscale.config import Config, ModelConfig
+from voxelscale.config.renamed import with_first_names
 from voxelscale.console import notice
 from voxelscale.device import default_device
 from voxelscale.errors import VoxelscaleError
@@ -148,16 +149,40 @@ def plan_store(config: Config, store: Store) -> Plan:
     )
     here = not (config.prepare.memory_gib or config.model.preset in PRESET_GIB)
     plan = make_plan(config, store, measure, budget, on_cpu=here and device.type == "cpu")
-    write_atomic(store.path / PLAN_FILE, plan_text(plan, config) + _made_for(config, store))
+    said = plan_text(plan, config)
+    _put_aside(store.path / PLAN_FILE, said)
+    text = said + _made_for(config, store)
+    write_atomic(store.path / PLAN_FILE, text + _as_written(text))
     return plan
 
 
 def _made_for(config: Config, store: Store) -> str:
-    """A line by which a plan is known to be of this data and this config."""
-    sections = [asdict(section) for section in (config.data, config.model, config.optim, config.train)]
+    """How the line begins by which a plan is known to be of this data and this config."""
+    sections = with_first_names(
+        {n: asdict(getattr(config, n)) for n in ("data", "model", "optim", "train")}
+    )
     cases = [[info.case, info.split, info.key] for info in store.cases]
-    of = [*sections, config.prepare.memory_gib, store.spacing, cases]
-    return f"# Made for {digest_of(of)[:16]}; prepare replaces it where data or settings have changed.\n"
+    of = [sections, config.prepare.memory_gib, store.spacing, cases]
+    return f"# Made for {digest_of(of)[:16]}"
+
+
+def _as_written(text: str) -> str:
+    """How the line ends, by which a plan is known that nobody has changed."""
+    return f" as {digest_of(text)[:16]}; prepare replaces it where data or settings have changed.\n"
+
+
+def _put_aside(path: Path, new: str = "") -> None:
+    """Keep a plan that is about to go under another name, unless it is as it was written, or as the new."""
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    before, found, _ = text.rpartition(" as ")
+    if text != new and not (found and text == before + _as_written(before)):
+        aside = path.with_stem(f"{path.stem}.before")
+        path.replace(aside)
+        notice(
+            f"{path}: the one of before was changed, or made by an earlier version: kept as {aside.name}"
+        )
 
 
 def report_plan(config: Config, store: Path) -> None:
@@ -166,12 +191,13 @@ def report_plan(config: Config, store: Path) -> None:
     A plan that was made for the same data and config stays as it is.
     """
     path, opened = store / PLAN_FILE, open_store(store)
-    if path.is_file() and _made_for(config, opened) in path.read_text(encoding="utf-8"):
+    if path.is_file() and _made_for(config, opened).encode() in path.read_bytes():
         return
     try:
         plan = plan_store(config, opened)
     except VoxelscaleError as error:
         notice(f"warning: no plan: {error.message}")
+        _put_aside(path)
         path.unlink(missing_ok=True)  # another's, of before
         return
     for line in plan.reasons:
