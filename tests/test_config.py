@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import Command
-from voxelscale.config import Config, dump, from_dict, keys, load, load_stored, to_dict
+from voxelscale.config import Config, dump, from_dict, from_stored, keys, load, load_stored, to_dict
 from voxelscale.config.docs import docstrings, markdown, undocumented
 from voxelscale.config.renamed import RENAMED, with_first_names
 from voxelscale.errors import VoxelscaleError
@@ -191,6 +192,20 @@ def test_a_key_under_both_names_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VoxelscaleError, match=r"both optim\.clip and optim\.gradient_clipping") as error:
         load(tmp_path / "both.yaml")
     assert "leave out optim.clip" in error.value.hint
+
+
+def test_what_an_earlier_version_let_pass_is_still_read(tmp_path: Path) -> None:
+    """In files that it wrote: models and runs; they hold all sections, whatever they are used for."""
+    tree = to_dict(Config())
+    tree["export"]["codes"] = {"a": ["I9C", 162.3, "b"], "c": ["SCT", 59820001, "d"]}
+    tree["scale"] |= {"workers": [1, 4, 1], "seeds": [3, 3], "recipes": ["linear", "linear"]}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    for config in (load_stored(path), from_stored(tree)):
+        assert config.export.codes == {"a": ["I9C", "162.3", "b"], "c": ["SCT", 59820001, "d"]}
+        assert (config.scale.workers, config.scale.seeds) == ((1, 4), (3,))
+    with pytest.raises(VoxelscaleError, match="config: "):
+        load(path)
 
 
 def test_every_renamed_key_has_a_name_of_today() -> None:

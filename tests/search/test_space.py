@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from voxelscale.config import Config, from_dict, load, to_dict
 from voxelscale.errors import VoxelscaleError
-from voxelscale.search.space import read_space
+from voxelscale.search.space import keys_of, read_space
 
 SPACE: dict[str, Any] = {
     "data.patch_size": {"int": [16, 32], "step": 8, "shape": [0.5, 1, 1]},
@@ -25,7 +25,7 @@ SPACE: dict[str, Any] = {
 
 
 def with_space(space: dict[str, Any], *sets: str) -> Config:
-    return load(None, [f"search.space={space!r}".replace("True", "true"), *sets])
+    return load(None, [f"search.space={space!r}".replace("True", "true").replace("None", "null"), *sets])
 
 
 def suggest(config: Config, seed: int) -> dict[str, Any]:
@@ -89,6 +89,18 @@ def test_null_is_no_number_of_the_space() -> None:
 
 def test_a_grid_of_thousands_has_them_all() -> None:
     assert len(read_space(with_space({"data.cases": {"int": [1, 2000]}})).grid()) == 2000
+    endless = read_space(with_space({"data.cases": {"int": [1, 10**9]}}))
+    with pytest.raises(VoxelscaleError, match="more than 100,000 points"):
+        endless.grid()
+
+
+def test_what_a_search_could_always_say_is_still_read() -> None:
+    """Options that are null, and 1 for true: a search of an earlier version is resumed."""
+    rate = {"float": [1e-4, 1e-2], "log": 1, "step": None, "if": None, "points": 5.0}
+    found = read_space(with_space({"optim.lr": rate, "model.depth": {"int": [2, 4], "log": None}}))
+    assert (len(found.grid()), keys_of(found)[1]) == (15, frozenset({"optim.lr"}))
+    with pytest.raises(VoxelscaleError, match="bounds None"):
+        read_space(with_space({"model.depth": {"int": None}}))
 
 
 def test_a_grid_has_every_point_once_and_no_inactive_values() -> None:

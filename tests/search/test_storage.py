@@ -120,7 +120,8 @@ def test_passwords_are_masked() -> None:
 
 def test_no_password_goes_into_a_file() -> None:
     bare = "postgresql://me@host:5/db"
-    for url in (bare, "postgresql://me:s@cret@host:5/db", f"{bare}?password=secret"):
+    query = f"{bare}?password=s@cret"
+    for url in (bare, "postgresql://me:s@cret@host:5/db", f"{bare}?password=secret", query):
         assert strip_password(url) == bare
     more = "postgresql://host/db?user=me&password=secret&sslmode=require"
     assert strip_password(more) == "postgresql://host/db?user=me&sslmode=require"

@@ -454,6 +454,15 @@ def test_without_findings_the_threshold_is_the_predictions(page: Page) -> None:
     )
     assert threshold == 0.5
     assert page.js("select('1'); return $('said').textContent") == "Nothing was found"
+    page.js(  # of a lesion that was missed, or added by the reader, it is no error either
+        "voxelscale.facts.lesions = [{ x: 0, y: 0, z: 0, diameter_mm: 5, hits: [] }]; select('1')"
+    )
+    assert page.js("return [$('said').textContent, $('said').className]") == ["Nothing was found", ""]
+    page.js("select('7')")
+    assert page.js("return [$('said').textContent, $('said').className]") == [
+        "There is no finding 7",
+        "error",
+    ]
 
 
 def test_balls_lie_where_the_scan_is_shown(page: Page) -> None:

@@ -14,7 +14,7 @@ from voxelscale.config.scale import ScaleConfig
 from voxelscale.config.search import SearchConfig
 from voxelscale.config.section import IntTriple, Triple
 from voxelscale.config.train import TrainConfig
-from voxelscale.config.tree import Config, dump, from_dict, keys, load, load_stored, to_dict
+from voxelscale.config.tree import Config, dump, from_dict, from_stored, keys, load, load_stored, to_dict
 
 __all__ = [
     "AugmentConfig",
@@ -35,6 +35,7 @@ __all__ = [
     "Triple",
     "dump",
     "from_dict",
+    "from_stored",
     "keys",
     "load",
     "load_stored",

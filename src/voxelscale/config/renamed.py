@@ -56,6 +56,19 @@ ADDED: dict[str, object] = {
 """Keys that came after the first digests were made, and the defaults with which they are left out."""
 
 
+def as_once_meant(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that an earlier version let pass: codes as it exported them, lists with each once."""
+    renewed = {name: dict(keys) if isinstance(keys, Mapping) else keys for name, keys in tree.items()}
+    if codes := renewed.get("export", {}).get("codes"):
+        renewed["export"]["codes"] = {
+            name: [word if type(word) is int else str(word) for word in code]
+            for name, code in codes.items()
+        }
+    for key in {"workers", "recipes", "seeds"} & set(renewed.get("scale", ())):
+        renewed["scale"][key] = list(dict.fromkeys(renewed["scale"][key]))
+    return renewed
+
+
 def new_name(key: str) -> str:
     """Today's name of ``section.key``."""
     return RENAMED.get(key, key)

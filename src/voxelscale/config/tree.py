@@ -26,7 +26,7 @@ from voxelscale.config.predict import PredictConfig
 from voxelscale.config.prepare import PrepareConfig
 from voxelscale.config.reading import ReadingConfig
 from voxelscale.config.refine import RefineConfig
-from voxelscale.config.renamed import RENAMED, with_new_names
+from voxelscale.config.renamed import RENAMED, as_once_meant, with_new_names
 from voxelscale.config.scale import ScaleConfig
 from voxelscale.config.search import SearchConfig
 from voxelscale.config.section import Section
@@ -101,7 +101,12 @@ def load_stored(path: Path) -> Config:
     """The config of a file that voxelscale wrote; no notice of old names, which its user did not choose."""
     tree = to_dict(Config())
     _lay(tree, read_yaml(path), str(path), announce=False)
-    return from_dict(tree)
+    return from_stored(tree)
+
+
+def from_stored(tree: Mapping[str, Any], where: str = "config") -> Config:
+    """As `from_dict`, of a tree that voxelscale wrote; what only today's rules refuse is read as it was."""
+    return from_dict(as_once_meant(tree), where)
 
 
 _HINTS: dict[type, dict[str, Any]] = {}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from voxelscale.channels import ONE_CT, Channel
 from voxelscale.classes import LESION, Classes
-from voxelscale.config import Config, IntTriple, Triple, from_dict, to_dict
+from voxelscale.config import Config, IntTriple, Triple, from_stored, to_dict
 from voxelscale.device import to_channels_last
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import read_sealed, seal_of, write_sealed
@@ -330,7 +330,7 @@ def _of_content(content: Mapping[str, Any], path: Path, kind: int) -> Bundle:
     """
     z, y, x = (float(step) for step in content["spacing"])
     bundle = Bundle(
-        config=from_dict(content["config"], str(path)),
+        config=from_stored(content["config"], str(path)),
         weights=content["weights"],
         spacing=(z, y, x),
         normalisation=Normalisation(**content["normalisation"]),

@@ -19,7 +19,7 @@ from voxelscale.config.renamed import with_first_names
 from voxelscale.console import count, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
-from voxelscale.search.records import IMPORTED, NOTE, OUTCOME, directions, read_results
+from voxelscale.search.records import IMPORTED, NOTE, OUTCOME, directions, read_results, wanted
 from voxelscale.search.results import TrialResult, Value
 from voxelscale.search.sampling import make_pruner, make_sampler, rungs
 from voxelscale.search.space import OURS, SECTIONS, Space, read_space
@@ -81,6 +81,7 @@ def begin(config: Config, store: Path, out: Path) -> Search:
         hint = f"use --devices-per-trial {ranks}, or set train.ranks=0"
         raise VoxelscaleError(f"config: train.ranks is {ranks}, but a trial has {each} devices", hint)
     space = read_space(config)
+    wanted(config.search, space)  # a grid that is too large is refused before a folder is made
     opened = open_fold(store, config.data.fold)
     _claim(config, out)
     digest = str(opened.fingerprint["digest"])
@@ -160,9 +161,9 @@ def write_best(search: Search, best: TrialResult) -> Path:
 
 def strip_password(url: str) -> str:
     """A URL without its password: for files; libpq finds it in PGPASSWORD or ~/.pgpass."""
+    url = re.sub(r"(?<=[?&])password=[^&]*&?", "", url).rstrip("?&")
     scheme, sign, rest = url.partition("://")
     user, at, host = rest.rpartition("@")
-    host = re.sub(r"(?<=[?&])password=[^&]*&?", "", host).rstrip("?&")
     return f"{scheme}{sign}{user.partition(':')[0]}{at}{host}"
 
 

@@ -56,6 +56,9 @@ OURS = {
 POINTS = 4
 """Of a float in a grid where the space does not say."""
 
+MOST_POINTS = 100_000
+"""Of a grid: nobody trains so many, and all of them are held in memory and in the storage."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
@@ -148,10 +151,17 @@ class Space:
         return params, moved
 
     def grid(self) -> list[dict[str, Value]]:
-        """Every point of the grid: all whole numbers and choices, and `points` of each float."""
+        """Every point of the grid: all whole numbers and choices, and `points` of each float.
+
+        Raises:
+            VoxelscaleError: they are more than `MOST_POINTS`.
+        """
         points: list[dict[str, Value]] = [{}]
         for parameter in self.parameters:
-            values = list(_grid_of(parameter))
+            values = _grid_of(parameter)
+            if sum(len(values) if parameter.active(point) else 1 for point in points) > MOST_POINTS:
+                hint = "give whole numbers a step, or take another search.sampler"
+                raise VoxelscaleError(f"search.space: a grid of more than {MOST_POINTS:,} points", hint)
             points = [
                 {**point, parameter.key: value} if parameter.active(point) else point
                 for point in points
@@ -231,17 +241,19 @@ def _parameter(config: Config, key: str, how: Any) -> Parameter:
         hint = "write {int: [2, 5]}, {float: [1.0e-4, 1.0e-2], log: true} or {categorical: [a, b]}"
         raise VoxelscaleError(f"{where} is {how!r}", hint)
     kind = kinds[0]
+    how = {option: value for option, value in how.items() if value is not None or option == kind}
     unknown = set(how) - OPTIONS[kind]
     if unknown:
         raise VoxelscaleError(
             f"{where}: unknown option {min(unknown)}",
             f"known for {kind}: {', '.join(sorted(OPTIONS[kind]))}",
         )
-    wanted, points = how.get("if", {}), how.get("points", POINTS)
+    wanted, points = how.get("if", {}), _number(how.get("points", POINTS))
     if not isinstance(wanted, Mapping):
         raise VoxelscaleError(f"{where}: if {wanted!r}", "write if: {optim.name: sgd}")
-    if type(points) is not int or points < 1:
-        raise VoxelscaleError(f"{where}: points {points!r}", "it must be a whole number, at least 1")
+    if points is None or points < 1 or not points.is_integer():
+        hint = "it must be a whole number, at least 1"
+        raise VoxelscaleError(f"{where}: points {how['points']!r}", hint)
     conditions = tuple(
         (other, tuple(_plain(v) for v in (values if isinstance(values, list) else [values])))
         for other, values in wanted.items()
@@ -251,7 +263,7 @@ def _parameter(config: Config, key: str, how: Any) -> Parameter:
         distribution=_distribution(kind, how, where),
         shape=_shape(config, key, kind, how, where),
         conditions=conditions,
-        points=points,
+        points=int(points),
     )
 
 
@@ -276,7 +288,7 @@ def _distribution(kind: str, how: Mapping[str, Any], where: str) -> BaseDistribu
     low, high = map(_number, bounds) if isinstance(bounds, list) and len(bounds) == 2 else (None, None)
     if low is None or high is None or low > high:
         raise VoxelscaleError(f"{where}: bounds {bounds!r}", f"write {{{kind}: [minimum, maximum]}}")
-    if not isinstance(log, bool):
+    if log not in (False, True):  # or 0 and 1
         raise VoxelscaleError(f"{where}: log {log!r}", "it must be true or false")
     if log and (low <= 0 or "step" in how):
         raise VoxelscaleError(f"{where}: a logarithmic scale", "needs a minimum above 0 and takes no step")
@@ -290,8 +302,8 @@ def _distribution(kind: str, how: Mapping[str, Any], where: str) -> BaseDistribu
     if kind == "int":
         if not (low.is_integer() and high.is_integer()):
             raise VoxelscaleError(f"{where}: bounds {bounds!r}", "they must be whole numbers")
-        return IntDistribution(int(low), int(high), log=log, step=int(step or 1))
-    return FloatDistribution(low, high, log=log, step=step)
+        return IntDistribution(int(low), int(high), log=bool(log), step=int(step or 1))
+    return FloatDistribution(low, high, log=bool(log), step=step)
 
 
 def _number(value: Any) -> float | None:
@@ -391,10 +403,10 @@ def _some_of(distribution: BaseDistribution) -> list[Value]:
     return [distribution.low, distribution.high]
 
 
-def _grid_of(parameter: Parameter) -> list[Value]:
+def _grid_of(parameter: Parameter) -> Sequence[Value]:
     distribution = parameter.distribution
     if isinstance(distribution, IntDistribution):
-        return list(range(distribution.low, distribution.high + 1, distribution.step))
+        return range(distribution.low, distribution.high + 1, distribution.step)
     if not isinstance(distribution, FloatDistribution):
         return _some_of(distribution)
     low, high, count = distribution.low, distribution.high, max(1, parameter.points)

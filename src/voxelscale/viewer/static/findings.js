@@ -96,9 +96,11 @@ function summarise() {
 }
 
 function select(name) {
-  const all = names();
-  if (!all.includes(name))
-    return say(all.length ? `There is no finding ${name}` : "Nothing was found", all.length > 0);
+  if (!names().includes(name)) {
+    // A case is opened at its first finding, where nobody asks for another one: to have none is no error.
+    const none = name === "1" && !view.facts.findings.length;
+    return say(none ? "Nothing was found" : `There is no finding ${name}`, !none);
+  }
   view.selected = name;
   const asked = new URLSearchParams({ case: view.facts.name, finding: name });
   history.replaceState(null, "", `${location.pathname}#${asked}`);
