@@ -141,7 +141,7 @@ def _machine() -> str:
 
     if _gpus():
         return f"this machine's {torch.cuda.get_device_name(0)}"
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.11 may not have it
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.11 may not have it
     # A step of bfloat16 takes 70 times as long where the processor emulates it.
     able = [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if known.get(name)]
     processor = f"{known.get('cpu_name', 'processor')} ({', '.join(able)})"
