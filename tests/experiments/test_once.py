@@ -14,7 +14,7 @@ from tests.train.runs import processes, seen_in, with_train
 from voxelscale.config import Config
 from voxelscale.experiments.once import Order, Training, TrainingResult, train_once
 from voxelscale.store import Store
-from voxelscale.train.log import STOP_FILE, read_events
+from voxelscale.train.log import STOP_FILE, note_out_of_memory, read_events
 
 ENDLESS = 10**6
 """Samples of a training that will not end by itself."""
@@ -155,6 +155,14 @@ def test_one_that_needs_too_much_memory_says_so(tiny: Config, store: Store, run:
     assert result.ending == "out of memory"
     assert result.fault
     assert "1600x1600x1600" in result.fault.message
+
+
+def test_why_an_earlier_one_ended_is_not_why_this_one_does(tiny: Config, tmp_path: Path, run: Path) -> None:
+    """One that ends before it has a log of its own."""
+    run.mkdir()
+    note_out_of_memory(run)
+    job = Training(config=tiny, store=tmp_path / "no_store", run=run, threads=1)
+    assert train_once(job, go_on).ending == "failed"
 
 
 def test_one_that_cannot_begin_has_failed(tiny: Config, tmp_path: Path, run: Path) -> None:

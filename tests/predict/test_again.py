@@ -45,6 +45,11 @@ def test_a_case_half_replaced_is_not_taken_for_the_one_before(
         patch.setattr(work, "write_findings", killed)
         assert voxelscale(*arguments, *LARGE)[0] != 0
     assert (read_label(mask).array != first).any(), "interrupted after the mask, before the findings"
+    # Nor for another model's: which made its findings is not known any more.
+    write_scan(scan(2), tmp_path / "b.nii.gz")
+    assert voxelscale(*arguments[:2], tmp_path / "b.nii.gz", tmp_path / "out")[0] == 0
+    cases = {row.split(",")[0] for row in (tmp_path / "out" / "findings.csv").read_text().splitlines()[1:]}
+    assert cases == {"b"}
     assert voxelscale(*arguments)[0] == 0
     assert (read_label(mask).array == first).all()
 
@@ -88,7 +93,8 @@ def test_cases_of_other_settings_in_one_table_are_warned_of(
     a, b, out = tmp_path / "a.nii.gz", tmp_path / "b.nii.gz", tmp_path / "out"
     words = "findings.csv holds 1 case with other settings or another calibration, such as a"
     assert voxelscale("predict", model, a, out)[0] == 0
-    assert words not in voxelscale("predict", model, b, out, *KEPT, "--set", "predict.batch_size=2")[2]
+    alike = ("--set", "predict.batch_size=2", "--set", "predict.refuse_unusable=false")
+    assert words not in voxelscale("predict", model, b, out, *KEPT, *alike)[2]
     assert words in voxelscale("predict", model, b, out, *LARGE)[2]
     assert voxelscale("predict", model, a, out, *LARGE)[0] == 0
     assert words not in voxelscale("predict", model, b, out, *LARGE)[2]

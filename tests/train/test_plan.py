@@ -192,6 +192,14 @@ def test_prepare_plans_again_where_data_or_settings_have_changed(
         assert "of 0.10 GiB" in planned(small, here)
         assert aside.read_bytes() == mine
         planned(usual, here)
+    planned(tiny, here)
+    with monkeypatch.context() as patch:
+        patch.setattr("voxelscale.train.plan.available_memory", lambda device: 2**33)
+        patch.setattr("voxelscale.train.plan.default_device", lambda: torch.device("cuda"))
+        for name in ("a GPU", "a larger GPU"):
+            patch.setattr("torch.cuda.get_device_name", lambda _, name=name: name)
+            before = path.read_text()
+            assert planned(tiny, here) != before, "the memory is another"
     assert planned(replace(tiny, prepare=replace(tiny.prepare, memory_gib=1e-6)), fewer) == ""
 
 
@@ -202,6 +210,7 @@ def test_a_small_patch_and_batch_are_planned_for_cpus_alone(
     planned = {}
     monkeypatch.setattr("voxelscale.train.plan.estimate_memory", lambda config, **_: memory_of_maps(config))
     monkeypatch.setattr("voxelscale.train.plan.available_memory", lambda device: 2**33)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
     many = replace(store_of((96, 128, 128), (2.0, 1.0, 1.0)), path=tmp_path)
     many = replace(many, cases=tuple(replace(many.cases[0], case=f"case_{n}") for n in range(200)))
     for kind in ("cpu", "cuda"):

@@ -116,6 +116,7 @@ def train_once(
     Raises:
         VoxelscaleError: it could not be started.
     """
+    log = _Log(training.run)
     child = start_child(
         training.config,
         training.store,
@@ -124,7 +125,7 @@ def train_once(
         environment=training.environment,
     )
     try:
-        return _watch(child, training, order, validated)
+        return _watch(child, log, training, order, validated)
     finally:
         if child.poll() is None:
             child.kill()
@@ -171,9 +172,12 @@ def drop_checkpoints(run: Path) -> None:
 
 
 def _watch(
-    child: Child, training: Training, order: Callable[[], Order], validated: Callable[[int, float], bool]
+    child: Child,
+    log: _Log,
+    training: Training,
+    order: Callable[[], Order],
+    validated: Callable[[int, float], bool],
 ) -> TrainingResult:
-    log = _Log(training.run)
     asked: Ending | None = None
     late_at, kill_at = time.monotonic() + training.seconds, math.inf
     while True:
@@ -207,7 +211,7 @@ class _Log:
     into place; they come again.
 
     Attributes:
-        fatal: why the training failed, as far as it says so.
+        fatal: why the training failed, as far as it says so; not why an earlier one in the folder did.
     """
 
     def __init__(self, run: Path) -> None:
@@ -216,6 +220,8 @@ class _Log:
         self._validations: dict[int, float] = {}
         self._reported: set[int] = set()
         self._inode, self._offset = -1, 0
+        self._read()
+        self.fatal = None
 
     @property
     def curve(self) -> tuple[tuple[int, float], ...]:
@@ -224,13 +230,16 @@ class _Log:
 
     def new_validations(self) -> list[tuple[int, float]]:
         """(samples, Dice) of those that have not been returned before."""
+        self._read()
+        new = [point for point in self.curve if point[0] not in self._reported]
+        self._reported |= {samples for samples, _ in new}
+        return new
+
+    def _read(self) -> None:
         for event in self._new_events():
             self.fatal = FATAL.get(event["event"], self.fatal)
             if event["event"] == "validation":
                 self._validations[int(event["samples"])] = float(event["dice"])
-        new = [point for point in self.curve if point[0] not in self._reported]
-        self._reported |= {samples for samples, _ in new}
-        return new
 
     def _new_events(self) -> Iterator[dict[str, Any]]:
         try:

@@ -795,7 +795,7 @@ def _rules(bundle: Bundle, config: PredictConfig, reading: ReadingConfig) -> lis
 
 def settings_of(bundle: Bundle, config: PredictConfig, reading: ReadingConfig) -> str:
     """What identifies all that findings depend on beside the scan, the model's calibration among it."""
-    alike = replace(config, probabilities=False, batch_size=1)
+    alike = replace(config, probabilities=False, batch_size=1, refuse_unusable=True)
     return digest_of(_rules(bundle, alike, reading))[:16]
 
 
@@ -818,13 +818,13 @@ def made_from_this(folder: Path, source: Source) -> bool | None:
 def _clear(folder: Path) -> None:
     """Take away what would be taken for a part of the prediction that is about to be written.
 
-    What says that the case is whole goes first. Nothing else does: the folder may hold the scan itself.
+    What says that the case is whole goes first; then the findings, which without it would be any model's.
+    What is not ours stays: the folder may hold the scan itself.
     """
+    kept = [old for old in folder.glob("probability*.nii.gz") if re.fullmatch(PROBABILITIES, old.name)]
     try:
-        (folder / CASE_FACTS).unlink(missing_ok=True)
-        for old in folder.glob("probability*.nii.gz"):
-            if re.fullmatch(PROBABILITIES, old.name):
-                old.unlink(missing_ok=True)
+        for old in (*(folder / name for name in (CASE_FACTS, "findings.json", "findings.csv")), *kept):
+            old.unlink(missing_ok=True)
     except OSError as error:
         raise not_written(folder, error) from None
 

@@ -137,8 +137,7 @@ def plan_store(config: Config, store: Store) -> Plan:
     Raises:
         VoxelscaleError: not even the smallest patch fits, or the file cannot be written.
     """
-    device = default_device()
-    given = config.prepare.memory_gib or PRESET_GIB.get(config.model.preset, 0)
+    device, given = default_device(), _given_gib(config)
     budget = int(given * 2**30) or available_memory(device)
     measure = partial(
         estimate_memory,
@@ -147,8 +146,7 @@ def plan_store(config: Config, store: Store) -> Plan:
         channels=len(store.channels),
         classes=store.classes,
     )
-    here = not (config.prepare.memory_gib or config.model.preset in PRESET_GIB)
-    plan = make_plan(config, store, measure, budget, on_cpu=here and device.type == "cpu")
+    plan = make_plan(config, store, measure, budget, on_cpu=not given and device.type == "cpu")
     said = plan_text(plan, config)
     _put_aside(store.path / PLAN_FILE, said)
     text = said + _made_for(config, store)
@@ -156,19 +154,27 @@ def plan_store(config: Config, store: Store) -> Plan:
     return plan
 
 
+def _given_gib(config: Config) -> float:
+    """The memory to plan for, as somebody says it; 0: nobody does, it is this machine's device's."""
+    return config.prepare.memory_gib or PRESET_GIB.get(config.model.preset, 0)
+
+
 def _made_for(config: Config, store: Store) -> str:
-    """How the line begins by which a plan is known to be of this data and this config."""
+    """How the line begins by which a plan is known to be of this data, config and device (its memory)."""
+    device = default_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     sections = with_first_names(
         {n: asdict(getattr(config, n)) for n in ("data", "model", "optim", "train")}
     )
     cases = [[info.case, info.split, info.key] for info in store.cases]
-    of = [sections, config.prepare.memory_gib, store.spacing, cases]
+    of = [sections, _given_gib(config) or name, store.spacing, cases]
     return f"# Made for {digest_of(of)[:16]}"
 
 
 def _as_written(text: str) -> str:
     """How the line ends, by which a plan is known that nobody has changed."""
-    return f" as {digest_of(text)[:16]}; prepare replaces it where data or settings have changed.\n"
+    words = "prepare replaces it where data, settings or the device have changed"
+    return f" as {digest_of(text)[:16]}; {words}.\n"
 
 
 def _put_aside(path: Path, new: str = "") -> None:
@@ -188,7 +194,7 @@ def _put_aside(path: Path, new: str = "") -> None:
 def report_plan(config: Config, store: Path) -> None:
     """Plan for a store that was just prepared and report it; where that fails, it is only a warning.
 
-    A plan that was made for the same data and config stays as it is.
+    A plan that was made for the same data, config and device stays as it is.
     """
     path, opened = store / PLAN_FILE, open_store(store)
     if path.is_file() and _made_for(config, opened).encode() in path.read_bytes():
