@@ -28,7 +28,8 @@ from voxelscale.classes import NODULE
 from voxelscale.config import Config, load
 from voxelscale.config.export import ExportConfig
 from voxelscale.console import set_verbosity
-from voxelscale.dicom_out.export import ALL_KINDS, export_case
+from voxelscale.dicom_out.export import export_case
+from voxelscale.dicom_out.kinds import ALL_KINDS
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan

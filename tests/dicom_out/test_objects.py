@@ -27,7 +27,8 @@ from voxelscale.config import PredictConfig, ReadingConfig
 from voxelscale.config.export import ExportConfig
 from voxelscale.dataset import DataSet, Source
 from voxelscale.dataset.reading import read_image
-from voxelscale.dicom_out.export import ALL_KINDS, export_case
+from voxelscale.dicom_out.export import export_case
+from voxelscale.dicom_out.kinds import ALL_KINDS
 from voxelscale.findings import lesions_of_mask, read_findings, write_findings
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from voxelscale.config.section import Rule
 from voxelscale.config.values import coerce, read_yaml
-from voxelscale.dicom_out.export import KINDS
+from voxelscale.dicom_out.kinds import KINDS
 from voxelscale.errors import VoxelscaleError
 from voxelscale.suggest import meant, nearest
 

@@ -164,7 +164,7 @@ def predict(
             by_series = {s.series: files[s.case] for s in done if s.case in files}
             sent = send_results(archive, fetched, by_series)
             print(f"{count(sent, 'result')} sent to the archive")
-    from voxelscale.dicom_out.export import warn_of_earlier
+    from voxelscale.dicom_out.kinds import warn_of_earlier
 
     warn_of_earlier(out, outcome.findings)
     return code
@@ -283,7 +283,8 @@ def _kinds(text: str | None) -> tuple[str, ...]:
     """What is to be written as DICOM, if that can be done at all."""
     if text is None:
         return ()
-    from voxelscale.dicom_out.export import check_installed, kinds_of
+    from voxelscale.dicom_out.export import check_installed
+    from voxelscale.dicom_out.kinds import kinds_of
 
     kinds = kinds_of(text)
     check_installed()

@@ -35,14 +35,8 @@ from voxelscale.files import write_atomic
 from voxelscale.findings import Finding, read_prediction
 from voxelscale.formats import SAME_PLACE_MM, read_label
 from voxelscale.predict.classes import probability_file
-from voxelscale.predict.work import CASE_FACTS, made_from_this
+from voxelscale.predict.work import made_from_this
 from voxelscale.report.cases import CaseScans
-
-KINDS = ("seg", "probability", "sr", "rtstruct")
-"""DICOM objects of a case: a binary SEG, a fractional one, a report of measurements, contours."""
-
-ALL_KINDS = (*KINDS, "page")
-"""What can be written of a case: beside these a page of HTML."""
 
 MOST_NAMED = 10
 """Classes that a message names at most."""
@@ -172,20 +166,6 @@ class Exported:
     failed: tuple[tuple[str, str, str], ...]
 
 
-def kinds_of(text: str) -> tuple[str, ...]:
-    """The kinds in a list with commas, in the order of `ALL_KINDS`.
-
-    Raises:
-        VoxelscaleError: one is unknown, or there is none.
-    """
-    asked = {word.strip().casefold() for word in text.split(",")} - {""}
-    wrong = sorted(asked - set(ALL_KINDS))
-    if wrong or not asked:
-        what = f"{wrong[0] if wrong else repr(text)}: nothing that can be written"
-        raise VoxelscaleError(what, f"name one or more of {', '.join(ALL_KINDS)}, as --dicom-out seg,sr")
-    return tuple(kind for kind in ALL_KINDS if kind in asked)
-
-
 def export_cases(
     predictions: Path,
     sources: Sequence[Source],
@@ -226,12 +206,12 @@ def export_case(
     Args:
         prediction_folder: what ``voxelscale predict`` wrote, with a folder of each case.
         source: the case; its scan must have come as DICOM.
-        kinds: of `ALL_KINDS`.
+        kinds: of `voxelscale.dicom_out.kinds.ALL_KINDS`.
         options: None: the defaults.
         reading: how images are read, but for what the prediction itself says; None: the defaults.
 
     Returns:
-        the files, in the order of `ALL_KINDS`.
+        the files, in that order.
 
     Raises:
         VoxelscaleError: the scan did not come as DICOM, the prediction is missing, of another scan or of
@@ -250,20 +230,6 @@ def export_case(
     if not prediction.segments and set(kinds) & {"seg", "rtstruct"}:
         notice(f"{source.case}: nothing found: no SEG and no RTSTRUCT")
     return [folder / name for name in made]
-
-
-def warn_of_earlier(predictions: Path, cases: Collection[str]) -> None:
-    """Warn of DICOM files and pages beside a prediction that were written of the one before it."""
-    old = []
-    for case in cases:
-        folder = predictions / case
-        since = (folder / CASE_FACTS).stat().st_mtime_ns
-        there = [folder / "page.html", *(f for kind in KINDS for f in folder.glob(f"{kind}*.dcm"))]
-        old += [f"{case}/{f.name}" for f in there if f.is_file() and f.stat().st_mtime_ns < since]
-    if old:
-        named = ", ".join(old[:MOST_NAMED]) + ", ..." * (len(old) > MOST_NAMED)
-        again = "write them again with voxelscale export-dicom"
-        warn(f"{predictions}: of earlier predictions: {named}; {again}")
 
 
 def check_installed() -> None:
