@@ -351,7 +351,7 @@ def test_predict_writes_dicom(
     _, _, err = voxelscale("predict", model, data, out, "--set", "predict.probabilities=true")
     assert "earlier" not in err, "the same prediction is kept"
     _, _, err = voxelscale("predict", model, data, out, "--set", "predict.threshold=0.45")
-    assert f"of earlier predictions: {folders[0].name}/" in err or f": {folders[1].name}/" in err
+    assert f"files of earlier predictions: {folders[0].name}/" in err or f": {folders[1].name}/" in err
     assert "seg.dcm" in err
 
 

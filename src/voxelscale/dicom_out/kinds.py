@@ -44,4 +44,4 @@ def warn_of_earlier(predictions: Path, cases: Collection[str]) -> None:
     if old:
         named = ", ".join(old[:MOST_NAMED]) + ", ..." * (len(old) > MOST_NAMED)
         again = "write them again with voxelscale export-dicom"
-        warn(f"{predictions}: of earlier predictions: {named}; {again}")
+        warn(f"{predictions}: files of earlier predictions: {named}; {again}")

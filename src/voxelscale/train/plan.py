@@ -186,9 +186,7 @@ def _put_aside(path: Path, new: str = "") -> None:
     if text != new and not (found and text == before + _as_written(before)):
         aside = path.with_stem(f"{path.stem}.before")
         path.replace(aside)
-        notice(
-            f"{path}: the one of before was changed, or made by an earlier version: kept as {aside.name}"
-        )
+        notice(f"{path}: the previous one was edited, or made by an earlier version; kept as {aside.name}")
 
 
 def report_plan(config: Config, store: Path) -> None:

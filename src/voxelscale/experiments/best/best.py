@@ -91,8 +91,8 @@ def _candidates(number: int, *, averages: bool) -> list[tuple[int, ...]]:
 def _names(folders: Sequence[Path]) -> list[str]:
     """The folders' own names; with as many of those above them as tell them apart."""
     parts = [folder.resolve().parts for folder in folders]
-    if len(set(parts)) < len(parts):
-        raise VoxelscaleError(f"{folders[0]}: a folder is named twice", "name each of voxelscale cv once")
+    if twice := [folder for folder, part in zip(folders, parts, strict=True) if parts.count(part) > 1]:
+        raise VoxelscaleError(f"{twice[0]}: named twice", "name each folder of voxelscale cv once")
     depth = next(
         n for n in range(1, 1 + max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)
     )
