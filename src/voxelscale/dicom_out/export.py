@@ -15,7 +15,7 @@ from voxelscale import __version__
 from voxelscale.classes import LESION, Classes, UnknownValues
 from voxelscale.config import ReadingConfig
 from voxelscale.config.export import ExportConfig
-from voxelscale.console import Progress, notice, warn
+from voxelscale.console import Progress, first_of, notice, warn
 from voxelscale.dataset.source import Source
 from voxelscale.dicom_out import rtstruct, seg, sr
 from voxelscale.dicom_out.codes import Concept, concept_of
@@ -289,7 +289,7 @@ def _as_predicted(reading: ReadingConfig, facts: dict[str, Any]) -> ReadingConfi
 def _check_codes(case: str, options: ExportConfig, classes: Classes) -> None:
     names = {name.casefold() for name in classes.names}
     if wrong := [str(key) for key in options.codes if str(key).casefold() not in names]:
-        known = ", ".join(classes.names[:MOST_NAMED]) + ", ..." * (len(classes.names) > MOST_NAMED)
+        known = first_of(classes.names, MOST_NAMED)
         what = f"{case}: export.codes names {wrong[0]}, but its classes are {known}"
         raise VoxelscaleError(what, "correct export.codes")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from voxelscale.console import warn
+from voxelscale.console import first_of, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.predict.work import CASE_FACTS
 
@@ -42,6 +42,5 @@ def warn_of_earlier(predictions: Path, cases: Collection[str]) -> None:
         there = [folder / "page.html", *(f for kind in KINDS for f in folder.glob(f"{kind}*.dcm"))]
         old += [f"{case}/{f.name}" for f in there if f.is_file() and f.stat().st_mtime_ns < since]
     if old:
-        named = ", ".join(old[:MOST_NAMED]) + ", ..." * (len(old) > MOST_NAMED)
-        again = "write them again with voxelscale export-dicom"
-        warn(f"{predictions}: files of earlier predictions: {named}; {again}")
+        what = f"{predictions}: files of earlier predictions: {first_of(old, MOST_NAMED)}"
+        warn(f"{what}; write them again with voxelscale export-dicom")

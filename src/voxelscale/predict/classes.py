@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -159,6 +160,10 @@ def kept_probabilities(
         elif (there := on_grid(found, at if classes.regions else at + 1, grid)) is not None:
             kept[there[0]] = np.rint(there[1] * 255)
         yield probability_file(classes, name), kept
+
+
+PROBABILITIES = re.compile(r"probability(_\d+)?\.nii\.gz")
+"""The names that `probability_file` gives."""
 
 
 def probability_file(classes: Classes, name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +44,7 @@ from voxelscale.lungs import Lungs, body_field, lung_field
 from voxelscale.model.bundle import Bundle
 from voxelscale.model.false_positives import crop_shape, crop_start
 from voxelscale.predict.classes import (
+    PROBABILITIES,
     check_names,
     found_by,
     kept_probabilities,
@@ -67,8 +67,6 @@ NO_LUNGS = "set predict.lungs=null"
 CASE_FACTS = "case.json"
 """Beside a case's mask and findings: by what they were made, and that they are whole."""
 
-PROBABILITIES = r"probability(_\d+)?\.nii\.gz"
-"""Names of the files that `probability_file` gives."""
 
 LUNG_MARGIN_MM = 10.0
 """A finding may lie so far outside the lungs that were found: lesions of the pleura and the hilum belong to
@@ -821,7 +819,7 @@ def _clear(folder: Path) -> None:
     What says that the case is whole goes first; then the findings, which without it would be any model's.
     What is not ours stays: the folder may hold the scan itself.
     """
-    kept = [old for old in folder.glob("probability*.nii.gz") if re.fullmatch(PROBABILITIES, old.name)]
+    kept = [old for old in folder.glob("*.nii.gz") if PROBABILITIES.fullmatch(old.name)]
     try:
         for old in (*(folder / name for name in (CASE_FACTS, "findings.json", "findings.csv")), *kept):
             old.unlink(missing_ok=True)

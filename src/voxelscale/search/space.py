@@ -57,7 +57,7 @@ POINTS = 4
 """Of a float in a grid where the space does not say."""
 
 MOST_POINTS = 100_000
-"""Of a grid: nobody trains so many, and all of them are held in memory and in the storage."""
+"""Maximum of a grid: all points are held in memory and in the storage."""
 
 
 @dataclass(frozen=True, kw_only=True)
