@@ -43,6 +43,17 @@ def first_of(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A line a row; the first column to the left, the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))]
+        ).rstrip()
+        for row in rows
+    )
+
+
 def count(number: int, noun: str, plural: str = "") -> str:
     """A number with its noun in the right form: "1 scan", "2 scans", "0 studies", "3 series".
 

@@ -119,7 +119,7 @@ def _affine(path: Path, fields: dict[str, str], dims: int) -> NDArray[np.float64
     if not min(spacing) > 0:
         raise VoxelscaleError(f"{path}: a spacing of {fields[key][:60]} mm", f"{TO_REWRITE} ({key})")
     if (unit := fields.get("DistanceUnits", "mm")).lower() not in ("mm", "?", ""):
-        raise VoxelscaleError(f"{path}: its lengths are {unit[:60]!r}", "write its header anew, in mm")
+        raise VoxelscaleError(f"{path}: its lengths are {unit[:60]!r}", f"{TO_REWRITE}, in mm")
     offset = numbers(path, "Offset", fields.get("Offset", "0 " * dims), dims)[:3]
     turn = np.eye(dims)
     if "TransformMatrix" in fields:

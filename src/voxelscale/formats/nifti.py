@@ -158,7 +158,7 @@ def _affine(path: Path, header: Nifti1Header) -> NDArray[np.float64]:
         shown = " x ".join(f"{s:g}" for s in spacing)
         raise VoxelscaleError(f"{path}: a spacing of {shown} mm", f"{TO_REWRITE} (pixdim)")
     if unit := {1: "metres", 3: "micrometres"}.get(int(header["xyzt_units"]) & 7):
-        raise VoxelscaleError(f"{path}: its lengths are {unit}", "write its header anew, in mm")
+        raise VoxelscaleError(f"{path}: its lengths are {unit}", f"{TO_REWRITE}, in mm")
     by_qform, by_sform = header["qform_code"] > 0, header["sform_code"] > 0
     if not by_qform and not by_sform:
         hint = "set its sform, for instance with nibabel's set_sform(affine, 1)"

@@ -204,7 +204,7 @@ def _affine(path: Path, fields: dict[str, str], steps: list[list[float]]) -> NDA
     units = set(re.findall(r'"([^"]*)"', fields.get("space units", "")))
     if not units <= {"mm", "", "millimeter", "millimeters"}:
         shown = ", ".join(sorted(units))[:60]
-        raise VoxelscaleError(f"{path}: its lengths are {shown!r}", "write its header anew, in mm")
+        raise VoxelscaleError(f"{path}: its lengths are {shown!r}", f"{TO_REWRITE}, in mm")
     affine = np.eye(4)
     affine[:3, :3] = np.asarray(steps)[::-1].T
     affine[:3, 3] = _vector(path, "space origin", fields.get("space origin", ""))

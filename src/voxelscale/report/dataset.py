@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from voxelscale.console import count
+from voxelscale.console import aligned, count
 from voxelscale.pages.charts import Panel, chart
 from voxelscale.pages.page import legend, notes, sortable_table, swatch, write_page
 from voxelscale.report.overlays import LUNG_WINDOW, WINDOW_NAME, Slice, draw_slice
@@ -117,22 +117,13 @@ def text_table(found: Inspection) -> list[str]:
     rows = [columns, *([text for text, _ in _row(one, columns)] for one in found.cases)]
     first = max(len(row[0]) for row in rows)
     unreadable = [f"{p.case.ljust(first)}  cannot be read: {p.text}" for p in found.unreadable]
-    return [*_aligned(rows), *unreadable, *_text_channels(found.cases), *_text_classes(found.cases)]
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines; all but the first column to the right."""
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return [
-        "  ".join([row[0].ljust(first), *(t.rjust(w) for t, w in zip(row[1:], others, strict=True))])
-        for row in rows
-    ]
+    return [aligned(rows), *unreadable, *_text_channels(found.cases), *_text_classes(found.cases)]
 
 
 def _text_classes(cases: Sequence[Facts]) -> list[str]:
     """A line a class: cases, components, volume in a case that has it."""
     rows = _class_rows(cases)
-    return ["", *_aligned([CLASS_COLUMNS, *rows])] if rows else []
+    return ["", aligned([CLASS_COLUMNS, *rows])] if rows else []
 
 
 def _text_channels(cases: Sequence[Facts]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from voxelscale import __version__
+from voxelscale.console import aligned
 from voxelscale.files import write_atomic
 from voxelscale.pages.charts import duration, number
 from voxelscale.pages.page import cards, notes, plain_table, wide, write_page
@@ -51,15 +52,7 @@ PRICED = {
 
 def table(findings: Sequence[CostedRow]) -> str:
     """Aligned text, a line a finding."""
-    lines = [[title for _, title in COLUMNS], *(list(_cells(f).values()) for f in findings)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return aligned([[title for _, title in COLUMNS], *(list(_cells(f).values()) for f in findings)])
 
 
 def write_results(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from voxelscale.search.records import IMPORTED, NOTE, OUTCOME, directions, read_
 from voxelscale.search.results import TrialResult, Value
 from voxelscale.search.sampling import make_pruner, make_sampler, rungs
 from voxelscale.search.space import OURS, SECTIONS, Space, read_space
-from voxelscale.search.storage import open_storage
+from voxelscale.search.storage import open_storage, strip_password
 from voxelscale.store import Store, open_store
 from voxelscale.store.fingerprint import open_fold
 
@@ -157,14 +156,6 @@ def write_best(search: Search, best: TrialResult) -> Path:
     head = f"# Trial {best.number} of the search {search.config.search.study}: {values}.\n"
     write_atomic(path, head + dump(best_config(search, best)))
     return path
-
-
-def strip_password(url: str) -> str:
-    """A URL without its password: for files; libpq finds it in PGPASSWORD or ~/.pgpass."""
-    url = re.sub(r"(?<=[?&])password=[^&]*&?", "", url).rstrip("?&")
-    scheme, sign, rest = url.partition("://")
-    user, at, host = rest.rpartition("@")
-    return f"{scheme}{sign}{user.partition(':')[0]}{at}{host}"
 
 
 def _defined(config: Config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from voxelscale import __version__
-from voxelscale.console import count
+from voxelscale.console import aligned, count
 from voxelscale.pages.page import cards, plain_table, sortable_table, write_page
 from voxelscale.pages.plots import plot, scripts
 from voxelscale.search import figures
@@ -86,10 +86,10 @@ def status_table(results: SearchResults, now: float) -> str:
     running = [trial for trial in results.trials if trial.state == "running"]
     if running:
         head = ["running", "worker", "last Dice", "samples", "minutes"]
-        tables.append(_aligned([head, *(_running(trial, now) for trial in running)]))
+        tables.append(aligned([head, *(_running(trial, now) for trial in running)]))
     if results.done:
         head = ["best", *(label(name) for name in results.objectives), *_short_names(results.keys)]
-        tables.append(_aligned([head, *(_good(results, trial) for trial in _ranked(results)[:5])]))
+        tables.append(aligned([head, *(_good(results, trial) for trial in _ranked(results)[:5])]))
     return "\n\n".join(tables)
 
 
@@ -109,14 +109,6 @@ def _short_names(keys: Sequence[str]) -> list[str]:
     ends = [key.rpartition(".")[2] for key in keys]
     counts = Counter([*ends, "name"])  # of what, only the section says
     return [end if counts[end] == 1 else key for end, key in zip(ends, keys, strict=True)]
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
 
 
 def _head(results: SearchResults, now: float) -> str:

@@ -128,14 +128,18 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
         )
     if scheme not in ("postgresql", "postgres"):
         raise VoxelscaleError(
-            f"{masked(url)}: unknown storage", "give postgresql://user:password@host/database, or none"
+            f"{strip_password(url)}: unknown storage",
+            "give postgresql://user:password@host/database, or none",
         )
     return _open_postgresql(url)
 
 
-def masked(url: str) -> str:
-    """A URL without its password, for messages."""
-    return re.sub(r"([?&]password=)[^&]*", r"\1***", re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url))
+def strip_password(url: str) -> str:
+    """A URL without its password, for files and messages; libpq finds it in PGPASSWORD or ~/.pgpass."""
+    url = re.sub(r"(?<=[?&])password=[^&]*&?", "", url).rstrip("?&")
+    scheme, sign, rest = url.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}{sign}{user.partition(':')[0]}{at}{host}"
 
 
 def _open_postgresql(url: str) -> BaseStorage:
@@ -143,7 +147,7 @@ def _open_postgresql(url: str) -> BaseStorage:
         import psycopg
     except ImportError:
         hint = "in the folder of Voxelscale's source: pip install '.[postgresql]'"
-        raise VoxelscaleError(f"{masked(url)}: the driver psycopg is not installed", hint) from None
+        raise VoxelscaleError(f"{strip_password(url)}: the driver psycopg is not installed", hint) from None
     from sqlalchemy.exc import SQLAlchemyError
 
     full = "postgresql+psycopg://" + url.partition("://")[2]
@@ -153,7 +157,7 @@ def _open_postgresql(url: str) -> BaseStorage:
     except (SQLAlchemyError, psycopg.Error, ValueError) as error:
         problem = str(getattr(error, "orig", error)).strip().splitlines()[0]
         hint = "check the URL, and that the server runs and lets this user in"
-        raise VoxelscaleError(f"{masked(url)}: {problem}", hint) from None
+        raise VoxelscaleError(f"{strip_password(url)}: {problem}", hint) from None
 
 
 def _quiet() -> None:
