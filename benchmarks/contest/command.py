@@ -43,7 +43,7 @@ def main(text: str) -> None:
     contenders = [_contender(word) for word in options.contenders]
     jobs = [
         _job(options, name, settings, budget, rate, options.seeds[0], "choose")
-        for budget in options.budget
+        for budget in ([] if options.rates_of else options.budget)
         for rate in options.rates
         for name, settings in contenders
     ]
@@ -52,9 +52,10 @@ def main(text: str) -> None:
     show(results, options.data, options.fold, "choose")
     if options.judge:
         frozen = [
-            _job(options, name, settings, budget, best_rate(results, name, settings, budget), seed, "judge")
+            _job(options, name, settings, budget, rate, seed, "judge")
             for budget in options.budget
             for name, settings in contenders
+            for rate in [best_rate(results, name, settings, options.rates_of or budget)]
             for seed in options.seeds
         ]
         _note_look(frozen, options.results)
@@ -71,6 +72,7 @@ def _parser(text: str) -> argparse.ArgumentParser:
     parser.add_argument("--contenders", nargs="+", default=_defaults(), metavar="NAME[:key=value;...]")
     parser.add_argument("--budget", type=float, nargs="+", default=[240.0], help="processor seconds")
     parser.add_argument("--rates", type=float, nargs="+", default=[1 / 3, 1.0, 3.0])
+    parser.add_argument("--rates-of", type=float, metavar="BUDGET", help="judge with the rates of this one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first one chooses rates")
     parser.add_argument("--processes", type=int, default=1, help="jobs at a time")
     parser.add_argument("--judge", action="store_true", help="train on all cases, look at the judge cases")
