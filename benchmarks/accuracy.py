@@ -10,8 +10,8 @@ updates are made as the budget takes at the contender's pace, which is measured 
 others' (`contest/pace.py`). Each contender keeps its own loss, optimiser, schedule, augmentation and
 network; the schedule ends with the last update. The learning rate is the contender's own times 1/3, 1 or
 3, chosen for each budget (or for another one: `--rates-of`) on a fifth of the training cases of the outer
-fold (`--fold`), fixed by the fold's number. Nobody mirrors while predicting. nnU-Net computes in float32 on processors; where the processor has
-bfloat16 it is also given that.
+fold (`--fold`), fixed by the fold's number. Nobody mirrors while predicting. nnU-Net computes in float32
+on processors; where the processor has bfloat16 it is also given that.
 
 The judge cases of the fold are not prepared, nor read, without `--judge`: with it, every contender is
 trained again on all training cases at its best rate, once for each of `--seeds`, and scored on them. Each
