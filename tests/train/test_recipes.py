@@ -16,9 +16,13 @@ from voxelscale.train.optim import peak_rate
 from voxelscale.train.recipes import LARGE_FROM, resolve
 
 
-def test_none_changes_nothing() -> None:
-    config = Config()
-    assert resolve(config, 64) == (config, "")
+@pytest.mark.parametrize("sets", [[], ["optim.scaling=sqrt"], ["optim.grow_from=4"]])
+def test_none_changes_nothing_but_says_so_where_dice_is_lost(sets: list[str]) -> None:
+    config = load(None, sets)
+    assert resolve(config, LARGE_FROM - 1) == (config, "")
+    settled, told = resolve(config, 64)
+    assert settled == config
+    assert ("64 workers" in told and "train.recipe=auto" in told) == (not sets)
 
 
 @pytest.mark.parametrize("workers", [1, LARGE_FROM - 1, LARGE_FROM, 1024])

@@ -60,6 +60,9 @@ def resolve(config: Config, workers: int) -> tuple[Config, str]:
         VoxelscaleError: ``muon`` with the learning rate of another kind of optimiser.
     """
     recipe, line = config.train.recipe, ""
+    plain = config.optim.used.scaling == "none" and not config.optim.grow_from
+    if recipe == "none" and workers >= LARGE_FROM and plain:
+        line = f"{workers} workers with one worker's settings lose Dice; train.recipe=auto keeps most of it"
     if recipe == "auto":
         recipe = "none"
         if workers >= LARGE_FROM:
