@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from tests.conftest import Command
 
 from voxelscale.dataset import DataSet
 from voxelscale.dataset.listing import list_sources
-from voxelscale.evaluate.bootstrap import MIN_SCANS, p_value, percentile_interval, resampled_means
+from voxelscale.evaluate.bootstrap import MIN_PATIENTS, p_value, percentile_interval, resampled_means
 from voxelscale.evaluate.compare import Pair, Score, compare_scores, wilcoxon_p
 from voxelscale.evaluate.evaluate import evaluate_folder
 from voxelscale.evaluate.froc import Matches
+from voxelscale.files import write_csv
 from voxelscale.findings import lesions_of_mask, write_findings
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan
@@ -45,7 +47,7 @@ def test_a_model_against_itself(scores: list[Score]) -> None:
     result = compare_scores({str(n): (s, s) for n, s in enumerate(scores)}, resamples=50)
     for row in result["measures"].values():
         assert row["a"] == row["b"]
-        enough = len(scores) >= MIN_SCANS
+        enough = len(scores) >= MIN_PATIENTS
         assert (row["difference"], row["interval"], row["p"]) == (0, *(([0, 0], 1) if enough else NOTHING))
     assert result["measures"]["dice"]["wilcoxon_p"] == (1 if enough else None)
 
@@ -58,7 +60,7 @@ def test_the_other_way_round_is_the_same_with_the_other_sign(pairs: list[Pair]) 
     for name, row in there["measures"].items():
         other = back["measures"][name]
         assert row["difference"] == pytest.approx(-other["difference"], abs=1e-12)
-        if len(pairs) < MIN_SCANS:
+        if len(pairs) < MIN_PATIENTS:
             assert (row["interval"], other["interval"]) == NOTHING
         else:
             turned = [-bound for bound in other["interval"][::-1]]
@@ -95,6 +97,38 @@ def test_pairs_are_not_torn_apart() -> None:
     dice = compare_scores(pairs)["measures"]["dice"]
     assert dice["interval"] == pytest.approx([0.01, 0.01])
     assert dice["p"] < 0.01
+
+
+def test_a_patients_second_scan_is_no_further_evidence() -> None:
+    random = np.random.default_rng(2)
+    once = {
+        str(n): (score(random.random(), (0.9, 0.4)), score(random.random(), (0.8, NAN), (0.5,)))
+        for n in range(8)
+    }
+    twice = {
+        f"{n}-{scan}": tuple(replace(one, patient=n) for one in pair)
+        for scan in (1, 2)
+        for n, pair in once.items()
+    }
+    alone, both = compare_scores(once), compare_scores(twice)  # type: ignore[arg-type]
+    assert (both["scans"], both["scans_with_dice"], both["patients_with_dice"]) == (16, 16, 8)
+    for name, row in alone["measures"].items():
+        assert both["measures"][name].pop("interval") == pytest.approx(row.pop("interval"))
+        assert both["measures"][name] == pytest.approx(row)
+
+
+def test_patients_are_those_of_the_data_set(
+    voxelscale: Command, scans: Path, predicted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    four = list_sources(scans)[:4]
+    rows = [(s.case, s.image, (s.labels or ("",))[0], f"p{at // 2}") for at, s in enumerate(four)]
+    write_csv(tmp_path / "set.csv", [("case", "image", "label", "patient"), *rows])
+    code, out, err = voxelscale("compare", *predicted, tmp_path / "set.csv", "--json")
+    assert code == 0, err
+    assert (json.loads(out)["scans"], json.loads(out)["patients_with_dice"]) == (4, 2)
+    code, _, err = voxelscale("evaluate", predicted[0], tmp_path / "set.csv", "--out", tmp_path)
+    assert code == 0, err
+    assert json.loads((tmp_path / "evaluation.json").read_text())["patients"] == 2
 
 
 def test_without_lesions_only_the_dice_is_compared() -> None:

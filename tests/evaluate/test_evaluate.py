@@ -144,10 +144,20 @@ def test_a_summary_of_two_cases() -> None:
     assert summary["dice"]["interval"] is None  # two cases only
     assert summary["sensitivity_at_1_fp_interval"] is None
     # 5 scans, 2 of them good: a sample has none of these in 7.8 %, 4 or more in 8.7 %, 5 in 1 % of draws.
-    low, high = summarise([*results, *results, results[1]])["dice"]["interval"]
+    five = [replace(result, case=str(n)) for n, result in enumerate([*results, *results, results[1]])]
+    low, high = summarise(five)["dice"]["interval"]
     assert low == 0
     assert high == pytest.approx(0.8 * dice)
     assert [row["detected"] for row in summary["cases"]] == [1, 0]
+    # A second scan of each patient narrows nothing, and ten scans of two patients have no interval.
+    again = summarise([replace(r, case=f"{r.case}-{n}", patient=r.case) for n in (1, 2) for r in five])
+    once = summarise(five)
+    assert (again["scans"], again["patients"], again["dice"]["cases"]) == (10, 5, 10)
+    for figure in ("dice", "froc"):
+        key = "interval" if figure == "dice" else "cpm_interval"
+        assert again[figure][key] == pytest.approx(once[figure][key])
+    few = summarise([replace(r, patient="ab"[n % 2]) for n, r in enumerate(five)])
+    assert (few["dice"]["interval"], few["froc"]["cpm_interval"]) == (None, None)
     assert [row["detected"] for row in summary["lesions"]] == [True, False]
 
 

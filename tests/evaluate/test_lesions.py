@@ -399,8 +399,8 @@ def test_the_whole_summary_of_three_cases() -> None:
     assert "1 without: one mask is empty" in text
     assert "1 scan without: both masks are empty" in text
     assert "1 healthy scan: 1 without a false positive, 0 false positives in all" in text
-    assert "(no interval: 2 cases)" in text
-    assert "(no interval: 2 scans with a lesion)" in text
+    assert "(no interval: 2 patients)" in text
+    assert "(no interval: 2 patients with a lesion)" in text
     assert "8 to 15 mm" in text
     assert "kind solid" in text
 

@@ -196,16 +196,22 @@ def test_a_component_around_ignored_voxels_is_no_false_positive() -> None:
 
 def test_the_mean_over_classes_by_hand() -> None:
     """The classes' means are taken first; a class without a Dice is left out, as is a case."""
-    found = mean_dice([[1.0, 0.5, None, None], [0.25, None, None, None], [None] * 4])
-    assert found == {"mean": pytest.approx((0.75 + 0.25) / 2), "interval": None, "classes": 2, "cases": 2}
-    assert mean_dice([[None], [None]]) == {"mean": None, "interval": None, "classes": 0, "cases": 0}
+    found = mean_dice([[1.0, 0.5, None, None], [0.25, None, None, None], [None] * 4], "abcd")
+    counts = {"classes": 2, "cases": 2, "patients": 2}
+    assert found == {"mean": pytest.approx((0.75 + 0.25) / 2), "interval": None, **counts}
+    assert mean_dice([[None], [None]], "a") == {"mean": None, "interval": None} | dict.fromkeys(counts, 0)
 
 
 def test_the_interval_of_the_mean_is_the_bootstraps() -> None:
     random = np.random.default_rng(0)
     dices = random.random((3, 8))
     dices[1, 2:] = np.nan
-    low, high = mean_dice([[None if math.isnan(d) else d for d in row] for row in dices])["interval"]
+    listed = [[None if math.isnan(d) else d for d in row] for row in dices]
+    low, high = mean_dice(listed, "abcdefgh")["interval"]
+    # A patient's second scan narrows nothing.
+    twice = mean_dice([row + row for row in listed], "abcdefgh" * 2)
+    assert twice["interval"] == pytest.approx([low, high])
+    assert (twice["cases"], twice["patients"]) == (16, 8)
     draws = np.random.Generator(np.random.Philox(key=0))
     means = []
     for _ in range(1000):
@@ -244,7 +250,7 @@ def test_two_models_class_by_class() -> None:
         assert mean[letter] == pytest.approx(
             np.mean([np.mean([d for d in row if d is not None]) for row in known])
         )
-        assert mean[letter] == pytest.approx(mean_dice(known)["mean"])
+        assert mean[letter] == pytest.approx(mean_dice(known, "012345678")["mean"])
     assert mean["interval"][0] < mean["difference"] < mean["interval"][1]
     lines = text_table({**result, "a": "one", "b": "two"})
     assert sum(line.startswith("class ") for line in lines) == 3
@@ -349,7 +355,9 @@ def test_a_missing_prediction_counts_as_empty_in_every_class(tmp_path: Path) -> 
     data = write_several(tmp_path / "data", NESTED, cases=2)
     summary = evaluate_folder(tmp_path / "none", data, tmp_path / "out", missing_is_empty=True)
     assert [row["dice"] for row in summary["cases"]] == [0, 0, 0, None]
-    assert summary["mean_dice"] == {"mean": 0, "interval": None, "classes": 2, "cases": 2}
+    assert summary["mean_dice"] == {"mean": 0, "interval": None} | dict.fromkeys(
+        ("classes", "cases", "patients"), 2
+    )
 
 
 def test_lesions_of_several_classes_are_refused_where_one_is_needed(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_healthy_scans_count_with_their_false_positives(
     assert figures(evaluation(tmp_path / "o")) == (4, 0.429, 0.143, 0.25, healthy)
     assert "4 scans, 1 lesion\n" in out
     assert "3 healthy scans: 0 without a false positive, 6 false positives in all" in out
-    assert "CPM 0.429 (no interval: 1 scan with a lesion)" in out
+    assert "CPM 0.429 (no interval: 1 patient with a lesion)" in out
 
 
 def test_scans_without_a_mask_are_left_out_with_a_word(voxelscale: Command, reported: Reported) -> None:
@@ -94,8 +94,8 @@ def test_healthy_scans_count_in_a_comparison(voxelscale: Command, reported: Repo
     assert (round(cpm["a"], 3), cpm["b"]) == (0.429, 1.0)
     assert (dice["interval"], dice["p"], dice["wilcoxon_p"], cpm["p"]) == (None,) * 4
     code, out, _ = voxelscale("compare", a, b, folder / "set.csv", *HEALTHY)
-    assert "no interval, no p: 4 scans, 5 are needed" in out
-    assert "no interval, no p: 1 scan with a lesion, 5 are needed" in out
+    assert "no interval, no p: 4 patients, 5 are needed" in out
+    assert "no interval, no p: 1 patient with a lesion, 5 are needed" in out
 
 
 def test_without_any_lesion_there_is_no_cpm(voxelscale: Command, reported: Reported) -> None:

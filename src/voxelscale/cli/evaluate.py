@@ -79,9 +79,9 @@ def compare(
     voxelscale compare predictions/ other_predictions/ scans/ --json
 
     On the cases that both predicted: the differences A - B of mean Dice, CPM and sensitivity at 1 false
-    positive per scan, with 95 % intervals and two-sided p-values by paired bootstrap over scans. For Dice
-    also Wilcoxon's signed-rank test. Of several classes each by itself, with p-values corrected for their
-    number (Holm), and the mean Dice over them.
+    positive per scan, with 95 % intervals and two-sided p-values by paired bootstrap over patients. For
+    Dice also Wilcoxon's signed-rank test. Of several classes each by itself, with p-values corrected for
+    their number (Holm), and the mean Dice over them.
     """
     if out is not None:
         check_output(out, file=True)

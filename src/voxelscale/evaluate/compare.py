@@ -15,12 +15,7 @@ from numpy.typing import NDArray
 from voxelscale.config import ReadingConfig
 from voxelscale.console import count, warn
 from voxelscale.dataset import DataSet, Source
-from voxelscale.evaluate.bootstrap import (
-    MIN_SCANS,
-    RESAMPLES,
-    p_value,
-    percentile_interval,
-)
+from voxelscale.evaluate.bootstrap import MIN_PATIENTS, RESAMPLES, p_value, percentile_interval, units_of
 from voxelscale.evaluate.cases import each_case, none_usable, predicted_cases
 from voxelscale.evaluate.evaluate import read_prediction
 from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match, pool, resampled
@@ -38,10 +33,12 @@ class Score:
     Attributes:
         dice: of the masks; None where both are empty.
         matches: findings held against lesions.
+        patient: whose it is; "": of nobody who has another scan.
     """
 
     dice: float | None
     matches: Matches
+    patient: str = ""
 
 
 NAN = float("nan")
@@ -65,7 +62,7 @@ def compare_folders(
         first, second: what `voxelscale predict` wrote.
         data: the data set with the true masks.
         out: a JSON file to write the result to.
-        resamples, seed: of the bootstrap over scans.
+        resamples, seed: of the bootstrap over patients.
 
     Returns:
         plain values: `compare_scores`, or `compare_classes` where there are several; ``failed``, the cases
@@ -145,35 +142,38 @@ def scores_of(truth: Truth, prediction: NDArray[Any], findings: Sequence[Finding
         dice = counts.dice if counts.truth or counts.prediction else None
         lesions = lesions_of_mask(truth.case, one.truth, truth.mask.grid, one.start)
         own = [f for f in findings if f.label in ("", one.name)]
-        scores.append(Score(dice=dice, matches=match(lesions, own, truth.ignored, truth.uncounted)))
+        matches = match(lesions, own, truth.ignored, truth.uncounted)
+        scores.append(Score(dice=dice, matches=matches, patient=truth.patient))
     return scores
 
 
 def compare_scores(pairs: Mapping[str, Pair], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
     """The paired comparison.
 
-    Both models see the same `resamples` draws of scans, so that what makes a scan hard for both drops out.
+    Both models see the same `resamples` draws of patients: what makes a scan hard for both drops out.
 
     Args:
         pairs: both models' scores of each case.
 
     Returns:
-        plain values: ``scans``, ``lesion_count``, ``resamples``, ``seed``; ``cases``, a table of the Dice;
+        plain values: ``scans``; of scans and of patients ``_with_lesions`` and ``_with_dice``;
+        ``lesion_count``, ``resamples``, ``seed``; ``cases``, a table of the Dice;
         ``measures``: ``dice`` (mean), ``cpm`` and ``sensitivity_at_1_fp``, each with ``a``, ``b``,
         ``difference`` (a less b), its 95 % ``interval`` and the two-sided ``p``; ``dice`` with
         ``wilcoxon_p``, too. Without lesions CPM and sensitivity have None; so have intervals and p-values
-        of fewer than `voxelscale.evaluate.bootstrap.MIN_SCANS` scans, or of fewer with a lesion.
+        of fewer than `voxelscale.evaluate.bootstrap.MIN_PATIENTS` patients, or of fewer with a lesion.
 
     A scan where truth and prediction are empty has no Dice. Where that is so of one model only, the other
     one has a false finding: its Dice is 0, and in the signed ranks the difference is 1.
     """
-    known = [pair for pair in pairs.values() if (pair[0].dice, pair[1].dice) != (None, None)]
-    dices = _dices(known)
+    whose = _whose(pairs)
+    known = {case: pair for case, pair in pairs.items() if (pair[0].dice, pair[1].dice) != (None, None)}
+    dices, theirs = _dices(list(known.values())), _whose(known)
     matches = [[pair[model].matches for pair in pairs.values()] for model in (0, 1)]
     lesions = sum(len(m.hits) for m in matches[0])
-    measures = {"dice": _dice_measure(dices[:, None], resamples, seed)}
-    with_lesions = sum(bool(m.hits) for m in matches[0])
-    samples = resampled([pool(m) for m in matches], resamples, seed)
+    measures = {"dice": _dice_measure(dices[:, None], theirs, resamples, seed)}
+    with_lesions = len({patient for patient, m in zip(whose, matches[0], strict=True) if m.hits})
+    samples = resampled([pool(m) for m in matches], resamples, seed, units_of(whose))
     curves = [froc(m) for m in matches]
     at = OPERATING_POINTS.index(1.0)
     measures["cpm"] = _measure([curve.cpm for curve in curves], samples.mean(axis=2), with_lesions)
@@ -184,14 +184,21 @@ def compare_scores(pairs: Mapping[str, Pair], resamples: int = RESAMPLES, seed: 
         measures["cpm"] = measures["sensitivity_at_1_fp"] = dict.fromkeys(measures["cpm"])
     return {
         "scans": len(pairs),
-        "scans_with_lesions": with_lesions,
+        "scans_with_lesions": sum(bool(m.hits) for m in matches[0]),
         "scans_with_dice": len(known),
+        "patients_with_lesions": with_lesions,
+        "patients_with_dice": len(set(theirs)),
         "lesion_count": lesions,
         "resamples": resamples,
         "seed": seed,
         "measures": measures,
         "cases": [{"case": case, "dice_a": a.dice, "dice_b": b.dice} for case, (a, b) in pairs.items()],
     }
+
+
+def _whose(pairs: Mapping[str, Pair]) -> list[str]:
+    """The patient of each case, or the case where it is nobody else's."""
+    return [pair[0].patient or case for case, pair in pairs.items()]
 
 
 def _dices(pairs: Sequence[Pair]) -> NDArray[np.float64]:
@@ -212,7 +219,8 @@ def compare_classes(
     Returns:
         plain values: ``classes``, for each by name what `compare_scores` says, with ``p_holm`` beside each
         ``p`` and ``wilcoxon_p_holm``: corrected over the classes (`holm`); ``mean_dice``, the measure of
-        the mean Dice over classes; ``scans``, ``scans_with_dice``, ``resamples``, ``seed``.
+        the mean Dice over classes; ``scans``, ``scans_with_dice``, ``patients_with_dice``, ``resamples``,
+        ``seed``.
     """
     classes = {name: compare_scores(own, resamples, seed) for name, own in pairs.items()}
     for measure in NAMES:
@@ -221,32 +229,41 @@ def compare_classes(
             for row, corrected in zip(rows, holm([row[p] for row in rows]), strict=True):
                 row[f"{p}_holm"] = corrected
     dices = np.stack([_dices(list(own.values())) for own in pairs.values()], axis=1)
-    known = dices[..., ~np.isnan(dices).all(axis=(0, 1))]
+    there = ~np.isnan(dices).all(axis=(0, 1))
+    whose = list(np.asarray(_whose(next(iter(pairs.values()))))[there])
     return {
         "classes": classes,
-        "mean_dice": _dice_measure(known, resamples, seed),
+        "mean_dice": _dice_measure(dices[..., there], whose, resamples, seed),
         "scans": dices.shape[-1],
-        "scans_with_dice": known.shape[-1],
+        "scans_with_dice": int(there.sum()),
+        "patients_with_dice": len(set(whose)),
         "resamples": resamples,
         "seed": seed,
     }
 
 
-def _dice_measure(dices: NDArray[np.float64], resamples: int, seed: int) -> dict[str, Any]:
+def _dice_measure(
+    dices: NDArray[np.float64], whose: Sequence[str], resamples: int, seed: int
+) -> dict[str, Any]:
     """The mean Dice of both, of several classes the mean over these.
 
     Args:
         dices: (2, classes, scans); NaN where there is no Dice.
+        whose: the patient of each scan.
     """
     first, second = (mean_over_classes(own) for own in dices)
     if first is None or second is None:
         return dict.fromkeys(("a", "b", "difference", "interval", "p", "wilcoxon_p"))
-    scans = dices.shape[-1]
-    measure = _measure((first, second), resampled_mean_over_classes(dices, resamples, seed), scans)
+    units, patients = units_of(whose), len(set(whose))
+    samples = resampled_mean_over_classes(dices, resamples, seed, units)
+    measure = _measure((first, second), samples, patients)
     # Who finds nothing where nothing is is right.
     either = ~np.isnan(dices).all(axis=0)
     right = np.where(either, np.where(np.isnan(dices), 1.0, dices), 0.0).sum(axis=1) / either.sum(axis=0)
-    return {**measure, "wilcoxon_p": wilcoxon_p(right[0] - right[1]) if scans >= MIN_SCANS else None}
+    apart = right[0] - right[1]
+    if units is not None:  # the ranks are of patients: scans of one are not independent
+        apart = np.bincount(units, apart) / np.bincount(units)
+    return {**measure, "wilcoxon_p": wilcoxon_p(apart) if patients >= MIN_PATIENTS else None}
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -261,27 +278,27 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def _measure(
-    values: Sequence[float] | NDArray[np.float64], samples: NDArray[np.float64], scans: int
+    values: Sequence[float] | NDArray[np.float64], samples: NDArray[np.float64], patients: int
 ) -> dict[str, Any]:
     """A figure of both models, and their difference.
 
     Args:
         values: (2,) of all scans.
         samples: (2, resamples).
-        scans: how many have such a figure.
+        patients: how many have such a figure.
     """
     apart = samples[0] - samples[1]
     return {
         "a": float(values[0]),
         "b": float(values[1]),
         "difference": float(values[0] - values[1]),
-        "interval": percentile_interval(apart, scans),
-        "p": p_value(apart, scans),
+        "interval": percentile_interval(apart, patients),
+        "p": p_value(apart, patients),
     }
 
 
 def wilcoxon_p(differences: NDArray[np.float64]) -> float:
-    """Two-sided p of the signed-rank test (Wilcoxon 1945) of the cases' differences; 1 where all are 0."""
+    """Two-sided p of the signed-rank test of differences (Wilcoxon 1945); 1 where all are 0."""
     from scipy.stats import wilcoxon
 
     # Rounded: ranks must not depend on rounding errors.
@@ -367,6 +384,5 @@ def _text_wilcoxon(name: str, p: float | None, too_few: str) -> str:
 def _too_few(result: Mapping[str, Any], name: str) -> str:
     """Why a measure has no interval."""
     if name == "dice":
-        return f"{count(result['scans_with_dice'], 'scan')}, {MIN_SCANS} are needed"
-    with_lesions = result["scans_with_lesions"]
-    return f"{count(with_lesions, 'scan')} with a lesion, {MIN_SCANS} are needed"
+        return f"{count(result['patients_with_dice'], 'patient')}, {MIN_PATIENTS} are needed"
+    return f"{count(result['patients_with_lesions'], 'patient')} with a lesion, {MIN_PATIENTS} are needed"

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from voxelscale.console import warn
 from voxelscale.dataset import DataSet, Source
-from voxelscale.evaluate.bootstrap import RESAMPLES, percentile_interval, resampled_means
+from voxelscale.evaluate.bootstrap import RESAMPLES, percentile_interval, resampled_means, units_of
 from voxelscale.evaluate.cases import FINDINGS, MASK, each_case, predicted_cases
-from voxelscale.evaluate.froc import OPERATING_POINTS, Froc, Matches, Placed, froc, match, pool, resampled
+from voxelscale.evaluate.froc import OPERATING_POINTS, Froc, Matches, froc, match, pool, resampled
 from voxelscale.evaluate.lesions import (
     IOU_THRESHOLDS,
     LesionOverlap,
@@ -35,7 +35,6 @@ from voxelscale.evaluate.truth import Truth, findings_in, labels_in, truth_of
 from voxelscale.files import write_atomic, write_csv
 from voxelscale.findings import Finding, lesions_of_mask
 from voxelscale.formats import check_same_place
-from voxelscale.geometry import Grid, Scan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +43,7 @@ class CaseResult:
 
     Attributes:
         case: its name.
+        patient: whose it is; "": of nobody who has another case.
         overlap: counts of voxels.
         surface: how the masks' surfaces agree.
         lesions: the true ones.
@@ -56,6 +56,7 @@ class CaseResult:
     """
 
     case: str
+    patient: str = ""
     overlap: Overlap
     surface: SurfaceScore
     lesions: tuple[Finding, ...]
@@ -64,6 +65,11 @@ class CaseResult:
     iou_matches: tuple[Matches, ...]
     nodules: tuple[Nodule, ...] = ()
     nodule_hits: tuple[float, ...] = ()
+
+    @property
+    def whose(self) -> str:
+        """The patient, or the case where it is nobody else's."""
+        return self.patient or self.case
 
     @property
     def both_empty(self) -> bool:
@@ -82,39 +88,27 @@ def evaluate_classes(
         nodules: synthetic ones in it.
     """
     return tuple(
-        _score(
-            truth.case,
-            one,
-            truth.mask.grid,
-            [f for f in findings if f.label in ("", one.name)],
-            nodules,
-            truth.ignored,
-            truth.uncounted,
-        )
+        _score(truth, one, [f for f in findings if f.label in ("", one.name)], nodules)
         for one in truth.against(prediction)
     )
 
 
 def _score(
-    case: str,
-    one: OneClass,
-    whole: Grid,
-    findings: Sequence[Finding],
-    nodules: Sequence[Nodule],
-    excluded: Sequence[Placed],
-    uncounted: Scan | None = None,
+    truth: Truth, one: OneClass, findings: Sequence[Finding], nodules: Sequence[Nodule]
 ) -> CaseResult:
-    true, predicted = one.truth, one.prediction
+    true, predicted, whole = one.truth, one.prediction, truth.mask.grid
     grid = whole.window(one.start, true.shape)
     flat = [axis for axis, voxels in enumerate(whole.shape) if voxels == 1]
-    lesions = lesions_of_mask(case, true, whole, one.start)
-    paired = pair_components(true, predicted, grid, findings, excluded, uncounted)
+    lesions = lesions_of_mask(truth.case, true, whole, one.start)
+    left_out = truth.ignored, truth.uncounted
+    paired = pair_components(true, predicted, grid, findings, *left_out)
     return CaseResult(
-        case=case,
+        case=truth.case,
+        patient=truth.patient,
         overlap=overlap(true, predicted),
         surface=compare_surfaces(true, predicted, grid.spacing, flat if len(flat) < 3 else ()),
         lesions=tuple(lesions),
-        matches=match(lesions, findings, excluded, uncounted),
+        matches=match(lesions, findings, *left_out),
         lesion_overlaps=tuple(lesion_overlaps(paired)),
         iou_matches=tuple(match_by_iou(paired, threshold) for threshold in IOU_THRESHOLDS),
         nodules=tuple(nodules),
@@ -205,7 +199,7 @@ def summarise_classes(results: Mapping[str, Sequence[CaseResult]]) -> dict[str, 
     rows = zip(*(summary["cases"] for summary in classes.values()), strict=True)
     return {
         "classes": classes,
-        "mean_dice": mean_dice(dices),
+        "mean_dice": mean_dice(dices, [r.whose for r in next(iter(results.values()))]),
         "scans": len(next(iter(results.values()))),
         "cases": [
             {"case": row["case"], "class": name, **row}
@@ -225,25 +219,28 @@ def summarise(results: Sequence[CaseResult]) -> dict[str, Any]:
     sensitivity and false positives per scan with every finding counted; ``sizes`` lesions by diameter;
     ``nodules`` synthetic ones by kind, margin and place; ``iou`` components matched by intersection over
     union. What has no value is None: all sensitivities where there is no lesion, and intervals of fewer
-    than `voxelscale.evaluate.bootstrap.MIN_SCANS` cases, or of fewer scans with a lesion.
+    than `voxelscale.evaluate.bootstrap.MIN_PATIENTS` patients, or of fewer with a lesion.
     """
     matches = [r.matches for r in results]
     outlined = [r for r in results if not r.both_empty]
+    whose = [r.whose for r in outlined]
     pooled = sum((r.overlap for r in results), Overlap(truth=0, prediction=0, both=0))
     curve = froc(matches)
     return {
         "scans": len(results),
+        "patients": len({r.whose for r in results}),
         "scans_with_lesions": sum(bool(r.lesions) for r in results),
+        "patients_with_lesions": len({r.whose for r in results if r.lesions}),
         "lesion_count": sum(len(r.lesions) for r in results),
         "healthy": _healthy(results),
-        "dice": spread([r.overlap.dice for r in outlined]),
+        "dice": spread([r.overlap.dice for r in outlined], whose),
         "dice_pooled": pooled.dice if outlined else None,
         "surface_dice": [
-            {"tolerance_mm": tolerance, **spread([r.surface.dice[at] for r in outlined])}
+            {"tolerance_mm": tolerance, **spread([r.surface.dice[at] for r in outlined], whose)}
             for at, tolerance in enumerate(TOLERANCES_MM)
         ],
         "hd95_mm": _finite([r.surface.hd95_mm for r in outlined]),
-        **_froc_figures(matches, curve),
+        **_froc_figures(matches, curve, [r.whose for r in results]),
         **_lesion_tables(results, threshold_at_1_fp(curve)),
         "iou": [
             {"iou": threshold, **detection_figures([r.iou_matches[at] for r in results])}
@@ -260,15 +257,15 @@ def _healthy(results: Sequence[CaseResult]) -> dict[str, int]:
     return {"scans": len(wrong), "without_false_positives": wrong.count(0), "false_positives": sum(wrong)}
 
 
-def _froc_figures(matches: Sequence[Matches], curve: Froc) -> dict[str, Any]:
+def _froc_figures(matches: Sequence[Matches], curve: Froc, whose: Sequence[str]) -> dict[str, Any]:
     """Sensitivities; without a lesion none is defined, only the number of false positives."""
-    samples = resampled([pool(matches)], RESAMPLES)[0]  # NaN without a lesion
-    scans = sum(bool(m.hits) for m in matches)
+    samples = resampled([pool(matches)], RESAMPLES, units=units_of(whose))[0]  # NaN without a lesion
+    patients = len({patient for patient, m in zip(whose, matches, strict=True) if m.hits})
     points = [
         {
             "fp_per_scan": point,
-            "sensitivity": curve.sensitivity_at(point) if scans else None,
-            "interval": percentile_interval(samples[:, at], scans),
+            "sensitivity": curve.sensitivity_at(point) if patients else None,
+            "interval": percentile_interval(samples[:, at], patients),
         }
         for at, point in enumerate(OPERATING_POINTS)
     ]
@@ -277,31 +274,32 @@ def _froc_figures(matches: Sequence[Matches], curve: Froc) -> dict[str, Any]:
         "sensitivity_at_1_fp": at_1_fp["sensitivity"],
         "sensitivity_at_1_fp_interval": at_1_fp["interval"],
         "froc": {
-            "fp_per_scan": curve.fp_per_scan.tolist() if scans else [],
-            "sensitivity": curve.sensitivity.tolist() if scans else [],
+            "fp_per_scan": curve.fp_per_scan.tolist() if patients else [],
+            "sensitivity": curve.sensitivity.tolist() if patients else [],
             "points": points,
-            "cpm": curve.cpm if scans else None,
-            "cpm_interval": percentile_interval(samples.mean(axis=1), scans),
+            "cpm": curve.cpm if patients else None,
+            "cpm_interval": percentile_interval(samples.mean(axis=1), patients),
         },
         "operating_point": {
             "threshold": float(curve.thresholds[-1]) if len(curve.thresholds) > 1 else None,
             "fp_per_scan": float(curve.fp_per_scan[-1]),
-            "sensitivity": float(curve.sensitivity[-1]) if scans else None,
+            "sensitivity": float(curve.sensitivity[-1]) if patients else None,
         },
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float], whose: Sequence[str]) -> dict[str, Any]:
     """Mean, median and least of a figure of each case, and the 95 % interval of the mean."""
     if not values:
-        return dict.fromkeys(("mean", "median", "least", "interval")) | {"cases": 0}
+        return dict.fromkeys(("mean", "median", "least", "interval")) | {"cases": 0, "patients": 0}
     array: NDArray[np.float64] = np.asarray(values, np.float64)
     return {
         "mean": float(array.mean()),
         "median": float(np.median(array)),
         "least": float(array.min()),
-        "interval": percentile_interval(resampled_means(array), len(array)),
+        "interval": percentile_interval(resampled_means(array, units=units_of(whose)), len(set(whose))),
         "cases": len(array),
+        "patients": len(set(whose)),
     }
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from voxelscale.console import notice
 from voxelscale.errors import VoxelscaleError
-from voxelscale.evaluate.bootstrap import MIN_SCANS, RESAMPLES, p_value, percentile_interval
+from voxelscale.evaluate.bootstrap import MIN_PATIENTS, RESAMPLES, p_value, percentile_interval
 from voxelscale.evaluate.froc import OPERATING_POINTS, Matches, froc, match_marks, pool, resampled
 from voxelscale.files import write_atomic
 from voxelscale.findings import LUNA16_COLUMNS
@@ -93,7 +93,7 @@ def score_submission(
     Returns:
         plain values, named as the challenge names them: ``sensitivity`` at ``false_positives_per_scan``,
         ``cpm``, ``counts``, 95 % intervals; with `against` the same of it and the ``difference``. Intervals
-        and p are None where fewer than `voxelscale.evaluate.bootstrap.MIN_SCANS` scans have a nodule.
+        and p are None where fewer than `voxelscale.evaluate.bootstrap.MIN_PATIENTS` scans have a nodule.
 
     Raises:
         VoxelscaleError: a table cannot be read, or does not fit the list of series.
@@ -282,7 +282,7 @@ def text_table(result: Mapping[str, Any]) -> list[str]:
             known = f"(95 % {low:+.4f} to {high:+.4f}), p = {apart['p']:.3f}"
         lines.append(f"difference: {apart['cpm']:+.4f} {known}")
     if result["cpm_interval"] is None:
-        lines.append(f"no intervals: fewer than {MIN_SCANS} scans with a nodule")
+        lines.append(f"no intervals: fewer than {MIN_PATIENTS} scans with a nodule")
     return lines
 
 

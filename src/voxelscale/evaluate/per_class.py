@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.classes import Classes
-from voxelscale.evaluate.bootstrap import RESAMPLES, Units, percentile_interval, resampled_means
+from voxelscale.evaluate.bootstrap import RESAMPLES, Units, percentile_interval, resampled_means, units_of
 
 Box = tuple[slice, slice, slice]
 
@@ -102,7 +102,7 @@ def mean_over_classes(dices: NDArray[np.float64]) -> float | None:
 def resampled_mean_over_classes(
     dices: NDArray[np.float64], resamples: int = RESAMPLES, seed: int = 0, units: Units = None
 ) -> NDArray[np.float64]:
-    """`mean_over_classes` of bootstrap samples of cases.
+    """`mean_over_classes` of bootstrap samples of patients.
 
     Args:
         dices: (..., classes, cases); NaN where a case has no Dice.
@@ -124,22 +124,27 @@ def resampled_mean_over_classes(
     return means
 
 
-def mean_dice(dices: Sequence[Sequence[float | None]]) -> dict[str, Any]:
+def mean_dice(dices: Sequence[Sequence[float | None]], whose: Sequence[str]) -> dict[str, Any]:
     """The mean Dice over classes, as plain values.
 
     Args:
         dices: of each class, of each case; None where neither mask has a voxel.
+        whose: the patient of each case.
 
     Returns:
-        ``mean``, its 95 % ``interval`` by bootstrap over cases, and of how many ``classes`` and ``cases``
-        it is; those without a Dice do not count.
+        ``mean``, its 95 % ``interval`` by bootstrap over patients, and of how many ``classes``, ``cases``
+        and ``patients`` it is; those without a Dice do not count.
     """
     table = np.asarray([[np.nan if d is None else d for d in row] for row in dices], np.float64)
-    known = table[:, ~np.isnan(table).all(axis=0)]
-    cases = known.shape[1]
+    there = ~np.isnan(table).all(axis=0)
+    known, own = table[:, there], list(np.asarray([*whose])[there])
+    patients = len(set(own))
     return {
         "mean": mean_over_classes(table),
-        "interval": percentile_interval(resampled_mean_over_classes(known), cases) if cases else None,
+        "interval": percentile_interval(resampled_mean_over_classes(known, units=units_of(own)), patients)
+        if own
+        else None,
         "classes": int((~np.isnan(table)).any(axis=1).sum()),
-        "cases": cases,
+        "cases": len(own),
+        "patients": patients,
     }

@@ -43,7 +43,7 @@ def text_mean_dice(summary: Mapping[str, Any]) -> str:
         return "mean Dice over classes: no value, as all masks are empty"
     of = count(there, "class", "classes")
     of = of if mean["classes"] == there else f"{mean['classes']} of {of}"
-    return f"mean Dice over {of} {mean['mean']:.3f} ({text_interval(mean['interval'], mean['cases'])})"
+    return f"mean Dice over {of} {mean['mean']:.3f} ({text_interval(mean['interval'], mean['patients'])})"
 
 
 def _text_coverage(row: Mapping[str, Any] | None) -> str:
@@ -66,13 +66,13 @@ def _text_overlap(summary: Mapping[str, Any]) -> list[str]:
         return ["Dice and surface Dice: no value, as all masks are empty"]
     surface = ", ".join(
         f"{row['mean']:.3f} within {row['tolerance_mm']:g} mm "
-        f"({text_interval(row['interval'], row['cases'])})"
+        f"({text_interval(row['interval'], row['patients'])})"
         for row in summary["surface_dice"]
     )
     empty = summary["scans"] - dice["cases"]
     without = f"; {count(empty, 'scan')} without: both masks are empty" if empty else ""
     return [
-        f"Dice {dice['mean']:.3f} ({text_interval(dice['interval'], dice['cases'])}), "
+        f"Dice {dice['mean']:.3f} ({text_interval(dice['interval'], dice['patients'])}), "
         f"median {dice['median']:.3f}, minimum {dice['least']:.3f}, "
         f"pooled {summary['dice_pooled']:.3f}{without}",
         f"surface Dice {surface}",
@@ -81,7 +81,7 @@ def _text_overlap(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _text_sensitivity(summary: Mapping[str, Any]) -> str:
-    cpm, scans = summary["froc"], summary["scans_with_lesions"]
+    cpm, patients = summary["froc"], summary["patients_with_lesions"]
     if cpm["cpm"] is None:
         return (
             "sensitivity and CPM: no value without a lesion; "
@@ -89,8 +89,8 @@ def _text_sensitivity(summary: Mapping[str, Any]) -> str:
         )
     return (
         f"sensitivity at 1 FP/scan {summary['sensitivity_at_1_fp']:.3f} "
-        f"({text_interval(summary['sensitivity_at_1_fp_interval'], scans, 'scan with a lesion')}), "
-        f"CPM {cpm['cpm']:.3f} ({text_interval(cpm['cpm_interval'], scans, 'scan with a lesion')})"
+        f"({text_interval(summary['sensitivity_at_1_fp_interval'], patients, 'patient with a lesion')}), "
+        f"CPM {cpm['cpm']:.3f} ({text_interval(cpm['cpm_interval'], patients, 'patient with a lesion')})"
     )
 
 
@@ -121,11 +121,10 @@ def _text_distances(row: Mapping[str, Any]) -> str:
     )
 
 
-def text_interval(bounds: Sequence[float] | None, cases: int, noun: str = "case") -> str:
-    """A 95 % interval, or why there is none: so few cases."""
+def text_interval(bounds: Sequence[float] | None, patients: int, noun: str = "patient") -> str:
+    """A 95 % interval, or why there is none: so few patients."""
     if bounds is None:
-        plural = noun.replace("scan ", "scans ") if " " in noun else ""
-        return f"no interval: {count(cases, noun, plural)}"
+        return f"no interval: {count(patients, noun, noun.replace('patient', 'patients'))}"
     return f"95 % {bounds[0]:.3f} to {bounds[1]:.3f}"
 
 

@@ -47,6 +47,7 @@ class Truth:
         ignored: marks of `IGNORED` kinds; those without a size count with LUNA16's 10 mm.
         classes: what the labels distinguish.
         uncounted: bool on the mask's lattice, voxels whose label is to be ignored; None: there are none.
+        patient: whose it is; "": of nobody who has another case.
     """
 
     case: str
@@ -54,6 +55,7 @@ class Truth:
     ignored: tuple[Sphere, ...]
     classes: Classes = LESION
     uncounted: Scan | None = None
+    patient: str = ""
 
     def against(self, prediction: NDArray[Any]) -> Iterator[OneClass]:
         """Truth and prediction of one class after the other, without the voxels that do not count.
@@ -93,6 +95,7 @@ def truth_of(source: Source, reading: ReadingConfig) -> Truth:
         ignored=spheres,
         classes=source.classes,
         uncounted=Scan(there, labels.mask.affine) if there is not None and there.any() else None,
+        patient=source.patient,
     )
 
 

@@ -100,7 +100,7 @@ FOOTER = (
     "Dice = 2|A∩B| / (|A| + |B|). A finding hits a lesion when its centre lies within the "
     "lesion's radius (LUNA16). Surfaces are weighed by area. Dice and volume (predicted less true) "
     "of a lesion are of all components that share a voxel with it. Intervals: 95 %, bootstrap over "
-    "scans. Positions are LPS mm, as in findings.csv. A lesion is missed when no finding of any "
+    "patients. Positions are LPS mm, as in findings.csv. A lesion is missed when no finding of any "
     "confidence hits it."
 )
 SEVERAL = (

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from voxelscale.config import ReadingConfig
-from voxelscale.console import count, duration, warn
+from voxelscale.console import duration, warn
 from voxelscale.dataset import Source
 from voxelscale.errors import VoxelscaleError
+from voxelscale.evaluate.bootstrap import MIN_PATIENTS
 from voxelscale.evaluate.froc import inside_any, lies_in
 from voxelscale.evaluate.text import size_name, text_change, text_value
 from voxelscale.evaluate.truth import Sphere, Truth, truth_of
@@ -64,9 +65,9 @@ def _surface_card(summary: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def text_range(interval: Sequence[float] | None, cases: int) -> str:
-    """An interval, or of how few cases there is none; older evaluations wrote one even of one case."""
+    """An interval, or why there is none; older evaluations wrote one even of one case."""
     if interval is None or cases < 2:
-        return f"no interval ({count(cases, 'case')})"
+        return f"no interval (fewer than {MIN_PATIENTS} patients)"
     return f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
 
 
