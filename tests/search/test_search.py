@@ -318,6 +318,21 @@ def test_a_trial_that_was_pruned_past_its_rung_is_not_asked_again(
     assert (first.state, len(first.stretches)) == ("done", 2)
 
 
+def test_a_config_that_somebody_named_is_trained_to_its_end(
+    store: Store, tiny: Config, tmp_path: Path
+) -> None:
+    """However low its Dice at a rung: others are held against it. So it is after an interruption."""
+    (tmp_path / "poor.yaml").write_text("optim: {lr: 1.0e-9}\n")
+    space = {"optim.lr": {"float": [1e-9, 1e-2], "log": True}}
+    how = {"samples": 2000, "pruner": "asha", "factor": 5, "first": (str(tmp_path / "poor.yaml"),)}
+    config, begun = searched(tiny, space, sampler="random", trials=2, **how), list[float]()
+    train = Emulated(meanwhile=lambda training: begun.append(training.config.optim.used.lr))
+    search_emulated(config, store.path, tmp_path / "out", train, lambda: 1e-9 in begun)
+    results = search_emulated(config, store.path, tmp_path / "out", Emulated())
+    assert [(t.state, len(t.stretches)) for t in results.trials] == [("done", 1), ("done", 2)]
+    assert results.trials[1].params["optim.lr"] == pytest.approx(1e-9)
+
+
 def test_two_workers_share_one_search(store: Store, tiny: Config, tmp_path: Path) -> None:
     config = searched(tiny, trials=5, workers=2)
     train = Emulated(meanwhile=lambda training: time.sleep(0.1))

@@ -25,7 +25,7 @@ from voxelscale.experiments.once import (
     drop_checkpoints,
 )
 from voxelscale.search.definition import Search, marks_of
-from voxelscale.search.lease import CONTINUES, EARLIER, Lease, end_trial, hand_over, superseded
+from voxelscale.search.lease import CONTINUES, EARLIER, TO_THE_END, Lease, end_trial, hand_over, superseded
 from voxelscale.search.place import Place
 from voxelscale.search.records import CURVE, ENDED, NOTE, OUTCOME
 from voxelscale.search.results import State
@@ -104,7 +104,7 @@ class Attempt:
         return train(training, order, validated)
 
     def _report(self, samples: int, dice: float, *, whole: bool) -> bool:
-        """Report a validation to the study; whether it finds the trial hopeless.
+        """Report a validation to the study; whether it finds the trial hopeless and may end it.
 
         Args:
             whole: whether the trial's own budget is spent, so that nothing is left to prune.
@@ -116,7 +116,7 @@ class Attempt:
                 patiently(lambda: trial.set_user_attr(CURVE, curve))
                 return False
             patiently(lambda: trial.report(dice, samples))
-            if whole:
+            if whole or TO_THE_END in trial.user_attrs:
                 return False
             trials = study.get_trials(deepcopy=False)
             return should_prune(study, trials[trial.number], sorted(superseded(trials)))

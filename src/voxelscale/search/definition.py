@@ -18,6 +18,7 @@ from voxelscale.config.renamed import with_first_names
 from voxelscale.console import count, notice
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import digest_of, write_atomic
+from voxelscale.search.lease import TO_THE_END
 from voxelscale.search.records import IMPORTED, NOTE, OUTCOME, directions, read_results, wanted
 from voxelscale.search.results import TrialResult, Value
 from voxelscale.search.sampling import make_pruner, make_sampler, rungs
@@ -236,6 +237,7 @@ def _queue_first(search: Search, data: str) -> None:
     """Queue what is to be tried first: the config itself, known-good ones, the grid, an earlier search."""
     settings, space = search.config.search, search.space
     points: list[dict[str, Value]] = []
+    named = 0
     if settings.sampler == "grid":
         points = space.grid()
     else:
@@ -250,6 +252,7 @@ def _queue_first(search: Search, data: str) -> None:
                     f"{where}: {', '.join(left)} not searched: the values of the search's config are taken"
                 )
             points.append(point)
+        named = len(points)
     if settings.warm_start:
         points += _warm_points(search, Path(settings.warm_start), data)
     # One that was dropped, as one too many, is tried where more are wanted now.
@@ -258,10 +261,11 @@ def _queue_first(search: Search, data: str) -> None:
         for t in search.study.get_trials(deepcopy=False)
         if t.state != TrialState.FAIL
     ]
-    for point in points:
+    for at, point in enumerate(points):
         if point not in known:
             known.append(point)
-            search.study.enqueue_trial(dict(point))
+            attributes = {TO_THE_END: True} if at < named else {}
+            search.study.enqueue_trial(dict(point), user_attrs=attributes)
 
 
 def _not_searched(search: Search, config: Config) -> list[str]:

@@ -34,6 +34,10 @@ number of the attempt before it; that one's and earlier ones' stretches of work.
 LOSSES, FAULTS = "losses", "faults"
 """Attributes: how often, over all attempts, its worker was lost and its training failed."""
 
+TO_THE_END = "to the end"
+"""Attribute of a trial that no pruner ends: the config itself, and what `search.first` names. Others are
+held against them, so they must have a final Dice."""
+
 BEATS = 4
 """In a lease."""
 
@@ -145,7 +149,8 @@ def hand_over(study: Study, trial: FrozenTrial, *, ended: float | None = None, c
     # Without parameters it was lost before it had drawn any: there is nothing to go on with.
     if params and not _successors(study, trial.number):
         counts = {name: trial.user_attrs.get(name, 0) + (name == count) for name in (LOSSES, FAULTS)}
-        attributes = {**counts, CONTINUES: trial.number, EARLIER: stretches_of(trial, ended)}
+        kept = {TO_THE_END: True} if TO_THE_END in trial.user_attrs else {}
+        attributes = {**counts, **kept, CONTINUES: trial.number, EARLIER: stretches_of(trial, ended)}
         study.enqueue_trial(params, user_attrs=attributes)
     end_trial(study, trial.number, TrialState.FAIL)
 
