@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.conftest import Command
@@ -324,7 +325,12 @@ def test_a_config_that_somebody_named_is_trained_to_its_end(
     """However low its Dice at a rung: others are held against it. So it is after an interruption."""
     (tmp_path / "poor.yaml").write_text("optim: {lr: 1.0e-9}\n")
     space = {"optim.lr": {"float": [1e-9, 1e-2], "log": True}}
-    how: dict[str, Any] = {"samples": 2000, "pruner": "asha", "factor": 5, "first": (str(tmp_path / "poor.yaml"),)}
+    how: dict[str, Any] = {
+        "samples": 2000,
+        "pruner": "asha",
+        "factor": 5,
+        "first": (str(tmp_path / "poor.yaml"),),
+    }
     config, begun = searched(tiny, space, sampler="random", trials=2, **how), list[float]()
     train = Emulated(meanwhile=lambda training: begun.append(training.config.optim.used.lr))
     search_emulated(config, store.path, tmp_path / "out", train, lambda: 1e-9 in begun)
