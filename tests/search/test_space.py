@@ -79,6 +79,23 @@ def test_the_config_is_found_however_its_value_is_written(key: str, choices: Any
     assert read_space(config).values_of(config) == ({key: found}, [])
 
 
+@pytest.mark.parametrize(
+    ("how", "nearest"),
+    [
+        ({"int": [20, 252], "log": True}, 252),
+        ({"categorical": [50, 10]}, 50),
+        ({"categorical": [0, 10]}, 0),
+    ],
+)
+def test_no_limit_is_nearest_to_the_largest(how: dict[str, Any], nearest: int) -> None:
+    """0 stands for all scans, not for none."""
+    config = with_space({"data.cases": how}, "data.cases=0")
+    assert read_space(config).values_of(config) == (
+        {"data.cases": nearest},
+        ["data.cases"] if nearest else [],
+    )
+
+
 def test_null_is_no_number_of_the_space() -> None:
     config = with_space({"predict.low_threshold": {"float": [0.1, 0.5], "step": "1e-1"}})
     assert read_space(config).values_of(config) == (

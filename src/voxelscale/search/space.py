@@ -41,6 +41,15 @@ OPTIONS = {
     "categorical": {"categorical", "if"},
 }
 SECTIONS = ("data", "augment", "model", "loss", "optim", "train", "predict")
+NO_LIMIT_AT_0 = {
+    "data.cases",
+    "data.patches_per_case",
+    "optim.max_lr",
+    "optim.gradient_clipping",
+    "train.validate_cases",
+}
+"""Keys whose 0 stands for no limit, so that the largest value is the nearest."""
+
 OURS = {
     "train.seed": "seeds are not better or worse; retrain the best with several",
     "train.validate_every": "the pruner's rungs say when to validate",
@@ -438,15 +447,18 @@ def _is_set(config: Config, parameter: Parameter, value: Value) -> bool:
 def _nearest(config: Config, parameter: Parameter) -> Value:
     """The value of the space that sets the key nearest to what the config has."""
     own, distribution = _set_in(config, parameter), parameter.distribution
+    unlimited = own == 0 and ".".join(parameter.place) in NO_LIMIT_AT_0
     if isinstance(distribution, CategoricalDistribution):
         for choice in distribution.choices:
             if _is_set(config, parameter, choice):
                 return choice
         numbers = [c for c in distribution.choices if isinstance(c, int | float)]
         if isinstance(own, int | float) and numbers:
-            return min(numbers, key=lambda choice: abs(choice - own))
+            return max(numbers) if unlimited else min(numbers, key=lambda choice: abs(choice - own))
         return distribution.choices[0]
     assert isinstance(distribution, IntDistribution | FloatDistribution)  # noqa: S101
+    if unlimited:
+        return distribution.high
     if own is None:
         return distribution.low
     if isinstance(distribution, IntDistribution):
