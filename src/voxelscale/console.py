@@ -39,8 +39,14 @@ def warn(text: str) -> None:
 
 
 def first_of(names: Sequence[str], most: int) -> str:
-    """At most so many names with commas; what is left out is ``...``."""
+    """The first names with commas; ``...`` stands for the others."""
     return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+
+
+def first_and_more(names: Sequence[str], most: int = 5) -> str:
+    """The first names with commas, and how many others there are: "a, b and 3 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

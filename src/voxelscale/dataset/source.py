@@ -15,7 +15,7 @@ from typing import Any
 
 from voxelscale.channels import ONE_CT, Channel
 from voxelscale.classes import LESION, Classes
-from voxelscale.console import count
+from voxelscale.console import count, first_of
 from voxelscale.dataset.folds import Fold
 from voxelscale.dataset.names import Names
 from voxelscale.errors import VoxelscaleError
@@ -180,7 +180,7 @@ def unlisted(what: str, there: Iterable[Path], listed: Iterable[Path]) -> tuple[
     """A warning that names files which belong to no case."""
     known = {path.resolve() for path in listed}
     lost = [path.name for path in there if path.resolve() not in known]
-    named = ", ".join(lost[:MOST_NAMED]) + (", ..." if len(lost) > MOST_NAMED else "")
+    named = first_of(lost, MOST_NAMED)
     return (f"warning: {count(len(lost), what[:-1])} of no listed case: {named}",) if lost else ()
 
 

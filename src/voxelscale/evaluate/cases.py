@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from voxelscale.console import count, notice, warn
+from voxelscale.console import count, first_and_more, notice, warn
 from voxelscale.dataset import DataSet, Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.parallel import map_processes
@@ -19,9 +19,6 @@ Made = TypeVar("Made")
 
 MASK, FINDINGS = "mask.nii.gz", "findings.json"
 """What a case's prediction consists of."""
-
-NAMED = 5
-"""At most so many cases are named in a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +112,8 @@ class Cases:
                 "here, or of these before they changed; if they changed, run voxelscale predict again"
             )
         if self.twice:
-            warn(f"{self.data}: one scan under several names, counted each time: {first_names(self.twice)}")
+            names = first_and_more(self.twice)
+            warn(f"{self.data}: one scan under several names, counted each time: {names}")
 
     def none_scored(self, failed: Sequence[Failure]) -> VoxelscaleError:
         """The error where not one case could be scored."""
@@ -212,13 +210,7 @@ def _some(noun: str, cases: Sequence[str]) -> str:
     """How many, and the first names."""
     first, _, rest = noun.partition(" with")
     plural = f"{first}s with{rest}" if rest else ""
-    return f"{count(len(cases), noun, plural)} ({first_names(cases)})"
-
-
-def first_names(cases: Sequence[str]) -> str:
-    """The first `NAMED` names, and how many more there are."""
-    more = f" and {len(cases) - NAMED} more" if len(cases) > NAMED else ""
-    return ", ".join(cases[:NAMED]) + more
+    return f"{count(len(cases), noun, plural)} ({first_and_more(cases)})"
 
 
 def each_case(

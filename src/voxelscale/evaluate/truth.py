@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from voxelscale.classes import IGNORED as IGNORED_LABEL
 from voxelscale.classes import LESION, Classes, UnknownValues
 from voxelscale.config import ReadingConfig
+from voxelscale.console import first_and_more
 from voxelscale.dataset.reading import read_truth_labels
 from voxelscale.dataset.source import Source
 from voxelscale.errors import VoxelscaleError
-from voxelscale.evaluate.cases import first_names
 from voxelscale.evaluate.luna16 import UNKNOWN_DIAMETER_MM
 from voxelscale.evaluate.per_class import OneClass, each_class
 from voxelscale.findings import Finding, lesions_of_mask, read_findings
@@ -74,7 +74,7 @@ class Truth:
             VoxelscaleError: there are several.
         """
         if not self.classes.single:
-            what = f"several classes ({first_names(self.classes.names)}), where one is needed"
+            what = f"several classes ({first_and_more(self.classes.names)}), where one is needed"
             raise VoxelscaleError(f"{self.case}: {what}", "name the values of one class in reading.labels")
         return lesions_of_mask(self.case, self.mask.array, self.mask.grid)
 
@@ -135,7 +135,7 @@ def _check_classes(path: Path, findings: Sequence[Finding], classes: Classes) ->
         return
     what = f'a finding of the class "{strange}"' if strange else "a finding that names no class"
     raise VoxelscaleError(
-        f"{path}: {what}; the data set has {first_names(classes.names)}",
+        f"{path}: {what}; the data set has {first_and_more(classes.names)}",
         "predict with a model of these classes, or name the model's in reading.labels",
     )
 
@@ -150,8 +150,8 @@ def labels_in(path: Path, classes: Classes) -> Scan:
     try:
         return Scan(classes.of_written(mask.array), mask.affine)
     except UnknownValues as error:
-        known = first_names([str(value) for value in classes.written_values])
+        known = first_and_more([str(value) for value in classes.written_values])
         raise VoxelscaleError(
-            f"{path}: {error}; predicted masks of {first_names(classes.names)} have {known}",
+            f"{path}: {error}; predicted masks of {first_and_more(classes.names)} have {known}",
             "predict with a model of these classes, or name the model's in reading.labels",
         ) from None

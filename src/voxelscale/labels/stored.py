@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelscale.classes import IGNORED, Classes, UnknownValues
-from voxelscale.console import count, warn
+from voxelscale.console import count, first_and_more, first_of, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.geometry import Scan
 
@@ -38,9 +38,8 @@ def stored_in(path: Path, mask: Scan, values: tuple[int, ...] | None, classes: C
     try:
         return Scan(classes.stored(mask.array), mask.affine)
     except UnknownValues as error:
-        shown = ", ".join(map(str, error.values[:MOST_SHOWN]))
-        more = f" and {len(error.values) - MOST_SHOWN} more" if len(error.values) > MOST_SHOWN else ""
-        what = f"holds the value{'s' * (len(error.values) > 1)} {shown}{more}, which no class has"
+        shown = first_and_more([str(value) for value in error.values], MOST_SHOWN)
+        what = f"holds the value{'s' * (len(error.values) > 1)} {shown}, which no class has"
         raise VoxelscaleError(f"{path}: {what}", _to_name(classes, error.values)) from None
 
 
@@ -74,11 +73,13 @@ def touching_values(
 
 def _to_name(classes: Classes, values: Sequence[int]) -> str:
     """How to say what values are."""
-    named = ", ".join(
-        f"{name}: [{', '.join(map(str, group))}]"
-        for name, group in zip(classes.names[:3], classes.values, strict=False)
+    named = first_of(
+        [
+            f"{name}: [{', '.join(map(str, group))}]"
+            for name, group in zip(classes.names, classes.values, strict=False)
+        ],
+        3,
     )
-    named += ", ..." * (len(classes.names) > 3)
     rest = f"[{', '.join(map(str, values[:MOST_SHOWN]))}]"
     return f"name it in dataset.json, or say so: reading.labels={{{named}, background: {rest}}}"
 

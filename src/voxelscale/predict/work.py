@@ -67,7 +67,6 @@ NO_LUNGS = "set predict.lungs=null"
 CASE_FACTS = "case.json"
 """Beside a case's mask and findings: by what they were made, and that they are whole."""
 
-
 LUNG_MARGIN_MM = 10.0
 """A finding may lie so far outside the lungs that were found: lesions of the pleura and the hilum belong to
 them. Every nodule of our LIDC-IDRI scans and pyradiomics' lung1 tumour reaches into them (0 mm)."""

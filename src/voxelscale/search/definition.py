@@ -236,10 +236,10 @@ def _open_study(config: Config, out: Path, data: str = "") -> Study:
 def _queue_first(search: Search, data: str) -> None:
     """Queue what is to be tried first: the config itself, known-good ones, the grid, an earlier search."""
     settings, space = search.config.search, search.space
-    points: list[dict[str, Value]] = []
-    named = 0
+    named: list[dict[str, Value]] = []
+    others: list[dict[str, Value]] = []
     if settings.sampler == "grid":
-        points = space.grid()
+        others = space.grid()
     else:
         configs = [(search.config, "the config itself")]
         configs += [(load(Path(path), base=search.config), path) for path in settings.first]
@@ -251,20 +251,19 @@ def _queue_first(search: Search, data: str) -> None:
                 notice(
                     f"{where}: {', '.join(left)} not searched: the values of the search's config are taken"
                 )
-            points.append(point)
-        named = len(points)
+            named.append(point)
     if settings.warm_start:
-        points += _warm_points(search, Path(settings.warm_start), data)
+        others += _warm_points(search, Path(settings.warm_start), data)
     # One that was dropped, as one too many, is tried where more are wanted now.
     known = [
         t.system_attrs.get("fixed_params", t.params)
         for t in search.study.get_trials(deepcopy=False)
         if t.state != TrialState.FAIL
     ]
-    for at, point in enumerate(points):
+    for point in (*named, *others):
         if point not in known:
             known.append(point)
-            attributes = {TO_THE_END: True} if at < named else {}
+            attributes = {TO_THE_END: True} if point in named else {}
             search.study.enqueue_trial(dict(point), user_attrs=attributes)
 
 

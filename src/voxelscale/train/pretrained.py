@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from voxelscale.config import Config, from_dict, to_dict
-from voxelscale.console import notice, warn
+from voxelscale.console import first_and_more, notice, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.model.bundle import bundle_path, load_untrusted, read_bundle
@@ -249,8 +249,7 @@ def _begun(model: nn.Module, config: Config, store: Store, run: Path) -> tuple[s
     say(f"train: {share:.1%} of the weights are those of {path}")
     for reason in dict.fromkeys(taken.new.values()):
         each = [name for name, why in taken.new.items() if why == reason]
-        more = f" and {len(each) - 4} more" if len(each) > 4 else ""
-        notice(f"train: new ({reason}): {', '.join(each[:4])}{more}")
+        notice(f"train: new ({reason}): {first_and_more(each, 4)}")
     write_atomic(run / RECORD, json.dumps({"from": path.name, "taken": taken.names, "new": taken.new}))
     return taken.names
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from voxelscale.config import PredictConfig
+from voxelscale.console import first_and_more
 from voxelscale.errors import VoxelscaleError
 from voxelscale.model.bundle import MOST_NETWORKS, Bundle, read_bundle, same_task, use_of, write_bundle
 
@@ -68,6 +69,6 @@ def ensemble(models: Sequence[Path], out: Path, predict: PredictConfig | None = 
 def _task(bundle: Bundle) -> str:
     """What a model finds in what, for a message."""
     channels = ", ".join(channel.name for channel in bundle.channels)
-    named, more = bundle.classes.names[:MOST_NAMED], len(bundle.classes.names) - MOST_NAMED
+    named = first_and_more(bundle.classes.names, MOST_NAMED)
     kind = "regions" if bundle.classes.regions else "classes" if len(bundle.classes.names) > 1 else "class"
-    return f"the {kind} {', '.join(named)}{f' and {more} more' if more > 0 else ''} in {channels}"
+    return f"the {kind} {named} in {channels}"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelscale.console import count, notice, warn
+from voxelscale.console import count, first_and_more, notice, warn
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import files_below
 from voxelscale.formats._voxels import Opened
@@ -357,8 +357,7 @@ def _warn_of(path: Path, frames: Sequence[Frame], lost: Sequence[Header]) -> Non
     """Say what a reader of the result must know: slices left out, values that may be no HU."""
     for why in dict.fromkeys(header.left_out for header in lost):
         names = [header.path.name for header in lost if header.left_out == why]
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        warn(f"{path}: of this series left out: {', '.join(names[:LISTED])}{more} ({why})")
+        warn(f"{path}: of this series left out: {first_and_more(names, LISTED)} ({why})")
     bare = [frame for frame in frames if not frame.scaled]
     if bare:
         which = f"{len(bare)} of {len(frames)} slices have" if len(bare) < len(frames) else "it has"
@@ -423,11 +422,11 @@ def _check_faults(group: Sequence[Header]) -> None:
 def _several(path: Path, volumes: Sequence[Sequence[Header]]) -> VoxelscaleError:
     each = [
         f"{v[0].series} ({v[0].modality or 'unknown'}, {sum(len(h.frames) for h in v)} slices)"
-        for v in volumes[:LISTED]
+        for v in volumes
     ]
-    more = f" and {len(volumes) - LISTED} more" if len(volumes) > LISTED else ""
     hint = "choose one by its UID (series), or name one of its files, or give it a folder of its own"
-    return VoxelscaleError(f"{path}: {len(volumes)} series in one folder: {', '.join(each)}{more}", hint)
+    listed = first_and_more(each, LISTED)
+    return VoxelscaleError(f"{path}: {len(volumes)} series in one folder: {listed}", hint)
 
 
 def _none(path: Path, headers: Sequence[Header]) -> VoxelscaleError:
