@@ -6,7 +6,9 @@ The settings are those of benchmarks/detection.py, the phantoms are not: another
 on and 100 to judge, with the outlines of LIDC-IDRI's readers (`phantom.shapes`). The default recipe, plain
 Dice and cross-entropy, and the default with false-positive reduction, each with training seeds that nothing
 was chosen with. Prints Dice, CPM and the sensitivity at 1 false positive a scan; intervals (95 %) are
-bootstraps over scans and seeds together, differences are paired. Interrupted, the same command goes on.
+bootstraps over scans and seeds together, differences are paired. And the calibration error (ECE) of the
+findings in half of the scans, before and after calibration on the other half, beside the error that as many
+findings would have if every probability were true. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ from voxelscale.predict.work import Predictor
 from voxelscale.store import open_store
 from voxelscale.store.prepare import prepare
 from voxelscale.train.launch import start
+from voxelscale.tune.calibrate import ScoredFindings, calibrate
 from voxelscale.tune.refine import refine
+from voxelscale.tune.reliability import calibration_error
 
 PHANTOMS, FIRST_SEED = 1129, 100
 """`phantom.seed`, and the first `train.seed`; nothing was ever chosen with either."""
@@ -139,6 +143,48 @@ def point_of(scans: Sequence[Scan]) -> tuple[float, float, float]:
     return float(np.mean([dice for _, dice in scans])), curve.cpm, curve.sensitivity_at(1)
 
 
+def calibration_errors(each: Sequence[Sequence[Scan]]) -> NDArray[np.float64]:
+    """(3, 1 + RESAMPLES) ECE before calibration, after it, and if each probability after it were true.
+
+    Means over seeds; first as measured, then of bootstrap samples of scans, the same for all seeds, and
+    seeds. Every second scan is calibrated on, the others are measured.
+    """
+    random = np.random.default_rng(0)
+    measured = []
+    for scans in each:
+        curve, _ = calibrate(scored(scans[::2]))
+        rest = scored(scans[1::2])
+        after = curve(rest.score)
+        measured.append((rest, after, [np.flatnonzero(rest.scan == n) for n in range(len(scans[1::2]))]))
+    rows = []
+    for number in range(1 + RESAMPLES):
+        seeds = random.integers(0, len(each), len(each)) if number else np.arange(len(each))
+        drawn = random.integers(0, len(each[0][1::2]), len(each[0][1::2]))
+        errors = []
+        for rest, after, places in (measured[seed] for seed in seeds):
+            chosen = np.concatenate([places[n] for n in drawn]) if number else np.arange(len(after))
+            before, calibrated, hit = rest.score[chosen], after[chosen], rest.hit[chosen]
+            true = random.random(len(chosen)) < calibrated
+            errors.append(
+                [calibration_error(p, h) for p, h in ((before, hit), (calibrated, hit), (calibrated, true))]
+            )
+        rows.append(np.mean(errors, 0))
+    return np.stack(rows, 1)
+
+
+def scored(scans: Sequence[Scan]) -> ScoredFindings:
+    """Confidences of the findings, and whether each is a lesion."""
+    rows = [
+        (score, hit, number)
+        for number, (matches, _) in enumerate(scans)
+        for scores, hit in ((matches.hits, True), (matches.false_positives, False))
+        for score in scores
+        if not np.isnan(score)
+    ]
+    score, hit, scan = map(np.asarray, zip(*rows, strict=True))
+    return ScoredFindings(score=score, hit=hit, scan=scan)
+
+
 def shown(values: NDArray[np.float64]) -> str:
     low, high = percentile_interval(values[1:]) or (np.nan, np.nan)
     return f"{values[0]:.3f} ({low:.3f} to {high:.3f})"
@@ -175,6 +221,10 @@ def main() -> None:
             less = values - found[DEFAULT]
             rows[way]["less_the_default"] = {n: shown(v) for n, v in zip(names, less, strict=True)}
         print(way, rows[way], flush=True)
+    names = ("before", "after", "if_true")
+    errors = zip(names, calibration_errors(results[DEFAULT]), strict=True)
+    rows["calibration_error"] = {name: shown(values) for name, values in errors}
+    print("calibration error", rows["calibration_error"], flush=True)
     seen = results[DEFAULT][0]
     lesions = sum(len(matches.hits) for matches, _ in seen)
     facts = {"scans": len(seen), "lesions": lesions, "samples": options.samples, **machine()}
