@@ -9,9 +9,9 @@ What is trained stands in ``benchmarks/recipes.yaml``, the most important first.
 those of ``benchmarks/scaling.yaml``, with another `phantom.seed`. Every training that has ended is a line
 of ``benchmarks/results/recipes_NAME.jsonl``, so the same command continues, on another machine too.
 ``--table`` prints what is there: Dice, and its share of the reference (one worker, same seed), as mean over
-seeds with a 95 % interval by Student's t; and the time efficiency, the updates without growth over those
-with it. ``--detect`` predicts the validation scans with the models that are there, and prints CPM and
-sensitivity by size.
+seeds with a 95 % interval by Student's t; and the time efficiency, the updates with unchanged settings over
+those with the recipe. ``--detect`` predicts the validation scans with the models that are there, and prints
+CPM and sensitivity by size.
 """
 
 from __future__ import annotations
@@ -192,8 +192,7 @@ def table(ways: Sequence[Way], lines: dict[str, Line]) -> str:
         if not found:
             continue
         trial = way.trials[0]
-        plain = replace(trial.config, optim=replace(trial.config.optim, grow_from=0))
-        least = replace(trial, config=plain).updates
+        least = replace(trial, config=way.config).updates
         shares = [100 * dice / reference[seed] for seed, dice in found.items() if seed in reference]
         low, high = t_interval(shares) if shares else (0.0, 0.0)
         cells = [

@@ -76,11 +76,11 @@ def test_settings_over_a_recipe() -> None:
 def test_what_cannot_be_emulated_is_refused_before_anything_is_trained(
     store: Store, tmp_path: Path, voxelscale: Command
 ) -> None:
-    sets = ("model.norm=sync_batch", "scale.recipes=[unchanged, auto]", "scale.workers=[1, 8]")
+    sets = ("model.norm=sync_batch", "scale.recipes=[unchanged, large_batch]", "scale.workers=[1, 8]")
     words = [word for one in sets for word in ("--set", one)]
     code, _, errors = voxelscale("scale", store.path, tmp_path / "study", *words)
     assert code == 2
-    assert "recipe auto: its growing batch cannot be emulated with sync_batch" in errors
+    assert "recipe large_batch: its growing batch cannot be emulated with sync_batch" in errors
     assert "1 device for 8 workers" in errors
     assert not (tmp_path / "study" / "runs").exists()
 

@@ -9,11 +9,12 @@ from tests.train.runs import apart, final_weights, with_train
 from voxelscale.config import Config, OptimConfig, load
 from voxelscale.errors import VoxelscaleError
 from voxelscale.store import Store
+from voxelscale.train import launch
 from voxelscale.train.engine import Engine
 from voxelscale.train.launch import start
 from voxelscale.train.log import read_events
 from voxelscale.train.optim import peak_rate
-from voxelscale.train.recipes import LARGE_FROM, resolve
+from voxelscale.train.recipes import LARGE_FROM, resolve, samples_of
 
 
 @pytest.mark.parametrize("sets", [[], ["optim.scaling=sqrt"], ["optim.grow_from=4"]])
@@ -30,7 +31,8 @@ def test_auto_goes_by_the_number_of_workers_and_says_so(workers: int) -> None:
     config = load(None, ["train.recipe=auto"])
     settled, told = resolve(config, workers)
     wanted = "muon" if workers >= LARGE_FROM else "none"
-    assert told == f"recipe auto: {wanted} for {workers} workers"
+    more = {8: ", 1.1 times the samples", 1024: ", 1.4 times the samples"}.get(workers, "")
+    assert told == f"recipe auto: {wanted} for {workers} workers{more}"
     named = replace(config, train=replace(config.train, recipe=wanted))  # type: ignore[arg-type]
     assert settled == resolve(named, workers)[0]
     assert (settled.optim != OptimConfig()) == (workers >= LARGE_FROM)
@@ -41,14 +43,21 @@ def test_muon_takes_the_rate_of_adamw_alone() -> None:
     config = load(None, sets)
     settled, told = resolve(config, 64)
     optim = settled.optim
-    assert told == "recipe muon for 64 workers"
-    assert (optim.name, optim.grow_from) == ("muon", 16 * 4)
+    assert told == "recipe muon for 64 workers, 1.4 times the samples"
+    assert (optim.name, optim.grow_from) == ("muon", 0)
     assert peak_rate(optim, 64 * 4) == pytest.approx(1.4 * 8 * 2e-3)
     assert optim.used.momentum < 0.95
     own, _ = resolve(load(None, ["train.recipe=muon"]), 64)
     assert own.optim.used.lr == pytest.approx(3.5e-3), "0.7 of Muon's own"
     with pytest.raises(VoxelscaleError, match=r"optim\.name=lars"):
         resolve(load(None, ["optim.name=lars"], config), 64)
+
+
+def test_more_workers_take_more_samples_until_64() -> None:
+    config = load(None, ["train.recipe=muon", "train.samples=1000"])
+    found = {workers: samples_of(config, workers) for workers in (1, 4, 8, 16, 32, 64, 128, 4096)}
+    assert list(found.values()) == [1000, 1000, 1100, 1200, 1300, 1400, 1400, 1400]
+    assert samples_of(load(None, ["train.recipe=large_batch"], config), 64) == 1000
 
 
 def test_another_optimiser_is_kept() -> None:
@@ -100,9 +109,21 @@ def test_it_trains_and_is_kept_with_the_model(tiny: Config, store: Store, tmp_pa
         optim=replace(tiny.optim, reference_batch=1),
     )
     assert start(config, store.path, run)
-    rates = [event["lr"] for event in read_events(run) if event["event"] == "train"]
-    assert max(rates) > tiny.optim.used.lr
-    assert read_events(run)[-1]["dice"] >= 0
+    events = read_events(run)
+    assert max(event["lr"] for event in events if event["event"] == "train") > tiny.optim.used.lr
+    assert events[-1]["dice"] >= 0
+    assert events[-1]["samples"] == 112, "1.1 times as many, in whole updates"
+
+
+def test_ranks_that_stop_within_the_added_samples_are_not_done(
+    tiny: Config, store: Store, tmp_path: Path
+) -> None:
+    train = replace(tiny.train, samples=96, batch_size=1, ranks=2, virtual_workers=4, recipe="muon")
+    config = replace(tiny, train=replace(train, checkpoint_every=8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "read_events", lambda run: [{"samples": 104}])
+        assert not start(config, store.path, tmp_path / "run")
+    assert start(config, store.path, tmp_path / "run")
 
 
 def test_a_run_of_what_auto_once_was_is_resumed_by_name(tiny: Config, store: Store, tmp_path: Path) -> None:

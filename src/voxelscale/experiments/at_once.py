@@ -27,6 +27,7 @@ from voxelscale.experiments.shares import Share, share_devices
 from voxelscale.files import write_atomic
 from voxelscale.ranks.launch import PARENT
 from voxelscale.ranks.place import without
+from voxelscale.train.recipes import samples_of
 
 LOOK = 0.5
 """Seconds between looks at the processes."""
@@ -89,7 +90,7 @@ def run_at_once(
     running: list[_Running] = []
     faults: list[VoxelscaleError] = []
     codes: list[int] = []
-    samples = config.train.samples
+    samples = samples_of(config, config.train.ranks * config.train.virtual_workers)
 
     def seen() -> int:
         return sum(min(samples, samples_seen(out / f"fold_{fold}" / "run")) for fold in folds)

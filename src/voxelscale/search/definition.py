@@ -26,6 +26,7 @@ from voxelscale.search.space import OURS, SECTIONS, Space, read_space
 from voxelscale.search.storage import open_storage, strip_password
 from voxelscale.store import Store, open_store
 from voxelscale.store.fingerprint import open_fold
+from voxelscale.train.recipes import samples_of
 
 DEFINITION = "search.yaml"
 STORAGE = "VOXELSCALE_STORAGE"
@@ -134,7 +135,8 @@ def trial_config(search: Search, params: Mapping[str, Value], ranks: int) -> Con
 
 def marks_of(config: Config) -> tuple[int, ...]:
     """Samples after which a trial's Dice is reported: its rungs and its budget."""
-    return (*config.train.validate_at, config.train.samples)
+    samples = samples_of(config, config.train.ranks * config.train.virtual_workers)
+    return (*config.train.validate_at, samples)
 
 
 def best_config(search: Search, best: TrialResult) -> Config:

@@ -15,6 +15,7 @@ from voxelscale.config import Config, DataConfig, LossConfig, OptimConfig, Train
 from voxelscale.device import choose_precision
 from voxelscale.model.unet import plan_pooling
 from voxelscale.train.memory import Simulation, needed, seen_at_once, simulate
+from voxelscale.train.recipes import samples_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,8 @@ def cost_of(
         precision = "bf16" if native else "fp32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     step = _simulated(_what_counts(config), spacing, dtype, channels, classes)
-    flop = step.flop / seen_at_once(config) * config.train.samples
+    samples = samples_of(config, config.train.ranks * config.train.virtual_workers)
+    flop = step.flop / seen_at_once(config) * samples
     return Cost(memory=needed(step, device, config, channels), flop=flop, parameters=step.parameters)
 
 

@@ -29,6 +29,7 @@ from voxelscale.ranks.launch import BEGAN, RESUME, VERBOSITY, end_with_parent, r
 from voxelscale.ranks.nodes import ALONE, Nodes
 from voxelscale.ranks.place import fill
 from voxelscale.train.log import STOP_FILE, read_events
+from voxelscale.train.recipes import samples_of
 from voxelscale.train.track import FILE as TRACK_FILE
 from voxelscale.train.track import SECTIONS
 
@@ -93,18 +94,20 @@ def _start_with_others(config: Config, store: Path, run: Path, nodes: Nodes) -> 
 
 def _train_by_ranks(config: Config, words: Sequence[Path], run: Path, nodes: Nodes = ALONE) -> bool:
     """Ranks of this machine, which are given `words`; whether the budget was spent when they ended."""
+    ranks = config.train.ranks or _devices()
     run_ranks(
         "voxelscale.train.launch",
         list(map(str, words)),
         run,
-        ranks=config.train.ranks or _devices(),
+        ranks=ranks,
         threads=config.train.threads,
         max_restarts=config.train.max_restarts,
         stop=run / STOP_FILE,
         nodes=nodes,
     )
     events = read_events(run)
-    return bool(events) and events[-1]["samples"] >= config.train.samples
+    samples = samples_of(config, ranks * nodes.count * config.train.virtual_workers)
+    return bool(events) and events[-1]["samples"] >= samples
 
 
 def _start_as_rank(config: Config, store: Path, run: Path) -> bool:
