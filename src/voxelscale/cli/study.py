@@ -148,10 +148,10 @@ def scale(
     voxelscale scale store/ study/ --recipes unchanged,auto --cluster dgx-a100
     voxelscale scale store/ study/ --recipes "unchanged,muon,muon:optim.momentum=0.95"
 
-    Trains with every number of workers on the same samples. Workers without a device are emulated: the
-    updates are those of real ones. The time of N workers is modelled from a measured step and the
-    interconnect; the model is checked against two real ranks and its error printed. Writes scaling.json,
-    scaling.svg and scaling.html. Ctrl-C saves; the same command resumes.
+    Trains with every number of workers on the same samples; the recipe muon adds some. Workers without a
+    device are emulated: the updates are those of real ones. The time of N workers is modelled from a
+    measured step and the interconnect; the model is checked against two real ranks and its error printed.
+    Writes scaling.json, scaling.svg and scaling.html. Ctrl-C saves; the same command resumes.
     """
     check_output(out)
     from voxelscale.scale.report import table

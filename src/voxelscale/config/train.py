@@ -14,7 +14,7 @@ class TrainConfig(Section):
     """The training: budget, workers, precision, validation and checkpoints."""
 
     samples: int = 20_000
-    """Budget: the number of patches to train on, whatever the number of workers."""
+    """Budget: the number of patches to train on, whatever the number of workers; `recipe` may add to it."""
     batch_size: int = 2
     """Patches per worker per step; the global batch is ranks x virtual_workers x batch_size."""
     ranks: int = 0

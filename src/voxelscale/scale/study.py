@@ -1,7 +1,7 @@
 """The scaling study: the same training at 1 to N workers, and what that does to time and Dice.
 
-Every trial sees the same samples in the same order and the same number of them; only the number of
-workers, the recipe and the seed differ. Workers beyond the devices at hand are emulated
+Every trial sees the same samples in the same order, and as many of them unless its recipe adds some; only
+the number of workers, the recipe and the seed differ. Workers beyond the devices at hand are emulated
 (`voxelscale.ranks.workers`), with the same updates as real ones. The time at N workers is modelled
 (`voxelscale.scale.cost`), as N devices are not there to be timed.
 """

@@ -11,11 +11,11 @@ from voxelscale.errors import VoxelscaleError
 LARGE_FROM = 8
 """Workers from which ``recipe=auto`` changes settings: below, those of one worker keep their Dice."""
 
-MUONS_RATE = {"adamw": 1.4, "muon": 0.7}
+MUON_RATE = {"adamw": 1.4, "muon": 0.7}
 """What the recipe `muon` multiplies the configured learning rate with, by the optimiser that this is for:
 with one worker Muon takes a higher rate than AdamW."""
 
-LARGE_BATCHS_RATE = 0.7
+LARGE_BATCH_RATE = 0.7
 """The same of `large_batch`, for every optimiser."""
 
 SECOND_MOMENT = 0.95
@@ -24,10 +24,10 @@ SECOND_MOMENT = 0.95
 MOMENTUM = 0.85
 """Muon's in its recipe; its usual 0.95 is too long a memory for 100 updates."""
 
-MUONS_WARMUP = 0.02
+MUON_WARMUP = 0.02
 """Share of the samples."""
 
-LARGE_BATCHS_WARMUP = 0.1
+LARGE_BATCH_WARMUP = 0.1
 GROW_FROM, GROW_SHARE = 4, 0.4
 """Of `large_batch`: reference batches of the first updates, and the share of the samples over which the
 global batch grows from them to that of all workers."""
@@ -58,7 +58,7 @@ def resolve(config: Config, workers: int) -> tuple[Config, str]:
     if recipe == "auto":
         recipe = "none"
         if workers >= LARGE_FROM:
-            recipe = "muon" if config.optim.name in MUONS_RATE else "large_batch"
+            recipe = "muon" if config.optim.name in MUON_RATE else "large_batch"
         line = f"recipe auto: {recipe} for {workers} workers"
     if recipe == "muon":
         factor = longer(workers)
@@ -88,25 +88,25 @@ def longer(workers: int) -> float:
 
 
 def _muon(config: Config) -> OptimConfig:
-    factor = MUONS_RATE.get(config.optim.name)
+    factor = MUON_RATE.get(config.optim.name)
     if factor is None:
         problem = (
             f"train.recipe=muon takes AdamW's or Muon's rate, not that of optim.name={config.optim.name}"
         )
         raise VoxelscaleError(problem, "set optim.name=adamw and its rate, or train.recipe=large_batch")
     rate = factor * config.optim.used.lr
-    optim = replace(config.optim, name="muon", momentum=MOMENTUM, warmup=MUONS_WARMUP, grow_from=0)
+    optim = replace(config.optim, name="muon", momentum=MOMENTUM, warmup=MUON_WARMUP, grow_from=0)
     return _scaled(optim, rate)
 
 
 def _large_batch(config: Config) -> OptimConfig:
     optim = replace(
         config.optim,
-        warmup=max(config.optim.warmup, LARGE_BATCHS_WARMUP),
+        warmup=max(config.optim.warmup, LARGE_BATCH_WARMUP),
         grow_from=GROW_FROM * config.optim.reference_batch,
         grow_share=GROW_SHARE,
     )
-    return _scaled(optim, LARGE_BATCHS_RATE * config.optim.used.lr)
+    return _scaled(optim, LARGE_BATCH_RATE * config.optim.used.lr)
 
 
 def _scaled(optim: OptimConfig, rate: float) -> OptimConfig:
