@@ -17,6 +17,11 @@ from tests.archive.hospital import StandIn, Time, listener, series, uids
 
 from voxelscale.archive.access import TOKEN, Access
 from voxelscale.archive.dicomweb import DicomWeb
+from voxelscale.archive.identity import Entry
+from voxelscale.archive.inbox import Inbox
+from voxelscale.archive.rules import against
+from voxelscale.archive.settings import RulesSettings
+from voxelscale.dataset.names import Names
 
 MULTIPART = 'multipart/related; type="application/dicom"; boundary="b"'
 SECRETS = ("PATIENT", "SECRET", "2.25.", "hidden-token")
@@ -48,7 +53,8 @@ class Liar:
         if int(query.get("offset", ["0"])[0]):
             return 200, "application/dicom+json", b"[]"
         if words[-1] == "metadata":
-            header = pydicom.dcmread(io.BytesIO(self.files[words[3]][0]), stop_before_pixels=True)
+            each = (pydicom.dcmread(io.BytesIO(f), stop_before_pixels=True) for f in self.files[words[3]])
+            header = next(header for header in each if header.SOPInstanceUID == words[5])
             return 200, "application/dicom+json", json.dumps([header.to_json_dict()]).encode()
         if len(words) == 4:
             parts_of = b"".join(
@@ -293,6 +299,23 @@ def test_a_strange_list_of_studies(
     archive.announce = lambda items: lie(items) if items and "0020000D" in items[0] else items
     web = DicomWeb(Access(url=url))
     assert len(web.studies()) == 1
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_localizer_among_the_slices(liar: tuple[Liar, str], tmp_path: Path, number: int) -> None:
+    """Whether a series is answered does not depend on which instance the archive lists first."""
+    archive, url = liar
+    files = series(tmp_path / "a", "P1")
+    dataset = pydicom.dcmread(files[number])
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    dataset.save_as(files[number])
+    archive.add(files)
+    web, inbox = DicomWeb(Access(url=url)), Inbox(tmp_path / "i", Names(how="hash", folder=tmp_path))
+    for file in files:
+        inbox.put(pydicom.dcmread(file), file.read_bytes())
+    for scans in (web, inbox):
+        entry = Entry(study=uids(files)[0], series=uids(files)[1], modality="CT", instances=4)
+        assert not against(RulesSettings(min_slices=3), scans.describe(entry), 4)
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"17", b'["SECRET"]', b'{"a": 1}', b"\xff\xfe"])

@@ -110,12 +110,13 @@ def test_values_that_break_the_rules_are_left_empty_and_not_shown(
             del file[tag]
             file.add_new(tag, "LO", value)
         del file.PatientName
+        file.ReferringPhysicianName = ["PHI^A", "PHI^B"]  # one is allowed
         file.save_as(path)
     predict_by_hand(tmp_path / "out", source_of(ct), [BALLS])
     capsys.readouterr()
     made = export_case(tmp_path / "out", source_of(ct), tmp_path / "out", ["seg", "sr", "rtstruct"])
     err = capsys.readouterr().err
-    assert "PatientBirthDate, PatientSex, StudyTime" in err
+    assert "PatientBirthDate, PatientSex, StudyTime, ReferringPhysicianName" in err
     assert "PHI" not in err
     for path in made:
         judge(path)

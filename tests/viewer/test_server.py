@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 from tests.conftest import SHARED, Command
+from tests.dicom_out.made import predict_by_hand, source_of
 from tests.viewer.conftest import READER, shown
 
 from voxelscale.classes import Classes
@@ -24,6 +25,8 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import Finding, lesions_of_mask, write_findings
 from voxelscale.formats import read_label, write_scan
 from voxelscale.geometry import Scan, as_lps, reorient
+from voxelscale.phantom.series import Person, write_series
+from voxelscale.report.cases import read_scans
 from voxelscale.viewer import decisions
 from voxelscale.viewer.app import Viewer, build
 from voxelscale.viewer.cases import Case, list_predicted
@@ -160,6 +163,24 @@ def test_voxels_and_places(opened: tuple[TestClient, Viewer, Path], scans: Path)
         assert [f["truth"] for f in facts["findings"]].count("false") == 2
         assert sorted(len(lesion["hits"]) for lesion in facts["lesions"]) == [0, 1, 1, 1]
         assert facts["patient"] == ""
+
+
+def test_a_scan_is_shown_as_it_was_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here with an interpolated slice, which the settings of the viewer and report do not allow."""
+    dicom, image = tmp_path / "scan", Scan(np.full((9, 12, 12), -700, np.int16), np.eye(4)[:, [2, 1, 0, 3]])
+    for file in write_series(image, Person(number="P1"), dicom)[4:5]:
+        file.unlink()
+    reading = ReadingConfig(fill_gaps=1)
+    folder = predict_by_hand(
+        tmp_path / "p", source_of(dicom, reading), [[(0.5, 0.5, 0.5, 2.0)]], reading=reading
+    )
+    data = DataSet(path=dicom, reading=ReadingConfig())
+    (listed,) = list_predicted(folder.parent, data)
+    case = Case(listed, data.reading)
+    case.check()
+    assert case.image.grid.shape == (9, 12, 12)
+    assert read_scans(listed.name, {listed.name: listed.source}, folder.parent, data.reading)
+    assert "no picture" not in capsys.readouterr().err
 
 
 def test_decisions(opened: tuple[TestClient, Viewer, Path], scans: Path, predictions: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from voxelscale.archive.access import Access
-from voxelscale.archive.identity import FIX, UID, Entry, Series, read_header, text_of
+from voxelscale.archive.identity import FIX, UID, Entry, Series, first_slice, read_header, text_of
 from voxelscale.archive.troubles import AwayError, UntrueError, missing_extra, quiet_libraries
 from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
@@ -126,14 +126,17 @@ class DicomWeb:
         return [_uid(item, INSTANCE) for item in self._pages(search, INSTANCE, {}, of=(study, series))]
 
     def describe(self, entry: Entry) -> Dataset:
-        """The attributes of one of a series' instances, without its pixels."""
-        from pydicom.dataset import Dataset
-
+        """The attributes of one of a series' slices, without its pixels."""
         listed = self.instances(entry.study, entry.series)
         if not listed:
             raise UntrueError("the archive lists no instance of it", FIX)
+        return first_slice(self._header(entry, uid) for uid in listed)
+
+    def _header(self, entry: Entry, uid: str) -> Dataset:
+        from pydicom.dataset import Dataset
+
         with self._asked():
-            tree = self._client.retrieve_instance_metadata(entry.study, entry.series, listed[0])
+            tree = self._client.retrieve_instance_metadata(entry.study, entry.series, uid)
             tree = tree[0] if isinstance(tree, list) else tree
             # Bulk data stay where they are; what is asked of the attributes are single values.
             return Dataset.from_json(json.dumps(tree), bulk_data_uri_handler=lambda tag, vr, uri: None)

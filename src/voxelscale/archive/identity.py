@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,28 @@ class Entry:
 def text_of(dataset: Dataset, keyword: str) -> str:
     """An attribute as a text without padding; "" where it is missing or empty."""
     return str(dataset.get(keyword, "") or "").strip()
+
+
+SCOUTS = 3
+"""Localizers that a series of slices may begin with."""
+
+
+def is_localizer(header: Dataset) -> bool:
+    """Whether an image is there to plan others."""
+    return any(str(word).upper() == "LOCALIZER" for word in header.get("ImageType") or [])
+
+
+def first_slice(headers: Iterable[Dataset]) -> Dataset:
+    """The first header of a series that is no localizer, which may lie before its slices.
+
+    Of localizers alone it is one of them; no more headers are read than is needed.
+    """
+    header: Dataset | None = None
+    for header in islice(headers, SCOUTS + 1):
+        if not is_localizer(header):
+            break
+    assert header is not None  # noqa: S101 (a series has instances)
+    return header
 
 
 class Series:

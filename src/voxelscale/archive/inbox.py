@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from voxelscale.archive.identity import FIX, UID, Entry, Series, read_header, text_of
+from voxelscale.archive.identity import FIX, UID, Entry, Series, first_slice, read_header, text_of
 from voxelscale.archive.troubles import UntrueError
 from voxelscale.console import warn
 from voxelscale.dataset.names import Names
@@ -81,8 +81,8 @@ class Inbox:
         return entries
 
     def describe(self, entry: Entry) -> Dataset:
-        """The attributes of one of a series' instances, without its pixels."""
-        return read_header(self._files(self._place(entry))[0])
+        """The attributes of one of a series' slices, without its pixels."""
+        return first_slice(read_header(file) for file in self._files(self._place(entry)))
 
     def fetch(self, entry: Entry, folder: Path) -> str:
         """Copy the instances of a series into a folder; see `DicomWeb.fetch`."""

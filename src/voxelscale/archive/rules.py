@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from voxelscale.archive.identity import text_of
+from voxelscale.archive.identity import is_localizer, text_of
 from voxelscale.archive.settings import RulesSettings
 from voxelscale.console import count
 
@@ -23,8 +23,7 @@ def against(rules: RulesSettings, header: Dataset, instances: int) -> str:
     """
     if text_of(header, "Modality") not in rules.modality:
         return "modality: none of rules.modality"
-    kind = [str(word).upper() for word in header.get("ImageType") or []]
-    if "LOCALIZER" in kind:
+    if is_localizer(header):
         return "a localizer"
     places = _values(header, "BodyPartExamined") or [""]
     for key, values, patterns in (

@@ -35,6 +35,7 @@ from voxelscale.files import write_atomic
 from voxelscale.findings import Finding, read_prediction
 from voxelscale.formats import SAME_PLACE_MM, read_label
 from voxelscale.predict.classes import probability_file
+from voxelscale.predict.record import as_predicted
 from voxelscale.predict.work import made_from_this
 from voxelscale.report.cases import CaseScans
 
@@ -255,7 +256,7 @@ def read_predicted(
     if made_from_this(folder, source) is False:
         what = "was predicted from another scan, or from another state of its files"
         raise VoxelscaleError(f"{source.case}: {what}", AGAIN)
-    reading = _as_predicted(reading or ReadingConfig(), facts)
+    reading = as_predicted(reading or ReadingConfig(), facts)
     original = read_original(source, reading)
     classes = _classes(source.case, facts)
     _check_codes(source.case, options, classes)
@@ -274,16 +275,6 @@ def read_predicted(
         stored=stored,
         options=options,
     )
-
-
-def _as_predicted(reading: ReadingConfig, facts: dict[str, Any]) -> ReadingConfig:
-    """How the scan was read when it was predicted."""
-    fill_gaps, select = facts.get("fill_gaps"), facts.get("select")
-    if isinstance(fill_gaps, int):
-        reading = replace(reading, fill_gaps=fill_gaps)
-    if isinstance(select, list):
-        reading = replace(reading, select=tuple(map(str, select)))
-    return reading
 
 
 def _check_codes(case: str, options: ExportConfig, classes: Classes) -> None:

@@ -33,7 +33,7 @@ DATE, TIME = r"(\d{8})?", r"(\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?)?"
 TEXT = r"[^\\]*"
 
 PATIENT_AND_STUDY = {
-    "PatientName": (0x00100010, r".*"),
+    "PatientName": (0x00100010, TEXT),
     "PatientID": (0x00100020, TEXT),
     "IssuerOfPatientID": (0x00100021, TEXT),
     "PatientBirthDate": (0x00100030, DATE),
@@ -44,7 +44,7 @@ PATIENT_AND_STUDY = {
     "StudyInstanceUID": (tags.STUDY, r"[0-9.]{1,64}"),
     "StudyDate": (0x00080020, DATE),
     "StudyTime": (0x00080030, TIME),
-    "ReferringPhysicianName": (0x00080090, r".*"),
+    "ReferringPhysicianName": (0x00080090, TEXT),
     "StudyID": (0x00200010, TEXT),
     "AccessionNumber": (0x00080050, TEXT),
     "StudyDescription": (0x00081030, TEXT),

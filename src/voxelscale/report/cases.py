@@ -18,6 +18,8 @@ from voxelscale.findings import Finding
 from voxelscale.formats import check_same_place
 from voxelscale.geometry import Scan, reorient
 from voxelscale.pages.page import plain_table
+from voxelscale.predict.record import as_predicted
+from voxelscale.report.facts import read_json
 from voxelscale.report.overlays import Place, overlay_views, window_of
 
 LAYERS = {"truth": "#4dd964", "prediction": "#ff9f1c", "mark": "#4cc9f0"}
@@ -117,8 +119,10 @@ def read_scans(
     if source is None:
         warn(f"no picture of {case}: the scans have no such case")
         return None
+    folder = predictions / case
+    reading = as_predicted(reading, read_json(folder / "findings.json"))
     try:
-        return CaseScans(source, predictions / case / "mask.nii.gz", reading, classes)
+        return CaseScans(source, folder / "mask.nii.gz", reading, classes)
     except VoxelscaleError as error:
         warn(f"no picture of {case}: {error.message}")
         return None
