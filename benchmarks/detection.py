@@ -36,7 +36,7 @@ from voxelscale.findings import Finding, find_lesions, lesions_of_mask
 from voxelscale.geometry import Scan
 from voxelscale.model.bundle import read_bundle
 from voxelscale.phantom.dataset import write_phantoms
-from voxelscale.predict.work import Predictor
+from voxelscale.predict.predictor import Predictor
 from voxelscale.scale.study import t_interval
 from voxelscale.store import open_store
 from voxelscale.store.prepare import prepare

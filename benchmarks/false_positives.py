@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from voxelscale.config import Config
 from voxelscale.geometry import Triple
 from voxelscale.model.bundle import Bundle, read_bundle
-from voxelscale.predict.work import Predictor
+from voxelscale.predict.predictor import Predictor
 from voxelscale.randomness import generator
 from voxelscale.samples.patches import PatchSource
 from voxelscale.store import CaseInfo, Store, open_store

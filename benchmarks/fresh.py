@@ -38,7 +38,7 @@ from voxelscale.evaluate.overlap import overlap
 from voxelscale.findings import lesions_of_mask
 from voxelscale.model.bundle import read_bundle
 from voxelscale.phantom.dataset import write_phantoms
-from voxelscale.predict.work import Predictor
+from voxelscale.predict.predictor import Predictor
 from voxelscale.store import open_store
 from voxelscale.store.prepare import prepare
 from voxelscale.train.launch import start

@@ -16,7 +16,7 @@ from voxelscale.config import Config, load
 from voxelscale.dataset import DataSet as Listed
 from voxelscale.formats import read_scan
 from voxelscale.model.bundle import read_bundle
-from voxelscale.predict.work import Predictor
+from voxelscale.predict.predictor import Predictor
 from voxelscale.store import PLAN_FILE
 from voxelscale.store.prepare import prepare as prepare_store
 from voxelscale.train.engine import Engine, Result

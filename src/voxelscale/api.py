@@ -40,8 +40,8 @@ from voxelscale.formats import check_same_place, check_scan, read_label, read_sc
 from voxelscale.geometry import Scan, Triple, reorient
 from voxelscale.lungs import lung_field
 from voxelscale.model.bundle import Bundle, read_bundle
-from voxelscale.predict.classes import probability_file
-from voxelscale.predict.work import Predictor, check_usable
+from voxelscale.predict.case import probability_file
+from voxelscale.predict.predictor import Predictor, check_usable
 from voxelscale.store.plausible import about
 from voxelscale.train import Result, fit, load_weights
 

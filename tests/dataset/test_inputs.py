@@ -27,7 +27,7 @@ from voxelscale.geometry import Scan, reorient, resample
 from voxelscale.lungs import lung_field
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, read_bundle, write_bundle
-from voxelscale.predict.work import Predictor
+from voxelscale.predict.predictor import Predictor
 from voxelscale.samples.batch import Normalisation
 from voxelscale.store import open_store
 from voxelscale.store.prepare import resample_hu

@@ -17,7 +17,7 @@ from voxelscale.dataset.reading import read_image
 from voxelscale.findings import find_lesions, ranked, write_findings
 from voxelscale.formats import write_scan
 from voxelscale.geometry import Scan
-from voxelscale.predict.work import _stamp
+from voxelscale.predict.case import stamp_of
 
 Ball = tuple[float, float, float, float]
 """Centre as shares of the scan along (z, y, x), and radius in mm."""
@@ -95,5 +95,5 @@ def predict_by_hand(
     write_scan(Scan(classes.written(stored), scan.affine), folder / "mask.nii.gz")
     paths = folder / "findings.csv", folder / "findings.json"
     write_findings(ranked(findings), *paths, facts, labelled=not classes.single)
-    (folder / "case.json").write_text(json.dumps({"key": "k", "scan": _stamp(source), "model": MODEL}))
+    (folder / "case.json").write_text(json.dumps({"key": "k", "scan": stamp_of(source), "model": MODEL}))
     return folder

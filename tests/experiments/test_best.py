@@ -30,7 +30,8 @@ from voxelscale.formats import write_scan
 from voxelscale.geometry import Grid, Scan, affine_from_itk
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, read_bundle, write_bundle
-from voxelscale.predict.classes import found_by, probability_file
+from voxelscale.predict.case import probability_file
+from voxelscale.predict.classes import found_by
 from voxelscale.predict.kept import KeptMaps
 from voxelscale.samples.batch import Normalisation
 

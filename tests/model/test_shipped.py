@@ -14,7 +14,7 @@ from voxelscale.geometry import Scan
 from voxelscale.lungs import lung_field
 from voxelscale.model.bundle import read_bundle
 from voxelscale.model.shipped import shipped
-from voxelscale.predict.work import check_usable
+from voxelscale.predict.predictor import check_usable
 from voxelscale.store.plausible import about
 
 CUBE = SHARED / "lidc_nodule_cubes" / "images"

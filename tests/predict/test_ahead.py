@@ -17,7 +17,8 @@ from voxelscale.geometry import Scan
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle
 from voxelscale.predict import work as predict_work
-from voxelscale.predict.work import Predictor, Work
+from voxelscale.predict.predictor import Predictor
+from voxelscale.predict.work import Work
 from voxelscale.samples.batch import Normalisation
 
 CPU = torch.device("cpu")

@@ -34,7 +34,7 @@ from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, write_bundle
 from voxelscale.predict.classes import check_names, classes_by, found_by, least_kept
 from voxelscale.predict.maps import Maps
-from voxelscale.predict.work import Predictor
+from voxelscale.predict.predictor import Predictor
 
 CPU = torch.device("cpu")
 ORGANS = Classes(names=("liver", "kidney", "tumour"), values=((5,), (7,), (2, 3)))

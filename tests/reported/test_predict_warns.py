@@ -26,7 +26,7 @@ from voxelscale.geometry import Scan, reorient
 from voxelscale.lungs import lung_field
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, read_bundle, write_bundle
-from voxelscale.predict.work import LUNG_MARGIN_MM, Predictor
+from voxelscale.predict.predictor import LUNG_MARGIN_MM, Predictor
 from voxelscale.samples.batch import Normalisation
 from voxelscale.store import Store
 from voxelscale.store.plausible import TrainedOn, about, against, compared, looks_like_labels, remarks

@@ -15,7 +15,7 @@ from voxelscale.dataset.listing import list_sources
 from voxelscale.errors import VoxelscaleError
 from voxelscale.formats import read_scan
 from voxelscale.model.bundle import read_bundle
-from voxelscale.predict.work import Predictor
+from voxelscale.predict.predictor import Predictor
 from voxelscale.store import Store
 from voxelscale.train.launch import start
 

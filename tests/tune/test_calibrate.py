@@ -27,8 +27,8 @@ from voxelscale.evaluate.froc import froc, match
 from voxelscale.findings import Finding, lesions_of_mask, read_findings, write_findings
 from voxelscale.geometry import Grid, Scan, affine_from_itk
 from voxelscale.model.bundle import Calibration, read_bundle, write_bundle
+from voxelscale.predict.predictor import Predictor
 from voxelscale.predict.record import record_cases
-from voxelscale.predict.work import Predictor
 from voxelscale.tune.calibrate import FITS, ScoredFindings, calibrate, cross_validated, score_findings
 from voxelscale.tune.reliability import BINS, calibration_error, reliability, reliability_panel
 

@@ -19,8 +19,8 @@ from voxelscale.files import write_sealed
 from voxelscale.geometry import Grid, Scan, Triple, affine_from_itk
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, Calibration, load_untrusted, read_bundle, write_bundle
+from voxelscale.predict.predictor import Predictor
 from voxelscale.predict.record import Record, read_record
-from voxelscale.predict.work import Predictor
 from voxelscale.samples.batch import Normalisation
 from voxelscale.store.fingerprint import open_fold
 from voxelscale.store.prepare import prepare

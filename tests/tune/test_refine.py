@@ -20,7 +20,7 @@ from voxelscale.geometry import Scan
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, Calibration, load_untrusted, read_bundle, write_bundle
 from voxelscale.model.false_positives import FalsePositiveNet, crop_shape
-from voxelscale.predict.work import Predictor
+from voxelscale.predict.predictor import Predictor
 from voxelscale.samples.batch import Normalisation
 from voxelscale.store import Store
 from voxelscale.tune.refine import find_candidates

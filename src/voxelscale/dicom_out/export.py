@@ -34,9 +34,7 @@ from voxelscale.errors import HOSPITAL_EXTRA, VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.findings import Finding, read_prediction
 from voxelscale.formats import SAME_PLACE_MM, read_label
-from voxelscale.predict.classes import probability_file
-from voxelscale.predict.record import as_predicted
-from voxelscale.predict.work import made_from_this
+from voxelscale.predict.case import as_predicted, made_from_this, probability_file
 from voxelscale.report.cases import CaseScans
 
 MOST_NAMED = 10

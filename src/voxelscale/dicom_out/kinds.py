@@ -7,7 +7,7 @@ from pathlib import Path
 
 from voxelscale.console import first_of, warn
 from voxelscale.errors import VoxelscaleError
-from voxelscale.predict.work import CASE_FACTS
+from voxelscale.predict.case import CASE_FACTS
 
 KINDS = ("seg", "probability", "sr", "rtstruct")
 """DICOM objects of a case: a binary SEG, a fractional one, a report of measurements, contours."""

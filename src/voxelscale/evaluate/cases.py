@@ -12,8 +12,8 @@ from voxelscale.console import count, first_and_more, notice, warn
 from voxelscale.dataset import DataSet, Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.parallel import map_processes
+from voxelscale.predict.case import made_from_this, predicted_by
 from voxelscale.predict.record import RECORD, read_record
-from voxelscale.predict.work import made_from_this, predicted_by
 
 Made = TypeVar("Made")
 

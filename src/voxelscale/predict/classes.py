@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from voxelscale.config import PredictConfig
 from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import Finding, find_in_class, find_lesions, ranked
 from voxelscale.geometry import Grid
+from voxelscale.predict.case import probability_file
 from voxelscale.predict.maps import OnLattice, on_grid
 
 MOST_LEAST, LEAST_LEAST = 0.025, 1 / 256
@@ -160,15 +160,6 @@ def kept_probabilities(
         elif (there := on_grid(found, at if classes.regions else at + 1, grid)) is not None:
             kept[there[0]] = np.rint(there[1] * 255)
         yield probability_file(classes, name), kept
-
-
-PROBABILITIES = re.compile(r"probability(_\d+)?\.nii\.gz")
-"""The names that `probability_file` gives."""
-
-
-def probability_file(classes: Classes, name: str) -> str:
-    """The file of a class's probabilities in the folder of a case."""
-    return f"probability{'' if classes.single else f'_{classes.names.index(name) + 1}'}.nii.gz"
 
 
 def _most_probable(maps: Sequence[OnLattice], outputs: int, grid: Grid) -> NDArray[np.int16]:

@@ -15,7 +15,7 @@ from voxelscale.findings.regions import box_of
 from voxelscale.formats import check_same_place, read_label
 from voxelscale.geometry import Grid, Scan, reorient
 from voxelscale.infer.sliding_window import Box
-from voxelscale.predict.classes import probability_file
+from voxelscale.predict.case import probability_file
 
 MOST_KEPT = 255
 """What a probability of 1 is kept as."""

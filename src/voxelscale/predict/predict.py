@@ -14,9 +14,10 @@ from voxelscale.device import default_device
 from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import Finding, read_findings, write_findings
 from voxelscale.model.bundle import Bundle
+from voxelscale.predict.case import predicted_by, predicted_with, settings_of
 from voxelscale.predict.ranks import predict_in_ranks
 from voxelscale.predict.record import read_record, record_cases
-from voxelscale.predict.work import Predictions, Work, predicted_by, predicted_with, settings_of
+from voxelscale.predict.work import Predictions, Work
 from voxelscale.ranks.place import fill
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from voxelscale.config import ReadingConfig
 from voxelscale.files import write_atomic
 
 RECORD = "predict.json"
@@ -26,21 +24,6 @@ class Record:
 
     cases: frozenset[str]
     splits: dict[str, dict[str, str]] = field(default_factory=dict)
-
-
-def as_predicted(reading: ReadingConfig, facts: Mapping[str, Any]) -> ReadingConfig:
-    """How a case's scan was read when it was predicted: so its mask lies on it voxel by voxel.
-
-    Args:
-        reading: what counts where the prediction does not say.
-        facts: of its ``findings.json``.
-    """
-    fill_gaps, select = facts.get("fill_gaps"), facts.get("select")
-    if isinstance(fill_gaps, int):
-        reading = replace(reading, fill_gaps=fill_gaps)
-    if isinstance(select, list):
-        reading = replace(reading, select=tuple(map(str, select)))
-    return reading
 
 
 def record_cases(folder: Path, cases: Iterable[str], split: str = "", data: str = "") -> None:

@@ -18,7 +18,7 @@ from voxelscale.findings import Finding
 from voxelscale.formats import check_same_place
 from voxelscale.geometry import Scan, reorient
 from voxelscale.pages.page import plain_table
-from voxelscale.predict.record import as_predicted
+from voxelscale.predict.case import as_predicted
 from voxelscale.report.facts import read_json
 from voxelscale.report.overlays import Place, overlay_views, window_of
 

@@ -12,7 +12,7 @@ from typing import Any
 from voxelscale import __version__
 from voxelscale.classes import Classes
 from voxelscale.errors import VoxelscaleError
-from voxelscale.predict.work import predicted_by
+from voxelscale.predict.case import predicted_by
 from voxelscale.report.overlays import WINDOW_NAME
 
 

@@ -32,8 +32,8 @@ from voxelscale.model.bundle import (
     read_bundle,
     write_bundle,
 )
+from voxelscale.predict.case import predicted_by
 from voxelscale.predict.record import read_record
-from voxelscale.predict.work import predicted_by
 from voxelscale.tune.reliability import BINS, calibration_error, reliability, reliability_figure
 
 LEAST_FINDINGS = 20

@@ -29,7 +29,7 @@ from voxelscale.geometry import Scan, Triple
 from voxelscale.model.bundle import Bundle, bundle_path, one_class, read_bundle, write_bundle
 from voxelscale.model.false_positives import FalsePositiveNet, crop_shape, crop_start
 from voxelscale.predict.classes import lesions_by
-from voxelscale.predict.work import Predictor
+from voxelscale.predict.predictor import Predictor
 from voxelscale.randomness import generator
 from voxelscale.ranks.place import fill
 from voxelscale.samples.batch import Normalisation

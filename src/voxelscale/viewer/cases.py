@@ -25,7 +25,7 @@ from voxelscale.evaluate.truth import Truth, findings_in, labels_in, truth_of
 from voxelscale.findings import Finding, components, lesions_of_mask, read_prediction
 from voxelscale.formats import SAME_PLACE_MM, check_same_place, read_label
 from voxelscale.geometry import Grid, Scan, as_lps, reorient, sphere_diameter
-from voxelscale.predict.record import as_predicted
+from voxelscale.predict.case import as_predicted
 from voxelscale.report.facts import classes_in, read_json
 
 OVERVIEW_VOXELS = 3_000_000

@@ -26,9 +26,10 @@ from voxelscale.geometry import Scan as Image
 from voxelscale.geometry import reorient
 from voxelscale.model.bundle import Bundle, read_bundle, same_task
 from voxelscale.parallel import map_processes
+from voxelscale.predict.case import predicted_by
 from voxelscale.predict.classes import found_by
 from voxelscale.predict.kept import KeptMaps, has_probabilities, maps_of_labels, read_kept
-from voxelscale.predict.work import NearLungs, predicted_by
+from voxelscale.predict.predictor import NearLungs
 
 AGAIN = "run voxelscale cv again, which predicts what is missing"
 
