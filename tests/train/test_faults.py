@@ -277,10 +277,10 @@ def test_no_whole_checkpoint_is_reported_and_the_best_is_the_last_resort(
     for path in folder.glob("*.ckpt"):
         path.unlink()
         path.write_bytes(best[:-10])
-    files = sorted(path.name for path in folder.iterdir())
+    files = sorted(path.name for path in folder.glob("[!.]*"))
     with pytest.raises(VoxelscaleError, match="no checkpoint in it is intact"):
         go(toy(judge=Judge()), tiny, tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == files
+    assert sorted(path.name for path in folder.glob("[!.]*")) == files
     (folder / "best.ckpt").write_bytes(best)
     go(toy(judge=Judge()), tiny, tmp_path)
     assert len(list(folder.glob("*.damaged"))) == len(files) - 1
