@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -38,11 +40,12 @@ from voxelscale.model.bundle import load_untrusted
 from voxelscale.ranks.workers import Workers
 from voxelscale.samples.batch import normalisations
 from voxelscale.store import Reader, Store, case_path
-from voxelscale.train import checkpoint, fit, loop, memory
-from voxelscale.train.checkpoint import alone_in
+from voxelscale.train import fit, locks, loop, memory
+from voxelscale.train.child import Child
 from voxelscale.train.engine import Engine, Result
-from voxelscale.train.launch import start
-from voxelscale.train.log import note_out_of_memory, read_events
+from voxelscale.train.launch import claim, start
+from voxelscale.train.locks import alone_in, first_in
+from voxelscale.train.log import STOP_FILE, note_out_of_memory, read_events
 from voxelscale.train.memory import ran_out
 from voxelscale.train.task import Table, Task
 from voxelscale.train.validate import ScanScoring
@@ -274,10 +277,10 @@ def test_no_whole_checkpoint_is_reported_and_the_best_is_the_last_resort(
     for path in folder.glob("*.ckpt"):
         path.unlink()
         path.write_bytes(best[:-10])
-    files = sorted(path.name for path in folder.iterdir())
+    files = sorted(path.name for path in folder.glob("[!.]*"))
     with pytest.raises(VoxelscaleError, match="no checkpoint in it is intact"):
         go(toy(judge=Judge()), tiny, tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == files
+    assert sorted(path.name for path in folder.glob("[!.]*")) == files
     (folder / "best.ckpt").write_bytes(best)
     go(toy(judge=Judge()), tiny, tmp_path)
     assert len(list(folder.glob("*.damaged"))) == len(files) - 1
@@ -308,12 +311,66 @@ def test_a_folder_that_cannot_be_written(tiny: Config, store: Store, tmp_path: P
 
 
 def test_two_trainings_in_one_folder(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0.3)
+    monkeypatch.setattr(locks, "PATIENCE", 0.3)
     with alone_in(tmp_path), pytest.raises(VoxelscaleError, match="another training is running"):
         go(toy(), tiny, tmp_path)
     (tmp_path / "checkpoints" / ".samples.9.part").touch()
     go(toy(), tiny, tmp_path)
     assert not list(tmp_path.rglob(".*.part"))
+
+
+def test_a_second_command_changes_nothing_of_a_training(
+    config: Config, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is its own Ctrl-C, for which two ranks have a file, the other one's."""
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
+    run = tmp_path / "run"
+    claim(run, config)
+    (run / STOP_FILE).touch()
+    before = (run / "config.yaml").read_bytes()
+    for ranks in (1, 2):
+        other = with_train(config, ranks=ranks, threads=3)
+        with alone_in(run), pytest.raises(VoxelscaleError, match="another training is running"):
+            start(other, store.path, run)
+    assert (run / "config.yaml").read_bytes() == before
+    assert (run / STOP_FILE).exists()
+    # As cv, search and scale start them.
+    process = subprocess.Popen(["sleep", "9"], start_new_session=True)
+    with first_in(run), (tmp_path / "said").open("wb+") as said:
+        child = Child(run, process, said)
+        (run / STOP_FILE).unlink()
+        child.ask_to_stop()
+        assert not (run / STOP_FILE).exists()
+        (run / STOP_FILE).touch()
+        child.kill()
+        assert (run / STOP_FILE).exists()
+
+
+def test_the_lock_is_one_that_network_disks_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NFS gives an exclusive lock only of a file that is open for writing (flock(2), "NFS details")."""
+    real = fcntl.flock
+
+    def nfs(handle: int, how: int) -> None:
+        if how & fcntl.LOCK_EX and not fcntl.fcntl(handle, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(handle, how)
+
+    def none(handle: int, how: int) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
+    monkeypatch.setattr(fcntl, "flock", nfs)
+    with (
+        alone_in(tmp_path),
+        pytest.raises(VoxelscaleError, match="another training is running"),
+        alone_in(tmp_path),
+    ):
+        pass
+    monkeypatch.setattr(fcntl, "flock", none)
+    with alone_in(tmp_path), alone_in(tmp_path):
+        assert "no locks on this disk (Operation not supported)" in capsys.readouterr().err
 
 
 def test_a_full_disk(config: Config, store: Store, small_disk: Path, whole_two: dict[str, Tensor]) -> None:

@@ -18,8 +18,8 @@ from tests.train.runs import apart, identical
 from voxelscale.config import Config, load
 from voxelscale.errors import VoxelscaleError
 from voxelscale.samples.order import item_of
-from voxelscale.train import checkpoint, fit, load_weights
-from voxelscale.train.checkpoint import alone_in
+from voxelscale.train import fit, load_weights, locks
+from voxelscale.train.locks import alone_in
 from voxelscale.train.log import STOP_FILE
 
 SETTINGS = ["optim.lr=0.05", "train.precision=fp32", "train.threads=1", "train.batch_size=2"]
@@ -153,7 +153,7 @@ def test_a_folder_is_for_one_training_and_an_old_stop_is_none_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0.0)
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
     with alone_in(run), pytest.raises(VoxelscaleError, match="another training is running"):
         fit(network(), F.mse_loss, Endless(), settings(), run=run)
     (run / STOP_FILE).touch()  # asked of a training that was killed before it saw it

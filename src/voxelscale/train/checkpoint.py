@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +23,6 @@ from voxelscale.train.optim import KEPT, AveragedWeights
 
 FORMAT = 2
 BEST = "best.ckpt"
-
-PATIENCE = 30.0
-"""Seconds to wait for another training in the same folder to end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,43 +118,6 @@ class Writer:
             os.replace(link, self._folder / BEST)
         except OSError:  # a file system without hard links
             write_atomic(self._folder / BEST, whole.read_bytes())
-
-
-@contextmanager
-def alone_in(run: Path) -> Iterator[None]:
-    """Keep other trainings out of a run's folder, and clear away what a killed one left half written.
-
-    The ranks of a killed command end a moment after it, so another one waits for them.
-
-    Raises:
-        VoxelscaleError: another training does not end.
-    """
-    folder, deadline = run / "checkpoints", time.monotonic() + PATIENCE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise VoxelscaleError(f"{folder}: {error.strerror}", "choose another folder for the run") from None
-    try:
-        while not _locked(handle):
-            if time.monotonic() > deadline:
-                raise VoxelscaleError(f"{run}: another training is running in it", "stop that one first")
-            time.sleep(0.1)
-        for torn in (*run.glob(".*.part"), *folder.glob(".*.part")):
-            torn.unlink(missing_ok=True)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _locked(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: as good as it gets
-        return True
-    return True
 
 
 def load_newest(folder: Path, trained: Trained, digest: str) -> State:

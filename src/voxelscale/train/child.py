@@ -25,6 +25,7 @@ from voxelscale.errors import VoxelscaleError
 from voxelscale.files import write_atomic
 from voxelscale.ranks.launch import PARENT
 from voxelscale.ranks.place import without
+from voxelscale.train.locks import is_first
 from voxelscale.train.log import STOP_FILE
 
 PATIENCE = 25.0
@@ -86,7 +87,7 @@ class Child:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         self.wait()
-        (self.run / STOP_FILE).unlink(missing_ok=True)  # no matter who asked
+        self._forget()  # no matter who asked
 
     def fault(self) -> VoxelscaleError:
         """Its error, after it failed."""
@@ -99,8 +100,8 @@ class Child:
         return VoxelscaleError(f"{self.run}: {said}", hints[-1] if hints else "")
 
     def _touch(self) -> None:
-        if not (self.run / "config.yaml").is_file():
-            return  # it has not taken the folder yet, and would refuse one that holds something
+        if not is_first(self.run, self.process.pid):
+            return  # it has not taken the folder yet, in which another one may train
         try:
             (self.run / STOP_FILE).touch()
         except OSError:
@@ -112,6 +113,10 @@ class Child:
         self._said = self._errors.read().decode(errors="replace")
         self._errors.close()
         if self._asked:
+            self._forget()
+
+    def _forget(self) -> None:
+        if is_first(self.run, self.process.pid):
             (self.run / STOP_FILE).unlink(missing_ok=True)
 
     def _all_gone(self) -> bool:

@@ -31,9 +31,9 @@ from voxelscale.ranks.place import fill
 from voxelscale.ranks.workers import Workers
 from voxelscale.samples.order import item_of
 from voxelscale.samples.patches import Source
-from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.engine import Engine, Result
 from voxelscale.train.launch import claim, kept_config
+from voxelscale.train.locks import alone_in
 from voxelscale.train.log import STOP_FILE
 from voxelscale.train.loop import joined, stop_signals
 from voxelscale.train.snapshot import recalibrate, snapshot

@@ -28,6 +28,7 @@ from voxelscale.ranks.faults import (
 from voxelscale.ranks.launch import BEGAN, RESUME, VERBOSITY, end_with_parent, run_ranks
 from voxelscale.ranks.nodes import ALONE, Nodes
 from voxelscale.ranks.place import fill
+from voxelscale.train.locks import first_in
 from voxelscale.train.log import STOP_FILE, read_events
 from voxelscale.train.recipes import samples_of
 from voxelscale.train.track import FILE as TRACK_FILE
@@ -70,7 +71,8 @@ def start(config: Config, store: Path, run: Path, nodes: Nodes = ALONE) -> bool:
     fill()
     if "RANK" in os.environ:  # started by torchrun, srun or mpiexec: this process is a rank
         return _start_as_rank(config, store, run)
-    with kept_config(run):
+    check_claim(run, config)  # before a folder that is not a run's gets a lock
+    with first_in(run), kept_config(run):
         claim(run, config)
         (run / STOP_FILE).unlink(missing_ok=True)
         if (config.train.ranks or _devices()) == 1:

@@ -38,8 +38,8 @@ from voxelscale.samples.patches import PatchSource, Sample
 from voxelscale.store import Store
 from voxelscale.store.fingerprint import open_fold
 from voxelscale.train.arithmetic import Trial, Wanted, choose_arithmetic
-from voxelscale.train.checkpoint import alone_in
 from voxelscale.train.engine import Engine, Result
+from voxelscale.train.locks import alone_in
 from voxelscale.train.log import note_out_of_memory
 from voxelscale.train.memory import TooLarge, ran_out, require_memory, untrained
 from voxelscale.train.pretrained import begin_from
