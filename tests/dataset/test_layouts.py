@@ -169,14 +169,12 @@ def test_excluded_findings_alone_say_that_a_scan_is_healthy(tmp_path: Path) -> N
     (tmp_path / "some.csv").write_text(f"image,label,case\n{lines[0]},a\n{lines[1]},b\n")
     (tmp_path / "one.csv").write_text(f"image,label,case\n{lines[1]},b\n")
     (tmp_path / "luna/subset0/1.2.1.mhd").rename(tmp_path / "luna/subset0/1.2.1.other")
-    config = PrepareConfig(spacing=(2.0, 1.0, 1.0), split=(1, 0, 0), workers=1)
-    for name, data in (("table", tmp_path / "one.csv"), ("luna", tmp_path / "luna")):
-        assert not prepare(list_sources(data), tmp_path / name, config).failed
-        assert ",excluded," in (tmp_path / name / "findings.csv").read_text()
+    for data in (tmp_path / "one.csv", tmp_path / "luna"):
+        (source,) = list_sources(data)
+        assert [mark.kind for mark in read_case(source, ReadingConfig())[1].findings] == ["excluded"]
     (tmp_path / "luna/subset0/1.2.1.other").rename(tmp_path / "luna/subset0/1.2.1.mhd")
-    assert not prepare(list_sources(tmp_path / "some.csv"), tmp_path / "both", config).failed
-    kinds = [line.split(",")[:2] for line in (tmp_path / "both" / "findings.csv").read_text().splitlines()]
-    assert kinds[1:] == [["a", "nodule"], ["b", "excluded"]]
+    both = [read_case(source, ReadingConfig())[1] for source in list_sources(tmp_path / "some.csv")]
+    assert [[mark.kind for mark in labels.findings] for labels in both] == [["nodule"], ["excluded"]]
 
 
 def patients(folder: Path) -> list[str]:
