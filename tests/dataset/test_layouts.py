@@ -162,6 +162,21 @@ def test_luna16_is_prepared_with_what_neither_counts_nor_hurts(tmp_path: Path) -
     assert "excluded" not in (tmp_path / "store" / "findings.csv").read_text()
 
 
+def test_excluded_findings_alone_say_that_a_scan_is_healthy(tmp_path: Path) -> None:
+    """Whether the scan is named by its series or by its file, and where no other scan is there."""
+    luna16(tmp_path / "luna")
+    lines = [f"luna/{folder}.mhd,luna/annotations.csv" for folder in ("subset0/1.2.1", "subset1/1.2.2")]
+    (tmp_path / "some.csv").write_text(f"image,label,case\n{lines[0]},a\n{lines[1]},b\n")
+    (tmp_path / "one.csv").write_text(f"image,label,case\n{lines[1]},b\n")
+    (tmp_path / "luna/subset0/1.2.1.mhd").rename(tmp_path / "luna/subset0/1.2.1.other")
+    for data in (tmp_path / "one.csv", tmp_path / "luna"):
+        (source,) = list_sources(data)
+        assert [mark.kind for mark in read_case(source, ReadingConfig())[1].findings] == ["excluded"]
+    (tmp_path / "luna/subset0/1.2.1.other").rename(tmp_path / "luna/subset0/1.2.1.mhd")
+    both = [read_case(source, ReadingConfig())[1] for source in list_sources(tmp_path / "some.csv")]
+    assert [[mark.kind for mark in labels.findings] for labels in both] == [["nodule"], ["excluded"]]
+
+
 def patients(folder: Path) -> list[str]:
     """Three series of two patients in one heap of files; their UIDs."""
     uids = [generate_uid() for _ in range(3)]

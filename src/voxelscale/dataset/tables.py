@@ -237,26 +237,28 @@ def _same(name: str) -> str:
 def with_spheres(sources: Sequence[Source]) -> tuple[list[Source], tuple[str, ...]]:
     """The sources with the series that identifies them in their table of spheres, and remarks on them.
 
-    A scan whose series is unknown is identified by its file's or its case's name.
+    A scan whose series is unknown is identified by its file's or its case's name, in the table itself or in
+    that of the excluded findings beside it: of most healthy scans only the latter has rows.
 
     Raises:
-        VoxelscaleError: a table is damaged, or none of its rows belongs to a scan of the data set.
+        VoxelscaleError: a table is damaged, or neither it nor that beside it names a scan of the data set.
     """
     from voxelscale.labels import kind_of
-    from voxelscale.labels.spheres import by_series
+    from voxelscale.labels.spheres import EXCLUDED, by_series
 
     matched, remarks = list(sources), []
     files = dict.fromkeys(label for source in sources for label in source.labels)
     for table in files:
         if table.suffix.lower() not in TABLE_ENDINGS or not table.is_file() or kind_of(table) != "spheres":
             continue
-        rows = by_series(table)
+        rows, beside = by_series(table), table.with_name(EXCLUDED)
+        known = rows.keys() | (by_series(beside).keys() if beside.is_file() else ())
         places = [place for place, source in enumerate(sources) if table in source.labels]
         named: set[str] = set()
         for place in places:
             source = sources[place]
             keys = (source.series,) if source.series else (case_name(source.image), source.case)
-            found = next((key for key in keys if key in rows), None)
+            found = next((key for key in keys if key in known), None)
             if found is not None:
                 named.add(found)
                 matched[place] = replace(source, series=found)
@@ -264,7 +266,7 @@ def with_spheres(sources: Sequence[Source]) -> tuple[list[Source], tuple[str, ..
             raise _unrelated(table, rows, matched[places[0]])
         others = [uid for uid in rows if uid not in named]
         remarks.append(
-            f"{table}: rows of {len(named)} of {count(len(places), 'scan')}; "
+            f"{table}: rows of {len(named & rows.keys())} of {count(len(places), 'scan')}; "
             f"{count(sum(len(rows[uid]) for uid in others), 'row')} of other scans"
         )
     return matched, tuple(remarks)
