@@ -20,7 +20,7 @@ from voxelscale.dataset.listing import list_sources
 from voxelscale.evaluate.evaluate import evaluate_folder
 from voxelscale.evaluate.froc import OPERATING_POINTS
 from voxelscale.findings import lesions_of_mask, write_findings
-from voxelscale.formats import read_label, write_scan
+from voxelscale.formats import read_label, read_scan, write_scan
 from voxelscale.geometry import Scan
 from voxelscale.pages.charts import Line, Panel, chart
 from voxelscale.report.curves import froc_chart, froc_panel, training_charts, training_panels, visible
@@ -92,6 +92,27 @@ def test_scans_with_masks_are_to_be_evaluated_first(
     )
     assert code == 2
     assert "no prediction of a scan" in errors
+
+
+def test_of_a_data_set_with_test_scans_alone_predicted(
+    voxelscale: Command, scans: Path, predicted: Path, tmp_path: Path
+) -> None:
+    """nnU-Net's imagesTs lie beside scans with labels, which were not predicted."""
+    data, name = tmp_path / "raw", "phantom_0001"
+    for source in list_sources(scans):
+        part, mine = ("Ts", name) if source.case == name else ("Tr", source.case)
+        write_scan(read_scan(source.image), data / f"images{part}" / f"{mine}_0000.nii.gz")
+        if part == "Tr":
+            write_scan(read_label(source.labels[0]), data / "labelsTr" / f"{mine}.nii.gz")
+            shutil.rmtree(predicted / mine)
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "lesion": 1}, "numTraining": 4}
+    (data / "dataset.json").write_text(json.dumps({**content, "file_ending": ".nii.gz"}))
+    code, _, errors = voxelscale("report", predicted, data, "--out", tmp_path / "page.html")
+    assert code == 0, errors
+    assert "no prediction" not in errors
+    html = (tmp_path / "page.html").read_text()
+    assert name in html
+    assert "phantom_0000" not in html
 
 
 def test_what_the_report_of_an_evaluation_says(

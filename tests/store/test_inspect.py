@@ -168,6 +168,8 @@ def test_several_classes_and_channels(classes: Classes, voxelscale: Command, tmp
             count = ndimage.label(there, np.ones((3, 3, 3)))[1]
             assert len(case["classes"][name]) == count
             assert sum(case["classes"][name]) == pytest.approx(2.0 * there.sum())
+        of_any = np.isin(raw.array, np.concatenate(classes.values)).sum()
+        assert case["all_mm3"] == pytest.approx(2.0 * of_any)
         assert [(c["name"], c["scheme"]) for c in case["channels"]] == [("CT", "ct"), ("MRI", "zscore")]
         for channel, path in zip(case["channels"], (source.image, *source.more), strict=True):
             values = read_scan(path).array
@@ -179,6 +181,8 @@ def test_several_classes_and_channels(classes: Classes, voxelscale: Command, tmp
     assert code == 0, err
     assert "6 readable cases, " in out
     assert "2 channels (CT, MRI), 2 classes" in out
+    row = next(line for line in out.splitlines() if line.startswith("c0 "))
+    assert f"{told['c0']['all_mm3'] / 1000:.2f}" in row.split()
     (line,) = (line for line in out.splitlines() if line.startswith(classes.names[1]))
     assert line.split()[1:4] == ["5", "of", "6"]
     html = page.read_text()

@@ -173,7 +173,7 @@ def _columns(cases: Sequence[Facts]) -> list[str]:
 def _row(one: Facts, columns: Sequence[str]) -> list[tuple[str, str]]:
     """Each column's text, and what it is sorted by."""
     largest = max(one.diameters_mm, default=0.0)
-    volume = sum(one.lesions_mm3) / 1000
+    volume = one.all_mm3 / 1000
     lungs = one.lungs_ml
     number = (str(len(one.lesions_mm3)) if one.labelled else "no mask", str(len(one.lesions_mm3)))
     ml = (f"{volume:.2f}" if one.lesions_mm3 else "", f"{volume:.6f}")

@@ -54,14 +54,14 @@ def write_findings_page(
 
     Args:
         predictions: ``<case>/mask.nii.gz`` and ``<case>/findings.json``.
-        data: the scans that were predicted.
+        data: the scans that were predicted; those with labels are not looked for.
         out: the page.
         run: the folder of the model's training; None: the page does not say how it was trained.
 
     Raises:
-        VoxelscaleError: no scan was predicted, or the scans have labels: they are to be evaluated first.
+        VoxelscaleError: no scan without labels was predicted.
     """
-    sources = data.named_as_in(predictions).scans
+    sources = [s for s in data.named_as_in(predictions).scans if not s.labels]
     predicted = [s for s in sources if (predictions / s.case / "findings.json").is_file()]
     if not predicted:
         raise VoxelscaleError(

@@ -51,7 +51,7 @@ def write_report(
 
     Args:
         evaluation: folder with ``evaluation.json``, as `voxelscale evaluate` wrote it; None: `predictions`,
-            and where none is there and the scans have no labels, the page shows the findings alone.
+            and where none is there and no scan predicted has labels, the page shows the findings alone.
         predictions: what it evaluated: ``<case>/mask.nii.gz``.
         data: the data set with images and masks.
         out: the page.
@@ -63,7 +63,7 @@ def write_report(
     data = data.named_as_in(predictions)
     folder = evaluation or predictions
     there = (folder / "evaluation.json").is_file()
-    if evaluation is None and not there and not _labelled(data):
+    if evaluation is None and not there and not _labelled(data, predictions):
         write_findings_page(predictions, data, out, run)
         return
     summary = read_evaluation(folder)
@@ -138,9 +138,11 @@ def _body(
     ]
 
 
-def _labelled(data: DataSet) -> bool:
-    """Whether any of the scans has labels, and so should be evaluated."""
-    return data.annotations is not None or any(s.labels for s in data.scans)
+def _labelled(data: DataSet, predictions: Path) -> bool:
+    """Whether scans that were predicted have labels, or, where none was predicted, any of them."""
+    scans = data.scans
+    predicted = [s for s in scans if (predictions / s.case / "findings.json").is_file()]
+    return data.annotations is not None or any(s.labels for s in predicted or scans)
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:

@@ -102,6 +102,7 @@ class Facts:
             unit, where it is no CT.
         labelled: whether there is a mask.
         lesions_mm3: volumes, largest first; of several classes of every component of each.
+        all_mm3: volume of all that is of any class; what is in several regions counts once.
         lungs_ml: volume of the lungs, or None where they were not found.
         digest: of the voxels' values, whatever the file or format.
         histogram: counts between `HU_EDGES`; () where the first channel is no CT.
@@ -120,6 +121,7 @@ class Facts:
     hu: tuple[float, float, float, float, float]
     labelled: bool
     lesions_mm3: tuple[float, ...]
+    all_mm3: float
     lungs_ml: float | None
     digest: str
     histogram: tuple[int, ...] = field(repr=False)
@@ -338,6 +340,7 @@ def describe(
         hu=what.values,
         labelled=labelled,
         lesions_mm3=_volumes(lesions, voxel),
+        all_mm3=round(np.count_nonzero(mask > 0) * voxel, 3) if mask is not None else 0.0,
         lungs_ml=round(lungs.volume_ml, 1) if lungs.ok else None,
         digest=_digest(image.array, *more),
         histogram=counts,
