@@ -121,9 +121,12 @@ def test_ranks_that_stop_within_the_added_samples_are_not_done(
     train = replace(tiny.train, samples=96, batch_size=1, ranks=2, virtual_workers=4, recipe="muon")
     config = replace(tiny, train=replace(train, checkpoint_every=8))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "read_events", lambda run: [{"samples": 104}])
+        patch.setattr(launch, "run_ranks", lambda *_, **__: None)
+        patch.setattr(launch, "check_claim", lambda *_: None)
+        patch.setattr(launch, "read_events", lambda _: [{"samples": 104}])
         assert not start(config, store.path, tmp_path / "run")
-    assert start(config, store.path, tmp_path / "run")
+        patch.setattr(launch, "read_events", lambda _: [{"samples": 112}])
+        assert start(config, store.path, tmp_path / "run")
 
 
 def test_a_run_of_what_auto_once_was_is_resumed_by_name(tiny: Config, store: Store, tmp_path: Path) -> None:

@@ -206,8 +206,7 @@ def _sections(findings: Sequence[CostedRow], facts: Mapping[str, Any], figure: s
     return [
         f"<figure>{wide(figure, 'Time and Dice against the number of workers', 'scroll')}</figure>",
         "<h2>Time and Dice</h2>",
-        f"<p>A training of {facts['samples']:,} samples, or what the recipe makes of them, by {workers} "
-        f"worker{'s' * (workers != '1')}.</p>",
+        f"<p>The same samples for {workers} worker{'s' * (workers != '1')}; a recipe may add some.</p>",
         plain_table([title for _, title in COLUMNS], rows, "Time and Dice"),
         "<h2>Where an update's time goes, ms</h2>",
         plain_table(
