@@ -32,7 +32,7 @@ from voxelscale.geometry import Grid, IntTriple, Scan, Triple, affine_from_itk, 
 from voxelscale.infer.sliding_window import Share
 from voxelscale.model.build import build_model
 from voxelscale.model.bundle import Bundle, write_bundle
-from voxelscale.predict.classes import check_names, classes_by, found_by, least_kept
+from voxelscale.predict.classes import classes_by, found_by, least_kept
 from voxelscale.predict.maps import Maps
 from voxelscale.predict.predictor import Predictor
 
@@ -416,7 +416,7 @@ def test_what_is_small_or_not_the_largest_leaves_mask_and_findings_of_its_class(
     assert left(largest_only=("a",)) == ([largest], [largest], others)
     assert left(largest_only=("a",), smallest_mm3={"a": 145}) == ([], [], others)
     with pytest.raises(VoxelscaleError, match=r"predict\.largest_only names c, which is no class"):
-        check_names(PredictConfig(largest_only=("a", "c")), classes)
+        PredictConfig(largest_only=("a", "c")).check_classes(classes.names)
 
 
 def test_equal_probabilities_go_to_the_first() -> None:

@@ -13,6 +13,7 @@ from tests.regions import write_regions
 from tests.train.runs import apart, final_weights, with_train
 from voxelscale.config import Config, PrepareConfig, ReadingConfig
 from voxelscale.dataset import DataSet
+from voxelscale.errors import VoxelscaleError
 from voxelscale.store import Store, open_store
 from voxelscale.store.prepare import prepare
 from voxelscale.train.launch import start
@@ -59,3 +60,14 @@ def test_workers_are_equal_with_deep_supervision(tiny: Config, any_store: Store,
         assert apart(first[other], first["one"]) <= 1e-6
         # Later a rounding may let a maximum fall the other way: 1e-4 to 2.5e-2 were seen, by processor.
         assert apart(last[other], last["one"]) <= 3e-2 * moved
+
+
+def test_a_rule_for_a_class_that_is_not_there_is_refused_before_training(
+    tiny: Config, store: Store, tmp_path: Path
+) -> None:
+    wrong = replace(tiny, predict=replace(tiny.predict, largest_only=("nodule",)))
+    with pytest.raises(VoxelscaleError, match=r"predict\.largest_only names nodule") as caught:
+        start(wrong, store.path, tmp_path / "run")
+    assert caught.value.hint == "its classes are lesion"
+    right = replace(tiny, predict=replace(tiny.predict, largest_only=("lesion",)))
+    assert start(replace(right, train=replace(right.train, samples=4)), store.path, tmp_path / "run")

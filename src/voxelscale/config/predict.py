@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from voxelscale.config.section import IntTriple, Rule, Section
+from voxelscale.console import first_and_more
+from voxelscale.errors import VoxelscaleError
+
+MOST_NAMED = 20
+"""Classes that a message names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,13 @@ class PredictConfig(Section):
                 "a volume of each class, at least 0 mm3",
             ),
         ]
+
+    def check_classes(self, names: Sequence[str]) -> None:
+        """Raise a VoxelscaleError where a rule is for a class that is none of these."""
+        for key, ruled in (("smallest_mm3", self.smallest_mm3), ("largest_only", self.largest_only)):
+            if unknown := [name for name in ruled if name not in names]:
+                what = f"config: predict.{key} names {unknown[0]}, which is no class of the model"
+                raise VoxelscaleError(what, f"its classes are {first_and_more(names, MOST_NAMED)}")
 
 
 def _is_volume(value: object) -> bool:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from voxelscale.classes import Classes
 from voxelscale.config import PredictConfig
-from voxelscale.errors import VoxelscaleError
 from voxelscale.findings import Finding, find_in_class, find_lesions, ranked
 from voxelscale.geometry import Grid
 from voxelscale.predict.case import probability_file
@@ -19,9 +18,6 @@ from voxelscale.predict.maps import OnLattice, on_grid
 
 MOST_LEAST, LEAST_LEAST = 0.025, 1 / 256
 """Smaller probabilities are not kept (`Maps`), whatever is asked for; larger ones always are."""
-
-MOST_NAMED = 20
-"""Classes that a message names."""
 
 
 def least_kept(config: PredictConfig) -> float:
@@ -50,14 +46,6 @@ def found_by(
     if not isinstance(found, np.ndarray):
         return classes_by(config, case, classes, found, grid, **rules)
     return lesions_by(config, case, found, grid, classes.names[0], **rules)
-
-
-def check_names(config: PredictConfig, classes: Classes) -> None:
-    """Raise a VoxelscaleError where a rule is for a class that the model does not have."""
-    for key, names in (("smallest_mm3", config.smallest_mm3), ("largest_only", config.largest_only)):
-        if unknown := [name for name in names if name not in classes.names]:
-            what = f"config: predict.{key} names {unknown[0]}, which is no class of the model"
-            raise VoxelscaleError(what, f"its classes are {', '.join(classes.names[:MOST_NAMED])}")
 
 
 def lesions_by(

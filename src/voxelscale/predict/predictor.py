@@ -26,7 +26,7 @@ from voxelscale.infer.sliding_window import Box, Share, Windows, predict_boxes, 
 from voxelscale.lungs import Lungs, body_field, lung_field
 from voxelscale.model.bundle import Bundle
 from voxelscale.model.false_positives import crop_shape, crop_start
-from voxelscale.predict.classes import check_names, found_by, kept_probabilities, least_kept
+from voxelscale.predict.classes import found_by, kept_probabilities, least_kept
 from voxelscale.predict.maps import Maps
 from voxelscale.predict.nnunet import Prepared, on_scan, prepare
 from voxelscale.samples.batch import normalisation_of, prepared
@@ -302,7 +302,7 @@ class Predictor:
         self._config, self._calibration, self._device = config, bundle.calibration, device
         self._classes, self._channels, self._of_ct = bundle.classes, bundle.channels, bundle.of_ct
         self._bundle = bundle
-        check_names(config, bundle.classes)
+        config.check_classes(bundle.classes.names)
         self._lungs = bundle.looks_at_lungs if config.lungs is None else config.lungs
         if self._lungs and bundle.nnunet:
             raise VoxelscaleError("predict.lungs: a model from nnU-Net looks at the whole scan", NO_LUNGS)

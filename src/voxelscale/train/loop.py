@@ -68,6 +68,7 @@ def train(config: Config, store_path: Path, run: Path) -> Result:
         stop_signals(announce=workers.ranks == 1) as asked,
     ):
         store = open_fold(store_path, config.data.fold)
+        config.predict.check_classes(store.classes.names)
         if workers.rank == 0:
             warn_of_validation(store, config)
         with _memory_errors(config, run, workers.device):
