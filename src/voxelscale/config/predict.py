@@ -54,7 +54,7 @@ class PredictConfig(Section):
     skip_air: bool = True
     """Whether to skip windows with nothing but air around the patient."""
     probabilities: bool = False
-    """Whether to keep each class's probability, in steps of 1/255, on the scan's own voxels."""
+    """Whether to keep each class's probability, times 255 as a whole number, on the scan's own voxels."""
 
     def rules(self) -> Sequence[Rule]:
         edges = self.patch_size or (1,)
