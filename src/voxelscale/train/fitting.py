@@ -55,7 +55,7 @@ def fit(
     validate: Callable[[nn.Module], float] | None = None,
     collate: Callable[[Sequence[Any]], tuple[Any, Any]] | None = None,
 ) -> Result:
-    """Train any network, data-parallel, until ``config.train.samples`` samples are seen.
+    """Train any network, data-parallel, on ``config.train.samples`` samples and what the recipe adds.
 
     ``python script.py`` trains on one device, ``torchrun --nproc-per-node N script.py`` on N;
     ``config.train.virtual_workers`` makes each process emulate several workers. All of them see the same
