@@ -42,7 +42,7 @@ from voxelscale.predict.predictor import Predictor
 from voxelscale.store import open_store
 from voxelscale.store.prepare import prepare
 from voxelscale.train.launch import start
-from voxelscale.tune.calibrate import ScoredFindings, calibrate
+from voxelscale.tune.calibrate import calibrate, scored_matches
 from voxelscale.tune.refine import refine
 from voxelscale.tune.reliability import calibration_error
 
@@ -152,8 +152,8 @@ def calibration_errors(each: Sequence[Sequence[Scan]]) -> NDArray[np.float64]:
     random = np.random.default_rng(0)
     measured = []
     for scans in each:
-        curve, _ = calibrate(scored(scans[::2]))
-        rest = scored(scans[1::2])
+        curve, _ = calibrate(scored_matches([matches for matches, _ in scans[::2]]))
+        rest = scored_matches([matches for matches, _ in scans[1::2]])
         after = curve(rest.score)
         measured.append((rest, after, [np.flatnonzero(rest.scan == n) for n in range(len(scans[1::2]))]))
     rows = []
@@ -170,19 +170,6 @@ def calibration_errors(each: Sequence[Sequence[Scan]]) -> NDArray[np.float64]:
             )
         rows.append(np.mean(errors, 0))
     return np.stack(rows, 1)
-
-
-def scored(scans: Sequence[Scan]) -> ScoredFindings:
-    """Confidences of the findings, and whether each is a lesion."""
-    rows = [
-        (score, hit, number)
-        for number, (matches, _) in enumerate(scans)
-        for scores, hit in ((matches.hits, True), (matches.false_positives, False))
-        for score in scores
-        if not np.isnan(score)
-    ]
-    score, hit, scan = map(np.asarray, zip(*rows, strict=True))
-    return ScoredFindings(score=score, hit=hit, scan=scan)
 
 
 def shown(values: NDArray[np.float64]) -> str:

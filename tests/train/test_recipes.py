@@ -58,6 +58,7 @@ def test_more_workers_take_more_samples_until_64() -> None:
     found = {workers: samples_of(config, workers) for workers in (1, 4, 8, 16, 32, 64, 128, 4096)}
     assert list(found.values()) == [1000, 1000, 1100, 1200, 1300, 1400, 1400, 1400]
     assert samples_of(load(None, ["train.recipe=large_batch"], config), 64) == 1000
+    assert samples_of(load(None, ["train.virtual_workers=8"], config), 0) == 1100, "0 is one"
 
 
 def test_another_optimiser_is_kept() -> None:

@@ -90,7 +90,7 @@ def run_at_once(
     running: list[_Running] = []
     faults: list[VoxelscaleError] = []
     codes: list[int] = []
-    samples = samples_of(config, config.train.ranks * config.train.virtual_workers)
+    samples = samples_of(config, config.train.ranks)
 
     def seen() -> int:
         return sum(min(samples, samples_seen(out / f"fold_{fold}" / "run")) for fold in folds)

@@ -48,21 +48,21 @@ def as_predicted(reading: ReadingConfig, facts: Mapping[str, Any]) -> ReadingCon
     return reading
 
 
-def key_of(stamp: str, bundle: Bundle, config: PredictConfig, reading: ReadingConfig) -> str:
-    """What identifies all that a prediction depends on.
-
-    Args:
-        stamp: of the scan's files; "": what they depend on beside the scan.
-    """
+def _rules(bundle: Bundle, config: PredictConfig, reading: ReadingConfig) -> list[Any]:
+    """What a prediction depends on beside the scan."""
     named = with_first_names({"predict": asdict(config)})["predict"]
-    rules = [bundle.digest, named, [reading.fill_gaps, reading.select], FORMAT]
-    return digest_of([stamp, *rules] if stamp else rules)[:16]
+    return [bundle.digest, named, [reading.fill_gaps, reading.select], FORMAT]
+
+
+def key_of(stamp: str, bundle: Bundle, config: PredictConfig, reading: ReadingConfig) -> str:
+    """What identifies all that a prediction depends on; `stamp` is that of the scan's files."""
+    return digest_of([stamp, *_rules(bundle, config, reading)])[:16]
 
 
 def settings_of(bundle: Bundle, config: PredictConfig, reading: ReadingConfig) -> str:
     """What identifies all that findings depend on beside the scan, the model's calibration among it."""
     alike = replace(config, probabilities=False, batch_size=1, refuse_unusable=True)
-    return key_of("", bundle, alike, reading)
+    return digest_of(_rules(bundle, alike, reading))[:16]
 
 
 def predicted_with(folder: Path) -> str:

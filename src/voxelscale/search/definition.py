@@ -135,8 +135,7 @@ def trial_config(search: Search, params: Mapping[str, Value], ranks: int) -> Con
 
 def marks_of(config: Config) -> tuple[int, ...]:
     """Samples after which a trial's Dice is reported: its rungs and its budget."""
-    samples = samples_of(config, config.train.ranks * config.train.virtual_workers)
-    return (*config.train.validate_at, samples)
+    return (*config.train.validate_at, samples_of(config, config.train.ranks))
 
 
 def best_config(search: Search, best: TrialResult) -> Config:

@@ -57,8 +57,7 @@ def cost_of(
         precision = "bf16" if native else "fp32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     step = _simulated(_what_counts(config), spacing, dtype, channels, classes)
-    samples = samples_of(config, config.train.ranks * config.train.virtual_workers)
-    flop = step.flop / seen_at_once(config) * samples
+    flop = step.flop / seen_at_once(config) * samples_of(config, config.train.ranks)
     return Cost(memory=needed(step, device, config, channels), flop=flop, parameters=step.parameters)
 
 

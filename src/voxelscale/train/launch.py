@@ -108,8 +108,7 @@ def _train_by_ranks(config: Config, words: Sequence[Path], run: Path, nodes: Nod
         nodes=nodes,
     )
     events = read_events(run)
-    samples = samples_of(config, ranks * nodes.count * config.train.virtual_workers)
-    return bool(events) and events[-1]["samples"] >= samples
+    return bool(events) and events[-1]["samples"] >= samples_of(config, ranks * nodes.count)
 
 
 def _start_as_rank(config: Config, store: Path, run: Path) -> bool:

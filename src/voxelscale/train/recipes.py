@@ -72,9 +72,9 @@ def resolve(config: Config, workers: int) -> tuple[Config, str]:
     return replace(config, train=replace(config.train, recipe="none")), line
 
 
-def samples_of(config: Config, workers: int) -> int:
-    """Samples that a training takes, its recipe considered."""
-    return resolve(config, workers)[0].train.samples
+def samples_of(config: Config, ranks: int) -> int:
+    """Samples that a training by so many ranks takes, its recipe considered; 0 ranks count as one."""
+    return resolve(config, max(1, ranks) * config.train.virtual_workers)[0].train.samples
 
 
 def longer(workers: int) -> float:

@@ -20,7 +20,7 @@ from voxelscale.console import count, warn
 from voxelscale.dataset import DataSet, Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.cases import FINDINGS, each_case, predicted_cases
-from voxelscale.evaluate.froc import Placed, lies_in, match
+from voxelscale.evaluate.froc import Matches, Placed, lies_in, match
 from voxelscale.evaluate.truth import findings_in, truth_of
 from voxelscale.files import write_atomic
 from voxelscale.findings import Finding
@@ -183,10 +183,17 @@ def score_findings(
         cases: of each scan the true lesions, and the findings.
         excluded: of each scan what is neither right nor wrong to find; None: nothing.
     """
-    rows: list[tuple[float, bool, int]] = []
+    matched = []
     for scan, (lesions, findings) in enumerate(cases):
         scored = [f if f.score is None else replace(f, probability=f.score) for f in findings]
-        matches = match(lesions, scored, excluded[scan] if excluded else ())
+        matched.append(match(lesions, scored, excluded[scan] if excluded else ()))
+    return scored_matches(matched)
+
+
+def scored_matches(matched: Sequence[Matches]) -> ScoredFindings:
+    """The findings of scans, of each of which they are already held against the truth."""
+    rows: list[tuple[float, bool, int]] = []
+    for scan, matches in enumerate(matched):
         rows += [(score, True, scan) for score in matches.hits if not np.isnan(score)]
         rows += [(score, False, scan) for score in matches.false_positives]
     score, hit, scan_of = zip(*rows, strict=True) if rows else ((), (), ())
