@@ -124,6 +124,15 @@ def digest_of(tree: object) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a file; {} where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The entries of a file, one a line, in order; of a line that a kill cut short there is none."""
     values = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -14,7 +13,7 @@ from voxelscale.config import PredictConfig, ReadingConfig
 from voxelscale.config.renamed import with_first_names
 from voxelscale.dataset.listing import Source
 from voxelscale.dataset.stamps import source_stamp
-from voxelscale.files import digest_of, not_written
+from voxelscale.files import digest_of, not_written, read_json_object
 from voxelscale.findings import FORMAT
 
 if TYPE_CHECKING:
@@ -102,8 +101,4 @@ def stamp_of(source: Source) -> str:
 
 def facts_of(folder: Path) -> dict[str, Any]:
     """What a case's folder says of how it was made; nothing where it is not whole."""
-    try:
-        facts = json.loads((folder / CASE_FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+    return read_json_object(folder / CASE_FACTS)

@@ -14,12 +14,12 @@ from voxelscale.dataset.reading import read_image, read_truth
 from voxelscale.dataset.source import Source
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.truth import labels_in
+from voxelscale.files import read_json_object
 from voxelscale.findings import Finding
 from voxelscale.formats import check_same_place
 from voxelscale.geometry import Scan, reorient
 from voxelscale.pages.page import plain_table
 from voxelscale.predict.case import as_predicted
-from voxelscale.report.facts import read_json
 from voxelscale.report.overlays import Place, overlay_views, window_of
 
 LAYERS = {"truth": "#4dd964", "prediction": "#ff9f1c", "mark": "#4cc9f0"}
@@ -120,7 +120,7 @@ def read_scans(
         warn(f"no picture of {case}: the scans have no such case")
         return None
     folder = predictions / case
-    reading = as_predicted(reading, read_json(folder / "findings.json"))
+    reading = as_predicted(reading, read_json_object(folder / "findings.json"))
     try:
         return CaseScans(source, folder / "mask.nii.gz", reading, classes)
     except VoxelscaleError as error:

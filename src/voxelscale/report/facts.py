@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from html import escape
@@ -12,6 +11,7 @@ from typing import Any
 from voxelscale import __version__
 from voxelscale.classes import Classes
 from voxelscale.errors import VoxelscaleError
+from voxelscale.files import read_json_object
 from voxelscale.predict.case import predicted_by
 from voxelscale.report.overlays import WINDOW_NAME
 
@@ -64,7 +64,7 @@ def model_section(lines: list[str]) -> str:
 
 def warnings_of(folder: Path) -> list[str]:
     """What ``findings.json`` says against relying on a case's findings."""
-    content = read_json(folder / "findings.json").get("warnings", [])
+    content = read_json_object(folder / "findings.json").get("warnings", [])
     return [str(text) for text in content] if isinstance(content, list) else []
 
 
@@ -74,15 +74,6 @@ def classes_in(content: Mapping[str, Any]) -> Classes | None:
         return Classes.from_dict(content["classes"])
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object in a file; {} where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _short(value: Any) -> str:

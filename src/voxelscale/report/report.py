@@ -13,6 +13,7 @@ from voxelscale.console import count, warn
 from voxelscale.dataset import DataSet
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.text import text_value
+from voxelscale.files import read_json_object
 from voxelscale.pages.page import cards, notes, write_page
 from voxelscale.report.cases import toggles
 from voxelscale.report.classes import class_sections
@@ -22,7 +23,6 @@ from voxelscale.report.facts import (
     model_lines,
     model_section,
     models,
-    read_json,
     warnings_of,
 )
 from voxelscale.report.findings import write_findings_page
@@ -165,7 +165,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def _head(summary: Mapping[str, Any], run: Path | None, window: str) -> str:
-    environment = read_json(run / "environment.json") if run else {}
+    environment = read_json_object(run / "environment.json") if run else {}
     several = summary.get("classes")
     of = count(len(several), "class", "classes") if several else count(summary["lesion_count"], "lesion")
     parts = [count(summary["scans"], "scan"), of]
@@ -206,7 +206,7 @@ def _warnings(summary: Mapping[str, Any], predictions: Path, changed: Sequence[s
 
 
 def _facts(run: Path) -> str:
-    environment = read_json(run / "environment.json")
+    environment = read_json_object(run / "environment.json")
     path = run / "config.yaml"
     config = path.read_text(encoding="utf-8") if path.is_file() else ""
     facts = "\n".join(f"{name}: {value}" for name, value in environment.items())

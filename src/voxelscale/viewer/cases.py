@@ -22,11 +22,12 @@ from voxelscale.dataset.reading import read_image
 from voxelscale.errors import VoxelscaleError
 from voxelscale.evaluate.froc import inside_any, lies_in
 from voxelscale.evaluate.truth import Truth, findings_in, labels_in, truth_of
+from voxelscale.files import read_json_object
 from voxelscale.findings import Finding, components, lesions_of_mask, read_prediction
 from voxelscale.formats import SAME_PLACE_MM, check_same_place, read_label
 from voxelscale.geometry import Grid, Scan, as_lps, reorient, sphere_diameter
 from voxelscale.predict.case import as_predicted
-from voxelscale.report.facts import classes_in, read_json
+from voxelscale.report.facts import classes_in
 
 OVERVIEW_VOXELS = 3_000_000
 """Of the volume that NiiVue gets. Its planes are overdrawn with the scan's own voxels, slice by slice: all
@@ -85,7 +86,7 @@ class Case:
 
     def __init__(self, listed: Listed, reading: ReadingConfig) -> None:
         self.listed = listed
-        self._reading = as_predicted(reading, read_json(listed.folder / "findings.json"))
+        self._reading = as_predicted(reading, read_json_object(listed.folder / "findings.json"))
         self._pool = ThreadPoolExecutor(3)
         self._image: Future[_Image] = self._pool.submit(self._read_image)
         self._prediction = self._pool.submit(self._read_prediction)
